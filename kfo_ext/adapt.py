@@ -1,0 +1,297 @@
+"""MAML and ANIL with learned updates: the inner loop of a whole meta-batch, differentiable end to end.
+
+Inner step t of every task, with the learned update U and its meta-parameters phi (paper, Algorithm 1 and equation 22):
+
+    g_t       = grad_theta loss(theta_t)
+    phi_t     = phi_{t-1} - lr * grad_phi loss(theta_t)      (adapt_update, from the second step on)
+    theta_t+1 = theta_t - lr * U(phi_t, g_t)
+
+The gradient by phi needs no second backward pass through the model: theta_t = theta_{t-1} - lr * U(phi_{t-1}, g_{t-1}), hence
+
+    grad_phi loss(theta_t) = -lr * (VJP of U at (phi_{t-1}, g_{t-1}) applied to g_t)
+
+exactly, because the loss holds phi only through theta_t and the step is plain gradient descent with one scalar lr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from kfo_ext.tasks import Examples, TaskBatch
+from kfo_ext.transform.packing import Packing
+from kfo_ext.updates import KFO
+
+
+class MetaResult(NamedTuple):
+    """What one meta-batch gives.
+
+    loss: (), the mean query loss over tasks after the last step; its backward gives the meta-gradients.
+    support_losses: (steps, tasks), before each step, detached.
+    query_losses: (tasks,), detached.
+    accuracies: (tasks,), the query accuracy of each task, or None for regression.
+    """
+
+    loss: Tensor
+    support_losses: Tensor
+    query_losses: Tensor
+    accuracies: Tensor | None
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError naming the first step and task whose loss is not finite."""
+        losses = torch.cat([self.support_losses, self.query_losses[None]])
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad) == 0:
+            return
+        step, task = bad[0].tolist()
+        where = f"support loss of step {step + 1}" if step < len(losses) - 1 else "query loss"
+        raise FloatingPointError(f"the {where} of task {task} is {losses[step, task].item()}")
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning of a model and, with `update`, of the update rule it adapts by.
+
+    Args:
+        model: any module whose forward takes one tensor of examples; batch norm must use batch statistics.
+        update: a KFO made for the adapted parameters, or None for plain gradient descent.
+        lr: the inner learning rate.
+        steps: inner steps.
+        adapt_update: adapt the update's meta-parameters per task as well, from the second step on.
+        first_order: treat the model's gradients as constants (FOMAML).
+        loss: of (output, target), the mean over one task's examples.
+        checkpoint: recompute each inner step in the outer backward pass, so that memory does not grow with their number.
+        allow_unused: parameters that a task's loss does not depend on stay as they are.
+        allow_nograd: parameters that do not require a gradient stay as they are.
+
+    Raises:
+        ValueError: a number out of range, a frozen parameter without its flag, an update made for other parameters,
+            `adapt_update` without an update.
+        TypeError: an update that is no KFO.
+
+    Source: paper, equations 1 and 22, Algorithm 1 (with the lr that its line 8 misses).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        update: KFO | None = None,
+        lr: float,
+        steps: int,
+        adapt_update: bool = False,
+        first_order: bool = False,
+        loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+        checkpoint: bool = False,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+    ) -> None:
+        super().__init__()
+        if update is not None and not isinstance(update, KFO):
+            raise TypeError(f"update: expected a KFO or None, got {type(update).__name__}")
+        if not lr >= 0 or lr == float("inf"):
+            raise ValueError(f"lr: expected a finite number of at least 0, got {lr!r}")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+        if adapt_update and update is None:
+            raise ValueError("adapt_update: expected an update to adapt, got update=None")
+        self.model = model
+        self.update = update
+        self.lr = float(lr)
+        self.steps = steps
+        self.adapt_update = adapt_update
+        self.first_order = first_order
+        self.loss = loss
+        self.checkpoint = checkpoint
+        self.allow_unused = allow_unused
+        self.packing = self._adapted_packing(allow_nograd)
+        if update is not None:
+            _check_update(update, self.packing)
+
+    @property
+    def adapted(self) -> nn.Module:
+        """The module whose parameters the inner loop adapts."""
+        return self.model
+
+    def _adapted_packing(self, allow_nograd: bool) -> Packing:
+        named = list(self.adapted.named_parameters())
+        if not allow_nograd:
+            for name, parameter in named:
+                if not parameter.requires_grad:
+                    raise ValueError(f"parameter {name!r} does not require a gradient; allow_nograd=True leaves it as it is")
+        named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        if not named:
+            raise ValueError("model: expected at least one parameter that requires a gradient, got none")
+        return Packing.of(named)
+
+    def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """What the adapted module sees of the support and query examples, (tasks, n, ...) each."""
+        return batch.support.x, batch.query.x
+
+    def forward(self, batch: TaskBatch) -> MetaResult:
+        """Adapts to every task's support examples and measures its query examples.
+
+        Under torch.no_grad() it evaluates: the inner loop still differentiates, but nothing of its graph is kept.
+
+        Args:
+            batch: support.x (tasks, n, ...), support.y (tasks, n, ...), the same for query.
+
+        Raises:
+            ValueError: no task, or support and query of different numbers of tasks.
+            RuntimeError: called in inference mode, or a batch norm would use running statistics.
+        """
+        tasks = _check_batch(batch)
+        _check_modules(self.model)
+        outer = torch.is_grad_enabled()
+        support_x, query_x = self.inputs(batch)
+        with torch.enable_grad():
+            parameters = dict(self.adapted.named_parameters())
+            theta = self.packing.pack([parameters[name] for name in self.packing.names]).expand(tasks, -1)
+            phi = tuple(row.expand(tasks, -1) for row in self.update.phi) if self.update is not None else ()
+            theta, support_losses = self._adapt(theta, phi, Examples(support_x, batch.support.y), outer)
+        with torch.set_grad_enabled(outer):
+            outputs, losses = self._losses(theta, Examples(query_x, batch.query.y))
+            loss = losses.mean()
+        return MetaResult(loss, support_losses, losses.detach(), _accuracies(outputs, batch.query.y))
+
+    def _adapt(self, theta: Tensor, phi: tuple[Tensor, ...], support: Examples, outer: bool) -> tuple[Tensor, Tensor]:
+        G: Tensor | None = None
+        step_losses = []
+        for _ in range(self.steps):
+            if not outer:
+                # Evaluation: cut the graph between steps, so that one step's is all that ever lives.
+                theta = theta.detach().requires_grad_()
+                phi = tuple(row.detach().requires_grad_() for row in phi)
+            if self.checkpoint and outer:
+                state = checkpointed(self._step, theta, G, support, outer, *phi, use_reentrant=False)
+            else:
+                state = self._step(theta, G, support, outer, *phi)
+            theta, G, losses, *phi = state
+            step_losses.append(losses)
+        return theta, torch.stack(step_losses)
+
+    def _step(self, theta: Tensor, last_G: Tensor | None, support: Examples, outer: bool, *phi: Tensor) -> tuple[Tensor, ...]:
+        """One inner step of every task: (theta, G, losses, *phi) after it."""
+        G, losses, used = self._gradients(theta, support, create_graph=outer and not self.first_order)
+        U = G
+        if self.update is not None:
+            if self.adapt_update and last_G is not None:
+                phi = self._adapt_phi(phi, last_G, G, outer)
+            U = self.update.rule(phi, G)
+            if used is not None:
+                U = U * used
+        return theta - self.lr * U, G, losses, *phi
+
+    def _adapt_phi(self, phi: tuple[Tensor, ...], last_G: Tensor, G: Tensor, outer: bool) -> tuple[Tensor, ...]:
+        # U is evaluated again rather than kept from the last step, so that a checkpointed step depends on tensors alone.
+        U = self.update.rule(phi, last_G)
+        products = torch.autograd.grad(U, phi, grad_outputs=G, create_graph=outer)
+        # Minus lr times (minus lr times the VJP).
+        return tuple(row + self.lr**2 * product for row, product in zip(phi, products))
+
+    def _gradients(self, theta: Tensor, support: Examples, *, create_graph: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed gradients (tasks, n) of each task's own loss, the losses (tasks,), and a mask where some are unused."""
+        rows = self.packing.rows(theta)
+        _, losses = self._losses_of_rows(rows, support)
+        leaves = [piece for row in rows for piece in row]
+        grads = torch.autograd.grad(losses.sum(), leaves, create_graph=create_graph, allow_unused=True)
+        used = None
+        if any(grad is None for grad in grads):
+            if not self.allow_unused:
+                name = self.packing.names[next(i for i, grad in enumerate(grads) if grad is None) % len(self.packing)]
+                raise ValueError(f"parameter {name!r}: the loss does not depend on it; allow_unused=True leaves it as it is")
+            used = _flat([torch.full_like(leaf, grad is not None) for leaf, grad in zip(leaves, grads)], len(rows))
+            grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
+        return _flat(grads, len(rows)), losses.detach(), used
+
+    def _losses(self, theta: Tensor, examples: Examples) -> tuple[list[Tensor], Tensor]:
+        return self._losses_of_rows(self.packing.rows(theta), examples)
+
+    def _losses_of_rows(self, rows: Sequence[Sequence[Tensor]], examples: Examples) -> tuple[list[Tensor], Tensor]:
+        outputs = [
+            functional_call(self.adapted, dict(zip(self.packing.names, row)), (x,)) for row, x in zip(rows, examples.x)
+        ]
+        return outputs, torch.stack([self.loss(output, y) for output, y in zip(outputs, examples.y)])
+
+
+class ANIL(MAML):
+    """MAML that adapts the head alone: the body's features are computed once per task and shared by all inner steps.
+
+    The body sees support and query examples in one forward, so its batch statistics are over both, as in the reference.
+
+    Args:
+        model: a module with `features(x)` and a linear `head`.
+        update: a KFO made for `model.head`'s parameters, or None.
+        options: as for `MAML`.
+
+    Raises:
+        TypeError: a model without `features` or `head`.
+        ValueError: as `MAML`.
+
+    Source: Raghu et al. 2020; paper, appendix B.5.
+    """
+
+    def __init__(self, model: nn.Module, **options) -> None:
+        if not callable(getattr(model, "features", None)) or not isinstance(getattr(model, "head", None), nn.Module):
+            raise TypeError(f"model: expected a module with features(x) and a head, got {type(model).__name__}")
+        super().__init__(model, **options)
+
+    @property
+    def adapted(self) -> nn.Module:
+        """The head."""
+        return self.model.head
+
+    def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """The features of support and query examples, (tasks, n, features) each."""
+        count = batch.support.x.shape[1]
+        features = torch.stack([self.model.features(torch.cat(pair)) for pair in zip(batch.support.x, batch.query.x)])
+        return features[:, :count], features[:, count:]
+
+
+def _flat(pieces: Sequence[Tensor], tasks: int) -> Tensor:
+    return torch.cat([piece.reshape(-1) for piece in pieces]).view(tasks, -1)
+
+
+def _accuracies(outputs: list[Tensor], targets: Tensor) -> Tensor | None:
+    if targets.is_floating_point():
+        return None
+    with torch.no_grad():
+        return torch.stack([(output.argmax(-1) == y).float().mean() for output, y in zip(outputs, targets)])
+
+
+def _check_batch(batch: TaskBatch) -> int:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("adaptation differentiates, which inference mode forbids: evaluate under torch.no_grad() instead")
+    tensors = {"support.x": batch.support.x, "support.y": batch.support.y, "query.x": batch.query.x, "query.y": batch.query.y}
+    tasks = batch.support.x.shape[0]
+    if tasks < 1:
+        raise ValueError("batch: expected at least one task, got none")
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2 or tensor.shape[0] != tasks:
+            raise ValueError(f"batch.{name}: expected ({tasks} tasks, examples, ...), got shape {tuple(tensor.shape)}")
+    return tasks
+
+
+def _check_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not module.training:
+            raise RuntimeError(
+                f"batch norm {name!r} would use running statistics, which mix tasks: build it with track_running_stats=False"
+            )
+
+
+def _check_update(update: KFO, packing: Packing) -> None:
+    theirs = update.problems.packing
+    if len(theirs) != len(packing):
+        raise ValueError(f"update: expected one made for {len(packing)} parameters, got one for {len(theirs)}")
+    for name, shape, other_name, other_shape in zip(packing.names, packing.shapes, theirs.names, theirs.shapes):
+        if shape != other_shape:
+            raise ValueError(
+                f"update: expected factors for parameter {name!r} of shape {tuple(shape)}, "
+                f"got some made for {other_name!r} of shape {tuple(other_shape)}"
+            )

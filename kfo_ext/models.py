@@ -1,0 +1,106 @@
+"""The networks of the paper: CNN(k) for few-shot images, and a small network for regression.
+
+A block is a 3x3 convolution with padding 1, batch norm by batch statistics, ReLU and, for mini-ImageNet, max-pooling.
+Initialisation as in the reference implementations: Xavier-uniform convolutions with zero bias, batch-norm weights uniform in (0, 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """(n, in_channels, h, w) -> (n, hidden, ceil(h / stride) // pool, ceil(w / stride) // pool)."""
+
+    def __init__(self, in_channels: int, hidden: int, *, stride: int, pool: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, hidden, 3, stride=stride, padding=1)
+        # Batch statistics always, in training and evaluation: the paper's transductive setting.
+        self.norm = nn.BatchNorm2d(hidden, eps=1e-5, track_running_stats=False)
+        self.pool = nn.MaxPool2d(pool) if pool > 1 else nn.Identity()
+        nn.init.xavier_uniform_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(torch.relu(self.norm(self.conv(x))))
+
+
+class CNN(nn.Module):
+    """CNN(layers): blocks, then a linear head on the spatial mean or on the flattened features.
+
+    Args:
+        layers: number of blocks.
+        in_channels: of the images.
+        hidden: channels of every block.
+        ways: classes.
+        image_size: height and width of the images.
+        stride: of every convolution.
+        pool: max-pool size after every block, 1 for none.
+        mean: whether the head sees the spatial mean (else the flattened features).
+        normal_head: head weights from N(0, 1) (Omniglot's reference), else Xavier-uniform.
+
+    Raises:
+        ValueError: a number that is not at least 1, or an image that the blocks shrink to nothing.
+
+    Source: paper, section 5 and appendix D.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        *,
+        in_channels: int,
+        hidden: int,
+        ways: int,
+        image_size: int,
+        stride: int = 1,
+        pool: int = 1,
+        mean: bool = True,
+        normal_head: bool = False,
+    ) -> None:
+        super().__init__()
+        numbers = {"layers": layers, "in_channels": in_channels, "hidden": hidden, "ways": ways, "image_size": image_size}
+        for name, value in {**numbers, "stride": stride, "pool": pool}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        self.blocks = nn.Sequential(
+            *(Block(hidden if i else in_channels, hidden, stride=stride, pool=pool) for i in range(layers))
+        )
+        self.mean = mean
+        side = image_size
+        for _ in range(layers):
+            side = -(-side // stride) // pool
+        if side < 1:
+            raise ValueError(f"image_size: {layers} blocks of stride {stride} and pool {pool} leave nothing of {image_size} pixels")
+        self.head = nn.Linear(hidden if mean else hidden * side * side, ways)
+        if normal_head:
+            nn.init.normal_(self.head.weight)
+        else:
+            nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(n, in_channels, image_size, image_size) -> (n, head.in_features)."""
+        x = self.blocks(x)
+        return x.mean(dim=(2, 3)) if self.mean else x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels, image_size, image_size) -> (n, ways) logits."""
+        return self.head(self.features(x))
+
+
+def omniglot_cnn(layers: int = 2, ways: int = 5, hidden: int = 32) -> CNN:
+    """CNN(layers) for 1x28x28 images: stride-2 blocks, spatial mean, N(0, 1) head (paper, appendix D)."""
+    return CNN(layers, in_channels=1, hidden=hidden, ways=ways, image_size=28, stride=2, normal_head=True)
+
+
+def cifar_fs_cnn(layers: int = 2, ways: int = 5, hidden: int = 32) -> CNN:
+    """CNN(layers) for 3x32x32 images: stride-1 blocks, spatial mean, Xavier head (paper, appendix D)."""
+    return CNN(layers, in_channels=3, hidden=hidden, ways=ways, image_size=32)
+
+
+def sinusoid_mlp(hidden: int = 40) -> nn.Sequential:
+    """(n, 1) -> (n, 1): two hidden layers of `hidden` ReLU units (Finn et al. 2017, section 5.1)."""
+    return nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))

@@ -1,0 +1,199 @@
+"""Fakes and derivatives of one family of the three operators.
+
+Every derivative comes from one scalar form, F(R, G, L, Y) = sum <R^T G L, Y>, linear in each of its four slots:
+
+    transform         Y = dF/dY
+    transform_backward        (dR, dG, dL) = dF/d(R, G, L) at Y = dY
+    transform_double_backward gradients by (R, G, L, dY) of F(ddR, G, L, dY) + F(R, ddG, L, dY) + F(R, G, ddL, dY)
+
+and every higher order is a sum of such forms again (`form_gradients`), so the family is closed under differentiation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd import forward_ad
+
+from kfo_ext.transform.reference import sum_over_B
+
+
+class Family(NamedTuple):
+    """The overloads of the three orders that one backend registers."""
+
+    transform: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
+    double_backward: torch._ops.OpOverload
+
+
+# One term of a sum of forms: the operands in the slots R, G, L, Y; a term with a missing operand is zero.
+Term = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
+SLOTS = 4
+
+
+def form_gradients(family: Family, shapes: list[int], terms: Sequence[Term], wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradient of sum_terms F(R, G, L, Y) by each wanted operand (compared by identity), None where it is zero."""
+    gradients: list[Tensor | None] = [None] * len(wanted)
+
+    def add(slot_value: Tensor, gradient: Tensor) -> None:
+        for i, operand in enumerate(wanted):
+            if operand is slot_value:
+                gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
+                return
+
+    for R, G, L, Y in terms:
+        if R is None or G is None or L is None or Y is None:
+            continue
+        need = [any(slot is operand for operand in wanted) for slot in (R, G, L)]
+        if any(need):
+            parts = family.backward(R, G, L, Y, shapes, need)
+            for slot, part, needed in zip((R, G, L), parts, need):
+                if needed:
+                    add(slot, part)
+        if any(Y is operand for operand in wanted):
+            add(Y, family.transform(R, G, L, shapes))
+    return gradients
+
+
+def _distinct(*operands: Tensor | None) -> list[Tensor | None]:
+    """Aliases, so that one tensor in two slots stays two operands for `form_gradients`."""
+    return [None if operand is None else operand.view_as(operand) for operand in operands]
+
+
+def _pick(needed: bool, gradient: Tensor | None) -> Tensor | None:
+    return gradient if needed else None
+
+
+def _functions(family: Family) -> tuple[type[Function], type[Function], type[Function]]:
+    class Transform(Function):
+        @staticmethod
+        def forward(ctx, R, G, L, shapes, bias):
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(R, G, L)
+            ctx.shapes = shapes
+            ctx.bias_rows = None if bias is None else bias.shape[0]
+            with torch._C._AutoDispatchBelowAutograd():
+                return family.transform(R, G, L, shapes, bias)
+
+        @staticmethod
+        def backward(ctx, dY):
+            if dY is None:
+                return None, None, None, None, None
+            R, G, L = ctx.saved_tensors
+            need_R, need_G, need_L, _, need_bias = ctx.needs_input_grad
+            dR = dG = dL = dbias = None
+            if need_R or need_G or need_L:
+                dR, dG, dL = family.backward(R, G, L, dY, ctx.shapes, [need_R, need_G, need_L])
+            if need_bias:
+                dbias = sum_over_B(dY, ctx.shapes, ctx.bias_rows)
+            return _pick(need_R, dR), _pick(need_G, dG), _pick(need_L, dL), None, dbias
+
+    class TransformBackward(Function):
+        @staticmethod
+        def forward(ctx, R, G, L, dY, shapes, need):
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(R, G, L, dY)
+            ctx.shapes = shapes
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = family.backward(R, G, L, dY, shapes, need)
+            ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, ddR, ddG, ddL):
+            if ddR is None and ddG is None and ddL is None:
+                return None, None, None, None, None, None
+            R, G, L, dY = ctx.saved_tensors
+            need = list(ctx.needs_input_grad[:SLOTS])
+            if ddR is None and ddL is None and torch.is_grad_enabled():
+                # With ddG alone, F(R, ddG, L, dY) is the first order's form: one order less to differentiate again.
+                R, L, dY = _distinct(R, L, dY)
+                wanted = [operand if needed else None for operand, needed in zip((R, None, L, dY), need)]
+                gradients = form_gradients(family, ctx.shapes, [(R, ddG, L, dY)], wanted)
+                return *gradients, None, None
+            gradients = family.double_backward(R, G, L, dY, ddR, ddG, ddL, ctx.shapes, need)
+            return *(_pick(needed, gradient) for needed, gradient in zip(need, gradients)), None, None
+
+    class TransformDoubleBackward(Function):
+        @staticmethod
+        def forward(ctx, R, G, L, dY, ddR, ddG, ddL, shapes, need):
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(R, G, L, dY, ddR, ddG, ddL)
+            ctx.shapes = shapes
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = family.double_backward(R, G, L, dY, ddR, ddG, ddL, shapes, need)
+            ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, eR, eG, eL, eY):
+            R, G, L, Y, A, C, D = _distinct(*ctx.saved_tensors)
+            eR, eG, eL, eY = _distinct(eR, eG, eL, eY)
+            # The derivative of F(A,G,L,Y) + F(R,C,L,Y) + F(R,G,D,Y) in the direction (eR, eG, eL, eY) of (R, G, L, Y).
+            terms = [
+                (A, eG, L, Y), (A, G, eL, Y), (A, G, L, eY),
+                (eR, C, L, Y), (R, C, eL, Y), (R, C, L, eY),
+                (eR, G, D, Y), (R, eG, D, Y), (R, G, D, eY),
+            ]  # fmt: skip
+            operands = (R, G, L, Y, A, C, D)
+            wanted = [operand if needed else None for operand, needed in zip(operands, ctx.needs_input_grad)]
+            return *form_gradients(family, ctx.shapes, terms, wanted), None, None
+
+    return Transform, TransformBackward, TransformDoubleBackward
+
+
+def _kernel(overload: torch._ops.OpOverload, function: type[Function], tensors: int) -> Callable:
+    """The kernel under the Autograd key: differentiates by `function`, and refuses what it has no rule for."""
+
+    def kernel(keyset, *arguments):
+        operands = [argument for argument in arguments[:tensors] if argument is not None]
+        operands += [argument for argument in arguments[tensors:] if isinstance(argument, Tensor)]
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{overload.name()} has no rule for torch.func transforms: call kfo_ext.transform.transform, which runs plain torch there"
+            )
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
+            raise NotImplementedError(
+                f"{overload.name()} has no rule for forward-mode AD: call kfo_ext.transform.transform, which runs plain torch there"
+            )
+        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+            return function.apply(*arguments)
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    return kernel
+
+
+def _empty(like: Tensor, needed: bool, columns: int, rows: int) -> Tensor:
+    return like.new_empty((rows, columns)) if needed else like.new_empty((0,))
+
+
+def _fakes() -> tuple[Callable, Callable, Callable]:
+    def transform(R, G, L, shapes, bias=None):
+        return G.new_empty(G.shape)
+
+    def backward(R, G, L, dY, shapes, need):
+        return tuple(_empty(X, needed, X.shape[1], X.shape[0]) for X, needed in zip((R, G, L), need))
+
+    def double_backward(R, G, L, dY, ddR, ddG, ddL, shapes, need):
+        return tuple(_empty(X, needed, X.shape[1], X.shape[0]) for X, needed in zip((R, G, L, dY), need))
+
+    return transform, backward, double_backward
+
+
+def register(library: torch.library.Library, suffix: str = "") -> Family:
+    """Registers fakes, autograd and autocast for `kfo_ext::transform*<suffix>`, whose schemas and kernels exist already.
+
+    Must run at import, before any call: a late registration leaves stale dispatch behind.
+    """
+    names = [f"transform{suffix}", f"transform_backward{suffix}", f"transform_double_backward{suffix}"]
+    family = Family(*(getattr(torch.ops.kfo_ext, name).default for name in names))
+    for name, overload, function, fake, tensors in zip(names, family, _functions(family), _fakes(), (3, 4, 7)):
+        torch.library.register_fake(f"kfo_ext::{name}", fake, lib=library)
+        library.impl(name, _kernel(overload, function, tensors), "Autograd", with_keyset=True)
+        for device in ("cpu", "cuda"):
+            torch.library.register_autocast(f"kfo_ext::{name}", device, torch.float32, lib=library)
+    return family

@@ -1,0 +1,89 @@
+"""Loads the compiled libraries next to this package and says what loaded, and why not what did not."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import warnings
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+CPU_LIBRARY = _PACKAGE / "_kfo_cpu.so"
+CUDA_LIBRARY = _PACKAGE / "_kfo_cuda.so"
+
+# backend -> (available, reason); filled once at import by `load`.
+_status: dict[str, tuple[bool, str]] = {}
+
+
+def _build_id(library: Path, symbol: str) -> str:
+    function = getattr(ctypes.CDLL(str(library)), symbol)
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _registered() -> bool:
+    return bool(torch._C._jit_get_schemas_for_operator("kfo_ext::transform"))
+
+
+def _load(library: Path, symbol: str, plan_id: str) -> tuple[bool, str]:
+    if not library.exists():
+        return False, f"not built: {library.name} is not in the package"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return False, f"{library.name} does not load under torch {torch.__version__}: {error}"
+    found = _build_id(library, symbol)
+    if found != plan_id:
+        raise ImportError(f"kfo_ext: {library} is of build {found}, but _plan is of build {plan_id}: reinstall the package")
+    return True, f"{library.name}, build {found}"
+
+
+def load() -> None:
+    """Loads both libraries once.
+
+    Raises:
+        ImportError: another copy of the package is already loaded in this process, or the binaries are of different builds.
+    """
+    if _status:
+        return
+    if _registered():
+        others = sorted(path for path in torch.ops.loaded_libraries if "_kfo_cpu" in path) or ["an unknown file"]
+        raise ImportError(
+            f"kfo_ext: a second copy of the package: its operators were loaded from {others[0]}, now {CPU_LIBRARY} asks for them; "
+            "uninstall one of the two"
+        )
+    try:
+        plan_id = importlib.import_module("kfo_ext._plan").build_id()
+    except ModuleNotFoundError:
+        plan_id = ""
+    _status["cpu"] = _load(CPU_LIBRARY, "kfo_cpu_build_id", plan_id) if plan_id else (False, "not built: _plan is not in the package")
+    if not _status["cpu"][0]:
+        warnings.warn(
+            f"kfo_ext: the compiled CPU library is not available ({_status['cpu'][1]}); backend='auto' runs plain torch",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        _status["cuda"] = (False, "needs the CPU library, which holds the schemas")
+    elif torch.version.cuda is None:
+        _status["cuda"] = (False, f"torch {torch.__version__} is a CPU build")
+    else:
+        _status["cuda"] = _load(CUDA_LIBRARY, "kfo_cuda_build_id", plan_id)
+
+
+def available(device: torch.device) -> bool:
+    """Whether a compiled kernel for tensors on `device` is loaded."""
+    return _status.get(device.type, (False, ""))[0]
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels in use: avx512, avx2 or baseline."""
+    function = ctypes.CDLL(str(CPU_LIBRARY)).kfo_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def status() -> dict[str, tuple[bool, str]]:
+    """Per backend, whether it runs here and the reason or the detail."""
+    return {"reference": (True, f"torch {torch.__version__}"), **_status}

@@ -1,0 +1,109 @@
+"""`transform`: Y = R^T G L for every problem of every task, on the best backend that runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kfo_ext.transform import autograd, native, reference
+from kfo_ext.transform.problems import Problems
+
+BACKENDS = ("auto", "native", "reference")
+_HALF = (torch.float16, torch.bfloat16)
+
+native.load()
+_LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
+# The compiled operators; None where the CPU library, which holds their schemas, is not there.
+NATIVE = autograd.register(_LIBRARY) if native.status()["cpu"][0] else None
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is under way: there only plain torch has every rule."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The family that `backend` means for tensors on `device`: "auto" is native where its kernel is loaded, else reference.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: a named backend that does not run here, with the reason.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "native" if native.available(device) else "reference"
+    if backend == "native" and not native.available(device):
+        reason = native.status().get(device.type, (False, f"there are no kernels for {device.type} tensors"))[1]
+        raise RuntimeError(f"backend 'native' does not run on {device.type}: {reason}")
+    return backend
+
+
+def _checked_dtype(operands: dict[str, Tensor]) -> torch.dtype:
+    G = operands["G"]
+    for name, operand in operands.items():
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+        if not operand.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {operand.dtype}")
+        if operand.dtype != G.dtype:
+            raise TypeError(f"{name}: expected {G.dtype} as G has, got {operand.dtype}")
+        if operand.device != G.device:
+            raise ValueError(f"{name}: expected device {G.device} as G has, got {operand.device}")
+        if operand.dim() != 2:
+            raise ValueError(f"{name}: expected 2 dimensions (tasks, elements), got shape {tuple(operand.shape)}")
+    return G.dtype
+
+
+def _checked_sizes(problems: Problems, operands: dict[str, Tensor]) -> None:
+    tasks = operands["G"].shape[0]
+    for name, operand in operands.items():
+        columns = (problems.packing if name == "G" else getattr(problems, name)).numel
+        if operand.shape[1] != columns:
+            raise ValueError(f"{name}: expected {columns} columns for shapes {list(problems.shapes)}, got {operand.shape[1]}")
+        if operand.shape[0] not in (1, tasks):
+            raise ValueError(f"{name}: expected 1 row or {tasks}, one per row of G, got {operand.shape[0]}")
+
+
+def transform(
+    R: Tensor, G: Tensor, L: Tensor, problems: Problems, *, bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Y = R^T G L (+ bias), differentiable to any order by every operand.
+
+    Args:
+        R: (tasks or 1, problems.R.numel), packed left factors.
+        G: (tasks, problems.packing.numel), packed matrices.
+        L: (tasks or 1, problems.L.numel), packed right factors.
+        problems: the group.
+        bias: (tasks or 1, problems.bias.numel), added to each of the B matrices of a problem.
+        backend: "auto" (the compiled kernels where they run on G's device, else plain torch), "native" or "reference".
+            Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all their rules.
+
+    Returns:
+        Y: (tasks, problems.packing.numel), of G's dtype. Half types, and everything under autocast, compute in float32.
+
+    Raises:
+        ValueError: sizes, rows or devices that do not fit, or an unknown backend.
+        TypeError: operands that are no floating-point tensors or, outside autocast, of several dtypes.
+        RuntimeError: the backend asked for does not run here.
+
+    Source: paper, appendix C.1 (W = R^T (x) L, the factorised weight of equation 21).
+    """
+    operands = {"G": G, "R": R, "L": L} | ({} if bias is None else {"bias": bias})
+    device = G.device.type if isinstance(G, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            wide = {name: X if X.dtype == torch.float64 else X.float() for name, X in operands.items()}
+            return transform(wide["R"], wide["G"], wide["L"], problems, bias=wide.get("bias"), backend=backend)
+    dtype = _checked_dtype(operands)
+    family = resolve(backend, G.device)
+    if dtype in _HALF:
+        wide = {name: X.float() for name, X in operands.items()}
+        return transform(wide["R"], wide["G"], wide["L"], problems, bias=wide.get("bias"), backend=backend).to(dtype)
+    if family == "reference" or _transformed():
+        _checked_sizes(problems, operands)
+        return reference.transform(R, G, L, problems.flat, bias)
+    return NATIVE.transform(R, G, L, problems.flat, bias)

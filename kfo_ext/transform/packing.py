@@ -1,0 +1,122 @@
+"""Packed rows: the parameters (or gradients) of one model, flattened one after the other, one row per task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def name_parameters(parameters: Iterable[Tensor | tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Pairs every parameter with a name: its own where pairs are given, its position otherwise.
+
+    Raises:
+        TypeError: an entry is neither a tensor nor a (name, tensor) pair.
+        ValueError: a name occurs twice.
+    """
+    if isinstance(parameters, (Tensor, str)):
+        raise TypeError(f"parameters: expected an iterable of tensors or (name, tensor) pairs, got {type(parameters).__name__}")
+    named: list[tuple[str, Tensor]] = []
+    for i, entry in enumerate(parameters):
+        pair = entry if isinstance(entry, tuple) else (str(i), entry)
+        if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], Tensor):
+            raise TypeError(f"parameters[{i}]: expected a tensor or a (name, tensor) pair, got {type(entry).__name__}")
+        named.append(pair)
+    names = [name for name, _ in named]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"parameters: the name {twice!r} occurs twice")
+    return named
+
+
+class Packing:
+    """Where each named tensor of a list lies in a packed row.
+
+    Args:
+        names: one name per tensor, used in messages.
+        shapes: one shape per tensor, without the task dimension.
+    """
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[torch.Size]) -> None:
+        self.names = tuple(names)
+        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.numel = sum(self.sizes)
+
+    @classmethod
+    def of(cls, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> Packing:
+        """The packing of the given tensors or (name, tensor) pairs."""
+        named = name_parameters(parameters)
+        return cls([name for name, _ in named], [tensor.shape for _, tensor in named])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def tasks(self, tensors: Sequence[Tensor | None], argument: str) -> int | None:
+        """The common leading task dimension of `tensors`, None where they have none.
+
+        Raises:
+            ValueError: the list has another length, a shape does not fit, or task dimensions disagree.
+            TypeError: an entry is not a tensor, or dtypes disagree.
+        """
+        if len(tensors) != len(self):
+            raise ValueError(f"{argument}: expected {len(self)} tensors, one per parameter, got {len(tensors)}")
+        first: tuple[str, Tensor, int | None] | None = None
+        for name, shape, tensor in zip(self.names, self.shapes, tensors):
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{argument}[{name!r}]: expected a tensor or None, got {type(tensor).__name__}")
+            batched = tensor.dim() == len(shape) + 1
+            if (tensor.shape[1:] if batched else tensor.shape) != shape:
+                raise ValueError(
+                    f"{argument}[{name!r}]: expected shape {tuple(shape)} or (tasks, *{tuple(shape)}), got {tuple(tensor.shape)}"
+                )
+            rows = tensor.shape[0] if batched else None
+            if first is None:
+                first = (name, tensor, rows)
+                continue
+            if rows != first[2]:
+                raise ValueError(
+                    f"{argument}[{name!r}]: expected the task dimension of {first[0]!r}, {first[2]}, got {rows}"
+                )
+            if tensor.dtype != first[1].dtype:
+                raise TypeError(f"{argument}[{name!r}]: expected {first[1].dtype} as {first[0]!r} has, got {tensor.dtype}")
+            if tensor.device != first[1].device:
+                raise ValueError(f"{argument}[{name!r}]: expected device {first[1].device}, got {tensor.device}")
+        return first[2] if first else None
+
+    def pack(self, tensors: Sequence[Tensor | None], argument: str = "tensors") -> Tensor:
+        """One packed tensor (tasks, numel), or (1, numel) where the tensors have no task dimension; None packs as zeros.
+
+        Raises:
+            ValueError: as `tasks`, and when every entry is None.
+            TypeError: as `tasks`.
+        """
+        rows = self.tasks(tensors, argument) if len(self) else None
+        count = 1 if rows is None else rows
+        like = next((tensor for tensor in tensors if tensor is not None), None)
+        if like is None:
+            raise ValueError(f"{argument}: expected at least one tensor that is not None")
+        pieces = [
+            like.new_zeros((count, size)) if tensor is None else tensor.reshape(count, size)
+            for tensor, size in zip(tensors, self.sizes)
+        ]
+        return torch.cat(pieces, dim=1)
+
+    def unpack(self, packed: Tensor, *, batched: bool = True) -> list[Tensor]:
+        """The tensors of a packed (tasks, numel) tensor: (tasks, *shape) each, or shape each when not `batched`."""
+        # One split, never slices: backward of a slice fills a full-size zero tensor for each.
+        pieces = packed.split(self.sizes, dim=1)
+        lead = (packed.shape[0],) if batched else ()
+        return [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes)]
+
+    def rows(self, packed: Tensor) -> list[list[Tensor]]:
+        """Per task, the tensors of its row: the leaves to differentiate each task's loss by."""
+        count = packed.shape[0]
+        pieces = packed.reshape(-1).split(self.sizes * count)
+        return [
+            [piece.view(shape) for piece, shape in zip(pieces[i * len(self) : (i + 1) * len(self)], self.shapes)]
+            for i in range(count)
+        ]

@@ -1,0 +1,60 @@
+"""The transform in plain torch: short, right to any order, the ground truth of every kernel.
+
+It is also what `transform` runs under torch.func transforms and forward-mode AD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _sizes(shapes: Sequence[int]) -> list[tuple[int, int, int]]:
+    return [(shapes[i], shapes[i + 1], shapes[i + 2]) for i in range(0, len(shapes), 3)]
+
+
+def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    """Y = R^T G L (+ bias) for every problem of every task.
+
+    Args:
+        R: (tasks or 1, sum p*p).
+        G: (tasks, sum B*p*q).
+        L: (tasks or 1, sum q*q).
+        shapes: flat (B, p, q) triples.
+        bias: (tasks or 1, sum p*q), broadcast over B.
+
+    Returns:
+        Y: (tasks, sum B*p*q).
+    """
+    sizes = _sizes(shapes)
+    if not sizes:
+        return G.clone()
+    pieces = zip(
+        sizes,
+        R.split([p * p for _, p, _ in sizes], dim=1),
+        G.split([B * p * q for B, p, q in sizes], dim=1),
+        L.split([q * q for _, _, q in sizes], dim=1),
+    )
+    Y = [
+        torch.einsum("tki,tbkl,tlj->tbij", R_i.reshape(-1, p, p), G_i.reshape(-1, B, p, q), L_i.reshape(-1, q, q))
+        for (B, p, q), R_i, G_i, L_i in pieces
+    ]
+    out = torch.cat([Y_i.reshape(G.shape[0], -1) for Y_i in Y], dim=1)
+    return out if bias is None else out + expand_bias(bias, shapes)
+
+
+def expand_bias(bias: Tensor, shapes: Sequence[int]) -> Tensor:
+    """(rows, sum p*q) -> (rows, sum B*p*q): each problem's term repeated over B."""
+    sizes = _sizes(shapes)
+    pieces = bias.split([p * q for _, p, q in sizes], dim=1)
+    return torch.cat([piece.repeat(1, B) for (B, _, _), piece in zip(sizes, pieces)], dim=1)
+
+
+def sum_over_B(dY: Tensor, shapes: Sequence[int], rows: int) -> Tensor:
+    """(tasks, sum B*p*q) -> (rows, sum p*q): the gradient of a bias with 1 or `tasks` rows; the adjoint of `expand_bias`."""
+    sizes = _sizes(shapes)
+    pieces = dY.split([B * p * q for B, p, q in sizes], dim=1)
+    out = torch.cat([piece.reshape(-1, B, p * q).sum(1) for (B, p, q), piece in zip(sizes, pieces)], dim=1)
+    return out if rows == dY.shape[0] else out.sum(0, keepdim=True)

@@ -1,0 +1,5 @@
+"""Learned updates: modules that turn gradients into updates."""
+
+from kfo_ext.updates.kfo import KFO
+
+__all__ = ["KFO"]

@@ -1,0 +1,225 @@
+"""META-KFO: a learned update U(g) made of Kronecker-factored layers, one pair of factors per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfo_ext.transform import BACKENDS, Problems
+from kfo_ext.transform.packing import name_parameters
+from kfo_ext.updates.gradients import gradients
+from kfo_ext.updates.layer import KroneckerLayer, Phi
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "gelu": nn.functional.gelu,
+    "softplus": nn.functional.softplus,
+}
+
+
+class KFO(nn.Module):
+    """A learned update that turns gradients into updates; at the start U(g) = g in every setting: plain gradient descent.
+
+    Without hidden layers U(g) = R^T g L, with psd R^T R g L^T L, plus the bias term. With `hidden_layers` = h,
+    U(g) = g + K_{h+1}(act(K_h(... act(K_1(g))))), each K a Kronecker layer; the last one starts as the zero map and has no psd.
+
+    It meets the contract of learn2learn's ParameterUpdate: it can be its GBML's update, and be cloned by its clone_module.
+
+    Args:
+        parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`. Biases, linear and
+            convolution weights (1, 2 or 4 dimensions); their order is the order of every list in this class.
+        psd: take R^T R and L^T L in place of R and L (both reference implementations do).
+        bias: add a learned term per parameter, shared by the B matrices of a convolution.
+        hidden_layers: Kronecker layers before the last one, with an activation after each.
+        activation: between layers: tanh, relu, sigmoid, gelu, softplus or any elementwise function.
+        backend: see `kfo_ext.transform.transform`.
+
+    Raises:
+        ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or backend.
+        TypeError: an entry that is no tensor, or parameters that are not floating point of one dtype.
+
+    Source: paper, equations 21, 22 and 26, appendix C. The residual form, tanh and the start are this package's choice:
+    the paper gives none.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor | tuple[str, Tensor]],
+        *,
+        psd: bool = True,
+        bias: bool = False,
+        hidden_layers: int = 0,
+        activation: str | Callable[[Tensor], Tensor] = "tanh",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        named = name_parameters(parameters)
+        self.problems = Problems.of(named)
+        _check_alike(named)
+        if isinstance(hidden_layers, bool) or not isinstance(hidden_layers, int) or hidden_layers < 0:
+            raise ValueError(f"hidden_layers: expected an integer of at least 0, got {hidden_layers!r}")
+        if not callable(activation) and activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.psd = bool(psd)
+        self.has_bias = bool(bias)
+        self.activation = activation
+        self.layers = nn.ModuleList(
+            KroneckerLayer(
+                self.problems,
+                psd=self.psd and (hidden_layers == 0 or i < hidden_layers),
+                bias=self.has_bias,
+                zero=hidden_layers > 0 and i == hidden_layers,
+                like=named[0][1].detach(),
+                backend=backend,
+            )
+            for i in range(hidden_layers + 1)
+        )
+
+    @property
+    def phi(self) -> Phi:
+        """All packed meta-parameters, (1, n) each: R, L (and bias) of each layer, in order."""
+        return tuple(tensor for layer in self.layers for tensor in layer.phi)
+
+    def rule(self, phi: Phi, G: Tensor) -> Tensor:
+        """U(g), a pure function of packed tensors: differentiate it by either argument.
+
+        Args:
+            phi: as `self.phi`, with (tasks or 1, n) rows.
+            G: (tasks, n), packed gradients.
+
+        Returns:
+            (tasks, n), packed updates.
+        """
+        width = len(phi) // len(self.layers)
+        activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
+        hidden = G
+        for i, layer in enumerate(self.layers):
+            hidden = layer.rule(phi[i * width : (i + 1) * width], activation(hidden) if i else hidden)
+        return hidden if len(self.layers) == 1 else G + hidden
+
+    def transform(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The updates of a list of gradients, one per parameter, None where the gradient is None.
+
+        Args:
+            grads: tensors of the parameters' shapes, or all of them with one leading task dimension.
+
+        Raises:
+            ValueError: another length, a shape, task dimension or device that does not fit.
+            TypeError: a dtype other than the factors'.
+        """
+        grads = list(grads)
+        packing = self.problems.packing
+        rows = packing.tasks(grads, "grads")
+        present = next((grad for grad in grads if grad is not None), None)
+        if present is None:
+            return [None] * len(grads)
+        factor = self.layers[0].R
+        if present.dtype != factor.dtype and not torch.is_autocast_enabled(present.device.type):
+            raise TypeError(f"grads: expected {factor.dtype} as the factors have, got {present.dtype}")
+        if present.device != factor.device:
+            raise ValueError(f"grads: expected device {factor.device} as the factors have, got {present.device}")
+        updates = packing.unpack(self.rule(self.phi, packing.pack(grads, "grads")), batched=rows is not None)
+        return [None if grad is None else update for grad, update in zip(grads, updates)]
+
+    def forward(
+        self,
+        loss: Tensor,
+        parameters: Iterable[Tensor],
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+    ) -> list[Tensor | None]:
+        """Differentiates `loss` by `parameters` and returns their updates, None where there is no gradient.
+
+        Args:
+            loss: (), the loss.
+            parameters: the tensors to update, in the order given to the constructor.
+            create_graph: keep the graph of the gradients, for second-order meta-gradients.
+            retain_graph: keep the loss's graph; as `create_graph` by default.
+            allow_unused: parameters the loss does not depend on get None.
+            allow_nograd: parameters that do not require a gradient get None.
+
+        Raises:
+            ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; a frozen or unused
+                parameter without its flag.
+        """
+        grads = gradients(
+            loss,
+            list(parameters),
+            self.problems.packing,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=allow_unused,
+            allow_nograd=allow_nograd,
+        )
+        return self.transform(grads)
+
+    def factors(self, layer: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """One (R (p, p), L (q, q)) pair of views per parameter, read from the module as it is now.
+
+        Args:
+            layer: which Kronecker layer, 0 is the one next to the gradient.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer: expected 0 to {len(self.layers) - 1}, got {layer}")
+        return self.layers[layer].factors()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the factors were made for, kept in the state_dict."""
+        return {
+            "names": list(self.problems.packing.names),
+            "shapes": [list(shape) for shape in self.problems.packing.shapes],
+            "psd": self.psd,
+            "bias": self.has_bias,
+            "layers": len(self.layers),
+            "activation": self.activation if isinstance(self.activation, str) else "custom",
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: `_load_from_state_dict` has compared the state already."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # Before any factor is copied, so that a refused state leaves the module as it was.
+        self._check_state(state_dict.get(prefix + "_extra_state"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_state(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
+        mine = self.get_extra_state()
+        if len(state["names"]) != len(mine["names"]):
+            raise ValueError(f"state_dict: expected factors of {len(mine['names'])} parameters, got {len(state['names'])}")
+        for name, shape, other_name, other_shape in zip(mine["names"], mine["shapes"], state["names"], state["shapes"]):
+            if shape != list(other_shape):
+                raise ValueError(
+                    f"state_dict: expected factors for parameter {name!r} of shape {tuple(shape)}, "
+                    f"got factors made for {other_name!r} of shape {tuple(other_shape)}"
+                )
+        for option in ("psd", "bias", "layers", "activation"):
+            if state[option] != mine[option]:
+                raise ValueError(f"state_dict: expected factors with {option}={mine[option]!r}, got {option}={state[option]!r}")
+
+    def extra_repr(self) -> str:
+        return f"parameters={len(self.problems)}, psd={self.psd}, bias={self.has_bias}"
+
+
+def _check_alike(named: list[tuple[str, Tensor]]) -> None:
+    first_name, first = named[0]
+    for name, tensor in named:
+        if not tensor.is_floating_point():
+            raise TypeError(f"parameter {name!r}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"parameter {name!r}: expected {first.dtype} as {first_name!r} has, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"parameter {name!r}: expected device {first.device} as {first_name!r} has, got {tensor.device}")

@@ -1,0 +1,76 @@
+"""One Kronecker layer: packed factors for a whole group of parameters, and the map they make of packed gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kfo_ext.transform import Problems, transform
+
+# The packed meta-parameters of a layer, in this order: R, L and, where the layer has one, the bias.
+Phi = tuple[Tensor, ...]
+
+
+class KroneckerLayer(nn.Module):
+    """K(g) = R^T g L (+ bias), or with psd R^T R g L^T L (+ bias), for every parameter of a group.
+
+    Args:
+        problems: the group.
+        psd: take R^T R and L^T L in place of R and L, so that the map is symmetric positive semi-definite.
+        bias: learn a (p, q) term per parameter, broadcast over B; it starts at 0.
+        zero: start R at 0 in place of the identity, so that the layer starts as the zero map (and still learns: L is the identity).
+        like: a tensor that gives dtype and device.
+        backend: see `kfo_ext.transform.transform`.
+
+    Source: paper, appendix C.1; learn2learn's KroneckerTransform is psd by default.
+    """
+
+    def __init__(self, problems: Problems, *, psd: bool, bias: bool, zero: bool, like: Tensor, backend: str) -> None:
+        super().__init__()
+        self.problems = problems
+        self.psd = psd
+        self.backend = backend
+        options = {"dtype": like.dtype, "device": like.device}
+        eye_R = problems.R.pack([torch.eye(p, **options) for _, p, _ in problems.shapes])
+        eye_L = problems.L.pack([torch.eye(q, **options) for _, _, q in problems.shapes])
+        self.R = nn.Parameter(torch.zeros_like(eye_R) if zero else eye_R)
+        self.L = nn.Parameter(eye_L)
+        self.bias = nn.Parameter(torch.zeros((1, problems.bias.numel), **options)) if bias else None
+        # Where element (i, j) of each factor finds (j, i) in the packed row.
+        self.register_buffer("transpose_R", _transposition([p for _, p, _ in problems.shapes], like.device), persistent=False)
+        self.register_buffer("transpose_L", _transposition([q for _, _, q in problems.shapes], like.device), persistent=False)
+
+    @property
+    def phi(self) -> Phi:
+        """The layer's packed meta-parameters, one row each."""
+        return (self.R, self.L) if self.bias is None else (self.R, self.L, self.bias)
+
+    def rule(self, phi: Phi, G: Tensor) -> Tensor:
+        """K(g) with the given meta-parameters, (tasks or 1, n) each, in place of the layer's own; G: (tasks, n)."""
+        R, L, *bias = phi
+        H = G
+        if self.psd:
+            # R^T R G L^T L = R^T (R G L^T) L: two chained transforms with tied factors, no product of factors is formed.
+            H = transform(
+                R.index_select(1, self.transpose_R), G, L.index_select(1, self.transpose_L), self.problems, backend=self.backend
+            )
+        return transform(R, H, L, self.problems, bias=bias[0] if bias else None, backend=self.backend)
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """One (R (p, p), L (q, q)) pair of views per parameter; in-place changes under no_grad show in the layer."""
+        pairs = []
+        offset_R = offset_L = 0
+        for _, p, q in self.problems.shapes:
+            # Views one by one: torch forbids in-place changes of what split returns.
+            pairs.append((self.R[0].narrow(0, offset_R, p * p).view(p, p), self.L[0].narrow(0, offset_L, q * q).view(q, q)))
+            offset_R += p * p
+            offset_L += q * q
+        return pairs
+
+
+def _transposition(sizes: list[int], device: torch.device) -> Tensor:
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size * size)
+    pieces = [torch.arange(size * size).view(size, size).T.reshape(-1) + offset for size, offset in zip(sizes, offsets)]
+    return torch.cat(pieces).to(device)
