@@ -146,12 +146,14 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
     return Transform, TransformBackward, TransformDoubleBackward
 
 
-def _kernel(overload: torch._ops.OpOverload, function: type[Function], tensors: int) -> Callable:
+def _kernel(overload: torch._ops.OpOverload, function: type[Function]) -> Callable:
     """The kernel under the Autograd key: differentiates by `function`, and refuses what it has no rule for."""
+    count = len(overload._schema.arguments)
 
     def kernel(keyset, *arguments):
-        operands = [argument for argument in arguments[:tensors] if argument is not None]
-        operands += [argument for argument in arguments[tensors:] if isinstance(argument, Tensor)]
+        # The dispatcher leaves out trailing arguments that have their default, here always None.
+        arguments += (None,) * (count - len(arguments))
+        operands = [argument for argument in arguments if isinstance(argument, Tensor)]
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
                 f"{overload.name()} has no rule for torch.func transforms: call kfo_ext.transform.transform, which runs plain torch there"
@@ -191,9 +193,9 @@ def register(library: torch.library.Library, suffix: str = "") -> Family:
     """
     names = [f"transform{suffix}", f"transform_backward{suffix}", f"transform_double_backward{suffix}"]
     family = Family(*(getattr(torch.ops.kfo_ext, name).default for name in names))
-    for name, overload, function, fake, tensors in zip(names, family, _functions(family), _fakes(), (3, 4, 7)):
+    for name, overload, function, fake in zip(names, family, _functions(family), _fakes()):
         torch.library.register_fake(f"kfo_ext::{name}", fake, lib=library)
-        library.impl(name, _kernel(overload, function, tensors), "Autograd", with_keyset=True)
+        library.impl(name, _kernel(overload, function), "Autograd", with_keyset=True)
         for device in ("cpu", "cuda"):
             torch.library.register_autocast(f"kfo_ext::{name}", device, torch.float32, lib=library)
     return family

@@ -84,6 +84,12 @@ def cpu_isa() -> str:
     return function().decode()
 
 
+def supported_isas() -> list[str]:
+    """The instruction sets this machine can run, best first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ["avx512", "avx2", "baseline"][{"AVX512": 0, "AVX2": 1}.get(capability, 2) :]
+
+
 def status() -> dict[str, tuple[bool, str]]:
     """Per backend, whether it runs here and the reason or the detail."""
     return {"reference": (True, f"torch {torch.__version__}"), **_status}

@@ -94,7 +94,7 @@ def transform(
     """
     operands = {"G": G, "R": R, "L": L} | ({} if bias is None else {"bias": bias})
     device = G.device.type if isinstance(G, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             wide = {name: X if X.dtype == torch.float64 else X.float() for name, X in operands.items()}
             return transform(wide["R"], wide["G"], wide["L"], problems, bias=wide.get("bias"), backend=backend)

@@ -1,0 +1,19 @@
+"""Settings of the whole suite: one thread unless a test asks for more, and NaN in uninitialised memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    """Seeds torch, and fills what torch.empty returns with NaN, so that an element never written is seen."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.set_num_threads(threads)

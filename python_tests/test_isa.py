@@ -1,0 +1,39 @@
+"""Every instruction set's CPU kernels pass the operators' tests; each set is chosen at load, hence a process each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kfo_ext.transform import native
+
+TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+
+
+def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], env={**os.environ, "KFO_CPU_ISA": isa}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_each_isa(isa):
+    if isa not in native.supported_isas():
+        pytest.skip(f"this machine has no {isa}")
+    if isa == native.cpu_isa():
+        pytest.skip("the isa in use: test_transform.py runs it")
+    done = _run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "test_transform.py"))
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_an_unknown_isa_is_refused():
+    done = _run("avx1024", "-c", "import torch, kfo_ext; kfo_ext.transform(*(torch.ones(1, 1),) * 3, kfo_ext.Problems([(1, 1, 1)]))")
+    assert done.returncode != 0
+    assert "KFO_CPU_ISA" in done.stderr
+    assert "avx1024" in done.stderr

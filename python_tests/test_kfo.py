@@ -1,0 +1,314 @@
+"""KFO: starts as gradient descent, matches explicit formulas, drops into learn2learn-style loops, saves and refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kfo_ext import KFO
+from kfo_ext.updates.kfo import ACTIVATIONS
+
+DTYPE = torch.float64
+SETTINGS = [
+    {"psd": psd, "bias": bias, "hidden_layers": hidden, "activation": activation}
+    for psd in (False, True)
+    for bias in (False, True)
+    for hidden, activation in ((0, "tanh"), (1, "tanh"), (2, "relu"))
+]
+
+
+def network() -> nn.Module:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, (2, 3))
+            self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+            self.head = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.norm(self.conv(x))).mean((2, 3)))
+
+    return Net().to(DTYPE)
+
+
+def randomise(module: nn.Module, scale: float = 0.3) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module
+
+
+def network_loss(model: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 2, 4, 5, generator=generator, dtype=DTYPE)
+    return nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 3, 0]))
+
+
+def random_grads(model: nn.Module, tasks: int | None = None) -> list[torch.Tensor]:
+    lead = () if tasks is None else (tasks,)
+    return [torch.randn(lead + parameter.shape, dtype=DTYPE) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_starts_as_gradient_descent(setting):
+    model = network()
+    grads = random_grads(model)
+    for update, grad in zip(KFO(model.parameters(), **setting).transform(grads), grads):
+        torch.testing.assert_close(update, grad, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_learns_from_its_start(setting):
+    """No dead saddle: after one step on a random loss, every kind of factor has a gradient."""
+    model = network()
+    kfo = KFO(model.parameters(), **setting)
+    target = random_grads(model)
+    optimizer = torch.optim.Adam(kfo.parameters(), lr=0.01)
+    grads = random_grads(model)
+
+    def loss() -> torch.Tensor:
+        return sum(((u - t) ** 2).sum() for u, t in zip(kfo.transform(grads), target))
+
+    start = loss()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss() < start
+    optimizer.zero_grad()
+    loss().backward()
+    for name, parameter in kfo.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def explicit(kfo: KFO, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """U(g) per parameter, with torch.kron for every B matrix: row-major vec(R^T g L) = kron(R^T, L^T) vec(g)."""
+    activation = kfo.activation if callable(kfo.activation) else ACTIVATIONS[kfo.activation]
+    updates = []
+    for i, (grad, (B, p, q)) in enumerate(zip(grads, kfo.problems.shapes)):
+        hidden = grad.reshape(B, p * q)
+        for depth, layer in enumerate(kfo.layers):
+            R, L = kfo.factors(depth)[i]
+            if layer.psd:
+                R, L = R.T @ R, L.T @ L
+            hidden = (activation(hidden) if depth else hidden) @ torch.kron(R.T.contiguous(), L.T.contiguous()).T
+            if layer.bias is not None:
+                offset = sum(b * c for _, b, c in kfo.problems.shapes[:i])
+                hidden = hidden + layer.bias[0, offset : offset + p * q]
+        updates.append((hidden if len(kfo.layers) == 1 else grad.reshape(B, p * q) + hidden).reshape(grad.shape))
+    return updates
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_equals_explicit_kronecker_products(setting):
+    model = network()
+    kfo = randomise(KFO(model.named_parameters(), **setting))
+    grads = random_grads(model)
+    for update, expected in zip(kfo.transform(grads), explicit(kfo, grads)):
+        torch.testing.assert_close(update, expected)
+
+
+@pytest.mark.parametrize("setting", SETTINGS[::3], ids=str)
+def test_tasks_are_independent(setting):
+    model = network()
+    kfo = randomise(KFO(model.parameters(), **setting))
+    grads = random_grads(model, tasks=3)
+    updates = kfo.transform(grads)
+    for task in range(3):
+        for update, alone in zip(updates, kfo.transform([grad[task] for grad in grads])):
+            torch.testing.assert_close(update[task], alone)
+
+
+def test_custom_activation():
+    model = network()
+    kfo = randomise(KFO(model.parameters(), hidden_layers=1, activation=torch.sin))
+    grads = random_grads(model)
+    for update, expected in zip(kfo.transform(grads), explicit(kfo, grads)):
+        torch.testing.assert_close(update, expected)
+
+
+def test_no_gradient_no_update():
+    model = network()
+    kfo = randomise(KFO(model.parameters(), bias=True, hidden_layers=1))
+    grads = random_grads(model)
+    full = kfo.transform(grads)
+    grads[1] = None
+    for i, (update, expected) in enumerate(zip(kfo.transform(grads), full)):
+        if i == 1:
+            assert update is None
+        else:
+            torch.testing.assert_close(update, expected)
+    assert kfo.transform([None] * 6) == [None] * 6
+
+
+def test_forward_differentiates_and_transforms():
+    model = network()
+    kfo = randomise(KFO(model.named_parameters()))
+    grads = torch.autograd.grad(network_loss(model), list(model.parameters()))
+    for update, expected in zip(kfo(network_loss(model), model.parameters()), kfo.transform(grads)):
+        assert torch.equal(update, expected)
+
+
+def test_second_order_through_forward():
+    model = network()
+    kfo = randomise(KFO(model.named_parameters()))
+    updates = kfo(network_loss(model), model.parameters(), create_graph=True)
+    wanted = [*model.parameters(), *kfo.parameters()]
+    grads = torch.autograd.grad(sum((u**2).sum() for u in updates), wanted)
+    first = torch.autograd.grad(network_loss(model), list(model.parameters()), create_graph=True)
+    expected = torch.autograd.grad(sum((u**2).sum() for u in explicit(kfo, first)), wanted)
+    for grad, other in zip(grads, expected):
+        torch.testing.assert_close(grad, other)
+
+
+def test_unused_and_frozen_parameters_are_named():
+    model = network()
+    model.spare = nn.Linear(2, 2).to(DTYPE)
+    kfo = KFO(model.named_parameters())
+    with pytest.raises(ValueError, match=r"'spare\.weight'.*allow_unused=True"):
+        kfo(network_loss(model), model.parameters())
+    assert kfo(network_loss(model), model.parameters(), allow_unused=True)[-2:] == [None, None]
+    model.spare.requires_grad_(False)
+    model.conv.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'conv\.weight'.*allow_nograd=True"):
+        kfo(network_loss(model), model.parameters())
+    updates = kfo(network_loss(model), model.parameters(), allow_nograd=True)
+    assert [update is None for update in updates] == [True, False, False, False, False, False, True, True]
+
+
+def test_bad_losses():
+    model = network()
+    kfo = KFO(model.parameters())
+    with pytest.raises(ValueError, match="loss: expected a scalar"):
+        kfo(torch.ones(2, requires_grad=True), model.parameters())
+    with pytest.raises(ValueError, match="loss: does not depend on any parameter"):
+        kfo(torch.ones(()), model.parameters())
+    with pytest.raises(TypeError, match="loss: expected a tensor, got float"):
+        kfo(1.0, model.parameters())
+    with pytest.raises(ValueError, match="parameters: expected 6"):
+        kfo(network_loss(model), list(model.parameters())[1:])
+    with pytest.raises(ValueError, match=r"parameters\['0'\]: expected shape"):
+        kfo(network_loss(model), list(model.parameters())[::-1])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: [torch.ones(2, 3, 4)], ValueError, r"parameter '0': expected 1 .*, got 3: \(2, 3, 4\)"),
+        (lambda: [("deep", torch.ones(1, 2, 1, 1, 1))], ValueError, "parameter 'deep': expected 1 .*, got 5"),
+        (lambda: [torch.ones(())], ValueError, "parameter '0': .*got 0"),
+        (lambda: [torch.ones(0, 3)], ValueError, "at least one element"),
+        (lambda: [], ValueError, "at least one parameter"),
+        (lambda: [3.0], TypeError, r"parameters\[0\]: expected a tensor"),
+        (lambda: torch.ones(3), TypeError, "parameters: expected an iterable"),
+        (lambda: [("a", torch.ones(1)), ("a", torch.ones(1))], ValueError, "'a' occurs twice"),
+        (lambda: [torch.ones(2), torch.ones(2).double()], TypeError, "parameter '1': expected torch.float32"),
+        (lambda: [torch.ones(2), torch.ones(2, device="meta")], ValueError, "parameter '1': expected device cpu"),
+        (lambda: [torch.ones(2, dtype=torch.int64)], TypeError, "parameter '0': expected a floating-point"),
+    ],
+    ids=str,
+)
+def test_bad_parameters(make, error, message):
+    with pytest.raises(error, match=message):
+        KFO(make())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"hidden_layers": -1}, "hidden_layers: expected an integer of at least 0, got -1"),
+        ({"hidden_layers": 1.5}, "hidden_layers"),
+        ({"activation": "swoosh"}, "activation: expected a function or one of tanh"),
+        ({"backend": "fpga"}, "backend: expected one of auto"),
+    ],
+    ids=str,
+)
+def test_bad_options(option, message):
+    with pytest.raises(ValueError, match=message):
+        KFO([torch.ones(2)], **option)
+
+
+def test_bad_gradients():
+    model = network()
+    kfo = KFO(model.named_parameters())
+    good = random_grads(model)
+    with pytest.raises(ValueError, match="grads: expected 6 tensors, one per parameter, got 5"):
+        kfo.transform(good[:5])
+    with pytest.raises(ValueError, match=r"grads\['conv.weight'\]: expected shape \(3, 2, 2, 3\)"):
+        kfo.transform([good[0][:1], *good[1:]])
+    with pytest.raises(ValueError, match=r"grads\['conv.bias'\]: expected the task dimension"):
+        kfo.transform([good[0][None], *good[1:]])
+    with pytest.raises(TypeError, match="grads: expected torch.float64 as the factors have, got torch.float32"):
+        kfo.transform([grad.float() for grad in good])
+    with pytest.raises(TypeError, match=r"grads\['conv.bias'\]: expected torch.float64"):
+        kfo.transform([good[0], good[1].float(), *good[2:]])
+    with pytest.raises(ValueError, match="grads: expected device cpu"):
+        kfo.transform([grad.to("meta") for grad in good])
+    with pytest.raises(TypeError, match=r"grads\['conv.weight'\]: expected a tensor or None, got list"):
+        kfo.transform([[1.0], *good[1:]])
+
+
+def test_factors_are_live_views():
+    model = network()
+    kfo = KFO(model.named_parameters(), hidden_layers=1)
+    for layer in range(2):
+        pairs = kfo.factors(layer)
+        assert [(tuple(R.shape), tuple(L.shape)) for R, L in pairs] == [((p, p), (q, q)) for _, p, q in kfo.problems.shapes]
+    assert all(torch.equal(R, torch.eye(len(R), dtype=DTYPE)) and torch.equal(L, torch.eye(len(L), dtype=DTYPE)) for R, L in kfo.factors())
+    assert all(not R.any() for R, _ in kfo.factors(1))
+    with torch.no_grad():
+        kfo.factors()[2][0].fill_(7)
+    assert torch.equal(kfo.factors()[2][0], torch.full((3, 3), 7, dtype=DTYPE))
+    with pytest.raises(ValueError, match="layer: expected 0 to 1, got 2"):
+        kfo.factors(2)
+
+
+def test_state_dict_round_trip(tmp_path):
+    kfo = randomise(KFO(network().named_parameters(), bias=True, hidden_layers=1))
+    torch.save(kfo.state_dict(), tmp_path / "kfo.pt")
+    other = KFO(network().named_parameters(), bias=True, hidden_layers=1)
+    other.load_state_dict(torch.load(tmp_path / "kfo.pt", weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(kfo.parameters(), other.parameters()))
+
+
+def test_state_dict_of_other_shapes_is_refused_before_anything_is_copied():
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, (2, 3))
+            self.norm = nn.BatchNorm2d(3)
+            self.head = nn.Linear(4, 3)
+
+    kfo = randomise(KFO(network().named_parameters()))
+    other = KFO(Swapped().to(DTYPE).named_parameters())
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"parameter 'head.weight' of shape \(3, 4\).*\(4, 3\)"):
+        other.load_state_dict(kfo.state_dict())
+    assert all(torch.equal(other.state_dict()[key], before[key]) for key in before if torch.is_tensor(before[key]))
+    with pytest.raises(ValueError, match="expected factors of 2 parameters, got 6"):
+        KFO(list(network().parameters())[:2]).load_state_dict(kfo.state_dict())
+    with pytest.raises(ValueError, match="psd=False, got psd=True"):
+        KFO(network().parameters(), psd=False).load_state_dict(kfo.state_dict())
+
+
+def test_nested_state_dict_is_checked_too():
+    class Holder(nn.Module):
+        def __init__(self, **options) -> None:
+            super().__init__()
+            self.kfo = KFO(network().named_parameters(), **options)
+
+    with pytest.raises(ValueError, match="bias"):
+        Holder(bias=True).load_state_dict(Holder().state_dict())
+
+
+def test_moves_and_copies_like_any_module():
+    kfo = randomise(KFO(network().named_parameters()))
+    grads = random_grads(network())
+    for other in (copy.deepcopy(kfo), kfo.float().double()):
+        for a, b in zip(other.transform(grads), kfo.transform(grads)):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert "parameters=6" in repr(kfo)
+
