@@ -1,10 +1,8 @@
-// The host-side plan of a group: where each problem lies in the packed rows, and how its work is cut into chunks.
+// A group of Kronecker problems: where each lies in the packed rows, and what its orders cost in operations and bytes.
 // No torch and no Python here: kernels, the pybind11 module, tests and benchmarks all read this one definition.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,18 +21,14 @@ struct Group {
   int64_t R = 0, G = 0, L = 0, bias = 0;
 };
 
-// Rows [begin, end) of B of one problem of one task: the unit of parallel work.
-struct Chunk {
-  int64_t problem, task, begin, end;
-};
-
 enum class Order { forward = 1, backward = 2, double_backward = 3 };
 
 inline std::string shape_text(const std::vector<int64_t>& shapes) {
   std::string text = "[";
   for (size_t i = 0; i + 2 < shapes.size(); i += 3) {
     if (i) text += ", ";
-    text += "(" + std::to_string(shapes[i]) + ", " + std::to_string(shapes[i + 1]) + ", " + std::to_string(shapes[i + 2]) + ")";
+    text += "(" + std::to_string(shapes[i]) + ", " + std::to_string(shapes[i + 1]) + ", " +
+            std::to_string(shapes[i + 2]) + ")";
   }
   return text + "]";
 }
@@ -110,22 +104,6 @@ inline double bytes(const Group& group, int64_t tasks, int64_t factor_rows, int6
       return (5 * matrices + 3 * factors) * static_cast<double>(element_size);
   }
   throw std::invalid_argument("order: expected forward, backward or double_backward");
-}
-
-// Cuts every (task, problem) into chunks of rows of B of about `target` operations each, problem-major so that the partial
-// sums of one factor lie next to each other. Depends on shapes and tasks only, never on the number of threads: the order of
-// every sum, and so every bit of the result, is the same on any number of them.
-inline std::vector<Chunk> make_chunks(const Group& group, int64_t tasks, Order order, double target) {
-  std::vector<Chunk> chunks;
-  for (size_t i = 0; i < group.problems.size(); ++i) {
-    const Problem& problem = group.problems[i];
-    const double total = static_cast<double>(problem.B) * flops_per_matrix(problem, order);
-    const int64_t parts = std::clamp<int64_t>(static_cast<int64_t>(total / target), 1, problem.B);
-    for (int64_t task = 0; task < tasks; ++task)
-      for (int64_t part = 0; part < parts; ++part)
-        chunks.push_back({static_cast<int64_t>(i), task, problem.B * part / parts, problem.B * (part + 1) / parts});
-  }
-  return chunks;
 }
 
 }  // namespace kfo

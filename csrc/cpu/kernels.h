@@ -1,0 +1,54 @@
+// What a kernel is asked to do, and the kernels compiled for each instruction set. No torch here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kfo::cpu {
+
+// The matrices of one problem in a packed operand: row r of B is data + (r / B) * task_stride + (r % B) * p * q, so that
+// rows may run on over the tasks where these share their factors. Null data: the operand is absent, or not wanted.
+template <class T>
+struct Matrices {
+  T* data = nullptr;
+  int64_t task_stride = 0;
+};
+
+// One chunk of one problem. Gradients of factors are written, not added to.
+template <class T>
+struct Job {
+  int64_t B = 0, p = 0, q = 0;
+  int64_t begin = 0, end = 0;
+  const T *R = nullptr, *L = nullptr, *ddR = nullptr, *ddL = nullptr;
+  Matrices<const T> G, dY, ddG;
+  Matrices<const T> bias;  // p * q elements a task
+  Matrices<T> Y, dG, ddY;
+  T *dR = nullptr, *dL = nullptr;
+};
+
+template <class T>
+struct Kernels {
+  void (*forward)(const Job<T>&);
+  void (*backward)(const Job<T>&);
+  void (*double_backward)(const Job<T>&);
+};
+
+struct Isa {
+  const char* name;
+  Kernels<float> float32;
+  Kernels<double> float64;
+
+  template <class T>
+  const Kernels<T>& kernels() const {
+    if constexpr (sizeof(T) == sizeof(float)) return float32;
+    else return float64;
+  }
+};
+
+// kernels.cpp is compiled once for each of these.
+extern const Isa kAvx512, kAvx2, kBaseline;
+
+// Working memory of the calling thread, 64-byte aligned, valid until its next call.
+void* scratch(size_t bytes);
+
+}  // namespace kfo::cpu

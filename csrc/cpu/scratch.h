@@ -1,0 +1,45 @@
+// Working memory that a thread keeps between calls, because fresh pages cost more than the arithmetic they serve.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace kfo::cpu {
+
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(memory_); }
+
+  // At least `bytes`, 64-byte aligned; what it held before is lost.
+  void* reserve(size_t bytes) {
+    if (bytes > size_) {
+      release();
+      const size_t rounded = (bytes + 63) / 64 * 64;
+      memory_ = std::aligned_alloc(64, rounded);
+      if (!memory_) throw std::bad_alloc();
+      size_ = rounded;
+    }
+    return memory_;
+  }
+
+  // Gives the memory back when it is more than a thread should hold on to.
+  void trim(size_t keep) {
+    if (size_ > keep) release();
+  }
+
+ private:
+  void release() {
+    std::free(memory_);
+    memory_ = nullptr;
+    size_ = 0;
+  }
+
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace kfo::cpu

@@ -1,0 +1,236 @@
+// The three ops on the CPU: checks, outputs, chunks over threads, and their registration.
+#include <algorithm>
+#include <atomic>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "isa.h"
+#include "schedule.h"
+#include "scratch.h"
+
+namespace kfo::cpu {
+
+namespace {
+
+constexpr size_t kKeptBytes = size_t{4} << 20;
+constexpr double kParallelFlops = 4e5;       // below, starting the threads costs more than they save
+constexpr int64_t kParallelSums = 1 << 16;  // elements
+
+thread_local Scratch chunk_memory;
+thread_local Scratch partial_memory;
+
+// Operands and results of a call as bare pointers. Null data: absent, or not wanted.
+template <class T>
+struct Call {
+  Packed<T> R, G, L, bias, dY, ddR, ddG, ddL;
+  T *Y = nullptr, *dG = nullptr, *ddY = nullptr;
+  T *dR = nullptr, *dL = nullptr;
+  int64_t dR_stride = 0, dL_stride = 0;
+};
+
+template <class T>
+Job<T> job_of(const Call<T>& call, const Schedule& schedule, const Chunk& chunk, T* partials) {
+  const Problem& problem = schedule.group.problems[static_cast<size_t>(chunk.problem)];
+  const auto row = [&](const Packed<T>& operand, int64_t offset) -> const T* {
+    return operand.data ? operand.data + chunk.task * operand.stride + offset : nullptr;
+  };
+  const auto matrices = [&](const Packed<T>& operand, int64_t offset) -> Matrices<const T> {
+    return {row(operand, offset), operand.stride};
+  };
+  const auto result = [&](T* data) -> Matrices<T> {
+    const int64_t stride = schedule.group.G;
+    return {data ? data + chunk.task * stride + problem.G : nullptr, stride};
+  };
+  const auto gradient = [&](T* data, int64_t stride, int64_t offset, int64_t partial) -> T* {
+    if (!data) return nullptr;
+    return partial >= 0 ? partials + partial : data + chunk.task * stride + offset;
+  };
+  Job<T> job;
+  job.B = problem.B, job.p = problem.p, job.q = problem.q;
+  job.begin = chunk.begin, job.end = chunk.end;
+  job.R = row(call.R, problem.R), job.L = row(call.L, problem.L);
+  job.ddR = row(call.ddR, problem.R), job.ddL = row(call.ddL, problem.L);
+  job.G = matrices(call.G, problem.G), job.dY = matrices(call.dY, problem.G), job.ddG = matrices(call.ddG, problem.G);
+  job.bias = matrices(call.bias, problem.bias);
+  job.Y = result(call.Y), job.dG = result(call.dG), job.ddY = result(call.ddY);
+  job.dR = gradient(call.dR, call.dR_stride, problem.R, chunk.partial_R);
+  job.dL = gradient(call.dL, call.dL_stride, problem.L, chunk.partial_L);
+  return job;
+}
+
+template <class T>
+void run_chunks(const Call<T>& call, const Schedule& schedule, void (*kernel)(const Job<T>&), T* partials) {
+  const auto run_batch = [&](int64_t batch) {
+    const int64_t end = schedule.batches[static_cast<size_t>(batch + 1)];
+    for (int64_t i = schedule.batches[static_cast<size_t>(batch)]; i < end; ++i)
+      kernel(job_of(call, schedule, schedule.chunks[static_cast<size_t>(i)], partials));
+  };
+  const auto batches = static_cast<int64_t>(schedule.batches.size()) - 1;
+  if (schedule.flops < kParallelFlops) {
+    for (int64_t i = 0; i < batches; ++i) run_batch(i);
+  } else {
+    // Whoever is free takes the next batch: what a chunk computes does not depend on who computes it.
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, batches, 1, [&](int64_t, int64_t) {
+      for (int64_t i = next++; i < batches; i = next++) run_batch(i);
+      chunk_memory.trim(kKeptBytes);
+    });
+  }
+  chunk_memory.trim(kKeptBytes);
+}
+
+template <class T>
+void add_partials(const Call<T>& call, const Schedule& schedule, const T* partials) {
+  constexpr int64_t kSlice = 4096;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Sum& sum = schedule.sums[static_cast<size_t>(i)];
+      const Problem& problem = schedule.group.problems[static_cast<size_t>(sum.problem)];
+      T* out = sum.left ? call.dR : call.dL;
+      if (!out) continue;
+      out += sum.left ? sum.task * call.dR_stride + problem.R : sum.task * call.dL_stride + problem.L;
+      for (int64_t first = 0; first < sum.elements; first += kSlice) {
+        const int64_t last = std::min(first + kSlice, sum.elements);
+        const T* part = partials + sum.first;
+        std::copy(part + first, part + last, out + first);
+        for (int64_t k = 1; k < sum.count; ++k) {
+          part += sum.elements;
+          for (int64_t n = first; n < last; ++n) out[n] += part[n];
+        }
+      }
+    }
+  };
+  const auto sums = static_cast<int64_t>(schedule.sums.size());
+  if (schedule.partials < kParallelSums) run(0, sums);
+  else torch::stable::parallel_for(0, sums, 1, run);
+}
+
+template <class T>
+void execute(const Call<T>& call, const Schedule& schedule, void (*kernel)(const Job<T>&)) {
+  T* partials = nullptr;
+  const bool sums = schedule.partials > 0 && (call.dR || call.dL);
+  if (sums) partials = static_cast<T*>(partial_memory.reserve(static_cast<size_t>(schedule.partials) * sizeof(T)));
+  run_chunks(call, schedule, kernel, partials);
+  if (sums) add_partials(call, schedule, partials);
+  partial_memory.trim(kKeptBytes);
+}
+
+// A new (rows, columns) tensor, or one of shape (0,) where it is not needed.
+Tensor output(const Tensor& like, bool need, int64_t rows, int64_t columns) {
+  if (!need) return torch::stable::new_empty(like, {0});
+  return torch::stable::new_empty(like, {rows, columns});
+}
+
+// The same for the gradient of a factor, which is zero when it is shared by no tasks at all.
+Tensor gradient_output(const Tensor& factor, bool need, int64_t tasks) {
+  Tensor out = output(factor, need, factor.size(0), factor.size(1));
+  if (need && tasks == 0) torch::stable::zero_(out);
+  return out;
+}
+
+template <class T>
+T* written(const Tensor& tensor, bool need) {
+  return need ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+std::optional<Tensor> contiguous_rows_of(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(contiguous_rows(*tensor)) : std::nullopt;
+}
+
+template <class T>
+Packed<T> packed_of(const std::optional<Tensor>& tensor) {
+  return tensor ? packed<T>(*tensor) : Packed<T>{};
+}
+
+// Calls run(T{}) with the C++ type of the operands.
+template <class Run>
+void with_type(const Tensor& G, Run run) {
+  if (G.scalar_type() == ScalarType::Float) run(float{});
+  else run(double{});
+}
+
+// Before the checks: whatever is wrong with the number of dimensions, they will say it.
+int64_t rows_of(const Tensor& tensor) { return tensor.dim() > 0 ? tensor.size(0) : 0; }
+
+Tensor transform(const Tensor& R_, const Tensor& G_, const Tensor& L_, const std::vector<int64_t>& shapes,
+                 const std::optional<Tensor>& bias_) {
+  const Isa& instructions = isa();
+  const auto schedule = schedule_of(shapes, rows_of(G_), Order::forward, rows_of(R_) == 1, rows_of(L_) == 1);
+  const int64_t tasks = check_transform(schedule->group, shapes, R_, G_, L_, bias_);
+  const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_);
+  const std::optional<Tensor> bias = contiguous_rows_of(bias_);
+  Tensor Y = output(G, true, tasks, schedule->group.G);
+  with_type(G, [&](auto type) {
+    using T = decltype(type);
+    Call<T> call;
+    call.R = packed<T>(R), call.G = packed<T>(G), call.L = packed<T>(L), call.bias = packed_of<T>(bias);
+    call.Y = written<T>(Y, true);
+    execute(call, *schedule, instructions.kernels<T>().forward);
+  });
+  return Y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> transform_backward(const Tensor& R_, const Tensor& G_, const Tensor& L_,
+                                                      const Tensor& dY_, const std::vector<int64_t>& shapes,
+                                                      const std::vector<bool>& need) {
+  const Isa& instructions = isa();
+  const auto schedule = schedule_of(shapes, rows_of(G_), Order::backward, rows_of(R_) == 1, rows_of(L_) == 1);
+  const int64_t tasks = check_transform_backward(schedule->group, shapes, R_, G_, L_, dY_, need);
+  const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_), dY = contiguous_rows(dY_);
+  Tensor dR = gradient_output(R, need[0], tasks);
+  Tensor dG = output(G, need[1], tasks, schedule->group.G);
+  Tensor dL = gradient_output(L, need[2], tasks);
+  with_type(G, [&](auto type) {
+    using T = decltype(type);
+    Call<T> call;
+    call.R = packed<T>(R), call.G = packed<T>(G), call.L = packed<T>(L), call.dY = packed<T>(dY);
+    call.dR = written<T>(dR, need[0]), call.dG = written<T>(dG, need[1]), call.dL = written<T>(dL, need[2]);
+    call.dR_stride = schedule->group.R, call.dL_stride = schedule->group.L;
+    execute(call, *schedule, instructions.kernels<T>().backward);
+  });
+  return {dR, dG, dL};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(
+    const Tensor& R_, const Tensor& G_, const Tensor& L_, const Tensor& dY_, const std::optional<Tensor>& ddR_,
+    const std::optional<Tensor>& ddG_, const std::optional<Tensor>& ddL_, const std::vector<int64_t>& shapes,
+    const std::vector<bool>& need) {
+  const Isa& instructions = isa();
+  const auto schedule = schedule_of(shapes, rows_of(G_), Order::double_backward, rows_of(R_) == 1, rows_of(L_) == 1);
+  const int64_t tasks =
+      check_transform_double_backward(schedule->group, shapes, R_, G_, L_, dY_, ddR_, ddG_, ddL_, need);
+  const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_), dY = contiguous_rows(dY_);
+  const std::optional<Tensor> ddR = contiguous_rows_of(ddR_), ddG = contiguous_rows_of(ddG_),
+                              ddL = contiguous_rows_of(ddL_);
+  Tensor dR = gradient_output(R, need[0], tasks);
+  Tensor dG = output(G, need[1], tasks, schedule->group.G);
+  Tensor dL = gradient_output(L, need[2], tasks);
+  Tensor ddY = output(G, need[3], tasks, schedule->group.G);
+  with_type(G, [&](auto type) {
+    using T = decltype(type);
+    Call<T> call;
+    call.R = packed<T>(R), call.G = packed<T>(G), call.L = packed<T>(L), call.dY = packed<T>(dY);
+    call.ddR = packed_of<T>(ddR), call.ddG = packed_of<T>(ddG), call.ddL = packed_of<T>(ddL);
+    call.dR = written<T>(dR, need[0]), call.dG = written<T>(dG, need[1]), call.dL = written<T>(dL, need[2]);
+    call.ddY = written<T>(ddY, need[3]);
+    call.dR_stride = schedule->group.R, call.dL_stride = schedule->group.L;
+    execute(call, *schedule, instructions.kernels<T>().double_backward);
+  });
+  return {dR, dG, dL, ddY};
+}
+
+}  // namespace
+
+void* scratch(size_t bytes) { return chunk_memory.reserve(bytes); }
+
+}  // namespace kfo::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(kfo_ext, CPU, m) {
+  m.impl("transform", TORCH_BOX(&kfo::cpu::transform));
+  m.impl("transform_backward", TORCH_BOX(&kfo::cpu::transform_backward));
+  m.impl("transform_double_backward", TORCH_BOX(&kfo::cpu::transform_double_backward));
+}

@@ -1,0 +1,43 @@
+#include <tuple>
+
+#include "launch.h"
+#include "transform_double_backward.cuh"
+
+namespace kfo::cuda {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward_cuda(
+    const Tensor& R, const Tensor& G, const Tensor& L, const Tensor& dY, const std::optional<Tensor>& ddR,
+    const std::optional<Tensor>& ddG, const std::optional<Tensor>& ddL, const std::vector<int64_t>& shapes,
+    const std::vector<bool>& need) {
+  const Group group = make_group(shapes);
+  const int64_t tasks = check_transform_double_backward(group, shapes, R, G, L, dY, ddR, ddG, ddL, need);
+  const torch::stable::accelerator::DeviceGuard guard(G.get_device_index());
+  const Input in_R(R), in_G(G), in_L(L), in_dY(dY), in_ddR(ddR), in_ddG(ddG), in_ddL(ddL);
+  const Tensor dR = new_output(G, need[0], R.size(0), group.R);
+  const Tensor dG = new_output(G, need[1], tasks, group.G);
+  const Tensor dL = new_output(G, need[2], L.size(0), group.L);
+  const Tensor ddY = new_output(G, need[3], tasks, group.G);
+  const Schedule schedule =
+      make_schedule(group, tasks, Order::double_backward, G.element_size(), dR.size(0), dL.size(0));
+  with_type(G.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    DoubleBackward<T> args{};
+    args.R = in_R.operand<T>();
+    args.G = in_G.operand<T>();
+    args.L = in_L.operand<T>();
+    args.dY = in_dY.operand<T>();
+    args.ddR = in_ddR.operand<T>();
+    args.ddG = in_ddG.operand<T>();
+    args.ddL = in_ddL.operand<T>();
+    args.dG = output<T>(dG);
+    args.ddY = output<T>(ddY);
+    launch_order<T>(double_backward_kernel<T>, args, schedule, G, output<T>(dR), output<T>(dL));
+  });
+  return {dR, dG, dL, ddY};
+}
+
+}  // namespace kfo::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(kfo_ext, CUDA, m) {
+  m.impl("transform_double_backward", TORCH_BOX(&kfo::cuda::transform_double_backward_cuda));
+}

@@ -1,0 +1,12 @@
+// The schemas of the three ops; each library of kernels adds its implementations under its dispatch key.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(kfo_ext, m) {
+  m.def("transform(Tensor R, Tensor G, Tensor L, int[] shapes, Tensor? bias=None) -> Tensor");
+  m.def(
+      "transform_backward(Tensor R, Tensor G, Tensor L, Tensor dY, int[] shapes, bool[] need)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "transform_double_backward(Tensor R, Tensor G, Tensor L, Tensor dY, Tensor? ddR, Tensor? ddG, Tensor? ddL,"
+      " int[] shapes, bool[] need) -> (Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,100 @@
+// kfo_ext._plan: the host-side plan, cost model and build information, as the kernels themselves see them. No tensors here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "build_info.h"
+#include "cpu/schedule.h"
+#include "plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Shapes = std::vector<int64_t>;
+
+// Outside this module an order is its number: 1 forward, 2 backward, 3 double backward.
+kfo::Order order_of(int number) {
+  if (number < 1 || number > 3)
+    throw std::invalid_argument("order: expected 1, 2 or 3, got " + std::to_string(number));
+  return static_cast<kfo::Order>(number);
+}
+
+void check_tasks(int64_t tasks) {
+  if (tasks < 0) throw std::invalid_argument("tasks: expected at least 0, got " + std::to_string(tasks));
+}
+
+std::vector<std::string> words(const char* text) {
+  std::istringstream stream(text);
+  std::vector<std::string> out;
+  for (std::string word; stream >> word;) out.push_back(word);
+  return out;
+}
+
+py::list problems(const Shapes& shapes) {
+  py::list out;
+  for (const kfo::Problem& problem : kfo::make_group(shapes).problems)
+    out.append(py::dict(py::arg("B") = problem.B, py::arg("p") = problem.p, py::arg("q") = problem.q,
+                        py::arg("R") = problem.R, py::arg("G") = problem.G, py::arg("L") = problem.L,
+                        py::arg("bias") = problem.bias));
+  return out;
+}
+
+py::tuple sizes(const Shapes& shapes) {
+  const kfo::Group group = kfo::make_group(shapes);
+  return py::make_tuple(group.R, group.G, group.L, group.bias);
+}
+
+py::list chunks(const Shapes& shapes, int64_t tasks, int order, bool shared_R, bool shared_L) {
+  check_tasks(tasks);
+  const kfo::Order checked = order_of(order);
+  kfo::cpu::Schedule schedule;
+  {
+    const py::gil_scoped_release release;
+    schedule = kfo::cpu::make_schedule(shapes, tasks, checked, shared_R, shared_L);
+  }
+  py::list out;
+  for (const kfo::cpu::Chunk& chunk : schedule.chunks)
+    out.append(py::make_tuple(chunk.problem, chunk.task, chunk.begin, chunk.end));
+  return out;
+}
+
+double flops(const Shapes& shapes, int64_t tasks, int order) {
+  check_tasks(tasks);
+  return kfo::flops(kfo::make_group(shapes), tasks, order_of(order));
+}
+
+double bytes(const Shapes& shapes, int64_t tasks, int order, int64_t factor_rows, int64_t element_size) {
+  check_tasks(tasks);
+  return kfo::bytes(kfo::make_group(shapes), tasks, factor_rows, element_size, order_of(order));
+}
+
+py::dict build_info() {
+  const kfo::BuildInfo& info = kfo::kBuildInfo;
+  return py::dict(py::arg("id") = info.id, py::arg("version") = info.version, py::arg("compiler") = info.compiler,
+                  py::arg("nvcc") = *info.nvcc ? py::object(py::str(info.nvcc)) : py::object(py::none()),
+                  py::arg("architectures") = words(info.architectures),
+                  py::arg("instruction_sets") = words(info.instruction_sets), py::arg("torch") = info.torch);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_plan, m) {
+  m.doc() = "The plan of a group of Kronecker problems, given as flat (B, p, q) triples.";
+  m.def("problems", &problems, py::arg("shapes"),
+        "Each problem's B, p, q and its offsets in the packed rows of R, G, L and bias.");
+  m.def("sizes", &sizes, py::arg("shapes"), "Columns of packed R, G, L and bias.");
+  m.def("chunks", &chunks, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("shared_R") = false,
+        py::arg("shared_L") = false,
+        "The CPU library's units of work (problem, task, begin, end), the costliest first. When both factors are shared,\n"
+        "rows run on over the tasks: row r is matrix r % B of task r // B.");
+  m.def("flops", &flops, py::arg("shapes"), py::arg("tasks"), py::arg("order"),
+        "Operations of one call with every output wanted, 2 per multiply-add.");
+  m.def("bytes", &bytes, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("factor_rows"),
+        py::arg("element_size"), "Bytes one call must move with every output wanted.");
+  m.def("build_id", [] { return kfo::kBuildInfo.id; }, "The id that all binaries of one build share.");
+  m.def("build_info", &build_info, "What the binaries were built from and with; nvcc is None without CUDA.");
+}
