@@ -1,0 +1,166 @@
+"""The command `kfo`: train, eval, compare, doctor, demo. Every error is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from kfo_ext import demo as demonstration
+from kfo_ext import doctor as doctoring
+from kfo_ext.trainer import Config, RunFolder, Trainer, compare_runs, evaluate_run
+
+app = typer.Typer(
+    help="Meta-learning with Kronecker-factored updates.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Split = Annotated[str, typer.Option(help="classes to take tasks from: train, validation or test")]
+Checkpoint = Annotated[str, typer.Option(help="best (by validation) or last")]
+
+
+def _config_options(command):
+    """Give a command one option for each field of Config; those not on the command line are left out of `given`."""
+    hints = get_type_hints(Config)
+    options = []
+    for item in fields(Config):
+        kind = Path if item.name == "data_root" else hints[item.name]
+        choices = f" ({' | '.join(item.metadata['choices'])})" if item.metadata["choices"] else ""
+        help = f"{item.metadata['help']}{choices}  [default: {'none' if item.default is None else item.default}]"
+        annotation = Annotated[kind | None, typer.Option(help=help, show_default=False)]
+        options.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    def wrapped(**arguments):
+        given = {item.name: arguments.pop(item.name) for item in fields(Config)}
+        given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
+        return command(given=given, **arguments)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "given"] + options
+    wrapped.__signature__ = inspect.Signature(parameters)
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    return wrapped
+
+
+@app.command()
+@_config_options
+def train(
+    given: dict[str, Any],
+    run: Annotated[
+        Path | None, typer.Option(help="folder of the new run  [default: runs/...]", show_default=False)
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="continue this run folder", show_default=False)] = None,
+    time_budget: Annotated[float, typer.Option(help="stop cleanly after so many seconds; 0 is no limit")] = 0.0,
+) -> None:
+    """Meta-train a network, and with it a learned update, in a run folder."""
+    if resume is None:
+        config = Config(**given)
+        trainer = Trainer.start(config, run or _new_folder(f"{config.dataset}-{config.method}-{config.update}"))
+    elif run is not None:
+        raise ValueError("--run: the folder is that of --resume; give one of the two")
+    else:
+        trainer = Trainer.resume(resume, **given)
+    folder = trainer.run.path
+    typer.echo(f"run folder: {folder}")
+    outcome = trainer.fit(time_budget=time_budget)
+    progress = outcome.progress
+    best = ""
+    if progress.best_iteration:
+        score = f"{trainer.config.measure} {abs(progress.best_score):.4f}"
+        best = f", best validation {score} at iteration {progress.best_iteration}"
+    typer.echo(f"{outcome.reason} at iteration {progress.iteration} after {progress.elapsed:.0f} s{best}")
+    typer.echo(f"learning curve: {trainer.run.curve}")
+    if outcome.reason in ("interrupted", "time budget"):
+        typer.echo(f"resume with: kfo train --resume {folder}")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    tasks: Annotated[int, typer.Option(help="number of tasks")] = 1000,
+    split: Split = "test",
+    checkpoint: Checkpoint = "best",
+    seed: Annotated[int, typer.Option(help="seed of the list of tasks", min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)] = None,
+    data_root: Annotated[Path | None, typer.Option(help="instead of the run's", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="instead of the run's", show_default=False)] = None,
+) -> None:
+    """Score a run on a fixed list of unseen tasks, with a 95 % interval."""
+    changes = {"device": device, "data_root": None if data_root is None else str(data_root), "threads": threads}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    score = evaluate_run(RunFolder.open(run), split=split, name=checkpoint, tasks=tasks, seed=seed, **changes)
+    what = f"{score.tasks} {split} tasks, {checkpoint} checkpoint (iteration {score.iteration})"
+    typer.echo(f"{score.measure} {score.interval}  (95 % interval, {what})")
+    typer.echo(f"written: {score.path}")
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="run folder")],
+    run_b: Annotated[Path, typer.Argument(help="run folder")],
+    split: Split = "test",
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Compare two evaluated runs by the paired difference over their common list of tasks."""
+    a, b, gap = compare_runs(RunFolder.open(run_a), RunFolder.open(run_b), split=split, name=checkpoint)
+    typer.echo(f"{run_a}: {a.measure} {a.interval}")
+    typer.echo(f"{run_b}: {b.measure} {b.interval}")
+    typer.echo(f"paired difference: {gap.mean:+.4f} ± {gap.half:.4f}  (95 % interval, {a.tasks} {split} tasks)")
+
+
+@app.command()
+def doctor() -> None:
+    """Print what is built and what loads, and test each available backend against float64."""
+    healthy = doctoring.examine(typer.echo)
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option(help="takes runs and picture  [default: runs/demo-...]", show_default=False)
+    ] = None,
+    time_budget: Annotated[float, typer.Option(help="seconds of training for each method")] = 75.0,
+    tasks: Annotated[int, typer.Option(help="test tasks")] = 1000,
+) -> None:
+    """Meta-train CNN(2) with MAML and with KFO on glyphs, and compare them on the same unseen tasks."""
+    demonstration.run(folder or _new_folder("demo"), time_budget=time_budget, tasks=tasks, echo=typer.echo)
+
+
+def _new_folder(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def main() -> None:
+    """Run the command line, and turn every expected error into one line and exit code 2."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="kfo", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("aborted", 130)
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:
+        _fail(str(error) or type(error).__name__)
+    except Exception as error:
+        # A usage error of typer's own parser, whose class moved between its versions.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message())
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    typer.echo(f"kfo: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

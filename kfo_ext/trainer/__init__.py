@@ -1,0 +1,25 @@
+"""Meta-training: configuration, trainer, run folders, evaluation, pictures."""
+
+from .config import Config
+from .evaluation import Evaluation, Interval, evaluate, mean_interval, paired_difference
+from .loop import Outcome, Trainer
+from .plots import plot_runs
+from .run_evaluation import RunScore, compare_runs, evaluate_run, load_learner
+from .run_folder import RunFolder
+
+__all__ = [
+    "Config",
+    "Evaluation",
+    "Interval",
+    "Outcome",
+    "RunFolder",
+    "RunScore",
+    "Trainer",
+    "compare_runs",
+    "evaluate",
+    "evaluate_run",
+    "load_learner",
+    "mean_interval",
+    "paired_difference",
+    "plot_runs",
+]

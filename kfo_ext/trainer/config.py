@@ -1,0 +1,142 @@
+"""What one meta-training run computes: a frozen configuration that checks itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from kfo_ext.tasks import FAMILIES
+
+from .files import read_json, write_json
+
+METHODS = ("maml", "anil")
+UPDATES = ("none", "kfo")
+DTYPES = ("float32", "float64")
+
+# What may differ between the parts of one run: none of these changes what a given iteration computes.
+RESUMABLE = ("iterations", "data_root", "workers", "threads")
+
+
+def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None, positive: bool = False):
+    metadata = {"help": help, "choices": choices, "least": least, "positive": positive}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run needs to be repeated; the fields' help texts are those of `kfo train --help`.
+
+    Raises: ValueError or TypeError naming the field, what it expects and what it got.
+    """
+
+    dataset: str = _field("glyphs", "task family", choices=tuple(FAMILIES))
+    data_root: str | None = _field(None, "folder that holds the archives of the data set (omniglot)")
+    method: str = _field("maml", "adapt all parameters, or the head only", choices=METHODS)
+    update: str = _field("kfo", "learned update: none is plain gradient descent", choices=UPDATES)
+    psd: bool = _field(True, "KFO: use R^T R and L^T L in place of R and L")
+    bias: bool = _field(False, "KFO: add a learned bias to each update")
+    hidden_layers: int = _field(0, "KFO: hidden Kronecker layers; 0 is the linear update", least=0)
+    adapt_update: bool = _field(True, "KFO: adapt the factors too in the inner loop")
+    first_order: bool = _field(False, "take the inner gradients as constants")
+    checkpoint_inner: bool = _field(False, "recompute the inner steps in the backward pass to save memory")
+    layers: int = _field(2, "convolution blocks (sinusoid: ignored)", least=1)
+    hidden: int = _field(32, "channels of a block, or units of a hidden layer", least=1)
+    ways: int = _field(5, "classes of a task", least=2)
+    shots: int = _field(5, "support examples of a class", least=1)
+    queries: int = _field(5, "query examples of a class", least=1)
+    steps: int = _field(5, "inner steps", least=1)
+    fast_lr: float = _field(0.1, "inner learning rate", positive=True)
+    meta_lr: float = _field(0.003, "outer learning rate, of Adam(0.9, 0.999)", positive=True)
+    meta_batch: int = _field(16, "tasks of a meta-iteration", least=1)
+    iterations: int = _field(1000, "meta-iterations", least=1)
+    seed: int = _field(0, "seed of the parameters and of the training tasks", least=0)
+    validation_every: int = _field(100, "meta-iterations between two validations, each followed by a save", least=1)
+    validation_tasks: int = _field(200, "tasks of one validation", least=2)
+    patience: int = _field(0, "stop after so many validations without a better one; 0 is never", least=0)
+    workers: int = _field(0, "threads that prepare tasks", least=0)
+    threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0)
+    dtype: str = _field("float32", "floating-point type", choices=DTYPES)
+    device: str = _field("cpu", "device of torch, such as cpu or cuda:0")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), hints[item.name], item.metadata)
+        if self.dataset == "omniglot" and self.data_root is None:
+            raise ValueError("data_root: dataset 'omniglot' needs the folder of its archives, got none")
+        if self.dataset == "sinusoid" and self.method == "anil":
+            raise ValueError("method: dataset 'sinusoid' expects maml, its network has no separate head; got 'anil'")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(
+                f"device: expected a device of torch such as 'cpu' or 'cuda:0', got {self.device!r}"
+            ) from None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def measure(self) -> str:
+        """What validation selects by: accuracy (highest), or for regression loss (lowest)."""
+        return "loss" if self.dataset == "sinusoid" else "accuracy"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field name to plain value."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
+        """Build a configuration from plain values.
+
+        values: field name to value; absent fields take their defaults.
+        source: what to name in a message.
+        Raises: ValueError for an unknown key or a bad value.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{source}: expected an object of configuration values, got {type(values).__name__}")
+        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        if unknown:
+            raise ValueError(f"{source}: unknown configuration key {', '.join(map(repr, unknown))}")
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        """Read what `save` wrote.
+
+        Raises: ValueError naming the file and what is wrong.
+        """
+        return cls.from_dict(read_json(path), str(path))
+
+
+def difference(ours: Config, theirs: Config) -> str:
+    """Name the fields in which two configurations cannot belong to one run; '' if there are none."""
+    names = [item.name for item in fields(Config) if item.name not in RESUMABLE]
+    parts = [(name, getattr(ours, name), getattr(theirs, name)) for name in names]
+    return ", ".join(f"{name}: expected {a!r}, got {b!r}" for name, a, b in parts if a != b)
+
+
+def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
+    expected = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(hint, (str, type(None)))
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    if rules["choices"] and value not in rules["choices"]:
+        raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
+    if rules["least"] is not None and value < rules["least"]:
+        raise ValueError(f"{name}: expected at least {rules['least']}, got {value}")
+    if rules["positive"] and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")

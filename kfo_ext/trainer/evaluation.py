@@ -1,0 +1,110 @@
+"""Scores of a learner on a fixed list of tasks, their intervals, and the paired difference of two learners."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
+
+
+class Interval(NamedTuple):
+    """A mean and the half width of its 95 % interval under the normal approximation."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.half:.4f}"
+
+
+class Evaluation(NamedTuple):
+    """Scores by task: losses (n,), accuracies (n,) or None for regression, and a digest of the tasks themselves."""
+
+    losses: Tensor
+    accuracies: Tensor | None
+    digest: str
+
+    @property
+    def scores(self) -> Tensor:
+        """The accuracies, or for regression the losses."""
+        return self.losses if self.accuracies is None else self.accuracies
+
+
+def mean_interval(values: Sequence[float] | Tensor) -> Interval:
+    """Mean and 1.96 * std / sqrt(n).
+
+    values: (n,) independent scores.
+    Raises: ValueError for fewer than two values.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"values: expected at least two scores in one dimension, got shape {tuple(values.shape)}")
+    return Interval(values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values)))
+
+
+def paired_difference(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor) -> Interval:
+    """Mean of a - b over the same tasks, with its 95 % interval.
+
+    a, b: (n,) scores of two learners, in the order of one list of tasks.
+    Raises: ValueError if the lengths differ.
+    """
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"b: expected the scores of the same {len(a)} tasks, got {len(b)}")
+    return mean_interval(a - b)
+
+
+def evaluate(
+    learner: nn.Module,
+    family: TaskFamily,
+    *,
+    tasks: int = 1000,
+    batch: int = 16,
+    workers: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Adapt the learner to tasks 0 .. tasks - 1 of a family and score it on their queries.
+
+    Each task is a meta-batch of one, so that the list of tasks does not depend on `batch`.
+
+    learner: MAML or ANIL; its parameters give dtype and device.
+    family: a task family of the split to evaluate on.
+    tasks: n, the length of the list.
+    batch: tasks adapted at a time.
+    cancelled: asked before each batch; once true, the result is None.
+    Raises: ValueError for fewer than two tasks or an empty batch.
+    """
+    if tasks < 2:
+        raise ValueError(f"tasks: expected at least 2, got {tasks}")
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
+    like = next(learner.parameters())
+    digest = hashlib.blake2b(digest_size=16)
+    losses, accuracies = [], []
+    stream = batches(family, 1, start=0, workers=workers)
+    with closing(stream), torch.no_grad():
+        for start in range(0, tasks, batch):
+            if cancelled():
+                return None
+            group = list(islice(stream, min(batch, tasks - start)))
+            for task in group:
+                for tensor in (*task.support, *task.query):
+                    digest.update(tensor.contiguous().numpy())
+            result = learner(_joined(group).to(like.device, like.dtype))
+            losses.append(result.query_losses.double().cpu())
+            if result.accuracies is not None:
+                accuracies.append(result.accuracies.double().cpu())
+    return Evaluation(torch.cat(losses), torch.cat(accuracies) if accuracies else None, digest.hexdigest())
+
+
+def _joined(group: list[TaskBatch]) -> TaskBatch:
+    supports, queries = zip(*group, strict=True)
+    return TaskBatch(*(Examples(*map(torch.cat, zip(*part, strict=True))) for part in (supports, queries)))

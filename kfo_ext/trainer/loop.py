@@ -1,0 +1,226 @@
+"""Meta-training: Adam outside, validation, best checkpoint, exact resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, replace
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kfo_ext.tasks import TaskBatch, batches
+
+from . import checkpoint
+from .config import Config, difference
+from .evaluation import Evaluation, evaluate, mean_interval
+from .metrics import Metrics, Record
+from .plots import plot_runs
+from .progress import Progress
+from .recipe import EVALUATION_SEED, build_family, build_learner
+from .run_folder import RunFolder
+from .signals import stop_requested
+
+
+class Outcome(NamedTuple):
+    """Why training ended: finished, patience, time budget or interrupted; and how far it came."""
+
+    reason: str
+    progress: Progress
+
+
+class Trainer:
+    """Meta-trains the learner of one configuration in one run folder.
+
+    config: what to train.
+    run: folder that takes the config, metrics, checkpoints and picture of the run.
+    """
+
+    def __init__(self, config: Config, run: RunFolder) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config, self.run = config, run
+        self.progress = Progress()
+        self._clock, self._deadline = 0.0, math.inf
+        self.tasks = build_family(config, "train", seed=config.seed)
+        self.validation_tasks = build_family(config, "validation", seed=EVALUATION_SEED)
+        self.learner = build_learner(config)
+        self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=config.meta_lr, betas=(0.9, 0.999))
+
+    @classmethod
+    def start(cls, config: Config, path: str | PathLike[str]) -> Trainer:
+        """Begin a new run.
+
+        path: an absent or empty folder.
+        Raises: ValueError if the folder is taken, or the tasks or the device are not there.
+        """
+        trainer = cls(config, RunFolder.free(path))
+        trainer.run.path.mkdir(parents=True, exist_ok=True)
+        config.save(trainer.run.config)
+        trainer._save()
+        return trainer
+
+    @classmethod
+    def resume(cls, path: str | PathLike[str], **changes: Any) -> Trainer:
+        """Continue a run from its last checkpoint, exactly as if it had not been stopped.
+
+        path: the run folder.
+        changes: new values of the fields in `config.RESUMABLE`, such as more iterations.
+        Raises: ValueError naming the file if the run or its checkpoint cannot be used.
+        """
+        run = RunFolder.open(path)
+        config = replace(Config.load(run.config), **changes)
+        state = checkpoint.load(run.last)
+        saved = Config.from_dict(state["config"], str(run.last))
+        if mismatch := difference(config, saved):
+            raise ValueError(f"{run.last}: the checkpoint is of another configuration ({mismatch})")
+        trainer = cls(config, run)
+        trainer._restore(state)
+        config.save(run.config)
+        return trainer
+
+    def fit(self, *, time_budget: float = 0.0) -> Outcome:
+        """Train until the iterations are done, the patience or the time is at its end, or a signal asks to stop.
+
+        A validation follows every `validation_every` iterations and the last one; each is followed by a save.
+
+        time_budget: seconds of this call, the last validation not included; 0 is no limit.
+        Raises: FloatingPointError naming iteration, step and task at the first value that is not finite; the
+        checkpoints stay as they were.
+        """
+        if not time_budget >= 0:
+            raise ValueError(f"time_budget: expected seconds, at least 0, got {time_budget}")
+        self.run.record_environment()
+        begin = time.monotonic()
+        self._deadline = begin + time_budget if time_budget else math.inf
+        self._clock = begin - self.progress.elapsed
+        stream = batches(self.tasks, self.config.meta_batch, start=self.progress.iteration, workers=self.config.workers)
+        with (
+            stop_requested() as stop,
+            Metrics(self.run.metrics, self.progress.iteration, self.progress.validated) as metrics,
+            tqdm(total=self.config.iterations, initial=self.progress.iteration, disable=None, unit="it") as bar,
+            closing(stream),
+        ):
+            while True:
+                reason = self._ending(stop)
+                if reason != "interrupted" and self._validation_due(reason):
+                    self._validate(metrics, bar, stop)
+                elif reason:
+                    break
+                else:
+                    self._step(next(stream), metrics, bar)
+            self._save()
+        plot_runs({self.run.path.name: self.run.metrics}, self.run.curve)
+        return Outcome(reason, self.progress)
+
+    def _ending(self, stop: Callable[[], bool]) -> str:
+        if stop():
+            return "interrupted"
+        if self.progress.iteration >= self.config.iterations:
+            return "finished"
+        if 0 < self.config.patience <= self.progress.stale:
+            return "patience"
+        return "time budget" if time.monotonic() >= self._deadline else ""
+
+    def _validation_due(self, ending: str) -> bool:
+        done = self.progress.iteration
+        return done > self.progress.validated and (bool(ending) or done % self.config.validation_every == 0)
+
+    def _step(self, batch: TaskBatch, metrics: Metrics, bar: tqdm) -> None:
+        iteration = self.progress.iteration + 1
+        self.optimizer.zero_grad()
+        result = self.learner(batch.to(self.config.device, self.config.torch_dtype))
+        try:
+            result.check_finite()
+            result.loss.backward()
+            self._check_gradient()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"iteration {iteration}: {error}") from None
+        self.optimizer.step()
+        self.progress.iteration = iteration
+        self.progress.elapsed = time.monotonic() - self._clock
+        record = {"iteration": iteration, "loss": result.loss.item()}
+        if result.accuracies is not None:
+            record["accuracy"] = result.accuracies.mean().item()
+        self._show(bar, record)
+        metrics.append({**record, "learning_rate": self.config.meta_lr, "elapsed": self.progress.elapsed})
+
+    def _show(self, bar: tqdm, record: Record) -> None:
+        shown = {name: f"{record[name]:.3f}" for name in ("loss", "accuracy") if name in record}
+        if self._deadline < math.inf:
+            # The bar's own time left is that of all iterations.
+            shown["seconds left"] = f"{self._deadline - time.monotonic():.0f}"
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+
+    def _check_gradient(self) -> None:
+        gradients = {name: p.grad for name, p in self.learner.named_parameters() if p.grad is not None}
+        # One number to wait for instead of one for each parameter.
+        if not torch.nn.utils.get_total_norm(list(gradients.values())).isfinite():
+            for name, gradient in gradients.items():
+                if not gradient.isfinite().all():
+                    raise FloatingPointError(f"the meta-gradient of {name} is not finite")
+
+    def _validate(self, metrics: Metrics, bar: tqdm, stop: Callable[[], bool]) -> None:
+        bar.set_description("validating")
+        scores = evaluate(
+            self.learner,
+            self.validation_tasks,
+            tasks=self.config.validation_tasks,
+            batch=self.config.meta_batch,
+            workers=self.config.workers,
+            cancelled=stop,
+        )
+        bar.set_description()
+        if scores is None:
+            return
+        self.progress.elapsed = time.monotonic() - self._clock
+        score, record = _summary(scores)
+        metrics.append({"iteration": self.progress.iteration, **record, "elapsed": self.progress.elapsed})
+        if self.progress.record(score):
+            # Before last.pt: a kill in between leaves a last.pt that leads to this very best.pt again.
+            checkpoint.save(self.run.best, self._state())
+        self._save()
+
+    def _save(self) -> None:
+        checkpoint.save(self.run.last, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.device(self.config.device).type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.config.device)
+        return {
+            "config": self.config.to_dict(),
+            "progress": asdict(self.progress),
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": rng,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        path = self.run.last
+        self.progress = Progress.from_dict(state["progress"], str(path))
+        checkpoint.restore_learner(path, self.learner, state["learner"])
+        checkpoint.restore_optimizer(path, self.optimizer, state["optimizer"])
+        rng: dict[str, Tensor] = state["rng"]
+        try:
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.config.device)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path}: the checkpoint's random state is not valid ({error})") from None
+
+
+def _summary(scores: Evaluation) -> tuple[float, Record]:
+    """What to select by (larger is better), and what to write down."""
+    loss, half = mean_interval(scores.losses)
+    record = {"validation_loss": loss, "validation_loss_interval": half}
+    if scores.accuracies is None:
+        return -loss, record
+    accuracy, half = mean_interval(scores.accuracies)
+    return accuracy, {"validation_accuracy": accuracy, "validation_interval": half, **record}

@@ -1,0 +1,47 @@
+"""How far a run is: the part of its state that is plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Counters of a run.
+
+    iteration: meta-iterations done, which is also the index of the next meta-batch.
+    validated: iteration of the last validation.
+    elapsed: seconds of training and validation, over all parts of the run.
+    best_iteration, best_score: of the best validation, by accuracy, or by minus the loss for regression; 0 is none.
+    stale: validations since the best one.
+    """
+
+    iteration: int = 0
+    validated: int = 0
+    elapsed: float = 0.0
+    best_iteration: int = 0
+    best_score: float = -math.inf
+    stale: int = 0
+
+    def record(self, score: float) -> bool:
+        """Count a validation; true if it is the best so far."""
+        self.validated = self.iteration
+        if not score > self.best_score:
+            self.stale += 1
+            return False
+        self.best_iteration, self.best_score, self.stale = self.iteration, score, 0
+        return True
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> Progress:
+        """Build it from what a checkpoint holds.
+
+        Raises: ValueError naming the source if it is not whole, or not of numbers.
+        """
+        kinds = {item.name: (float, int) if item.type == "float" else (int,) for item in fields(cls)}
+        if set(values) != set(kinds) or not all(isinstance(values[name], kind) for name, kind in kinds.items()):
+            raise ValueError(f"{source}: the checkpoint's progress is not valid")
+        return cls(**values)

@@ -1,0 +1,265 @@
+"""The command line: what it prints, what it writes, how it stops, and its one-line errors."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfo_ext import cli, demo, doctor
+from kfo_ext.trainer import Config
+
+TINY = {
+    "dataset": "sinusoid",
+    "hidden": 4,
+    "fast-lr": 0.01,
+    "steps": 1,
+    "meta-batch": 2,
+    "iterations": 2,
+    "validation-every": 1,
+    "validation-tasks": 2,
+}
+
+
+def options(**changes) -> list[str]:
+    chosen = {**TINY, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def kfo(capsys, monkeypatch, tmp_path):
+    """Runs `kfo` in this process and in tmp_path: arguments to (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kfo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code, *capsys.readouterr())
+
+    return call
+
+
+def test_train_eval_compare(kfo):
+    for run, update in (("a", "kfo"), ("b", "none")):
+        code, out, err = kfo("train", "--run", run, *options(update=update))
+        assert (code, err) == (0, "")
+        assert f"run folder: {run}" in out
+        assert "finished at iteration 2" in out
+        assert "best validation loss" in out
+        code, out, err = kfo("eval", run, "--tasks", 5)
+        assert (code, err) == (0, "")
+        written = json.loads(Path(run, "eval-test-best.json").read_text())
+        assert f"loss {written['mean']:.4f} ± {written['interval']:.4f}  (95 % interval, 5 test tasks, best" in out
+        assert len(written["scores"]) == written["task_list"]["tasks"] == 5
+    code, out, err = kfo("compare", "a", "b")
+    assert (code, err) == (0, "")
+    assert "paired difference: " in out
+    code, out, err = kfo("eval", "a", "--tasks", 5, "--split", "validation", "--checkpoint", "last", "--threads", 1)
+    assert code == 0
+    assert json.loads(Path("a/eval-validation-last.json").read_text())["iteration"] == 2
+
+
+def test_eval_is_reproducible(kfo):
+    kfo("train", "--run", "a", *options())
+    written = []
+    for _ in range(2):
+        kfo("eval", "a", "--tasks", 4)
+        written.append(Path("a/eval-test-best.json").read_text())
+    assert written[0] == written[1]
+
+
+def test_train_chooses_a_folder_and_resume_continues_it(kfo, tmp_path):
+    code, out, _ = kfo("train", *options(iterations=1))
+    assert code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("sinusoid-maml-kfo-")
+    code, out, _ = kfo("train", "--resume", run, "--iterations", 3)
+    assert code == 0
+    assert "finished at iteration 3" in out
+    assert Config.load(run / "config.json").iterations == 3
+
+
+def test_flags_and_numbers_reach_the_configuration(kfo):
+    code, _, err = kfo("train", "--run", "a", *options(hidden_layers=1, seed=5), "--no-psd", "--bias", "--first-order")
+    assert (code, err) == (0, "")
+    config = Config.load(Path("a/config.json"))
+    assert (config.psd, config.bias, config.first_order, config.hidden_layers, config.seed) == (False, True, True, 1, 5)
+    assert config.meta_lr == Config().meta_lr
+
+
+def test_time_budget_says_how_to_resume(kfo):
+    code, out, _ = kfo("train", "--run", "a", *options(iterations=10**9, validation_every=10**9), "--time-budget", 0.2)
+    assert code == 0
+    assert "time budget at iteration" in out
+    assert "resume with: kfo train --resume a" in out
+
+
+ERRORS = {
+    "dataset": (["train", "--dataset", "mnist"], "dataset: expected one of glyphs, omniglot, sinusoid, got 'mnist'"),
+    "update": (["train", "--update", "adam"], "update: expected one of none, kfo, got 'adam'"),
+    "number": (["train", "--fast-lr", "fast"], "Invalid value for '--fast-lr'"),
+    "range": (["train", "--ways", "1"], "ways: expected at least 2, got 1"),
+    "many-ways": (["train", "--ways", "5000"], "ways: expected 2 to 400"),
+    "no-root": (["train", "--dataset", "omniglot"], "data_root: dataset 'omniglot' needs the folder of its archives"),
+    "missing-root": (["train", "--dataset", "omniglot", "--data-root", "nowhere"], "nowhere"),
+    "device": (["train", "--device", "cuda:99"], "device: 'cuda:99' is not available here"),
+    "option": (["train", "--momentum", "0.9"], "--momentum"),
+    "command": (["predict"], "predict"),
+    "budget": (["train", *options(), "--time-budget", "-1"], "time_budget: expected seconds, at least 0, got -1"),
+    "resume": (["train", "--resume", "nowhere"], "nowhere: there is no such run folder"),
+    "run-and-resume": (["train", "--resume", "a", "--run", "b"], "--run: the folder is that of --resume"),
+    "eval": (["eval", "nowhere"], "nowhere: there is no such run folder"),
+    "compare": (["compare", "nowhere", "nowhere"], "nowhere: there is no such run folder"),
+    "nonfinite": (["train", *options(fast_lr=1e30, steps=3)], "iteration 1: "),
+    "demo": (["demo", "--time-budget", "0"], "time_budget: expected seconds above 0, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_line_and_exit_code_2(name, kfo):
+    arguments, message = ERRORS[name]
+    code, _, err = kfo(*arguments)
+    assert code == 2
+    assert err.startswith("kfo: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_errors_about_an_existing_run(kfo, tmp_path):
+    kfo("train", "--run", "a", *options())
+    for arguments, message in (
+        (["train", "--run", "a", *options()], "a: already holds a run"),
+        (
+            ["train", "--resume", "a", "--hidden", 8],
+            "the checkpoint is of another configuration (hidden: expected 8, got 4)",
+        ),
+        (["eval", "a", "--split", "holdout"], "split: expected one of train, validation, test, got 'holdout'"),
+        (["eval", "a", "--checkpoint", "first"], "checkpoint: expected best or last, got 'first'"),
+        (["eval", "a", "--tasks", 1], "tasks: expected at least 2, got 1"),
+        (["compare", "a", "a"], "a/eval-test-best.json: not evaluated yet"),
+    ):
+        code, _, err = kfo(*arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    (tmp_path / "a" / "last.pt").write_bytes(b"")
+    code, _, err = kfo("train", "--resume", "a")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a/last.pt: not a checkpoint" in err
+
+
+def test_help_names_every_option(kfo):
+    code, out, _ = kfo("train", "--help")
+    assert code == 0
+    for name in Config.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in out
+    code, out, _ = kfo()
+    assert code == 0
+    assert all(command in out for command in ("train", "eval", "compare", "doctor", "demo"))
+
+
+def endless(run) -> list[str]:
+    command = [sys.executable, "-m", "kfo_ext.cli", "train", "--run", str(run)]
+    return [*command, *options(iterations=10**9, validation_every=50)]
+
+
+def wait_for_metrics(run, process) -> None:
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").stat().st_size == 0:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_ctrl_c_saves_and_ends_cleanly(tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(endless(run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_metrics(run, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert "SIGINT: stopping after this iteration and saving; once more aborts at once" in err
+    assert "it/s" not in err, "no progress bar where stderr is not a terminal"
+    assert f"resume with: kfo train --resume {run}" in out
+    iteration = torch.load(run / "last.pt", weights_only=True)["progress"]["iteration"]
+    training = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "validation" not in line]
+    assert iteration == len(training) > 0
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = subprocess.Popen(endless(tmp_path / "run"), stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            text += chunk
+            if b"loss=" in text and b"SIGTERM" not in text:
+                process.send_signal(signal.SIGTERM)
+    except OSError:
+        # Linux: the other end is closed.
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert b"it/s" in text
+    assert b"SIGTERM: stopping" in text
+
+
+def test_doctor_reports_each_backend(kfo):
+    code, out, _ = kfo("doctor")
+    assert code == 0
+    assert f"torch {torch.__version__}" in out
+    assert "reference: loads" in out
+    assert "double backward: ok" in out
+    for name in ("cpu", "cuda"):
+        assert f"{name}: loads" in out or f"{name}: not available (" in out
+
+
+def test_doctor_fails_for_a_backend_that_is_wrong(kfo, monkeypatch):
+    true = doctor.transform
+
+    def wrong(R, G, L, problems, *, backend):
+        Y = true(R, G, L, problems, backend=backend)
+        return Y if R.dtype == torch.float64 else Y * (1 + 1e-4)
+
+    monkeypatch.setattr(doctor, "transform", wrong)
+    code, out, _ = kfo("doctor")
+    assert code == 1
+    assert "float32 forward: FAILED" in out
+    monkeypatch.setattr(doctor, "transform", lambda *a, **k: true(*a, **k) * float("nan"))
+    assert kfo("doctor")[0] == 1
+
+
+def test_demo_compares_both_methods(kfo, monkeypatch):
+    monkeypatch.setattr(demo, "TRAINING", {**demo.TRAINING, **TINY, "iterations": 10**9, "validation-every": 10**9})
+    monkeypatch.setattr(demo, "RATES", {"none": 0.01, "kfo": 0.01})
+    code, out, err = kfo("demo", "--folder", "d", "--time-budget", 0.5, "--tasks", 4)
+    assert (code, err) == (0, "")
+    assert "MAML  loss" in out
+    assert "KFO   loss" in out
+    assert "KFO - MAML, paired: " in out
+    assert "picture: d/curves.png" in out
+    assert Path("d/curves.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = kfo("demo", "--folder", "d")
+    assert (code, err) == (2, "kfo: d: expected an absent or empty folder\n")
+
+
+def test_demo_says_which_part_failed(kfo, monkeypatch):
+    monkeypatch.setattr(demo, "TRAINING", {"ways": 1})
+    code, _, err = kfo("demo", "--folder", "d")
+    assert code == 2
+    assert err == "kfo: MAML failed: kfo: ways: expected at least 2, got 1 (all of it: d/none.log)\n"

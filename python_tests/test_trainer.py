@@ -1,0 +1,400 @@
+"""Training: exact resume, what stops it, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from dataclasses import fields
+
+import pytest
+import torch
+
+from kfo_ext.tasks import Examples, TaskBatch
+from kfo_ext.trainer import (
+    Config,
+    RunFolder,
+    Trainer,
+    compare_runs,
+    evaluate,
+    evaluate_run,
+    load_learner,
+    mean_interval,
+    paired_difference,
+    plot_runs,
+)
+from kfo_ext.trainer.metrics import Metrics, is_validation, read_metrics
+from kfo_ext.trainer.progress import Progress
+from kfo_ext.trainer.recipe import build_family, build_learner
+
+TINY = {"shots": 2, "queries": 2, "hidden": 4, "steps": 2, "meta_batch": 2, "validation_tasks": 4}
+WAVES = {**TINY, "dataset": "sinusoid", "fast_lr": 0.01, "iterations": 6, "validation_every": 3}
+GLYPHS = {**TINY, "dataset": "glyphs", "ways": 2, "iterations": 4, "validation_every": 2}
+CASES = {
+    "waves-none": {**WAVES, "update": "none"},
+    "waves-kfo": WAVES,
+    "glyphs-maml": GLYPHS,
+    "glyphs-anil": {**GLYPHS, "method": "anil", "hidden_layers": 1, "bias": True},
+    "glyphs-first-order": {**GLYPHS, "first_order": True, "adapt_update": False, "psd": False},
+}
+
+
+def state_of(trainer: Trainer) -> dict:
+    return {
+        "learner": trainer.learner.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "progress": {**vars(trainer.progress), "elapsed": None},
+        "metrics": [{**record, "elapsed": None} for record in read_metrics(trainer.run.metrics)],
+    }
+
+
+def assert_same(a, b, where: str = "state") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for number, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_resume_is_bit_exact(options, tmp_path):
+    whole = Trainer.start(Config(**options), tmp_path / "whole")
+    whole.fit()
+    expected = state_of(whole)
+    half = Trainer.start(Config(**{**options, "iterations": options["iterations"] // 2}), tmp_path / "parts")
+    half.fit()
+    torch.manual_seed(99)
+    second = Trainer.resume(tmp_path / "parts", iterations=options["iterations"])
+    second.fit()
+    assert second.optimizer.state_dict()["state"], "Adam's state must be part of the comparison"
+    assert_same(state_of(second), expected)
+
+
+def test_resume_keeps_the_random_state(tmp_path):
+    trainer = Trainer.start(Config(**WAVES), tmp_path / "run")
+    torch.rand(7)
+    trainer.fit()
+    expected = torch.get_rng_state()
+    torch.rand(3)
+    Trainer.resume(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_workers_do_not_change_the_result(tmp_path):
+    trainers = [Trainer.start(Config(**WAVES, workers=workers), tmp_path / str(workers)) for workers in (0, 2)]
+    for trainer in trainers:
+        trainer.fit()
+    assert_same(*(trainer.learner.state_dict() for trainer in trainers))
+
+
+def test_resume_changes_only_what_may_change(tmp_path):
+    Trainer.start(Config(**WAVES), tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"last\.pt: the checkpoint is of another configuration \(fast_lr: expected 0.5"
+    ):
+        Trainer.resume(tmp_path / "run", fast_lr=0.5)
+
+
+class NaNAt:
+    """A family whose meta-batch `index` has a NaN in the support examples of task 1."""
+
+    def __init__(self, family, index: int) -> None:
+        self.family, self.index = family, index
+
+    def sample(self, index: int, tasks: int) -> TaskBatch:
+        batch = self.family.sample(index, tasks)
+        if index != self.index:
+            return batch
+        x = batch.support.x.clone()
+        x[1] = math.nan
+        return TaskBatch(Examples(x, batch.support.y), batch.query)
+
+
+def test_nonfinite_loss_names_the_place_and_saves_nothing(tmp_path):
+    trainer = Trainer.start(Config(**WAVES), tmp_path / "run")
+    trainer.tasks = NaNAt(trainer.tasks, 4)
+    with pytest.raises(FloatingPointError, match=r"iteration 5: .*step 1 .*task 1"):
+        trainer.fit()
+    state = torch.load(trainer.run.last, weights_only=True)
+    assert state["progress"]["iteration"] == 3
+    assert [r["iteration"] for r in read_metrics(trainer.run.metrics) if not is_validation(r)] == [1, 2, 3, 4]
+    assert all(p.isfinite().all() for p in trainer.learner.parameters())
+    Trainer.resume(tmp_path / "run").fit()
+    assert [r["iteration"] for r in read_metrics(trainer.run.metrics) if not is_validation(r)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nonfinite_gradient_stops_before_the_step(tmp_path):
+    trainer = Trainer.start(Config(**WAVES), tmp_path / "run")
+    name, parameter = next(iter(trainer.learner.named_parameters()))
+    before = parameter.detach().clone()
+    parameter.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match=f"iteration 1: the meta-gradient of {name} is not finite"):
+        trainer.fit()
+    assert torch.equal(parameter, before)
+
+
+class SignalAt:
+    """A family that sends this process a signal when meta-batch `index` is drawn."""
+
+    def __init__(self, family, index: int, number: int) -> None:
+        self.family, self.index, self.number = family, index, number
+
+    def sample(self, index: int, tasks: int) -> TaskBatch:
+        if index == self.index:
+            os.kill(os.getpid(), self.number)
+        return self.family.sample(index, tasks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_finishes_the_step_and_saves(number, tmp_path):
+    before = signal.getsignal(number)
+    trainer = Trainer.start(Config(**WAVES), tmp_path / "run")
+    trainer.tasks = SignalAt(trainer.tasks, 1, number)
+    assert trainer.fit().reason == "interrupted"
+    assert torch.load(trainer.run.last, weights_only=True)["progress"]["iteration"] == 2
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_aborts(tmp_path):
+    trainer = Trainer.start(Config(**WAVES), tmp_path / "run")
+    family = SignalAt(trainer.tasks, 1, signal.SIGINT)
+    trainer.tasks = SignalAt(family, 1, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert torch.load(trainer.run.last, weights_only=True)["progress"]["iteration"] == 0
+
+
+def test_a_signal_in_a_validation_leaves_it_to_the_resumed_run(tmp_path):
+    whole = Trainer.start(Config(**WAVES), tmp_path / "whole")
+    whole.fit()
+    expected = state_of(whole)
+    trainer = Trainer.start(Config(**WAVES), tmp_path / "parts")
+    trainer.validation_tasks = SignalAt(trainer.validation_tasks, 0, signal.SIGINT)
+    assert trainer.fit().reason == "interrupted"
+    assert (trainer.progress.iteration, trainer.progress.validated) == (3, 0)
+    resumed = Trainer.resume(tmp_path / "parts")
+    resumed.fit()
+    assert_same(state_of(resumed), expected)
+
+
+def test_patience_stops_after_so_many_worse_validations(tmp_path):
+    options = {**WAVES, "validation_every": 1, "iterations": 50, "meta_lr": 1e-30, "patience": 2}
+    outcome = Trainer.start(Config(**options), tmp_path / "run").fit()
+    assert outcome.reason == "patience"
+    assert outcome.progress.iteration - outcome.progress.best_iteration == 2
+
+
+def test_time_budget_ends_with_a_validation_and_a_save(tmp_path):
+    trainer = Trainer.start(Config(**{**WAVES, "iterations": 10**9, "validation_every": 10**9}), tmp_path / "run")
+    outcome = trainer.fit(time_budget=0.3)
+    assert outcome.reason == "time budget"
+    assert outcome.progress.validated == outcome.progress.iteration > 0
+    assert torch.load(trainer.run.best, weights_only=True)["progress"]["iteration"] == outcome.progress.iteration
+    with pytest.raises(ValueError, match="time_budget: expected seconds, at least 0, got -1"):
+        trainer.fit(time_budget=-1)
+
+
+def test_best_is_by_accuracy_or_for_regression_by_loss(tmp_path):
+    for name, options in {"waves": WAVES, "glyphs": GLYPHS}.items():
+        trainer = Trainer.start(Config(**{**options, "validation_every": 1, "meta_lr": 0.05}), tmp_path / name)
+        trainer.fit()
+        records = [r for r in read_metrics(trainer.run.metrics) if is_validation(r)]
+        sign, measure = (-1, "validation_loss") if name == "waves" else (1, "validation_accuracy")
+        best = max(records, key=lambda r: sign * r[measure])
+        assert trainer.progress.best_iteration == best["iteration"]
+        assert trainer.progress.best_score == pytest.approx(sign * best[measure])
+        assert torch.load(trainer.run.best, weights_only=True)["progress"]["iteration"] == best["iteration"]
+
+
+def test_the_run_folder_holds_what_it_promises(tmp_path):
+    config = Config(**GLYPHS)
+    run = Trainer.start(config, tmp_path / "run").run
+    Trainer.resume(run.path).fit()
+    names = {path.name for path in run.path.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curve.png", "environment.json"}
+    assert Config.load(run.config) == config
+    assert run.curve.read_bytes().startswith(b"\x89PNG")
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    training = {"iteration", "loss", "accuracy", "learning_rate", "elapsed"}
+    validation = {"validation_loss", "validation_loss_interval", "validation_accuracy", "validation_interval"}
+    assert [set(r) for r in records] == [training, training, {"iteration", "elapsed"} | validation] * 2
+    assert [r["iteration"] for r in records] == [1, 2, 2, 3, 4, 4]
+    assert records[0]["learning_rate"] == config.meta_lr
+    (session,) = json.loads(run.environment.read_text())
+    assert {"command", "processor", "cores", "python", "torch", "kfo_ext", "commit"} <= session.keys()
+
+
+def test_a_taken_folder_is_refused(tmp_path):
+    Trainer.start(Config(**WAVES), tmp_path / "run")
+    with pytest.raises(ValueError, match="run: already holds a run"):
+        Trainer.start(Config(**WAVES), tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="other: expected an absent or empty folder"):
+        Trainer.start(Config(**WAVES), tmp_path / "other")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: expected a folder"):
+        Trainer.start(Config(**WAVES), tmp_path / "file")
+    with pytest.raises(ValueError, match="absent: there is no such run folder"):
+        RunFolder.open(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"other: not a run folder, it has no config\.json"):
+        RunFolder.open(tmp_path / "other")
+
+
+def test_metrics_behind_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Metrics(path, 0, 0) as metrics:
+        for iteration in range(1, 5):
+            metrics.append({"iteration": iteration, "loss": math.nan})
+        metrics.append({"iteration": 4, "validation_loss": 1.0})
+    with open(path, "a") as file:
+        file.write('{"iteration": 5, "lo')
+    with Metrics(path, 4, 2) as metrics:
+        metrics.append({"iteration": 5, "loss": 0.5})
+    assert [(r["iteration"], r["loss"]) for r in read_metrics(path)] == [(n, None) for n in range(1, 5)] + [(5, 0.5)]
+    path.write_text('{"iteration": 1}\nnonsense\n{"iteration": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not a record"):
+        read_metrics(path)
+
+
+BAD = {
+    "dataset": ("mnist", "dataset: expected one of glyphs, omniglot, sinusoid, got 'mnist'"),
+    "update": ("adam", "update: expected one of none, kfo, got 'adam'"),
+    "method": ("reptile", "method: expected one of maml, anil, got 'reptile'"),
+    "dtype": ("float16", "dtype: expected one of float32, float64, got 'float16'"),
+    "ways": (1, "ways: expected at least 2, got 1"),
+    "steps": (0, "steps: expected at least 1, got 0"),
+    "fast_lr": (-0.1, "fast_lr: expected a finite number above 0, got -0.1"),
+    "meta_lr": (math.nan, "meta_lr: expected a finite number above 0, got nan"),
+    "device": ("gpu", "device: expected a device of torch such as 'cpu' or 'cuda:0', got 'gpu'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_config_refuses_bad_values(name):
+    value, message = BAD[name]
+    with pytest.raises(ValueError) as caught:
+        Config(**{name: value})
+    assert str(caught.value) == message
+
+
+def test_config_refuses_wrong_types_and_combinations():
+    with pytest.raises(TypeError, match="ways: expected int, got True"):
+        Config(ways=True)
+    with pytest.raises(TypeError, match="psd: expected bool, got 'yes'"):
+        Config(psd="yes")
+    with pytest.raises(ValueError, match="data_root: dataset 'omniglot' needs the folder"):
+        Config(dataset="omniglot")
+    with pytest.raises(ValueError, match="method: dataset 'sinusoid' expects maml"):
+        Config(dataset="sinusoid", method="anil")
+    with pytest.raises(ValueError, match="device: 'cuda:99' is not available here"):
+        build_learner(Config(device="cuda:99"))
+
+
+def test_config_round_trip_and_unknown_keys(tmp_path):
+    path = tmp_path / "config.json"
+    config = Config(**GLYPHS, seed=3)
+    config.save(path)
+    assert Config.load(path) == config
+    path.write_text(json.dumps({**config.to_dict(), "momentum": 0.9}))
+    with pytest.raises(ValueError, match=r"config\.json: unknown configuration key 'momentum'"):
+        Config.load(path)
+    path.write_text('{"ways": 1}')
+    with pytest.raises(ValueError, match=r"config\.json: ways: expected at least 2"):
+        Config.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not a readable JSON file"):
+        Config.load(path)
+
+
+def test_every_config_field_has_a_help_text():
+    assert all(item.metadata["help"] for item in fields(Config))
+
+
+def test_intervals():
+    values = [0.2, 0.4, 0.9, 0.5]
+    mean, half = mean_interval(values)
+    deviation = math.sqrt(sum((v - 0.5) ** 2 for v in values) / 3)
+    assert (mean, half) == (pytest.approx(0.5), pytest.approx(1.96 * deviation / 2))
+    gap = paired_difference(values, [v - 0.1 for v in values])
+    assert gap == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
+    with pytest.raises(ValueError, match="b: expected the scores of the same 4 tasks, got 3"):
+        paired_difference(values, values[:3])
+    with pytest.raises(ValueError, match="values: expected at least two scores"):
+        mean_interval([1.0])
+
+
+def test_evaluation_is_reproducible_and_blind_to_its_batch():
+    config = Config(**GLYPHS)
+    learner, family = build_learner(config), build_family(config, "test", seed=0)
+    first = evaluate(learner, family, tasks=7, batch=7)
+    second = evaluate(learner, family, tasks=7, batch=3, workers=2)
+    assert first.digest == second.digest
+    assert torch.equal(first.accuracies, second.accuracies)
+    torch.testing.assert_close(first.losses, second.losses)
+    assert evaluate(learner, build_family(config, "test", seed=1), tasks=7).digest != first.digest
+    assert evaluate(learner, family, tasks=7, cancelled=lambda: True) is None
+    with pytest.raises(ValueError, match="tasks: expected at least 2, got 1"):
+        evaluate(learner, family, tasks=1)
+
+
+def test_evaluation_leaves_no_gradient_and_no_graph():
+    config = Config(**WAVES)
+    learner = build_learner(config)
+    scores = evaluate(learner, build_family(config, "validation", seed=0), tasks=4)
+    assert scores.accuracies is None
+    assert not scores.losses.requires_grad
+    assert all(p.grad is None for p in learner.parameters())
+
+
+def test_evaluated_runs_compare_only_on_the_same_tasks(tmp_path):
+    runs = []
+    for name, update in (("a", "kfo"), ("b", "none")):
+        trainer = Trainer.start(Config(**{**GLYPHS, "update": update}), tmp_path / name)
+        trainer.fit()
+        runs.append(trainer.run)
+    with pytest.raises(ValueError, match="not evaluated yet; run `kfo eval"):
+        compare_runs(*runs)
+    scores = [evaluate_run(run, tasks=6) for run in runs]
+    a, b, gap = compare_runs(*runs)
+    assert (a, b) == tuple(scores)
+    assert gap.mean == pytest.approx(a.interval.mean - b.interval.mean)
+    evaluate_run(runs[1], tasks=5)
+    with pytest.raises(ValueError, match=r"different tasks \(tasks: 6 and 5, digest"):
+        compare_runs(*runs)
+    runs[1].evaluation("test", "best").write_text("{}")
+    with pytest.raises(ValueError, match=r"eval-test-best\.json: not an evaluation written by kfo"):
+        compare_runs(*runs)
+
+
+def test_a_run_without_a_validation_has_no_best(tmp_path):
+    run = Trainer.start(Config(**WAVES), tmp_path / "run").run
+    with pytest.raises(ValueError, match=r"best\.pt: the run has not come to a validation yet"):
+        load_learner(run, "best")
+    with pytest.raises(ValueError, match="checkpoint: expected best or last, got 'first'"):
+        load_learner(run, "first")
+    _, learner, progress = load_learner(run, "last")
+    assert progress == Progress()
+    assert_same(learner.state_dict(), build_learner(Config(**WAVES)).state_dict())
+
+
+def test_one_picture_of_several_runs(tmp_path):
+    runs = {}
+    for name, options in {"MAML": {**GLYPHS, "update": "none"}, "KFO": GLYPHS}.items():
+        trainer = Trainer.start(Config(**options), tmp_path / name)
+        trainer.fit()
+        runs[name] = trainer.run.metrics
+    plot_runs(runs, tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    plot_runs({"nothing yet": tmp_path / "absent.jsonl"}, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").read_bytes().startswith(b"\x89PNG")
