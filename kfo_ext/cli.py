@@ -60,7 +60,7 @@ def train(
         Path | None, typer.Option(help="folder of the new run  [default: runs/...]", show_default=False)
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="continue this run folder", show_default=False)] = None,
-    time_budget: Annotated[float, typer.Option(help="stop cleanly after so many seconds; 0 is no limit")] = 0.0,
+    time_budget: Annotated[float, typer.Option(help="stop cleanly after so many seconds; 0 is no limit", min=0)] = 0.0,
 ) -> None:
     """Meta-train a network, and with it a learned update, in a run folder."""
     if resume is None:

@@ -1,9 +1,11 @@
 """`kfo demo`: on procedural glyphs, a shallow network meta-learns better with a learned Kronecker-factored update.
 
-The inner rates were tuned once, each over six values by best validation accuracy at the demo's own budget:
+The inner rates were tuned once, by the accuracy on 200 validation tasks after 80 meta-iterations, with
 
-    for rate in 0.08 0.25 0.5 1 1.5 2; do kfo train --update none --fast-lr $rate --threads 1 --time-budget 75 \
-        --iterations 100000 --validation-every 50 --run runs/tune-none-$rate; done
+    kfo train --update UPDATE --fast-lr RATE --iterations 80 --validation-every 40 --validation-tasks 200 --threads 1
+
+    MAML   0.02: .561   0.04: .461   0.08: .592   0.25: .527   0.5: .511   1: .360   1.5: .334   2: .326
+    KFO    0.05: .516   0.1: .628    0.25: .717   0.5: .700
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from kfo_ext.trainer import RunFolder, compare_runs, plot_runs
 
-RATES = {"none": 1.0, "kfo": 0.1}
+RATES = {"none": 0.08, "kfo": 0.25}
 LABELS = {"none": "MAML", "kfo": "KFO"}
 # The iterations are out of reach: the time budget ends the training.
 TRAINING = {"dataset": "glyphs", "iterations": 100_000, "validation-every": 50, "validation-tasks": 100, "threads": 1}

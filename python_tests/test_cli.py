@@ -117,7 +117,7 @@ ERRORS = {
     "device": (["train", "--device", "cuda:99"], "device: 'cuda:99' is not available here"),
     "option": (["train", "--momentum", "0.9"], "--momentum"),
     "command": (["predict"], "predict"),
-    "budget": (["train", *options(), "--time-budget", "-1"], "time_budget: expected seconds, at least 0, got -1"),
+    "budget": (["train", *options(), "--time-budget", "-1"], "Invalid value for '--time-budget'"),
     "resume": (["train", "--resume", "nowhere"], "nowhere: there is no such run folder"),
     "run-and-resume": (["train", "--resume", "a", "--run", "b"], "--run: the folder is that of --resume"),
     "eval": (["eval", "nowhere"], "nowhere: there is no such run folder"),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
 
@@ -69,6 +70,7 @@ def evaluate(
     tasks: int = 1000,
     batch: int = 16,
     workers: int = 0,
+    progress: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Adapt the learner to tasks 0 .. tasks - 1 of a family and score it on their queries.
@@ -79,6 +81,7 @@ def evaluate(
     family: a task family of the split to evaluate on.
     tasks: n, the length of the list.
     batch: tasks adapted at a time.
+    progress: show a bar where stderr is a terminal.
     cancelled: asked before each batch; once true, the result is None.
     Raises: ValueError for fewer than two tasks or an empty batch.
     """
@@ -91,7 +94,7 @@ def evaluate(
     losses, accuracies = [], []
     stream = batches(family, 1, start=0, workers=workers)
     with closing(stream), torch.no_grad():
-        for start in range(0, tasks, batch):
+        for start in tqdm(range(0, tasks, batch), disable=None if progress else True, unit="batch"):
             if cancelled():
                 return None
             group = list(islice(stream, min(batch, tasks - start)))

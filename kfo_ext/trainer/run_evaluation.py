@@ -70,7 +70,7 @@ def evaluate_run(
     if config.threads:
         torch.set_num_threads(config.threads)
     family = build_family(config, split, seed=seed)
-    scores = evaluate(learner, family, tasks=tasks, batch=config.meta_batch, workers=config.workers)
+    scores = evaluate(learner, family, tasks=tasks, batch=config.meta_batch, workers=config.workers, progress=True)
     interval = mean_interval(scores.scores)
     path = run.evaluation(split, name)
     content = {

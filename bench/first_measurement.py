@@ -1,0 +1,118 @@
+"""The transform's three orders and one meta-iteration against learn2learn and plain torch, as ratios of one run.
+
+    python bench/first_measurement.py --out bench/results/first_measurement.json
+
+Every contender is checked against the others in float64 and in float32 before it is timed; a difference ends the run
+without a number. Needs learn2learn (`make test` installs it) and the compiled library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import meta_iteration
+import torch
+import transform_orders
+from timing import Timing, environment, interleaved
+
+from kfo_ext.models import omniglot_cnn
+from kfo_ext.tasks import Glyphs
+from kfo_ext.transform import native
+
+WAYS = 5
+Row = dict[str, object]
+
+
+def rows_of(measurement: str, network: str, timings: dict[str, Timing]) -> list[Row]:
+    """One line of results per contender; `ratios` holds its median over that of each of ours."""
+    ours = {name: timing.median for name, timing in timings.items() if name.startswith("kfo")}
+    return [
+        {
+            "measurement": measurement,
+            "network": network,
+            "contender": name,
+            "seconds": timing._asdict(),
+            "ratios": {other: timing.median / median for other, median in ours.items()},
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def measure_orders(layers: int, options: argparse.Namespace) -> list[Row]:
+    """All providers on all orders, for the parameters of the Omniglot CNN with that many layers."""
+    parameters = list(omniglot_cnn(layers, WAYS).parameters())
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        case = transform_orders.random_case(parameters, options.tasks, dtype)
+        providers = {name: make(case) for name, make in transform_orders.PROVIDERS.items()}
+        transform_orders.verify(providers, case, tolerance)
+    rows = []
+    for order in transform_orders.ORDERS:
+        timings = interleaved({name: orders[order] for name, orders in providers.items()}, options.repeats)
+        rows += rows_of(order, f"CNN({layers})", timings)
+    return rows
+
+
+def measure_meta_iteration(layers: int, options: argparse.Namespace) -> list[Row]:
+    """One meta-iteration of the Omniglot CNN with that many layers: 5-way 5-shot, factors adapted, psd."""
+    batch = Glyphs("train", ways=WAYS, shots=5, queries=5).sample(0, options.tasks)
+    settings = {"lr": options.lr, "steps": options.steps}
+
+    def make_model():
+        return omniglot_cnn(layers, WAYS)
+
+    errors = meta_iteration.verify(make_model, batch, **settings)
+    ours, theirs = meta_iteration.contenders(make_model, batch, torch.float32, **settings)
+    timings = interleaved({"kfo": ours.run, "learn2learn": theirs.run}, options.meta_repeats)
+    rows = rows_of("meta_iteration", f"CNN({layers})", timings)
+    return [entry | {"float32_error": errors[entry["contender"]]} for entry in rows]
+
+
+def show(rows: list[Row]) -> None:
+    print(
+        f"{'measurement':16} {'network':8} {'contender':14} {'median':>12} {'20 % .. 80 %':>23}   times the median of"
+    )
+    for entry in rows:
+        median, low, high, *_ = (1e6 * value for value in entry["seconds"].values())
+        ratios = "   ".join(f"{name} {ratio:.2f}" for name, ratio in entry["ratios"].items())
+        print(
+            f"{entry['measurement']:16} {entry['network']:8} {entry['contender']:14} {median:9.0f} us"
+            f" {low:10.0f} .. {high:9.0f}   {ratios}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4], help="networks: Omniglot CNN(layers)")
+    parser.add_argument("--tasks", type=int, default=16, help="tasks per meta-batch")
+    parser.add_argument("--steps", type=int, default=5, help="inner steps")
+    parser.add_argument(
+        "--lr", type=float, default=0.1, help="inner learning rate; bears on the checks, not on the time"
+    )
+    parser.add_argument("--repeats", type=int, default=41, help="rounds per order")
+    parser.add_argument("--meta-repeats", type=int, default=11, help="rounds of the meta-iteration; 0 leaves it out")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    available, reason = native.status()["cpu"]
+    if not available:
+        parser.error(f"the compiled CPU library: {reason}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    rows = []
+    for layers in options.layers:
+        rows += measure_orders(layers, options)
+        if options.meta_repeats:
+            rows += measure_meta_iteration(layers, options)
+    show(rows)
+    if options.out:
+        facts = environment() | {"backends": native.status(), "cpu_isa": native.cpu_isa()}
+        settings = {name: value for name, value in vars(options).items() if name != "out"}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(facts | {"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

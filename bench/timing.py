@@ -1,0 +1,108 @@
+"""Interleaved timing, and the facts of the machine that go with every number."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: the median over the repeats, and the 20th and 80th percentile."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+    calls_per_repeat: int
+
+
+def interleaved(functions: dict[str, Callable[[], object]], repeats: int, seconds: float = 0.02) -> dict[str, Timing]:
+    """Time every function once per round; each round starts with another one, so that drift hits all alike.
+
+    functions: what to time, by name; each is called once before as a warm-up
+    repeats: rounds
+    seconds: a sample repeats its function until it lasts about that long
+    """
+    calls = {name: _calls_for(function, seconds) for name, function in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for round_ in range(repeats):
+        start = round_ % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(_sample(functions[name], calls[name]))
+    return {name: _summary(values, calls[name]) for name, values in samples.items()}
+
+
+def _calls_for(function: Callable[[], object], seconds: float) -> int:
+    first = _sample(function, 1)
+    return 1 if first >= seconds else max(1, math.ceil(seconds / _sample(function, 1)))
+
+
+def _sample(function: Callable[[], object], calls: int) -> float:
+    start = perf_counter()
+    for _ in range(calls):
+        function()
+    return (perf_counter() - start) / calls
+
+
+def _summary(values: list[float], calls: int) -> Timing:
+    ordered = sorted(values)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+    return Timing(statistics.median(ordered), low, high, len(ordered), calls)
+
+
+def environment() -> dict[str, object]:
+    """The machine, versions, git commit and command line of this run."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "machine": {
+            "cpu": _cpu_name(),
+            "cpus": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "load_average": os.getloadavg(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in ("torch", "learn2learn", "kfo_ext")},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

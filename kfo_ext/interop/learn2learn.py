@@ -1,0 +1,133 @@
+"""learn2learn beside kfo_ext: a light import, and the map between its (left, right) factors and ours (R, L).
+
+          learn2learn                        kfo_ext
+plain     left X right                       R^T G L             left = R^T    right = L
+psd       left^T left X right^T right        R^T R G L^T L       left = R      right = L
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+RECIPE = (
+    "learn2learn is not installed. Its source distribution needs Cython at build time:\n"
+    "  pip install cython setuptools wheel\n"
+    "  pip install --no-build-isolation --use-pep517 --no-deps --no-binary learn2learn"
+    " --config-settings=--global-option=build_ext learn2learn==0.2.0"
+)
+
+
+def light_import() -> ModuleType:
+    """Return learn2learn, or only its utils, nn, optim and algorithms where its other requirements are missing.
+
+    The light module is left in `sys.modules`; it needs torch and numpy, and has no data, gym, text or vision.
+
+    Raises:
+        ImportError: learn2learn is not installed; the message holds the commands that install it.
+    """
+    loaded = sys.modules.get("learn2learn")
+    if loaded is not None:
+        return loaded
+    spec = _find_spec()
+    if spec is None:
+        raise ImportError(RECIPE)
+    try:
+        return importlib.import_module("learn2learn")
+    # torchvision raises RuntimeError beside a torch it was not built for, gym AttributeError under a new numpy.
+    except (ImportError, RuntimeError, AttributeError):
+        return _import_core(spec)
+
+
+def kronecker_factors(left: Tensor, right: Tensor, *, psd: bool) -> tuple[Tensor, Tensor]:
+    """Return our (R, L) for learn2learn's (left, right), as views; gradients convert the same way.
+
+    left: (p, p)
+    right: (q, q)
+    """
+    return (left if psd else left.mT), right
+
+
+def kronecker_factors_from(update: nn.Module) -> list[tuple[Tensor, Tensor] | None]:
+    """Return one (R, L) pair of views per parameter of a learn2learn `ParameterUpdate`, None where it has no transform.
+
+    update: a `ParameterUpdate` made with `KroneckerTransform(KroneckerLinear)`; a bias has our shape (p, q) already
+
+    Raises:
+        TypeError: a transform is not a Kronecker one.
+    """
+    return [
+        None if layer is None else kronecker_factors(layer.left, layer.right, psd=layer.psd)
+        for layer in _kronecker_layers(update)
+    ]
+
+
+@torch.no_grad()
+def kronecker_factors_to(update: nn.Module, factors: Iterable[tuple[Tensor, Tensor] | None]) -> None:
+    """Copy our factors into a learn2learn `ParameterUpdate`, in place.
+
+    update: as in `kronecker_factors_from`
+    factors: one (R, L) pair per parameter, R (p, p), L (q, q), as `KFO.factors()` returns them; None is skipped
+
+    Raises:
+        TypeError: a transform is not a Kronecker one.
+        ValueError: another number of factors, or another shape.
+    """
+    targets, sources = kronecker_factors_from(update), list(factors)
+    if len(targets) != len(sources):
+        raise ValueError(f"factors: expected {len(targets)} pairs, one per parameter of update, got {len(sources)}")
+    for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if target is None or source is None:
+            continue
+        for name, into, value in zip("RL", target, source, strict=True):
+            if into.shape != value.shape:
+                raise ValueError(
+                    f"factors[{index}]: expected {name} of shape {tuple(into.shape)}, got {tuple(value.shape)}"
+                )
+            into.copy_(value)
+
+
+def _find_spec() -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec("learn2learn")
+    except ValueError:  # sys.modules["learn2learn"] is None: its import is blocked
+        return None
+
+
+def _import_core(spec: ModuleSpec) -> ModuleType:
+    _forget()
+    module = ModuleType("learn2learn")
+    module.__path__ = list(spec.submodule_search_locations or ())
+    sys.modules["learn2learn"] = module
+    try:
+        utils = importlib.import_module("learn2learn.utils")
+        vars(module).update({name: value for name, value in vars(utils).items() if not name.startswith("_")})
+        for name in ("nn", "optim", "algorithms"):
+            importlib.import_module(f"learn2learn.{name}")
+    except BaseException:
+        _forget()
+        raise
+    return module
+
+
+def _forget() -> None:
+    for name in [name for name in sys.modules if name == "learn2learn" or name.startswith("learn2learn.")]:
+        del sys.modules[name]
+
+
+def _kronecker_layers(update: nn.Module) -> Sequence[nn.Module | None]:
+    layers = []
+    for index in update.transforms_indices:
+        transform = None if index is None else update.transforms_modules[index]
+        layer = getattr(transform, "transform", transform)  # learn2learn wraps it in a ReshapedTransform
+        if layer is not None and not (hasattr(layer, "left") and hasattr(layer, "right")):
+            raise TypeError(f"update: expected KroneckerLinear transforms, got {type(layer).__name__}")
+        layers.append(layer)
+    return layers
