@@ -1,8 +1,9 @@
 """MAML and linear KFO on Omniglot, CNN(2), 5-way 5-shot, both tuned by one rule (paper, Table 3).
 
-1. For each method, each inner rate of its grid is meta-trained for `--tuning-iterations` and judged on validation classes.
-2. MAML at the paper's rate, MAML at its best rate and KFO at its best rate are meta-trained for `--iterations`, each keeping
-   its best checkpoint on validation classes.
+1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations` and
+   judged on validation classes.
+2. MAML at the paper's rate and start, MAML at its best setting and KFO at its best setting are meta-trained for
+   `--iterations`, each keeping its best checkpoint on validation classes.
 3. All three adapt to one seeded list of `--tasks` tasks of unseen test classes: accuracies, and paired differences.
 
 Every part is a `kfo` command, `--jobs` at a time with one thread each; a part that is done already is not run again.
@@ -19,26 +20,35 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+from kfo_ext.models import INITS
 from kfo_ext.trainer import RunFolder, compare_runs, plot_runs
 from kfo_ext.trainer.metrics import is_validation, read_metrics
 from kfo_ext.trainer.run_folder import environment
 
 # MAML's grid: the paper's rate (Table D.6) and larger ones; KFO's: as many, around the paper's 0.1.
 GRIDS = {"none": (0.08, 0.25, 0.5, 1.0, 1.5, 2.0), "kfo": (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)}
-PAPER_RATE = {"none": 0.08, "kfo": 0.1}
+PAPER_RATE = 0.08
 PAPER_ACCURACY = {"none": 0.666, "kfo": 0.9662}
 LABELS = {"none": "MAML", "kfo": "KFO"}
 
 
-def train(options: argparse.Namespace, update: str, rate: float, iterations: int, folder: Path) -> Path:
+class Setting(NamedTuple):
+    """What is tuned of a method: its inner rate and the start of the network."""
+
+    rate: float
+    init: str
+
+
+def train(options: argparse.Namespace, update: str, setting: Setting, iterations: int, folder: Path) -> Path:
     """Meta-trains one run, or goes on with it where an earlier call was stopped."""
     if (folder / "config.json").exists():
         line = ["train", "--resume", str(folder), "--iterations", str(iterations)]
     else:
         values = {
-            "run": folder, "dataset": "omniglot", "data-root": options.data_root, "update": update, "fast-lr": rate,
-            "meta-lr": options.meta_lr, "layers": 2, "iterations": iterations, "threads": 1, "validation-tasks": 300,
+            "run": folder, "dataset": "omniglot", "data-root": options.data_root, "update": update,
+            "fast-lr": setting.rate, "init": setting.init, "meta-lr": options.meta_lr, "layers": 2, "iterations": iterations, "threads": 1, "validation-tasks": 300,
         }  # fmt: skip
         line = ["train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
     command(line)
@@ -54,17 +64,25 @@ def best_validation(folder: Path) -> float:
     return max(record["validation_accuracy"] for record in read_metrics(folder / "metrics.jsonl") if is_validation(record))
 
 
-def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dict[float, float]]:
-    """Per method, the best validation accuracy of each inner rate."""
+def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dict[Setting, float]]:
+    """Per method, the best validation accuracy of each setting."""
     jobs = {
-        (update, rate): pool.submit(train, options, update, rate, options.tuning_iterations, options.runs / f"tune-{update}-{rate}")
+        (update, Setting(rate, init)): pool.submit(
+            train,
+            options,
+            update,
+            Setting(rate, init),
+            options.tuning_iterations,
+            options.runs / f"tune-{update}-{init}-{rate}",
+        )
+        for init in INITS
         for update, grid in GRIDS.items()
         for rate in grid
     }
-    table: dict[str, dict[float, float]] = {update: {} for update in GRIDS}
-    for (update, rate), job in jobs.items():
-        table[update][rate] = best_validation(job.result())
-        print(f"tuning {LABELS[update]} at {rate}: validation accuracy {table[update][rate]:.4f}", flush=True)
+    table: dict[str, dict[Setting, float]] = {update: {} for update in GRIDS}
+    for (update, setting), job in jobs.items():
+        table[update][setting] = best_validation(job.result())
+        print(f"tuning {LABELS[update]} {setting}: validation accuracy {table[update][setting]:.4f}", flush=True)
     return table
 
 
@@ -91,20 +109,25 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         tuning = tune(options, pool)
-        best = {update: max(rates, key=rates.get) for update, rates in tuning.items()}
-        rates = {"kfo": ("kfo", best["kfo"]), "maml": ("none", best["none"]), "maml-paper": ("none", PAPER_RATE["none"])}
+        best = {update: max(scores, key=scores.get) for update, scores in tuning.items()}
+        chosen = {
+            "kfo": ("kfo", best["kfo"]),
+            "maml": ("none", best["none"]),
+            "maml-paper": ("none", Setting(PAPER_RATE, "reference")),
+        }
         jobs = {
-            name: pool.submit(train, options, update, rate, options.iterations, options.runs / name)
-            for name, (update, rate) in rates.items()
+            name: pool.submit(train, options, update, setting, options.iterations, options.runs / name)
+            for name, (update, setting) in chosen.items()
         }
         runs = {name: judge(options, job.result()) for name, job in jobs.items()}
 
     finals = {}
-    for name, (update, rate) in rates.items():
+    for name, (update, setting) in chosen.items():
         _, ours, gap = compare_runs(runs["kfo"], runs[name])
         finals[name] = {
             "method": LABELS[update],
-            "inner_rate": rate,
+            "inner_rate": setting.rate,
+            "init": setting.init,
             "accuracy": ours.interval.mean,
             "interval": ours.interval.half,
             "checkpoint_iteration": ours.iteration,
@@ -112,7 +135,7 @@ def main() -> None:
             "paper": PAPER_ACCURACY[update],
             **({} if name == "kfo" else {"kfo_minus_this": gap.mean, "kfo_minus_this_interval": gap.half}),
         }
-        print(f"{name}: inner rate {rate}, test accuracy {ours.interval}", flush=True)
+        print(f"{name}: {setting}, test accuracy {ours.interval}", flush=True)
         if name != "kfo":
             print(f"  KFO minus this, paired: {gap.mean:+.4f} ± {gap.half:.4f}", flush=True)
     result = {
@@ -123,13 +146,16 @@ def main() -> None:
         "tuning_iterations": options.tuning_iterations,
         "meta_lr": options.meta_lr,
         "test_tasks": options.tasks,
-        "validation_accuracy_by_inner_rate": {LABELS[u]: {str(r): a for r, a in rs.items()} for u, rs in tuning.items()},
+        "validation_accuracy": {
+            LABELS[update]: [{**setting._asdict(), "accuracy": accuracy} for setting, accuracy in scores.items()]
+            for update, scores in tuning.items()
+        },
         "finals": finals,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    labels = {f"{finals[name]['method']}, inner rate {finals[name]['inner_rate']}": runs[name].metrics for name in runs}
-    plot_runs(labels, options.out.with_suffix(".png"))
+    labels = {name: f"{final['method']}, inner rate {final['inner_rate']}, {final['init']}" for name, final in finals.items()}
+    plot_runs({labels[name]: runs[name].metrics for name in runs}, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """The networks of the paper: CNN(k) for few-shot images, and a small network for regression.
 
 A block is a 3x3 convolution with padding 1, batch norm by batch statistics, ReLU and, for mini-ImageNet, max-pooling.
-Initialisation as in the reference implementations: Xavier-uniform convolutions with zero bias, batch-norm weights uniform in (0, 1).
+Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the rest:
+
+    reference   batch-norm weights uniform in (0, 1), head N(0, 1) for Omniglot and Xavier-uniform elsewhere: the reference
+                implementations' start
+    zero_head   batch-norm weights 1, head 0: every task starts from equal logits, which lets plain MAML use larger inner rates
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+INITS = ("reference", "zero_head")
 
 
 class Block(nn.Module):
@@ -21,7 +27,6 @@ class Block(nn.Module):
         self.pool = nn.MaxPool2d(pool) if pool > 1 else nn.Identity()
         nn.init.xavier_uniform_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
-        nn.init.uniform_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(torch.relu(self.norm(self.conv(x))))
@@ -39,10 +44,11 @@ class CNN(nn.Module):
         stride: of every convolution.
         pool: max-pool size after every block, 1 for none.
         mean: whether the head sees the spatial mean (else the flattened features).
-        normal_head: head weights from N(0, 1) (Omniglot's reference), else Xavier-uniform.
+        normal_head: with the reference start, head weights from N(0, 1) (Omniglot's), else Xavier-uniform.
+        init: one of `INITS`.
 
     Raises:
-        ValueError: a number that is not at least 1, or an image that the blocks shrink to nothing.
+        ValueError: a number that is not at least 1, an unknown init, or an image that the blocks shrink to nothing.
 
     Source: paper, section 5 and appendix D.
     """
@@ -59,12 +65,15 @@ class CNN(nn.Module):
         pool: int = 1,
         mean: bool = True,
         normal_head: bool = False,
+        init: str = "reference",
     ) -> None:
         super().__init__()
         numbers = {"layers": layers, "in_channels": in_channels, "hidden": hidden, "ways": ways, "image_size": image_size}
         for name, value in {**numbers, "stride": stride, "pool": pool}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if init not in INITS:
+            raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
         self.blocks = nn.Sequential(
             *(Block(hidden if i else in_channels, hidden, stride=stride, pool=pool) for i in range(layers))
         )
@@ -75,11 +84,19 @@ class CNN(nn.Module):
         if side < 1:
             raise ValueError(f"image_size: {layers} blocks of stride {stride} and pool {pool} leave nothing of {image_size} pixels")
         self.head = nn.Linear(hidden if mean else hidden * side * side, ways)
+        self._initialise(init, normal_head)
+
+    def _initialise(self, init: str, normal_head: bool) -> None:
+        nn.init.zeros_(self.head.bias)
+        if init == "zero_head":
+            nn.init.zeros_(self.head.weight)
+            return
+        for block in self.blocks:
+            nn.init.uniform_(block.norm.weight)
         if normal_head:
             nn.init.normal_(self.head.weight)
         else:
             nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def features(self, x: Tensor) -> Tensor:
         """(n, in_channels, image_size, image_size) -> (n, head.in_features)."""
@@ -91,14 +108,14 @@ class CNN(nn.Module):
         return self.head(self.features(x))
 
 
-def omniglot_cnn(layers: int = 2, ways: int = 5, hidden: int = 32) -> CNN:
-    """CNN(layers) for 1x28x28 images: stride-2 blocks, spatial mean, N(0, 1) head (paper, appendix D)."""
-    return CNN(layers, in_channels=1, hidden=hidden, ways=ways, image_size=28, stride=2, normal_head=True)
+def omniglot_cnn(layers: int = 2, ways: int = 5, hidden: int = 32, init: str = "reference") -> CNN:
+    """CNN(layers) for 1x28x28 images: stride-2 blocks, spatial mean (paper, appendix D)."""
+    return CNN(layers, in_channels=1, hidden=hidden, ways=ways, image_size=28, stride=2, normal_head=True, init=init)
 
 
-def cifar_fs_cnn(layers: int = 2, ways: int = 5, hidden: int = 32) -> CNN:
-    """CNN(layers) for 3x32x32 images: stride-1 blocks, spatial mean, Xavier head (paper, appendix D)."""
-    return CNN(layers, in_channels=3, hidden=hidden, ways=ways, image_size=32)
+def cifar_fs_cnn(layers: int = 2, ways: int = 5, hidden: int = 32, init: str = "reference") -> CNN:
+    """CNN(layers) for 3x32x32 images: stride-1 blocks, spatial mean (paper, appendix D)."""
+    return CNN(layers, in_channels=3, hidden=hidden, ways=ways, image_size=32, init=init)
 
 
 def sinusoid_mlp(hidden: int = 40) -> nn.Sequential:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from kfo_ext.models import INITS
 from kfo_ext.tasks import FAMILIES
 
 from .files import read_json, write_json
@@ -46,6 +47,7 @@ class Config:
     checkpoint_inner: bool = _field(False, "recompute the inner steps in the backward pass to save memory")
     layers: int = _field(2, "convolution blocks (sinusoid: ignored)", least=1)
     hidden: int = _field(32, "channels of a block, or units of a hidden layer", least=1)
+    init: str = _field("reference", "start of the network: see kfo_ext.models (sinusoid: ignored)", choices=INITS)
     ways: int = _field(5, "classes of a task", least=2)
     shots: int = _field(5, "support examples of a class", least=1)
     queries: int = _field(5, "query examples of a class", least=1)

@@ -61,4 +61,4 @@ def build_learner(config: Config) -> MAML:
 def _model(config: Config) -> nn.Module:
     if config.dataset == "sinusoid":
         return sinusoid_mlp(hidden=config.hidden)
-    return omniglot_cnn(config.layers, ways=config.ways, hidden=config.hidden)
+    return omniglot_cnn(config.layers, ways=config.ways, hidden=config.hidden, init=config.init)
