@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from importlib.metadata import version
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
+
+from kfo_ext.trainer.run_folder import environment as run_environment
 
 
 class Timing(NamedTuple):
@@ -66,43 +62,9 @@ def _summary(values: list[float], calls: int) -> Timing:
 
 def environment() -> dict[str, object]:
     """The machine, versions, git commit and command line of this run."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": _commit(),
-        "machine": {
-            "cpu": _cpu_name(),
-            "cpus": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "load_average": os.getloadavg(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "learn2learn", "kfo_ext")},
+    return run_environment() | {
+        "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "learn2learn": version("learn2learn"),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,14 +1,14 @@
 """MAML and linear KFO on Omniglot, CNN(2), 5-way 5-shot, both tuned by one rule (paper, Table 3).
 
-1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations` and
-   judged on validation classes.
+1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations`
+   and judged on validation classes.
 2. MAML at the paper's rate and start, MAML at its best setting and KFO at its best setting are meta-trained for
    `--iterations`, each keeping its best checkpoint on validation classes.
 3. All three adapt to one seeded list of `--tasks` tasks of unseen test classes: accuracies, and paired differences.
 
 Every part is a `kfo` command, `--jobs` at a time with one thread each; a part that is done already is not run again.
 
-    python experiments/omniglot_cnn2.py --data-root DATA/omniglot --runs runs/omniglot_cnn2 --out experiments/results/omniglot_cnn2.json
+    python experiments/omniglot_cnn2.py --data-root DATA/omniglot
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def train(options: argparse.Namespace, update: str, setting: Setting, iterations
     else:
         values = {
             "run": folder, "dataset": "omniglot", "data-root": options.data_root, "update": update,
-            "fast-lr": setting.rate, "init": setting.init, "meta-lr": options.meta_lr, "layers": 2, "iterations": iterations, "threads": 1, "validation-tasks": 300,
+            "fast-lr": setting.rate, "init": setting.init, "meta-lr": options.meta_lr, "layers": 2,
+            "iterations": iterations, "threads": 1, "validation-tasks": 300,
         }  # fmt: skip
         line = ["train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
     command(line)
@@ -61,7 +62,9 @@ def command(line: list[str]) -> None:
 
 
 def best_validation(folder: Path) -> float:
-    return max(record["validation_accuracy"] for record in read_metrics(folder / "metrics.jsonl") if is_validation(record))
+    return max(
+        record["validation_accuracy"] for record in read_metrics(folder / "metrics.jsonl") if is_validation(record)
+    )
 
 
 def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dict[Setting, float]]:
@@ -139,7 +142,7 @@ def main() -> None:
         if name != "kfo":
             print(f"  KFO minus this, paired: {gap.mean:+.4f} ± {gap.half:.4f}", flush=True)
     result = {
-        "what": "Omniglot, CNN(2), 32 channels, 5-way 5-shot, 5 steps, meta-batch 16; test classes unseen; 95 % intervals over tasks",
+        "what": "Omniglot, CNN(2), 32 channels, 5-way 5-shot, 5 steps, meta-batch 16; unseen classes; 95 % intervals",
         "environment": environment(),
         "seconds_of_this_call": time.monotonic() - start,
         "iterations": options.iterations,
@@ -154,7 +157,9 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    labels = {name: f"{final['method']}, inner rate {final['inner_rate']}, {final['init']}" for name, final in finals.items()}
+    labels = {
+        name: f"{final['method']}, inner rate {final['inner_rate']}, {final['init']}" for name, final in finals.items()
+    }
     plot_runs({labels[name]: runs[name].metrics for name in runs}, options.out.with_suffix(".png"))
 
 

@@ -6,7 +6,8 @@ Inner step t of every task, with the learned update U and its meta-parameters ph
     phi_t     = phi_{t-1} - lr * grad_phi loss(theta_t)      (adapt_update, from the second step on)
     theta_t+1 = theta_t - lr * U(phi_t, g_t)
 
-The gradient by phi needs no second backward pass through the model: theta_t = theta_{t-1} - lr * U(phi_{t-1}, g_{t-1}), hence
+The gradient by phi needs no second backward pass through the model: theta_t = theta_{t-1} - lr * U(phi_{t-1}, g_{t-1}),
+hence
 
     grad_phi loss(theta_t) = -lr * (VJP of U at (phi_{t-1}, g_{t-1}) applied to g_t)
 
@@ -65,7 +66,7 @@ class MAML(nn.Module):
         adapt_update: adapt the update's meta-parameters per task as well, from the second step on.
         first_order: treat the model's gradients as constants (FOMAML).
         loss: of (output, target), the mean over one task's examples.
-        checkpoint: recompute each inner step in the outer backward pass, so that memory does not grow with their number.
+        checkpoint: recompute each inner step in the outer backward pass: memory does not grow with their number.
         allow_unused: parameters that a task's loss does not depend on stay as they are.
         allow_nograd: parameters that do not require a gradient stay as they are.
 
@@ -123,7 +124,9 @@ class MAML(nn.Module):
         if not allow_nograd:
             for name, parameter in named:
                 if not parameter.requires_grad:
-                    raise ValueError(f"parameter {name!r} does not require a gradient; allow_nograd=True leaves it as it is")
+                    raise ValueError(
+                        f"parameter {name!r} does not require a gradient; allow_nograd=True leaves it as it is"
+                    )
         named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         if not named:
             raise ValueError("model: expected at least one parameter that requires a gradient, got none")
@@ -175,7 +178,9 @@ class MAML(nn.Module):
             step_losses.append(losses)
         return theta, torch.stack(step_losses)
 
-    def _step(self, theta: Tensor, last_G: Tensor | None, support: Examples, outer: bool, *phi: Tensor) -> tuple[Tensor, ...]:
+    def _step(
+        self, theta: Tensor, last_G: Tensor | None, support: Examples, outer: bool, *phi: Tensor
+    ) -> tuple[Tensor, ...]:
         """One inner step of every task: (theta, G, losses, *phi) after it."""
         G, losses, used = self._gradients(theta, support, create_graph=outer and not self.first_order)
         U = G
@@ -188,14 +193,16 @@ class MAML(nn.Module):
         return theta - self.lr * U, G, losses, *phi
 
     def _adapt_phi(self, phi: tuple[Tensor, ...], last_G: Tensor, G: Tensor, outer: bool) -> tuple[Tensor, ...]:
-        # U is evaluated again rather than kept from the last step, so that a checkpointed step depends on tensors alone.
+        # U is evaluated again, not kept from the last step, so that a checkpointed step depends on tensors alone.
         U = self.update.rule(phi, last_G)
         products = torch.autograd.grad(U, phi, grad_outputs=G, create_graph=outer)
         # Minus lr times (minus lr times the VJP).
         return tuple(row + self.lr**2 * product for row, product in zip(phi, products))
 
-    def _gradients(self, theta: Tensor, support: Examples, *, create_graph: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Packed gradients (tasks, n) of each task's own loss, the losses (tasks,), and a mask where some are unused."""
+    def _gradients(
+        self, theta: Tensor, support: Examples, *, create_graph: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed gradients (tasks, n) of each task's loss, the losses (tasks,), and a mask where some are unused."""
         rows = self.packing.rows(theta)
         _, losses = self._losses_of_rows(rows, support)
         leaves = [piece for row in rows for piece in row]
@@ -204,7 +211,9 @@ class MAML(nn.Module):
         if any(grad is None for grad in grads):
             if not self.allow_unused:
                 name = self.packing.names[next(i for i, grad in enumerate(grads) if grad is None) % len(self.packing)]
-                raise ValueError(f"parameter {name!r}: the loss does not depend on it; allow_unused=True leaves it as it is")
+                raise ValueError(
+                    f"parameter {name!r}: the loss does not depend on it; allow_unused=True leaves it as it is"
+                )
             used = _flat([torch.full_like(leaf, grad is not None) for leaf, grad in zip(leaves, grads)], len(rows))
             grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
         return _flat(grads, len(rows)), losses.detach(), used
@@ -266,8 +275,15 @@ def _accuracies(outputs: list[Tensor], targets: Tensor) -> Tensor | None:
 
 def _check_batch(batch: TaskBatch) -> int:
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("adaptation differentiates, which inference mode forbids: evaluate under torch.no_grad() instead")
-    tensors = {"support.x": batch.support.x, "support.y": batch.support.y, "query.x": batch.query.x, "query.y": batch.query.y}
+        raise RuntimeError(
+            "adaptation differentiates, which inference mode forbids: evaluate under torch.no_grad() instead"
+        )
+    tensors = {
+        "support.x": batch.support.x,
+        "support.y": batch.support.y,
+        "query.x": batch.query.x,
+        "query.y": batch.query.y,
+    }
     tasks = batch.support.x.shape[0]
     if tasks < 1:
         raise ValueError("batch: expected at least one task, got none")
@@ -281,7 +297,8 @@ def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats and not module.training:
             raise RuntimeError(
-                f"batch norm {name!r} would use running statistics, which mix tasks: build it with track_running_stats=False"
+                f"batch norm {name!r} would use running statistics, which mix tasks: "
+                "build it with track_running_stats=False"
             )
 
 

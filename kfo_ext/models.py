@@ -3,9 +3,10 @@
 A block is a 3x3 convolution with padding 1, batch norm by batch statistics, ReLU and, for mini-ImageNet, max-pooling.
 Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the rest:
 
-    reference   batch-norm weights uniform in (0, 1), head N(0, 1) for Omniglot and Xavier-uniform elsewhere: the reference
-                implementations' start
-    zero_head   batch-norm weights 1, head 0: every task starts from equal logits, which lets plain MAML use larger inner rates
+    reference   batch-norm weights uniform in (0, 1), head N(0, 1) for Omniglot and Xavier-uniform elsewhere: the start
+                of the reference implementations
+    zero_head   batch-norm weights 1, head 0: every task starts from equal logits, which lets plain MAML use larger
+                inner rates
 """
 
 from __future__ import annotations
@@ -68,7 +69,13 @@ class CNN(nn.Module):
         init: str = "reference",
     ) -> None:
         super().__init__()
-        numbers = {"layers": layers, "in_channels": in_channels, "hidden": hidden, "ways": ways, "image_size": image_size}
+        numbers = {
+            "layers": layers,
+            "in_channels": in_channels,
+            "hidden": hidden,
+            "ways": ways,
+            "image_size": image_size,
+        }
         for name, value in {**numbers, "stride": stride, "pool": pool}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
@@ -82,7 +89,9 @@ class CNN(nn.Module):
         for _ in range(layers):
             side = -(-side // stride) // pool
         if side < 1:
-            raise ValueError(f"image_size: {layers} blocks of stride {stride} and pool {pool} leave nothing of {image_size} pixels")
+            raise ValueError(
+                f"image_size: {layers} blocks of stride {stride} and pool {pool} leave nothing of {image_size} pixels"
+            )
         self.head = nn.Linear(hidden if mean else hidden * side * side, ways)
         self._initialise(init, normal_head)
 

@@ -84,7 +84,7 @@ def random_operands(
 
 
 def truth(operands: Operands, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
-    """Every output of the three orders in float64 by autograd of the reference: Y; dR, dG, dL; then R, G, L, dY of the second."""
+    """Every output of the three orders, in float64 by autograd of the reference."""
     flat = Problems(shapes).flat
     wide = Operands(*(operand.detach().double().requires_grad_() for operand in operands))
     R, G, L, dY = wide.R, wide.G, wide.L, wide.dY

@@ -1,4 +1,4 @@
-"""MAML and ANIL against hand-written loops in float64: meta-gradients, checkpointing, first order, evaluation, errors."""
+"""MAML and ANIL against hand-written float64 loops: meta-gradients, checkpointing, first order, evaluation, errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def random_batch(tasks: int = 3, count: int = 6) -> TaskBatch:
     return TaskBatch(examples(), examples())
 
 
-def by_hand(call, named, kfo, batch: TaskBatch, *, lr: float, steps: int, adapt_update: bool, first_order: bool = False) -> torch.Tensor:
+def by_hand(
+    call, named, kfo, batch: TaskBatch, *, lr: float, steps: int, adapt_update: bool, first_order: bool = False
+) -> torch.Tensor:
     """Algorithm 1 task by task, with the second pass through the model for the factors' gradients."""
     losses = []
     for support_x, support_y, query_x, query_y in zip(*batch.support, *batch.query):
@@ -77,7 +79,9 @@ def by_hand(call, named, kfo, batch: TaskBatch, *, lr: float, steps: int, adapt_
 
 
 def maml_by_hand(model, kfo, batch, **options):
-    return by_hand(lambda params, x: functional_call(model, params, (x,)), list(model.named_parameters()), kfo, batch, **options)
+    return by_hand(
+        lambda params, x: functional_call(model, params, (x,)), list(model.named_parameters()), kfo, batch, **options
+    )
 
 
 def compare(learner: MAML, batch: TaskBatch, expected: torch.Tensor) -> None:
@@ -93,7 +97,13 @@ def compare(learner: MAML, batch: TaskBatch, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("adapt_update", [False, True])
 @pytest.mark.parametrize(
     "setting",
-    [{"psd": True}, {"psd": False}, {"psd": False, "bias": True}, {"hidden_layers": 1, "bias": True}, {"hidden_layers": 2, "psd": False}],
+    [
+        {"psd": True},
+        {"psd": False},
+        {"psd": False, "bias": True},
+        {"hidden_layers": 1, "bias": True},
+        {"hidden_layers": 2, "psd": False},
+    ],
     ids=str,
 )
 def test_meta_gradients_equal_the_long_way(setting, adapt_update, steps):
@@ -198,7 +208,11 @@ def test_anil_adapts_the_head_alone(first_order):
     features = torch.stack([model.features(torch.cat([s, q])) for s, q in zip(batch.support.x, batch.query.x)])
     inner = TaskBatch(Examples(features[:, :count], batch.support.y), Examples(features[:, count:], batch.query.y))
     expected = by_hand(
-        lambda params, x: functional_call(model.head, params, (x,)), list(model.head.named_parameters()), kfo, inner, **options
+        lambda params, x: functional_call(model.head, params, (x,)),
+        list(model.head.named_parameters()),
+        kfo,
+        inner,
+        **options,
     )
     compare(ANIL(model, update=kfo, **options), batch, expected)
 
@@ -333,7 +347,7 @@ def test_bad_models_and_batches():
     learner, batch = MAML(network(), lr=0.1, steps=1), random_batch()
     with pytest.raises(ValueError, match="batch: expected at least one task"):
         learner(TaskBatch(*(Examples(part.x[:0], part.y[:0]) for part in batch)))
-    with pytest.raises(ValueError, match="batch.query.y: expected"):
+    with pytest.raises(ValueError, match=r"batch\.query\.y: expected"):
         learner(TaskBatch(batch.support, Examples(batch.query.x, batch.query.y[:2])))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode"):
         learner(batch)

@@ -1,4 +1,4 @@
-"""Derivatives of the operators and of `transform`: gradcheck to order 4, opcheck, torch.func, torch.compile, autocast."""
+"""Derivatives of the operators and of `transform`: gradcheck, orders to 4, opcheck, torch.func, compile, autocast."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ FUNC_PROGRAMS = {
         lambda *X: sum((g**2).sum() for g in torch.func.grad(quadratic(f), argnums=(0, 1, 2))(*X)), argnums=(0, 1, 2)
     ),
     "vmap": lambda f: lambda R, G, L: torch.vmap(lambda g: f(R, g, L))(torch.stack([G, 2 * G])),
-    "vmap(grad)": lambda f: lambda R, G, L: torch.vmap(lambda g: torch.func.grad(quadratic(f))(R, g, L))(torch.stack([G, 2 * G])),
+    "vmap(grad)": lambda f: (
+        lambda R, G, L: torch.vmap(lambda g: torch.func.grad(quadratic(f))(R, g, L))(torch.stack([G, 2 * G]))
+    ),
     "jvp": lambda f: lambda R, G, L: torch.func.jvp(f, (R, G, L), (R.cos(), G.cos(), L.cos()))[1],
     "vjp": lambda f: lambda R, G, L: torch.func.vjp(f, R, G, L)[1](G.cos()),
     "hessian": lambda f: lambda R, G, L: torch.func.hessian(lambda r: quadratic(f)(r, G, L))(R),
@@ -175,7 +177,9 @@ COMPILED = {"aot_eager": {}, "inductor": {}}
 @pytest.mark.parametrize("backend", COMPILED)
 def test_compile_forward_and_backward(backend):
     torch.compiler.reset()
-    step = torch.compile(lambda R, G, L: (public(R, G, L).tanh() ** 2).sum(), backend=backend, fullgraph=True, dynamic=True)
+    step = torch.compile(
+        lambda R, G, L: (public(R, G, L).tanh() ** 2).sum(), backend=backend, fullgraph=True, dynamic=True
+    )
     for tasks in (2, 3):
         grads = []
         for function in (step, lambda *X: (plain(*X).tanh() ** 2).sum()):
@@ -263,7 +267,12 @@ def test_bad_operands(change, error, message, backend):
     operands.update({name: make(operands[name]) for name, make in change.items()})
     with pytest.raises(error, match=message):
         transform(
-            operands["R"], operands["G"], operands["L"], Problems(CASES["linear"]), bias=operands["bias"], backend=backend
+            operands["R"],
+            operands["G"],
+            operands["L"],
+            Problems(CASES["linear"]),
+            bias=operands["bias"],
+            backend=backend,
         )
 
 

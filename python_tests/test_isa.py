@@ -33,7 +33,11 @@ def test_each_isa(isa):
 
 
 def test_an_unknown_isa_is_refused():
-    done = _run("avx1024", "-c", "import torch, kfo_ext; kfo_ext.transform(*(torch.ones(1, 1),) * 3, kfo_ext.Problems([(1, 1, 1)]))")
+    done = _run(
+        "avx1024",
+        "-c",
+        "import torch, kfo_ext; kfo_ext.transform(*(torch.ones(1, 1),) * 3, kfo_ext.Problems([(1, 1, 1)]))",
+    )
     assert done.returncode != 0
     assert "KFO_CPU_ISA" in done.stderr
     assert "avx1024" in done.stderr

@@ -58,14 +58,22 @@ def test_imports_follow_the_rooms(path):
     assert room in ALLOWED, f"a new room: give it a line in ALLOWED ({room})"
     for name in imported(ast.parse(path.read_text())):
         parts = name.split(".")
-        if parts[0] == "kfo_ext" and len(parts) > 1 and (PACKAGE / parts[1]).with_suffix(".py").exists() | (PACKAGE / parts[1]).is_dir():
+        if (
+            parts[0] == "kfo_ext"
+            and len(parts) > 1
+            and (PACKAGE / parts[1]).with_suffix(".py").exists() | (PACKAGE / parts[1]).is_dir()
+        ):
             assert parts[1] == room or parts[1] in ALLOWED[room], f"{room} imports {name}"
         assert parts[0] not in ("learn2learn", "bench", "experiments", "python_tests") or room == "interop", name
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) in LIGHT], ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if room_of(path) in LIGHT], ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_light_rooms_import_torch_alone(path):
-    top = ast.Module([node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    top = ast.Module(
+        [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))], []
+    )
     for name in imported(top):
         package = name.split(".")[0]
         assert package in STANDARD or package in LIGHT[room_of(path)] or package == "kfo_ext", name

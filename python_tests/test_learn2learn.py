@@ -357,7 +357,7 @@ def test_factors_of_another_network_are_refused():
     model = network()
     update = l2l.optim.ParameterUpdate(model.parameters(), KRONECKER[True])
     factors = kronecker_factors_from(update)
-    with pytest.raises(ValueError, match="expected 10 pairs, .* got 9"):
+    with pytest.raises(ValueError, match=r"expected 10 pairs, .* got 9"):
         kronecker_factors_to(update, factors[:-1])
     factors[4] = (factors[4][0], torch.eye(2))
     with pytest.raises(ValueError, match=r"factors\[4\]: expected L of shape \(9, 9\), got \(2, 2\)"):

@@ -71,7 +71,9 @@ def test_fuzzed_shapes():
         sizes = torch.randint(1, 41, (count, 3), generator=draw).tolist()
         tasks = int(torch.randint(1, 4, (), generator=draw))
         rows = [(tasks, tasks), (1, 1), (tasks, 1), (1, tasks)][seed % 4]
-        check_all(random_operands([tuple(size) for size in sizes], tasks, rows=rows, seed=seed), [tuple(s) for s in sizes])
+        check_all(
+            random_operands([tuple(size) for size in sizes], tasks, rows=rows, seed=seed), [tuple(s) for s in sizes]
+        )
 
 
 def test_integer_operands_are_exact():

@@ -50,7 +50,7 @@ class Metrics:
         kept = [r for r in records if r["iteration"] <= (validated if is_validation(r) else iteration)]
         with atomic_write(path) as file:
             file.writelines(_line(record).encode() for record in kept)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by __exit__
 
     def append(self, record: Record) -> None:
         """Write one line, at once."""

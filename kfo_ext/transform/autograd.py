@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 from kfo_ext.transform.reference import sum_over_B
 
@@ -35,7 +34,9 @@ Term = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 SLOTS = 4
 
 
-def form_gradients(family: Family, shapes: list[int], terms: Sequence[Term], wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
+def form_gradients(
+    family: Family, shapes: list[int], terms: Sequence[Term], wanted: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """The gradient of sum_terms F(R, G, L, Y) by each wanted operand (compared by identity), None where it is zero."""
     gradients: list[Tensor | None] = [None] * len(wanted)
 
@@ -156,11 +157,15 @@ def _kernel(overload: torch._ops.OpOverload, function: type[Function]) -> Callab
         operands = [argument for argument in arguments if isinstance(argument, Tensor)]
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
-                f"{overload.name()} has no rule for torch.func transforms: call kfo_ext.transform.transform, which runs plain torch there"
+                f"{overload.name()} has no rule for torch.func transforms: call kfo_ext.transform.transform, "
+                "which runs plain torch there"
             )
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
+        if forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(operand).tangent is not None for operand in operands
+        ):
             raise NotImplementedError(
-                f"{overload.name()} has no rule for forward-mode AD: call kfo_ext.transform.transform, which runs plain torch there"
+                f"{overload.name()} has no rule for forward-mode AD: call kfo_ext.transform.transform, "
+                "which runs plain torch there"
             )
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             return function.apply(*arguments)
@@ -187,7 +192,7 @@ def _fakes() -> tuple[Callable, Callable, Callable]:
 
 
 def register(library: torch.library.Library, suffix: str = "") -> Family:
-    """Registers fakes, autograd and autocast for `kfo_ext::transform*<suffix>`, whose schemas and kernels exist already.
+    """Registers fakes, autograd and autocast of `kfo_ext::transform*<suffix>`, whose schemas and kernels exist already.
 
     Must run at import, before any call: a late registration leaves stale dispatch behind.
     """

@@ -36,7 +36,9 @@ def _load(library: Path, symbol: str, plan_id: str) -> tuple[bool, str]:
         return False, f"{library.name} does not load under torch {torch.__version__}: {error}"
     found = _build_id(library, symbol)
     if found != plan_id:
-        raise ImportError(f"kfo_ext: {library} is of build {found}, but _plan is of build {plan_id}: reinstall the package")
+        raise ImportError(
+            f"kfo_ext: {library} is of build {found}, but _plan is of build {plan_id}: reinstall the package"
+        )
     return True, f"{library.name}, build {found}"
 
 
@@ -44,24 +46,28 @@ def load() -> None:
     """Loads both libraries once.
 
     Raises:
-        ImportError: another copy of the package is already loaded in this process, or the binaries are of different builds.
+        ImportError: another copy of the package is loaded in this process, or the binaries are of different builds.
     """
     if _status:
         return
     if _registered():
         others = sorted(path for path in torch.ops.loaded_libraries if "_kfo_cpu" in path) or ["an unknown file"]
         raise ImportError(
-            f"kfo_ext: a second copy of the package: its operators were loaded from {others[0]}, now {CPU_LIBRARY} asks for them; "
-            "uninstall one of the two"
+            f"kfo_ext: a second copy of the package: its operators were loaded from {others[0]}, "
+            f"now {CPU_LIBRARY} asks for them; uninstall one of the two"
         )
     try:
         plan_id = importlib.import_module("kfo_ext._plan").build_id()
     except ModuleNotFoundError:
         plan_id = ""
-    _status["cpu"] = _load(CPU_LIBRARY, "kfo_cpu_build_id", plan_id) if plan_id else (False, "not built: _plan is not in the package")
+    _status["cpu"] = (
+        _load(CPU_LIBRARY, "kfo_cpu_build_id", plan_id)
+        if plan_id
+        else (False, "not built: _plan is not in the package")
+    )
     if not _status["cpu"][0]:
         warnings.warn(
-            f"kfo_ext: the compiled CPU library is not available ({_status['cpu'][1]}); backend='auto' runs plain torch",
+            f"kfo_ext: no compiled CPU library ({_status['cpu'][1]}); backend='auto' runs plain torch",
             RuntimeWarning,
             stacklevel=2,
         )

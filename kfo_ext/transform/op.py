@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -26,7 +24,7 @@ def _transformed() -> bool:
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """The family that `backend` means for tensors on `device`: "auto" is native where its kernel is loaded, else reference.
+    """The family that `backend` means on `device`: "auto" is native where its kernels are loaded, else reference.
 
     Raises:
         ValueError: an unknown backend.
@@ -63,7 +61,9 @@ def _checked_sizes(problems: Problems, operands: dict[str, Tensor]) -> None:
     for name, operand in operands.items():
         columns = (problems.packing if name == "G" else getattr(problems, name)).numel
         if operand.shape[1] != columns:
-            raise ValueError(f"{name}: expected {columns} columns for shapes {list(problems.shapes)}, got {operand.shape[1]}")
+            raise ValueError(
+                f"{name}: expected {columns} columns for shapes {list(problems.shapes)}, got {operand.shape[1]}"
+            )
         if operand.shape[0] not in (1, tasks):
             raise ValueError(f"{name}: expected 1 row or {tasks}, one per row of G, got {operand.shape[0]}")
 

@@ -16,7 +16,9 @@ def name_parameters(parameters: Iterable[Tensor | tuple[str, Tensor]]) -> list[t
         ValueError: a name occurs twice.
     """
     if isinstance(parameters, (Tensor, str)):
-        raise TypeError(f"parameters: expected an iterable of tensors or (name, tensor) pairs, got {type(parameters).__name__}")
+        raise TypeError(
+            f"parameters: expected an iterable of tensors or (name, tensor) pairs, got {type(parameters).__name__}"
+        )
     named: list[tuple[str, Tensor]] = []
     for i, entry in enumerate(parameters):
         pair = entry if isinstance(entry, tuple) else (str(i), entry)
@@ -71,7 +73,8 @@ class Packing:
             batched = tensor.dim() == len(shape) + 1
             if (tensor.shape[1:] if batched else tensor.shape) != shape:
                 raise ValueError(
-                    f"{argument}[{name!r}]: expected shape {tuple(shape)} or (tasks, *{tuple(shape)}), got {tuple(tensor.shape)}"
+                    f"{argument}[{name!r}]: expected shape {tuple(shape)} or (tasks, *{tuple(shape)}), "
+                    f"got {tuple(tensor.shape)}"
                 )
             rows = tensor.shape[0] if batched else None
             if first is None:
@@ -82,13 +85,15 @@ class Packing:
                     f"{argument}[{name!r}]: expected the task dimension of {first[0]!r}, {first[2]}, got {rows}"
                 )
             if tensor.dtype != first[1].dtype:
-                raise TypeError(f"{argument}[{name!r}]: expected {first[1].dtype} as {first[0]!r} has, got {tensor.dtype}")
+                raise TypeError(
+                    f"{argument}[{name!r}]: expected {first[1].dtype} as {first[0]!r} has, got {tensor.dtype}"
+                )
             if tensor.device != first[1].device:
                 raise ValueError(f"{argument}[{name!r}]: expected device {first[1].device}, got {tensor.device}")
         return first[2] if first else None
 
     def pack(self, tensors: Sequence[Tensor | None], argument: str = "tensors") -> Tensor:
-        """One packed tensor (tasks, numel), or (1, numel) where the tensors have no task dimension; None packs as zeros.
+        """One packed tensor (tasks, numel), or (1, numel) without a task dimension; None packs as zeros.
 
         Raises:
             ValueError: as `tasks`, and when every entry is None.

@@ -53,7 +53,7 @@ def expand_bias(bias: Tensor, shapes: Sequence[int]) -> Tensor:
 
 
 def sum_over_B(dY: Tensor, shapes: Sequence[int], rows: int) -> Tensor:
-    """(tasks, sum B*p*q) -> (rows, sum p*q): the gradient of a bias with 1 or `tasks` rows; the adjoint of `expand_bias`."""
+    """(tasks, sum B*p*q) -> (rows, sum p*q): the gradient of a bias with 1 or `tasks` rows; `expand_bias`'s adjoint."""
     sizes = _sizes(shapes)
     pieces = dY.split([B * p * q for B, p, q in sizes], dim=1)
     out = torch.cat([piece.reshape(-1, B, p * q).sum(1) for (B, p, q), piece in zip(sizes, pieces)], dim=1)

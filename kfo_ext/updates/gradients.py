@@ -32,7 +32,8 @@ def gradients(
         allow_nograd: a parameter that does not require a gradient has gradient None.
 
     Raises:
-        ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; a frozen or unused parameter.
+        ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; a frozen or unused
+            parameter.
         TypeError: a loss or parameter that is no tensor.
     """
     if not isinstance(loss, Tensor):
@@ -48,13 +49,16 @@ def gradients(
             raise ValueError(f"parameters[{name!r}]: expected shape {tuple(shape)}, got {tuple(parameter.shape)}")
         if not parameter.requires_grad and not allow_nograd:
             raise ValueError(
-                f"parameters[{name!r}]: does not require a gradient; allow_nograd=True gives it no update instead of this error"
+                f"parameters[{name!r}]: does not require a gradient; "
+                "allow_nograd=True gives it no update instead of this error"
             )
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     if not wanted:
         return [None] * len(parameters)
     if not loss.requires_grad:
-        raise ValueError("loss: does not depend on any parameter: it has no graph (was it computed under no_grad, or detached?)")
+        raise ValueError(
+            "loss: does not depend on any parameter: it has no graph (was it computed under no_grad, or detached?)"
+        )
     found = iter(
         torch.autograd.grad(loss, wanted, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
     )
@@ -63,6 +67,7 @@ def gradients(
         for name, parameter, grad in zip(packing.names, parameters, grads):
             if grad is None and parameter.requires_grad:
                 raise ValueError(
-                    f"parameters[{name!r}]: the loss does not depend on it; allow_unused=True gives it no update instead of this error"
+                    f"parameters[{name!r}]: the loss does not depend on it; "
+                    "allow_unused=True gives it no update instead of this error"
                 )
     return grads

@@ -23,16 +23,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class KFO(nn.Module):
-    """A learned update that turns gradients into updates; at the start U(g) = g in every setting: plain gradient descent.
+    """A learned update of gradients; at the start U(g) = g in every setting: plain gradient descent.
 
     Without hidden layers U(g) = R^T g L, with psd R^T R g L^T L, plus the bias term. With `hidden_layers` = h,
-    U(g) = g + K_{h+1}(act(K_h(... act(K_1(g))))), each K a Kronecker layer; the last one starts as the zero map and has no psd.
+    U(g) = g + K_{h+1}(act(K_h(... act(K_1(g))))), each K a Kronecker layer; the last one starts as the zero map and
+    has no psd.
 
-    It meets the contract of learn2learn's ParameterUpdate: it can be its GBML's update, and be cloned by its clone_module.
+    It meets the contract of learn2learn's ParameterUpdate: it can be the update of GBML, and be cloned by clone_module.
 
     Args:
-        parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`. Biases, linear and
-            convolution weights (1, 2 or 4 dimensions); their order is the order of every list in this class.
+        parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`: biases, linear
+            and convolution weights (1, 2 or 4 dimensions). Their order is the order of every list in this class.
         psd: take R^T R and L^T L in place of R and L (both reference implementations do).
         bias: add a learned term per parameter, shared by the B matrices of a convolution.
         hidden_layers: Kronecker layers before the last one, with an activation after each.
@@ -40,7 +41,8 @@ class KFO(nn.Module):
         backend: see `kfo_ext.transform.transform`.
 
     Raises:
-        ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or backend.
+        ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or
+            backend.
         TypeError: an entry that is no tensor, or parameters that are not floating point of one dtype.
 
     Source: paper, equations 21, 22 and 26, appendix C. The residual form, tanh and the start are this package's choice:
@@ -199,7 +201,9 @@ class KFO(nn.Module):
             return
         mine = self.get_extra_state()
         if len(state["names"]) != len(mine["names"]):
-            raise ValueError(f"state_dict: expected factors of {len(mine['names'])} parameters, got {len(state['names'])}")
+            raise ValueError(
+                f"state_dict: expected factors of {len(mine['names'])} parameters, got {len(state['names'])}"
+            )
         for name, shape, other_name, other_shape in zip(mine["names"], mine["shapes"], state["names"], state["shapes"]):
             if shape != list(other_shape):
                 raise ValueError(
@@ -208,7 +212,9 @@ class KFO(nn.Module):
                 )
         for option in ("psd", "bias", "layers", "activation"):
             if state[option] != mine[option]:
-                raise ValueError(f"state_dict: expected factors with {option}={mine[option]!r}, got {option}={state[option]!r}")
+                raise ValueError(
+                    f"state_dict: expected factors with {option}={mine[option]!r}, got {option}={state[option]!r}"
+                )
 
     def extra_repr(self) -> str:
         return f"parameters={len(self.problems)}, psd={self.psd}, bias={self.has_bias}"
@@ -222,4 +228,6 @@ def _check_alike(named: list[tuple[str, Tensor]]) -> None:
         if tensor.dtype != first.dtype:
             raise TypeError(f"parameter {name!r}: expected {first.dtype} as {first_name!r} has, got {tensor.dtype}")
         if tensor.device != first.device:
-            raise ValueError(f"parameter {name!r}: expected device {first.device} as {first_name!r} has, got {tensor.device}")
+            raise ValueError(
+                f"parameter {name!r}: expected device {first.device} as {first_name!r} has, got {tensor.device}"
+            )

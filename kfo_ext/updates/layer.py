@@ -18,7 +18,7 @@ class KroneckerLayer(nn.Module):
         problems: the group.
         psd: take R^T R and L^T L in place of R and L, so that the map is symmetric positive semi-definite.
         bias: learn a (p, q) term per parameter, broadcast over B; it starts at 0.
-        zero: start R at 0 in place of the identity, so that the layer starts as the zero map (and still learns: L is the identity).
+        zero: start R at 0 in place of the identity: the zero map, which still learns because L is the identity.
         like: a tensor that gives dtype and device.
         backend: see `kfo_ext.transform.transform`.
 
@@ -37,8 +37,12 @@ class KroneckerLayer(nn.Module):
         self.L = nn.Parameter(eye_L)
         self.bias = nn.Parameter(torch.zeros((1, problems.bias.numel), **options)) if bias else None
         # Where element (i, j) of each factor finds (j, i) in the packed row.
-        self.register_buffer("transpose_R", _transposition([p for _, p, _ in problems.shapes], like.device), persistent=False)
-        self.register_buffer("transpose_L", _transposition([q for _, _, q in problems.shapes], like.device), persistent=False)
+        self.register_buffer(
+            "transpose_R", _transposition([p for _, p, _ in problems.shapes], like.device), persistent=False
+        )
+        self.register_buffer(
+            "transpose_L", _transposition([q for _, _, q in problems.shapes], like.device), persistent=False
+        )
 
     @property
     def phi(self) -> Phi:
@@ -50,9 +54,13 @@ class KroneckerLayer(nn.Module):
         R, L, *bias = phi
         H = G
         if self.psd:
-            # R^T R G L^T L = R^T (R G L^T) L: two chained transforms with tied factors, no product of factors is formed.
+            # R^T R G L^T L = R^T (R G L^T) L: two chained transforms with tied factors, no product of factors.
             H = transform(
-                R.index_select(1, self.transpose_R), G, L.index_select(1, self.transpose_L), self.problems, backend=self.backend
+                R.index_select(1, self.transpose_R),
+                G,
+                L.index_select(1, self.transpose_L),
+                self.problems,
+                backend=self.backend,
             )
         return transform(R, H, L, self.problems, bias=bias[0] if bias else None, backend=self.backend)
 
@@ -62,7 +70,9 @@ class KroneckerLayer(nn.Module):
         offset_R = offset_L = 0
         for _, p, q in self.problems.shapes:
             # Views one by one: torch forbids in-place changes of what split returns.
-            pairs.append((self.R[0].narrow(0, offset_R, p * p).view(p, p), self.L[0].narrow(0, offset_L, q * q).view(q, q)))
+            pairs.append(
+                (self.R[0].narrow(0, offset_R, p * p).view(p, p), self.L[0].narrow(0, offset_L, q * q).view(q, q))
+            )
             offset_R += p * p
             offset_L += q * q
         return pairs

@@ -1,0 +1,259 @@
+"""The build and its binaries: what they name, need and export, and what the build says when something is missing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(importlib.util.find_spec("kfo_ext").submodule_search_locations[0])
+CPU, CUDA = PACKAGE / "_kfo_cpu.so", PACKAGE / "_kfo_cuda.so"
+
+needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf (binutils)")
+libraries = pytest.mark.parametrize("library", [CPU, CUDA], ids=lambda path: path.stem)
+
+
+def load_module(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """The module setup.py, whose toolchain is `setup.toolchain`."""
+    path = list(sys.path)
+    yield load_module("kfo_setup", ROOT / "setup.py")
+    sys.path[:] = path
+
+
+@pytest.fixture
+def toolchain(setup, monkeypatch, tmp_path):
+    """The toolchain module, with an empty PATH and no variables of the build set."""
+    for name in ("KFO_CUDA", "KFO_TORCH_ROOT", "CUDA_HOME", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return setup.toolchain
+
+
+def built(library: Path) -> Path:
+    if not library.exists():
+        pytest.skip(f"{library.name} is not built")
+    return library
+
+
+def dynamic_section(library: Path) -> str:
+    return subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
+
+
+def dynamic_symbols(library: Path) -> list[tuple[str, str, str]]:
+    """(binding, section, name) of each dynamic symbol; the section is UND where it is taken from elsewhere."""
+    table = subprocess.run(["readelf", "--dyn-syms", "-W", library], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in table.splitlines()]
+    return [
+        (row[4], row[6], row[7].partition("@")[0]) for row in rows if len(row) >= 8 and row[0].rstrip(":").isdigit()
+    ]
+
+
+def fake_program(folder: Path, name: str, output: str) -> None:
+    program = folder / name
+    program.write_text(f"#!/bin/sh\ncat <<'EOF'\n{output}\nEOF\n".replace("cat", shutil.which("cat", path=os.defpath)))
+    program.chmod(0o755)
+
+
+@needs_readelf
+def test_cpu_library_needs_torch_cpu_alone():
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", dynamic_section(built(CPU))))
+    assert "libtorch_cpu.so" in needed
+    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
+    assert needed <= {"libtorch_cpu.so", "libc10.so"} | system
+
+
+@needs_readelf
+def test_cuda_library_names_libtorch_and_nothing_of_cuda():
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", dynamic_section(built(CUDA))))
+    assert "libtorch.so" in needed
+    assert not {name for name in needed if re.search("cuda|nvrtc|cublas", name)}
+
+
+@needs_readelf
+@libraries
+def test_no_search_path(library):
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic_section(built(library)))
+
+
+@needs_readelf
+@libraries
+def test_only_the_stable_interface_is_used(library):
+    taken = {name for _, section, name in dynamic_symbols(built(library)) if section == "UND"}
+    assert not {name for name in taken if re.match(r"_?Py", name)}
+    assert not {name for name in taken if re.match(r"_ZNK?(2at|3c10|5torch)", name)}
+
+
+@needs_readelf
+@libraries
+def test_only_our_own_names_are_exported(library):
+    exported = {
+        name for binding, section, name in dynamic_symbols(built(library)) if binding == "GLOBAL" and section != "UND"
+    }
+    expected = {"_kfo_cpu": {"kfo_cpu_build_id", "kfo_cpu_isa"}, "_kfo_cuda": {"kfo_cuda_build_id"}}[library.stem]
+    assert exported - {"_edata", "_end", "__bss_start"} == expected
+
+
+@libraries
+def test_no_path_of_the_build_machine(library):
+    content = built(library).read_bytes()
+    assert str(ROOT).encode() not in content
+    assert b"site-packages" not in content
+
+
+@needs_readelf
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+def test_code_for_a_newer_processor_is_shared_with_nothing(isa):
+    """A weak symbol in such an object could replace the baseline's, and end in an illegal instruction there."""
+    objects = list(ROOT.glob(f"build/temp.*/cpu_kernels.cpp_{isa}.o"))
+    if not objects:
+        pytest.skip("no build folder")
+    for item in objects:
+        symbols = subprocess.run(["readelf", "-sW", item], capture_output=True, text=True, check=True).stdout
+        assert not re.findall(r" (?:WEAK|UNIQUE) .*", symbols)
+
+
+def test_the_binaries_are_of_one_build():
+    plan = pytest.importorskip("kfo_ext._plan", reason="the extension is not built")
+    function = ctypes.CDLL(str(built(CPU))).kfo_cpu_build_id
+    function.restype = ctypes.c_char_p
+    assert function().decode() == plan.build_id()
+
+
+def test_build_id_depends_on_names_contents_and_version(toolchain, tmp_path):
+    source = tmp_path / "a.cpp"
+    source.write_text("1")
+    ids = [toolchain.build_id(tmp_path, "1.0"), toolchain.build_id(tmp_path, "1.1")]
+    source.write_text("2")
+    ids.append(toolchain.build_id(tmp_path, "1.0"))
+    source.rename(tmp_path / "b.cpp")
+    ids.append(toolchain.build_id(tmp_path, "1.0"))
+    assert len(set(ids)) == 4
+    assert ids[3] == toolchain.build_id(tmp_path, "1.0")
+
+
+def test_without_nvcc_the_build_says_so_in_one_line(toolchain, capsys):
+    assert toolchain.find_nvcc() is None
+    assert capsys.readouterr().out == "kfo_ext: building without CUDA: no nvcc in CUDA_HOME or on PATH\n"
+
+
+def test_cuda_can_be_left_out_and_insisted_on(toolchain, monkeypatch, capsys):
+    monkeypatch.setenv("KFO_CUDA", "0")
+    assert toolchain.find_nvcc() is None
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("KFO_CUDA", "1")
+    with pytest.raises(SetupError, match="KFO_CUDA=1: no nvcc"):
+        toolchain.find_nvcc()
+    monkeypatch.setenv("KFO_CUDA", "yes")
+    with pytest.raises(SetupError, match="KFO_CUDA: expected auto, 0 or 1, got 'yes'"):
+        toolchain.find_nvcc()
+
+
+@pytest.mark.parametrize(("release", "accepted"), [("11.8", False), ("12.6", False), ("12.8", True), ("13.0", True)])
+def test_nvcc_must_know_the_newest_architecture(toolchain, tmp_path, capsys, release, accepted):
+    fake_program(tmp_path, "nvcc", f"Cuda compilation tools, release {release}, V{release}.1")
+    found = toolchain.find_nvcc()
+    if accepted:
+        assert found == (str(tmp_path / "nvcc"), release)
+    else:
+        assert found is None
+        assert f"is {release}, older than 12.8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        (
+            lambda m: m.setattr("platform.machine", lambda: "aarch64"),
+            "needs CPython on Linux x86-64, this is .* aarch64",
+        ),
+        (lambda m: m.setattr("sys.platform", "darwin"), "this is .* on darwin"),
+        (lambda m: m.setattr("sysconfig.get_config_var", lambda name: 1), "free-threaded"),
+    ],
+    ids=["machine", "system", "free-threaded"],
+)
+def test_other_platforms_are_refused(toolchain, monkeypatch, patch, message):
+    toolchain.check_platform()
+    patch(monkeypatch)
+    with pytest.raises(SetupError, match=message):
+        toolchain.check_platform()
+
+
+def test_torch_is_found_without_importing_it(toolchain):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r})\n"
+        "import kfo_build; assert kfo_build.torch_root(); assert 'torch' not in sys.modules\n"
+        "assert not any('torch' in name for name in kfo_build.get_requires_for_build_wheel())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_without_torch_the_build_asks_for_it(toolchain, monkeypatch):
+    backend = sys.modules["kfo_build"]
+    monkeypatch.setattr(backend, "_torch_places", lambda: iter(()))
+    assert backend._torch() == ["torch>=2.10"]
+    with pytest.raises(SetupError, match="install it first, or set KFO_TORCH_ROOT"):
+        toolchain.find_torch()
+
+
+def test_torch_must_be_new_enough(toolchain, monkeypatch, tmp_path):
+    monkeypatch.setenv("KFO_TORCH_ROOT", str(tmp_path))
+    with pytest.raises(SetupError, match="KFO_TORCH_ROOT: expected the directory of a torch package"):
+        toolchain.find_torch()
+    (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    with pytest.raises(SetupError, match=r"torch>=2.10 with its headers, but .* is 2\.9\.1\+cpu"):
+        toolchain.find_torch()
+
+
+def test_graph_of_a_cuda_build(setup, tmp_path):
+    torch = setup.toolchain.find_torch()
+    plain = setup.build_graph(tmp_path, "1.0", torch, None)
+    assert "nvcc" not in plain
+    assert "_kfo_cuda" not in plain
+    cuda = setup.build_graph(tmp_path, "1.0", torch, ("nvcc", "13.0"))
+    for code in ("sm_80", "sm_90", "sm_100", "sm_120", "compute_120"):
+        assert f"code={code} " in cuda
+    assert re.search(r"--no-as-needed", cuda)
+    assert "-ltorch " in cuda
+
+
+def test_headers_are_tracked():
+    folders = [folder for folder in ROOT.glob("build/temp.*") if (folder / ".ninja_deps").exists()]
+    ninja = shutil.which("ninja", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
+    if not folders or ninja is None:
+        pytest.skip("no build folder, or no ninja")
+    for folder in folders:
+        command = [ninja, "-C", folder, "-t", "deps", "cpu_transform.cpp.o"]
+        assert "check.h" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_sdist_holds_everything_a_build_needs(tmp_path):
+    tree = tmp_path / "tree"
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "shared")
+    shutil.copytree(ROOT, tree, ignore=ignore)
+    (tree / "kfo_ext" / "_stale.so").touch()
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=tree, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.partition("/")[2] for name in content.getnames()}
+    sources = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("python_tests/*.py"), *ROOT.glob("build_backend/*.py")]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
+    assert {"pyproject.toml", "setup.py", "LICENSE"} <= names
+    assert not {name for name in names if name.endswith((".so", ".pyc"))}
