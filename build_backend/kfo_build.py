@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import site
+import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import build_meta
@@ -13,26 +16,35 @@ from setuptools.build_meta import *  # noqa: F403  the hooks a frontend looks fo
 HEADER = Path("include/torch/csrc/stable/library.h")
 
 
+def _torch_places() -> Iterator[Path]:
+    if spec := importlib.util.find_spec("torch"):
+        yield from map(Path, spec.submodule_search_locations or ())
+    yield Path(sysconfig.get_path("purelib")) / "torch"
+    yield Path(site.getusersitepackages()) / "torch"
+    # A frontend that builds in an environment of its own leaves only the activated one's variables to go by.
+    activated = [Path(os.environ[name]) for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if name in os.environ]
+    programs = [Path(folder).parent for folder in os.get_exec_path()]
+    for prefix in [*activated, *programs, Path(sys.base_prefix)]:
+        yield Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(prefix)})) / "torch"
+
+
 def torch_root() -> Path | None:
     """The directory of an installed torch package with its headers, or None; torch is not imported.
 
-    Build isolation hides site-packages from sys.path, but sysconfig still names the user's.
+    Build isolation hides site-packages from sys.path, but not from a look at the file system.
     """
     if override := os.environ.get("KFO_TORCH_ROOT"):
         return Path(override)
-    spec = importlib.util.find_spec("torch")
-    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    places += [Path(sysconfig.get_path(scheme)) / "torch" for scheme in ("purelib", "platlib")]
-    return next((place for place in places if (place / HEADER).exists()), None)
+    return next((place for place in _torch_places() if (place / HEADER).exists()), None)
 
 
 def _torch() -> list[str]:
     return [] if torch_root() else ["torch>=2.10"]
 
 
-def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
     return build_meta.get_requires_for_build_wheel(config_settings) + _torch()
 
 
-def get_requires_for_build_editable(config_settings=None) -> list[str]:
+def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
     return build_meta.get_requires_for_build_editable(config_settings) + _torch()

@@ -154,7 +154,8 @@ struct Packed {
   int64_t stride = 0;
 };
 
-// A view of `tensor` whose rows are contiguous: the tensor itself (any row stride, 0 included), or else a contiguous copy.
+// A view of `tensor` whose rows are contiguous: the tensor itself (any row stride, 0 included), or else a contiguous
+// copy.
 inline Tensor contiguous_rows(const Tensor& tensor) {
   return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }

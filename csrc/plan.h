@@ -37,12 +37,14 @@ namespace detail {
 // a * b, or an error when the packed row would not be addressable.
 inline int64_t checked_mul(int64_t a, int64_t b) {
   int64_t out;
-  if (__builtin_mul_overflow(a, b, &out)) throw std::invalid_argument("shapes: a problem is too large to address with 64 bits");
+  if (__builtin_mul_overflow(a, b, &out))
+    throw std::invalid_argument("shapes: a problem is too large to address with 64 bits");
   return out;
 }
 inline int64_t checked_add(int64_t a, int64_t b) {
   int64_t out;
-  if (__builtin_add_overflow(a, b, &out)) throw std::invalid_argument("shapes: the group is too large to address with 64 bits");
+  if (__builtin_add_overflow(a, b, &out))
+    throw std::invalid_argument("shapes: the group is too large to address with 64 bits");
   return out;
 }
 }  // namespace detail
@@ -52,7 +54,8 @@ inline Group make_group(const std::vector<int64_t>& shapes) {
   using detail::checked_add;
   using detail::checked_mul;
   if (shapes.size() % 3 != 0)
-    throw std::invalid_argument("shapes: expected (B, p, q) triples, got " + std::to_string(shapes.size()) + " integers");
+    throw std::invalid_argument("shapes: expected (B, p, q) triples, got " + std::to_string(shapes.size()) +
+                                " integers");
   Group group;
   group.problems.reserve(shapes.size() / 3);
   for (size_t i = 0; i < shapes.size(); i += 3) {
@@ -68,7 +71,8 @@ inline Group make_group(const std::vector<int64_t>& shapes) {
   return group;
 }
 
-// Floating-point operations of one matrix of a problem: 2 per multiply-add, products shared between outputs counted once.
+// Floating-point operations of one matrix of a problem: 2 per multiply-add, products shared between outputs counted
+// once.
 inline double flops_per_matrix(const Problem& problem, Order order) {
   const double p = static_cast<double>(problem.p), q = static_cast<double>(problem.q);
   const double left = 2 * p * p * q, right = 2 * p * q * q;
@@ -87,7 +91,8 @@ inline double flops_per_matrix(const Problem& problem, Order order) {
 
 inline double flops(const Group& group, int64_t tasks, Order order) {
   double total = 0;
-  for (const Problem& problem : group.problems) total += static_cast<double>(problem.B) * flops_per_matrix(problem, order);
+  for (const Problem& problem : group.problems)
+    total += static_cast<double>(problem.B) * flops_per_matrix(problem, order);
   return total * static_cast<double>(tasks);
 }
 

@@ -1,4 +1,5 @@
-// kfo_ext._plan: the host-side plan, cost model and build information, as the kernels themselves see them. No tensors here.
+// kfo_ext._plan: the host-side plan, cost model and build information, as the kernels themselves see them. No tensors
+// here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,8 +19,7 @@ using Shapes = std::vector<int64_t>;
 
 // Outside this module an order is its number: 1 forward, 2 backward, 3 double backward.
 kfo::Order order_of(int number) {
-  if (number < 1 || number > 3)
-    throw std::invalid_argument("order: expected 1, 2 or 3, got " + std::to_string(number));
+  if (number < 1 || number > 3) throw std::invalid_argument("order: expected 1, 2 or 3, got " + std::to_string(number));
   return static_cast<kfo::Order>(number);
 }
 
@@ -89,7 +89,8 @@ PYBIND11_MODULE(_plan, m) {
   m.def("sizes", &sizes, py::arg("shapes"), "Columns of packed R, G, L and bias.");
   m.def("chunks", &chunks, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("shared_R") = false,
         py::arg("shared_L") = false,
-        "The CPU library's units of work (problem, task, begin, end), the costliest first. When both factors are shared,\n"
+        "The CPU library's units of work (problem, task, begin, end), the costliest first. When both factors are "
+        "shared,\n"
         "rows run on over the tasks: row r is matrix r % B of task r // B.");
   m.def("flops", &flops, py::arg("shapes"), py::arg("tasks"), py::arg("order"),
         "Operations of one call with every output wanted, 2 per multiply-add.");

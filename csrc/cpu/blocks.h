@@ -15,7 +15,8 @@ T* row_of(const Matrices<T>& matrices, const Job<std::remove_const_t<T>>& job, i
   return matrices.data + row / job.B * matrices.task_stride + row % job.B * job.p * job.q;
 }
 
-// One tile of at most kLanes<T> rows and columns. Loops over its vectors have constant bounds, which keeps them in registers.
+// One tile of at most kLanes<T> rows and columns. Loops over its vectors have constant bounds, which keeps them in
+// registers.
 template <class T>
 void gather_tile(const T* const* row, int rows, int64_t column, int columns, T* out, int64_t width) {
   constexpr int W = kLanes<T>;
@@ -35,7 +36,8 @@ void gather_tile(const T* const* row, int rows, int64_t column, int columns, T* 
 }
 
 template <class T>
-void scatter_tile(const T* in, int64_t width, T* const* row, const T* const* bias, int rows, int64_t column, int columns) {
+void scatter_tile(const T* in, int64_t width, T* const* row, const T* const* bias, int rows, int64_t column,
+                  int columns) {
   constexpr int W = kLanes<T>;
   Vec<T> v[W] = {};
 #pragma GCC unroll 16
@@ -208,7 +210,8 @@ class RowBlock {
   }
 
   void clear(Matrix X) {
-    for (int64_t i = 0; i < job_.p; ++i) __builtin_memset(X.data + i * X.row, 0, static_cast<size_t>(job_.q) * sizeof(T));
+    for (int64_t i = 0; i < job_.p; ++i)
+      __builtin_memset(X.data + i * X.row, 0, static_cast<size_t>(job_.q) * sizeof(T));
   }
 
  private:

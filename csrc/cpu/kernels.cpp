@@ -1,5 +1,6 @@
-// The kernels of one instruction set: compiled once for each, with KFO_ISA naming the table it defines. Everything else in
-// this file has internal linkage, so that no code for a newer processor can be shared with an older one by the linker.
+// The kernels of one instruction set: compiled once for each, with KFO_ISA naming the table it defines. Everything else
+// in this file has internal linkage, so that no code for a newer processor can be shared with an older one by the
+// linker.
 #include "kernels.h"
 
 #include "orders.h"
@@ -31,33 +32,39 @@ int64_t lane_rows(const Job<T>& job) {
 // Whether b as the innermost index fills vectors better than a row of a matrix does.
 template <class T>
 bool prefers_lanes(const Job<T>& job) {
-  constexpr int64_t kLargest = 262144 / kVectorBytes;  // elements of a matrix whose block still fits the second-level cache
+  constexpr int64_t kLargest =
+      262144 / kVectorBytes;  // elements of a matrix whose block still fits the second-level cache
   return 2 * (job.end - job.begin) >= kLanes<T> && job.p * job.q <= kLargest &&
          (smaller(job.p, job.q) < 2 * kLanes<T> || job.p * job.q <= 1024);
 }
 
-template <class T, int kMatrices, void (*lanes)(LaneBlock<T>, const Job<T>&, bool),
+template <class T>
+T* working_memory(int64_t elements) {
+  return static_cast<T*>(scratch(static_cast<size_t>(elements) * sizeof(T)));
+}
+
+template <class T, const Memory& kMemory, void (*lanes)(LaneBlock<T>, const Job<T>&, bool),
           void (*rows)(RowBlock<T>, const Job<T>&, bool)>
 void run(const Job<T>& job) {
   if (prefers_lanes(job)) {
     const int64_t step = lane_rows(job);
-    T* memory = static_cast<T*>(scratch(static_cast<size_t>(kMatrices * LaneBlock<T>::matrix_elements(job, step)) * sizeof(T)));
+    T* memory = working_memory<T>(kMemory.all * LaneBlock<T>::matrix_elements(job, step));
     for (int64_t b = job.begin; b < job.end; b += step)
       lanes(LaneBlock<T>(job, b, smaller(step, job.end - b), memory), job, b == job.begin);
   } else {
-    const bool transpose = job.q < kLanes<T> && job.p > job.q;
-    const Job<T> turned = transpose ? transposed_job(job) : job;
-    T* memory = static_cast<T*>(scratch(static_cast<size_t>(kMatrices * RowBlock<T>::matrix_elements(turned)) * sizeof(T)));
-    for (int64_t b = job.begin; b < job.end; ++b)
-      rows(RowBlock<T>(turned, b, transpose, memory), turned, b == job.begin);
+    const bool turn = job.q < kLanes<T> && job.p > job.q;
+    const Job<T> turned = turn ? transposed_job(job) : job;
+    const int matrices = turn ? kMemory.all : kMemory.intermediates;
+    T* memory = working_memory<T>(matrices * RowBlock<T>::matrix_elements(turned));
+    for (int64_t b = job.begin; b < job.end; ++b) rows(RowBlock<T>(turned, b, turn, memory), turned, b == job.begin);
   }
 }
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {run<T, kForwardMatrices, forward<T, LaneBlock<T>>, forward<T, RowBlock<T>>>,
-          run<T, kBackwardMatrices, backward<T, LaneBlock<T>>, backward<T, RowBlock<T>>>,
-          run<T, kDoubleBackwardMatrices, double_backward<T, LaneBlock<T>>, double_backward<T, RowBlock<T>>>};
+  return {run<T, kForwardMemory, forward<T, LaneBlock<T>>, forward<T, RowBlock<T>>>,
+          run<T, kBackwardMemory, backward<T, LaneBlock<T>>, backward<T, RowBlock<T>>>,
+          run<T, kDoubleBackwardMemory, double_backward<T, LaneBlock<T>>, double_backward<T, RowBlock<T>>>};
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 
 namespace kfo::cpu {
 
-// The matrices of one problem in a packed operand: row r of B is data + (r / B) * task_stride + (r % B) * p * q, so that
-// rows may run on over the tasks where these share their factors. Null data: the operand is absent, or not wanted.
+// The matrices of one problem in a packed operand: row r of B is data + (r / B) * task_stride + (r % B) * p * q, so
+// that rows may run on over the tasks where these share their factors. Null data: the operand is absent, or not wanted.
 template <class T>
 struct Matrices {
   T* data = nullptr;
@@ -40,8 +40,10 @@ struct Isa {
 
   template <class T>
   const Kernels<T>& kernels() const {
-    if constexpr (sizeof(T) == sizeof(float)) return float32;
-    else return float64;
+    if constexpr (sizeof(T) == sizeof(float))
+      return float32;
+    else
+      return float64;
   }
 };
 

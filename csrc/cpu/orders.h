@@ -1,5 +1,5 @@
-// The three orders, written once over either layout. `first` is false when an earlier block of the same chunk has already
-// written its part of dR and dL.
+// The three orders, written once over either layout. `first` is false when an earlier block of the same chunk has
+// already written its part of dR and dL.
 #pragma once
 
 #include "blocks.h"
@@ -20,7 +20,13 @@ void clear_factor(T* data, int64_t n) {
   __builtin_memset(data, 0, static_cast<size_t>(n * n) * sizeof(T));
 }
 
-constexpr int kForwardMatrices = 3;
+// What a block of an order keeps in working memory, in matrices: the intermediate results, and the operands and outputs
+// too where they cannot be used in place.
+struct Memory {
+  int intermediates, all;
+};
+
+constexpr Memory kForwardMemory{1, 3};
 // Y = R^T G L + bias
 template <class T, class Block>
 void forward(Block block, const Job<T>& job, bool) {
@@ -32,7 +38,7 @@ void forward(Block block, const Job<T>& job, bool) {
   block.store(Y, job.Y, job.bias);
 }
 
-constexpr int kBackwardMatrices = 5;
+constexpr Memory kBackwardMemory{2, 5};
 // dG = R dY L^T, dR = sum G L dY^T, dL = sum G^T R dY
 template <class T, class Block>
 void backward(Block block, const Job<T>& job, bool first) {
@@ -55,7 +61,7 @@ void backward(Block block, const Job<T>& job, bool first) {
   }
 }
 
-constexpr int kDoubleBackwardMatrices = 9;
+constexpr Memory kDoubleBackwardMemory{4, 9};
 // ddY = ddR^T G L + R^T (ddG L + G ddL)      dR = sum (ddG L + G ddL) dY^T
 // dG = ddR dY L^T + R dY ddL^T               dL = sum (G^T ddR + ddG^T R) dY
 template <class T, class Block>
@@ -89,8 +95,10 @@ void double_backward(Block block, const Job<T>& job, bool first) {
     if (has_ddG) block.right(plain(job.L, job.q), ddG, K);
     if (has_ddL) block.right(plain(job.ddL, job.q), G, K, has_ddG);
     if (job.dR) {
-      if (has_K) block.left_gradient(K, dY, job.dR, !first);
-      else if (first) clear_factor(job.dR, job.p);
+      if (has_K)
+        block.left_gradient(K, dY, job.dR, !first);
+      else if (first)
+        clear_factor(job.dR, job.p);
     }
     if (job.ddY.data) {
       const auto ddY = block.matrix_for(job.ddY);

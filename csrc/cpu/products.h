@@ -21,8 +21,14 @@ struct Rows {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int power_of_two(int least) {
+  int out = 1;
+  while (out < least) out *= 2;
+  return out;
+}
 
-// Rows of a register tile with N vectors a row: enough sums in flight to hide the latency, few enough to stay in registers.
+// Rows of a register tile with N vectors a row: enough sums in flight to hide the latency, few enough to stay in
+// registers.
 constexpr int tile_rows(int vectors) {
   constexpr int kFree = kRegisters - (kRegisters == 16 ? 1 : 4);
   const int rows = (kFree - vectors) / vectors;
@@ -31,33 +37,55 @@ constexpr int tile_rows(int vectors) {
 constexpr int kTileVectors = kRegisters == 16 ? 3 : 4;
 
 // One register tile of C = A X, `count` times over with steps of x_step and c_step. `lanes` of its last vector exist.
+// A tile of few sums takes every kSplit-th k in a sum of its own, since a sum waits for its previous addition.
 template <class T, int M, int N, bool kPartial>
-void product_tile(Factor<T> A, Rows<const T> X, Rows<T> C, int64_t K, int lanes, bool add, int64_t count, int64_t x_step,
-                  int64_t c_step) {
-  constexpr int W = kLanes<T>;
+void product_tile(Factor<T> A, Rows<const T> X, Rows<T> C, int64_t K, int lanes, bool add, int64_t count,
+                  int64_t x_step, int64_t c_step) {
+  constexpr int W = kLanes<T>, kSplit = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
+  const auto load_row = [lanes](const T* x, int n) {
+    return kPartial ? load_first(x + n * W, lanes) : load(x + n * W);
+  };
   for (int64_t i = 0; i < count; ++i) {
-    Vec<T> sums[M][N] = {};
     const T* x = X.data + i * x_step;
     const T* a = A.data;
     T* c = C.data + i * c_step;
-    if (add)
-      for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n)
-          sums[m][n] = kPartial ? load_first(c + m * C.row + n * W, lanes) : load(c + m * C.row + n * W);
-    for (int64_t k = 0; k < K; ++k, x += X.row, a += A.column) {
+    Vec<T> sums[kSplit][M][N] = {};
+    const auto step = [&](int s) {
       Vec<T> row[N];
-      for (int n = 0; n < N; ++n) row[n] = kPartial ? load_first(x + n * W, lanes) : load(x + n * W);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) row[n] = load_row(x, n);
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Vec<T> factor = broadcast(a[m * A.row]);
-        for (int n = 0; n < N; ++n) sums[m][n] = multiply_add(factor, row[n], sums[m][n]);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[s][m][n] = multiply_add(factor, row[n], sums[s][m][n]);
       }
+      x += X.row;
+      a += A.column;
+    };
+    if (add) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[0][m][n] = load_row(c + m * C.row, n);
     }
+    int64_t k = 0;
+    for (; k + kSplit <= K; k += kSplit) {
+#pragma GCC unroll 16
+      for (int s = 0; s < kSplit; ++s) step(s);
+    }
+    for (; k < K; ++k) step(0);
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 16
+        for (int s = 1; s < kSplit; ++s) sums[0][m][n] += sums[s][m][n];
         if (kPartial)
-          store_first(c + m * C.row + n * W, sums[m][n], lanes);
+          store_first(c + m * C.row + n * W, sums[0][m][n], lanes);
         else
-          store(c + m * C.row + n * W, sums[m][n]);
+          store(c + m * C.row + n * W, sums[0][m][n]);
+      }
   }
 }
 
@@ -79,14 +107,15 @@ void product_strip(int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = M * t / tiles, end = M * (t + 1) / tiles;
     product_tile_of<T, N, kPartial>(end - begin, std::make_integer_sequence<int, kRows>{})(
-        {A.data + begin * A.row, A.row, A.column}, X, {C.data + begin * C.row, C.row}, K, lanes, add, count, x_step, c_step);
+        {A.data + begin * A.row, A.row, A.column}, X, {C.data + begin * C.row, C.row}, K, lanes, add, count, x_step,
+        c_step);
   }
 }
 
 // C (M, N) = A (M, K) X (K, N), or C += A X, `count` times over: X and C move on by x_step and c_step, A stays.
 template <class T>
-void product(int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, bool add = false, int64_t count = 1,
-             int64_t x_step = 0, int64_t c_step = 0) {
+void product(int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, bool add = false,
+             int64_t count = 1, int64_t x_step = 0, int64_t c_step = 0) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kDepth = 256;  // rows of X that a strip keeps in the first-level cache
   const int64_t vectors = N / W, strips = ceil_div(vectors, kTileVectors);
@@ -100,15 +129,23 @@ void product(int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows
       const Rows<T> c_strip{C.data + begin * W, C.row};
       const bool keep = add || k > 0;
       switch (end - begin) {
-        case 1: product_strip<T, 1, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step); break;
-        case 2: product_strip<T, 2, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step); break;
-        case 3: product_strip<T, 3, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step); break;
-        case 4: product_strip<T, 4, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step); break;
+        case 1:
+          product_strip<T, 1, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          break;
+        case 2:
+          product_strip<T, 2, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          break;
+        case 3:
+          product_strip<T, 3, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          break;
+        case 4:
+          product_strip<T, 4, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          break;
       }
     }
     if (const int lanes = static_cast<int>(N % W))
-      product_strip<T, 1, true>(M, depth, a, {x + vectors * W, X.row}, {C.data + vectors * W, C.row}, lanes, add || k > 0,
-                                count, x_step, c_step);
+      product_strip<T, 1, true>(M, depth, a, {x + vectors * W, X.row}, {C.data + vectors * W, C.row}, lanes,
+                                add || k > 0, count, x_step, c_step);
   }
 }
 
@@ -119,33 +156,31 @@ struct Runs {
 
 template <class T, int M, int N>
 void dots_tile(Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
-  constexpr int W = kLanes<T>;
-  constexpr int kSums = M * N, kPadded = (kSums + W - 1) / W * W;
+  constexpr int W = kLanes<T>, kSums = M * N;
+  constexpr int kGroup = kSums >= W ? W : power_of_two(kSums), kPadded = (kSums + kGroup - 1) / kGroup * kGroup;
   Vec<T> sums[kPadded] = {};
   const int64_t whole = runs.length / W * W;
   const int rest = static_cast<int>(runs.length - whole);
+  const auto step = [&](const T* a, const T* x, auto load_vector) {
+    Vec<T> column[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) column[m] = load_vector(a + m * A.row);
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const Vec<T> other = load_vector(x + n * X.row);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sums[m * N + n] = multiply_add(column[m], other, sums[m * N + n]);
+    }
+  };
   for (int64_t r = 0; r < runs.count; ++r) {
     const T* a = A.data + r * runs.step;
     const T* x = X.data + r * runs.step;
-    for (int64_t k = 0; k < whole; k += W) {
-      Vec<T> column[M];
-      for (int m = 0; m < M; ++m) column[m] = load(a + m * A.row + k);
-      for (int n = 0; n < N; ++n) {
-        const Vec<T> other = load(x + n * X.row + k);
-        for (int m = 0; m < M; ++m) sums[m * N + n] = multiply_add(column[m], other, sums[m * N + n]);
-      }
-    }
-    if (rest) {
-      Vec<T> column[M];
-      for (int m = 0; m < M; ++m) column[m] = load_first(a + m * A.row + whole, rest);
-      for (int n = 0; n < N; ++n) {
-        const Vec<T> other = load_first(x + n * X.row + whole, rest);
-        for (int m = 0; m < M; ++m) sums[m * N + n] = multiply_add(column[m], other, sums[m * N + n]);
-      }
-    }
+    for (int64_t k = 0; k < whole; k += W) step(a + k, x + k, [](const T* p) { return load(p); });
+    if (rest) step(a + whole, x + whole, [rest](const T* p) { return load_first(p, rest); });
   }
-  alignas(64) T totals[kPadded];
-  for (int i = 0; i < kPadded; i += W) store(totals + i, lane_sums<T, W>(sums + i));
+  alignas(64) T totals[(kPadded + W - 1) / W * W];
+#pragma GCC unroll 16
+  for (int i = 0; i < kPadded; i += kGroup) store(totals + i, lane_sums<T, kGroup>(sums + i));
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
       T& c = C.data[m * C.row + n];
@@ -156,28 +191,56 @@ void dots_tile(Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add)
 template <class T>
 using DotsTile = void (*)(Rows<const T>, Rows<const T>, Rows<T>, Runs, bool);
 
-template <class T, int kColumns, int... I>
-DotsTile<T> dots_tile_of(int64_t rows, int64_t columns, std::integer_sequence<int, I...>) {
-  static constexpr DotsTile<T> kTiles[] = {dots_tile<T, I / kColumns + 1, I % kColumns + 1>...};
-  return kTiles[(rows - 1) * kColumns + columns - 1];
+// Of a tile with M rows: as many columns as registers hold sums.
+constexpr int dots_columns(int M) { return (kRegisters == 16 ? 12 : 16) / M; }
+constexpr int kDotsRows = kRegisters == 16 ? 3 : 4;
+
+template <class T, int M, int... N>
+DotsTile<T> dots_tile_of(int64_t columns, std::integer_sequence<int, N...>) {
+  static constexpr DotsTile<T> kTiles[] = {dots_tile<T, M, N + 1>...};
+  return kTiles[columns - 1];
+}
+
+// All tiles of a strip of C that is M rows high.
+template <class T, int M>
+void dots_strip(int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
+  constexpr int kColumns = dots_columns(M);
+  const int64_t tiles = ceil_div(N, kColumns);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t n = N * t / tiles, end = N * (t + 1) / tiles;
+    dots_tile_of<T, M>(end - n, std::make_integer_sequence<int, kColumns>{})(A, {X.data + n * X.row, X.row},
+                                                                             {C.data + n, C.row}, runs, add);
+  }
 }
 
 // C (M, N) = A (M, K) X^T (K, N), or C += A X^T, with K running over `runs` of both operands.
 template <class T>
 void dots(int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add = false) {
-  constexpr int kRows = kRegisters == 16 ? 3 : 4, kColumns = 4;
-  constexpr int64_t kCached = 32768 / sizeof(T);  // elements of X that stay cached while all of A passes by
+  constexpr int64_t kCached = 131072 / sizeof(T);  // elements of X that stay cached while all of A passes by
   if (runs.count > 1 && runs.step == runs.length) runs = {1, runs.count * runs.length, 0};
-  const int64_t tiles_m = ceil_div(M, kRows), tiles_n = ceil_div(N, kColumns);
-  const int64_t block = kCached / (runs.count * runs.length * kColumns) + 1;
-  for (int64_t first = 0; first < tiles_n; first += block)
-    for (int64_t i = 0; i < tiles_m; ++i)
-      for (int64_t j = first; j < smaller(first + block, tiles_n); ++j) {
-        const int64_t m = M * i / tiles_m, m_end = M * (i + 1) / tiles_m;
-        const int64_t n = N * j / tiles_n, n_end = N * (j + 1) / tiles_n;
-        dots_tile_of<T, kColumns>(m_end - m, n_end - n, std::make_integer_sequence<int, kRows * kColumns>{})(
-            {A.data + m * A.row, A.row}, {X.data + n * X.row, X.row}, {C.data + m * C.row + n, C.row}, runs, add);
+  const int64_t block = ceil_div(kCached / (runs.count * runs.length) + 1, 16) * 16;
+  const int64_t strips = ceil_div(M, kDotsRows);
+  for (int64_t n = 0; n < N; n += block)
+    for (int64_t s = 0; s < strips; ++s) {
+      const int64_t m = M * s / strips, end = M * (s + 1) / strips;
+      const Rows<const T> a{A.data + m * A.row, A.row}, x{X.data + n * X.row, X.row};
+      const Rows<T> c{C.data + m * C.row + n, C.row};
+      const int64_t columns = smaller(block, N - n);
+      switch (end - m) {
+        case 1:
+          dots_strip<T, 1>(columns, a, x, c, runs, add);
+          break;
+        case 2:
+          dots_strip<T, 2>(columns, a, x, c, runs, add);
+          break;
+        case 3:
+          dots_strip<T, 3>(columns, a, x, c, runs, add);
+          break;
+        case 4:
+          dots_strip<T, 4>(columns, a, x, c, runs, add);
+          break;
       }
+    }
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ struct Entry {
 
 // A program uses a handful of groups; a list in order of use finds them faster than a map would hash them.
 constexpr size_t kRemembered = 64;
+constexpr size_t kRememberedChunks = 65536;  // of one schedule: a larger one costs more to keep than to make
 
 }  // namespace
 
@@ -43,6 +44,7 @@ std::shared_ptr<const Schedule> schedule_of(const std::vector<int64_t>& shapes, 
       }
   }
   auto schedule = std::make_shared<const Schedule>(make_schedule(shapes, tasks, order, shared_R, shared_L));
+  if (schedule->chunks.size() > kRememberedChunks) return schedule;
   const std::lock_guard<std::mutex> lock(mutex);
   entries.push_front({std::move(key), schedule});
   if (entries.size() > kRemembered) entries.pop_back();

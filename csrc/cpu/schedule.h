@@ -1,5 +1,6 @@
-// How the CPU library cuts a group into chunks, and how the partial gradients of factors are added up. Depends on shapes,
-// tasks and sharing only, never on the number of threads: so does the order of every sum, and every bit of the result.
+// How the CPU library cuts a group into chunks, and how the partial gradients of factors are added up. Depends on
+// shapes, tasks and sharing only, never on the number of threads: so does the order of every sum, and every bit of the
+// result.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +12,10 @@
 
 namespace kfo::cpu {
 
-// Rows [begin, end) of one problem. When both factors are shared, rows run on over the tasks (task is 0, and row r belongs
-// to task r / B); otherwise they are rows of B of one task. partial_R and partial_L are where this chunk leaves its part of
-// dR and dL, in elements of the partial buffer, or -1 where it is the only one and writes the result itself.
+// Rows [begin, end) of one problem. When both factors are shared, rows run on over the tasks (task is 0, and row r
+// belongs to task r / B); otherwise they are rows of B of one task. partial_R and partial_L are where this chunk leaves
+// its part of dR and dL, in elements of the partial buffer, or -1 where it is the only one and writes the result
+// itself.
 struct Chunk {
   int64_t problem, task, begin, end;
   int64_t partial_R, partial_L;
@@ -42,8 +44,9 @@ constexpr double kChunkFlops = 1.5e6;
 constexpr double kBatchFlops = 1e5;
 constexpr double kCallFlops = 3e3;  // what starting on a chunk costs
 constexpr int64_t kRowsMultiple = 32;
-constexpr int64_t kRowMajorElements = 4096;        // from this size on a matrix is worked on by itself
+constexpr int64_t kRowMajorElements = 4096;             // from this size on a matrix is worked on by itself
 constexpr int64_t kPartialElements = int64_t{1} << 23;  // of one problem
+constexpr double kFlopsPerPartial = 128;                // below, a chunk's partial results cost more than it computes
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,8 +56,9 @@ inline int64_t chunk_rows(const Problem& problem, int64_t rows, Order order) {
   int64_t size = std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, rows);
   if (problem.p * problem.q < kRowMajorElements) size = ceil_div(size, kRowsMultiple) * kRowsMultiple;
   if (order != Order::forward) {
-    const int64_t most = std::max<int64_t>(1, kPartialElements / (problem.p * problem.p + problem.q * problem.q));
-    size = std::max(size, ceil_div(rows, most));
+    const int64_t partial = problem.p * problem.p + problem.q * problem.q;
+    const double worthwhile = kFlopsPerPartial * static_cast<double>(partial) / flops_per_matrix(problem, order);
+    size = std::max({size, static_cast<int64_t>(worthwhile), ceil_div(rows, kPartialElements / partial + 1)});
   }
   return std::min(size, rows);
 }

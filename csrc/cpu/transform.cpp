@@ -16,8 +16,8 @@ namespace kfo::cpu {
 
 namespace {
 
-constexpr size_t kKeptBytes = size_t{4} << 20;
-constexpr double kParallelFlops = 4e5;       // below, starting the threads costs more than they save
+constexpr size_t kKeptBytes = size_t{16} << 20;
+constexpr double kParallelFlops = 4e5;      // below, starting the threads costs more than they save
 constexpr int64_t kParallelSums = 1 << 16;  // elements
 
 thread_local Scratch chunk_memory;
@@ -105,8 +105,10 @@ void add_partials(const Call<T>& call, const Schedule& schedule, const T* partia
     }
   };
   const auto sums = static_cast<int64_t>(schedule.sums.size());
-  if (schedule.partials < kParallelSums) run(0, sums);
-  else torch::stable::parallel_for(0, sums, 1, run);
+  if (schedule.partials < kParallelSums)
+    run(0, sums);
+  else
+    torch::stable::parallel_for(0, sums, 1, run);
 }
 
 template <class T>
@@ -149,8 +151,10 @@ Packed<T> packed_of(const std::optional<Tensor>& tensor) {
 // Calls run(T{}) with the C++ type of the operands.
 template <class Run>
 void with_type(const Tensor& G, Run run) {
-  if (G.scalar_type() == ScalarType::Float) run(float{});
-  else run(double{});
+  if (G.scalar_type() == ScalarType::Float)
+    run(float{});
+  else
+    run(double{});
 }
 
 // Before the checks: whatever is wrong with the number of dimensions, they will say it.

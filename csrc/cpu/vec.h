@@ -1,5 +1,5 @@
-// The few vector operations the kernels need, for the instruction set this file is compiled for. Multiply-adds are fused
-// where the hardware has them (AVX-512, AVX2) and never elsewhere: nothing is left to the compiler's contraction.
+// The few vector operations the kernels need, for the instruction set this file is compiled for. Multiply-adds are
+// fused where the hardware has them (AVX-512, AVX2) and never elsewhere: nothing is left to the compiler's contraction.
 #pragma once
 
 #include <immintrin.h>
@@ -7,6 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <utility>
+
+#if !__has_builtin(__builtin_shufflevector)
+#error "the CPU kernels need GCC 12 or later, or clang"
+#endif
 
 namespace {
 

@@ -1,0 +1,100 @@
+"""What the build compiles with: the platform, torch, nvcc and ninja, each found or refused with one clear message."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from kfo_build import HEADER, torch_root
+from setuptools.errors import SetupError
+
+OLDEST_TORCH = (2, 10)
+OLDEST_NVCC = (12, 8)  # the first to know sm_120
+
+
+def check_platform() -> None:
+    """Raises SetupError where the package has no binaries: it is for Linux on x86-64 and CPython with its GIL."""
+    found = f"{platform.python_implementation()} on {sys.platform} {platform.machine()}"
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64" or sys.implementation.name != "cpython":
+        raise SetupError(f"kfo_ext needs CPython on Linux x86-64, this is {found}")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise SetupError("kfo_ext needs a CPython with its GIL, this one is free-threaded")
+
+
+def find_torch() -> tuple[Path, str]:
+    """The torch package to compile against and its version. Raises SetupError when there is none, or one too old."""
+    root = torch_root()
+    if root is None:
+        raise SetupError("kfo_ext compiles against torch>=2.10: install it first, or set KFO_TORCH_ROOT")
+    if not (root / "version.py").exists():
+        raise SetupError(f"KFO_TORCH_ROOT: expected the directory of a torch package, got {root}")
+    version = re.search(r"__version__ = '([^']+)'", (root / "version.py").read_text())[1]
+    if _numbers(version) < OLDEST_TORCH or not (root / HEADER).exists():
+        raise SetupError(f"kfo_ext compiles against torch>=2.10 with its headers, but {root} is {version}")
+    return root, version
+
+
+def find_nvcc() -> tuple[str, str] | None:
+    """The nvcc to use and its version, or None to build without CUDA. Raises SetupError where KFO_CUDA forbids that."""
+    mode = os.environ.get("KFO_CUDA") or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise SetupError(f"KFO_CUDA: expected auto, 0 or 1, got {mode!r}")
+    if mode == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    if nvcc is None:
+        missing = "no nvcc in CUDA_HOME or on PATH"
+    else:
+        version = re.search(r"release (\S+),", _output_of(nvcc, "--version"))[1]
+        if _numbers(version) >= OLDEST_NVCC:
+            return nvcc, version
+        missing = f"{nvcc} is {version}, older than 12.8"
+    if mode == "1":
+        raise SetupError(f"KFO_CUDA=1: {missing}")
+    print(f"kfo_ext: building without CUDA: {missing}")
+    return None
+
+
+def find_ninja() -> str:
+    """The ninja on PATH, else the one installed beside this Python. Raises SetupError when there is neither."""
+    found = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+    if found is None:
+        raise SetupError("kfo_ext is built by ninja: pip install ninja")
+    return found
+
+
+def compiler() -> tuple[str, str]:
+    """The C++ compiler's command and the first line it says about itself."""
+    command = os.environ.get("CXX") or "g++"
+    return command, _output_of(*command.split(), "--version").splitlines()[0]
+
+
+def build_id(sources: Path, version: str) -> str:
+    """Hash of everything that is compiled: the same in every binary of one build.
+
+    sources: directory whose files are hashed, names and contents
+    version: the package's
+    """
+    digest = hashlib.sha256(version.encode())
+    for path in sorted(path for path in sources.rglob("*") if path.is_file()):
+        digest.update(f"\0{path.relative_to(sources)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SetupError(f"kfo_ext: {' '.join(command)} does not run: {error}") from None
