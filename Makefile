@@ -15,12 +15,12 @@ LEARN2LEARN := --no-build-isolation --use-pep517 --no-deps --no-binary learn2lea
 
 SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test wheel lint format clean help
+.PHONY: demo test test-wheel wheel lint format clean help
 
 help:
 	@echo "make demo    build everything, meta-train MAML and KFO on the default tasks (5 minutes)"
 	@echo "make test    build everything, run the tests"
-	@echo "make wheel   build a wheel into dist/"
+	@echo "make wheel   build a wheel into dist/; make test-wheel installs it elsewhere and runs the operators' tests"
 	@echo "make lint    check style; make format applies it"
 	@echo "make clean   remove .venv and everything built"
 
@@ -30,7 +30,17 @@ demo: $(STAMPS)/package
 test: $(STAMPS)/package $(STAMPS)/test
 	$(BIN)/python -m pytest python_tests
 
+# The wheel in a fresh environment of its own, from another directory: make test-wheel TORCH=torch==2.11.0 for a CUDA build.
+test-wheel: wheel
+	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/kfo_ext-*.whl pytest expecttest hypothesis
+	.venv-wheel/bin/kfo doctor
+	tests=$$PWD/python_tests wheel=$$PWD/.venv-wheel && cd "$$(mktemp -d)" && $$wheel/bin/python -m pytest \
+		$$tests/test_transform.py $$tests/test_derivatives.py $$tests/test_isa.py $$tests/test_kfo.py
+
 wheel: $(STAMPS)/build
+	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 lint: $(STAMPS)/lint
@@ -44,7 +54,7 @@ format: $(STAMPS)/lint
 	git ls-files 'csrc/*' | xargs -r $(BIN)/clang-format -i
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-wheel build dist *.egg-info
 	find kfo_ext -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

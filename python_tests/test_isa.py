@@ -39,5 +39,6 @@ def test_an_unknown_isa_is_refused():
         "import torch, kfo_ext; kfo_ext.transform(*(torch.ones(1, 1),) * 3, kfo_ext.Problems([(1, 1, 1)]))",
     )
     assert done.returncode != 0
-    assert "KFO_CPU_ISA" in done.stderr
-    assert "avx1024" in done.stderr
+    assert "KFO_CPU_ISA: expected avx512, avx2 or baseline, got 'avx1024'" in done.stderr
+    named = _run("avx1024", "-c", "from kfo_ext.transform import native; native.cpu_isa()")
+    assert "KFO_CPU_ISA: expected one of" in named.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import warnings
 from pathlib import Path
 
@@ -84,10 +85,18 @@ def available(device: torch.device) -> bool:
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels in use: avx512, avx2 or baseline."""
+    """The instruction set of the CPU kernels in use: avx512, avx2 or baseline.
+
+    Raises:
+        ValueError: KFO_CPU_ISA asks for one that is unknown or that this machine lacks.
+    """
     function = ctypes.CDLL(str(CPU_LIBRARY)).kfo_cpu_isa
     function.restype = ctypes.c_char_p
-    return function().decode()
+    name = function()
+    if name is None:
+        wanted = os.environ.get("KFO_CPU_ISA")
+        raise ValueError(f"KFO_CPU_ISA: expected one of {', '.join(supported_isas())}, got {wanted!r}")
+    return name.decode()
 
 
 def supported_isas() -> list[str]:
