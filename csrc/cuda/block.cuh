@@ -23,7 +23,7 @@ struct Output {
 };
 
 // The entry that this block works on, given the field that numbers the blocks of the launch.
-__device__ inline const Entry& find_entry(const Table& table, int64_t Entry::*first_block) {
+__device__ inline const Entry& find_entry(const Table& table, int64_t Entry::* first_block) {
   int64_t i = 0;
   while (i + 1 < table.count && blockIdx.x >= table.entries[i + 1].*first_block) ++i;
   return table.entries[i];

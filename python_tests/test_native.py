@@ -1,0 +1,82 @@
+"""Loading the compiled libraries: what is refused, what is said, and that nothing falls back in silence."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kfo_ext.transform import native
+
+PACKAGE = Path(importlib.util.find_spec("kfo_ext").submodule_search_locations[0])
+
+pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A copy of the package in a folder of its own."""
+    shutil.copytree(PACKAGE, tmp_path / "kfo_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "kfo_ext"
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs code in a new process that finds kfo_ext in `folder` first."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=folder)
+
+
+def test_status_names_every_backend():
+    status = native.status()
+    assert set(status) == {"reference", "cpu", "cuda"}
+    assert status["cpu"][0]
+    assert "build" in status["cpu"][1]
+    assert all(reason for _, reason in status.values())
+
+
+def test_a_second_copy_is_refused_with_both_paths(copy):
+    first = PACKAGE / "_kfo_cpu.so"
+    done = run(f"import torch; torch.ops.load_library({str(first)!r}); import kfo_ext", copy.parent)
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: kfo_ext: a second copy of the package")
+    assert str(first) in message
+    assert str(copy / "_kfo_cpu.so") in message
+
+
+def test_binaries_of_different_builds_are_refused(copy):
+    library = copy / "_kfo_cpu.so"
+    found = importlib.import_module("kfo_ext._plan").build_id().encode()
+    binary = library.read_bytes()
+    assert binary.count(found) == 1
+    library.write_bytes(binary.replace(found, b"0" * len(found)))
+    done = run("import kfo_ext", copy.parent)
+    assert done.returncode == 1
+    assert "is of build 0000" in done.stderr
+    assert f"_plan is of build {found.decode()}" in done.stderr
+
+
+def test_without_the_library_auto_warns_and_native_raises(copy):
+    (copy / "_kfo_cpu.so").unlink()
+    code = """
+import torch
+from kfo_ext import Problems, transform
+X = [torch.full((1, 1), 2.0)] * 3
+print(transform(*X, Problems([(1, 1, 1)])).item())
+transform(*X, Problems([(1, 1, 1)]), backend="native")
+"""
+    done = run(code, copy.parent)
+    assert done.stdout == "8.0\n"
+    assert (
+        "RuntimeWarning: kfo_ext: no compiled CPU library (not built: _kfo_cpu.so is not in the package)" in done.stderr
+    )
+    assert done.stderr.splitlines()[-1].startswith("RuntimeError: backend 'native' does not run on cpu: not built")
+
+
+def test_import_touches_no_device(copy):
+    code = "import torch, kfo_ext; assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules"
+    assert run(code, copy.parent).returncode == 0
