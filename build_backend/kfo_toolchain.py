@@ -17,6 +17,7 @@ from setuptools.errors import SetupError
 
 OLDEST_TORCH = (2, 10)
 OLDEST_NVCC = (12, 8)  # the first to know sm_120
+OLDEST_GCC = 12  # the first with __builtin_shufflevector
 
 
 def check_platform() -> None:
@@ -72,9 +73,13 @@ def find_ninja() -> str:
 
 
 def compiler() -> tuple[str, str]:
-    """The C++ compiler's command and the first line it says about itself."""
+    """The C++ compiler's command and the first line it says about itself. Raises SetupError for a GCC before 12."""
     command = os.environ.get("CXX") or "g++"
-    return command, _output_of(*command.split(), "--version").splitlines()[0]
+    name = _output_of(*command.split(), "--version").splitlines()[0]
+    major = _output_of(*command.split(), "-dumpversion").strip().split(".")[0]
+    if "clang" not in name and int(major) < OLDEST_GCC:
+        raise SetupError(f"kfo_ext needs GCC {OLDEST_GCC} or later, or clang: {command} is {name}; set CXX")
+    return command, name
 
 
 def build_id(sources: Path, version: str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kfo_ext.models import INITS
-from kfo_ext.trainer import RunFolder, compare_runs, plot_runs
+from kfo_ext.trainer import Config, RunFolder, compare_runs, plot_runs
 from kfo_ext.trainer.metrics import is_validation, read_metrics
 from kfo_ext.trainer.run_folder import environment
 
@@ -42,8 +42,11 @@ class Setting(NamedTuple):
 
 
 def train(options: argparse.Namespace, update: str, setting: Setting, iterations: int, folder: Path) -> Path:
-    """Meta-trains one run, or goes on with it where an earlier call was stopped."""
+    """Meta-trains one run, or goes on with it where an earlier call was stopped; refuses a run of other settings."""
     if (folder / "config.json").exists():
+        found = Config.load(folder / "config.json")
+        if (found.update, found.fast_lr, found.init, found.meta_lr) != (update, *setting, options.meta_lr):
+            raise ValueError(f"{folder}: holds a run of other settings; choose another --runs")
         line = ["train", "--resume", str(folder), "--iterations", str(iterations)]
     else:
         values = {
@@ -90,10 +93,8 @@ def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dic
 
 
 def judge(options: argparse.Namespace, folder: Path) -> RunFolder:
-    run = RunFolder(folder)
-    if not run.evaluation("test", "best").exists():
-        command(["eval", str(folder), "--tasks", str(options.tasks), "--threads", "1"])
-    return run
+    command(["eval", str(folder), "--tasks", str(options.tasks), "--threads", "1"])
+    return RunFolder(folder)
 
 
 def main() -> None:

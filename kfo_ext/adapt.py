@@ -154,8 +154,11 @@ class MAML(nn.Module):
         support_x, query_x = self.inputs(batch)
         with torch.enable_grad():
             parameters = dict(self.adapted.named_parameters())
+            for name in self.packing.names:
+                if not parameters[name].requires_grad:
+                    raise ValueError(f"parameter {name!r} was frozen after the learner was built: build it again")
             theta = self.packing.pack([parameters[name] for name in self.packing.names]).expand(tasks, -1)
-            phi = tuple(row.expand(tasks, -1) for row in self.update.phi) if self.update is not None else ()
+            phi = self.update.phi if self.update is not None else ()
             theta, support_losses = self._adapt(theta, phi, Examples(support_x, batch.support.y), outer)
         with torch.set_grad_enabled(outer):
             outputs, losses = self._losses(theta, Examples(query_x, batch.query.y))
@@ -163,41 +166,52 @@ class MAML(nn.Module):
         return MetaResult(loss, support_losses, losses.detach(), _accuracies(outputs, batch.query.y))
 
     def _adapt(self, theta: Tensor, phi: tuple[Tensor, ...], support: Examples, outer: bool) -> tuple[Tensor, Tensor]:
-        G: Tensor | None = None
+        # Factors that are frozen are not adapted either, in training as in evaluation.
+        learned = [row.requires_grad for row in phi]
+        last: tuple[Tensor, Tensor | None] | None = None
         step_losses = []
         for _ in range(self.steps):
             if not outer:
                 # Evaluation: cut the graph between steps, so that one step's is all that ever lives.
                 theta = theta.detach().requires_grad_()
-                phi = tuple(row.detach().requires_grad_() for row in phi)
+                phi = tuple(row.detach().requires_grad_(needed) for row, needed in zip(phi, learned))
             if self.checkpoint and outer:
-                state = checkpointed(self._step, theta, G, support, outer, *phi, use_reentrant=False)
+                state = checkpointed(self._step, theta, last, support, outer, *phi, use_reentrant=False)
             else:
-                state = self._step(theta, G, support, outer, *phi)
-            theta, G, losses, *phi = state
+                state = self._step(theta, last, support, outer, *phi)
+            theta, last, losses, *phi = state
             step_losses.append(losses)
         return theta, torch.stack(step_losses)
 
     def _step(
-        self, theta: Tensor, last_G: Tensor | None, support: Examples, outer: bool, *phi: Tensor
-    ) -> tuple[Tensor, ...]:
-        """One inner step of every task: (theta, G, losses, *phi) after it."""
+        self, theta: Tensor, last: tuple[Tensor, Tensor | None] | None, support: Examples, outer: bool, *phi: Tensor
+    ) -> tuple:
+        """One inner step of every task: (theta, (G, used), losses, *phi); `last` is (G, used) of the step before."""
         G, losses, used = self._gradients(theta, support, create_graph=outer and not self.first_order)
         U = G
         if self.update is not None:
-            if self.adapt_update and last_G is not None:
-                phi = self._adapt_phi(phi, last_G, G, outer)
-            U = self.update.rule(phi, G)
-            if used is not None:
-                U = U * used
-        return theta - self.lr * U, G, losses, *phi
+            if self.adapt_update and last is not None:
+                phi = self._adapt_phi(phi, last, G, outer)
+            U = self._used_update(phi, G, used)
+        return theta - self.lr * U, (G, used), losses, *phi
 
-    def _adapt_phi(self, phi: tuple[Tensor, ...], last_G: Tensor, G: Tensor, outer: bool) -> tuple[Tensor, ...]:
+    def _used_update(self, phi: tuple[Tensor, ...], G: Tensor, used: Tensor | None) -> Tensor:
+        U = self.update.rule(phi, G)
+        return U if used is None else U * used
+
+    def _adapt_phi(
+        self, phi: tuple[Tensor, ...], last: tuple[Tensor, Tensor | None], G: Tensor, outer: bool
+    ) -> tuple[Tensor, ...]:
+        # One row per task from here on: each task's factors go their own way.
+        phi = tuple(row.expand(len(G), -1) for row in phi)
+        learned = [row for row in phi if row.requires_grad]
+        if not learned:
+            return phi
         # U is evaluated again, not kept from the last step, so that a checkpointed step depends on tensors alone.
-        U = self.update.rule(phi, last_G)
-        products = torch.autograd.grad(U, phi, grad_outputs=G, create_graph=outer)
+        U = self._used_update(phi, *last)
+        products = iter(torch.autograd.grad(U, learned, grad_outputs=G, create_graph=outer))
         # Minus lr times (minus lr times the VJP).
-        return tuple(row + self.lr**2 * product for row, product in zip(phi, products))
+        return tuple(row + self.lr**2 * next(products) if row.requires_grad else row for row in phi)
 
     def _gradients(
         self, theta: Tensor, support: Examples, *, create_graph: bool
@@ -225,7 +239,10 @@ class MAML(nn.Module):
         outputs = [
             functional_call(self.adapted, dict(zip(self.packing.names, row)), (x,)) for row, x in zip(rows, examples.x)
         ]
-        return outputs, torch.stack([self.loss(output, y) for output, y in zip(outputs, examples.y)])
+        losses = [self.loss(output, y) for output, y in zip(outputs, examples.y)]
+        if losses[0].dim() != 0:
+            raise ValueError(f"loss: expected a scalar per task, got shape {tuple(losses[0].shape)}")
+        return outputs, torch.stack(losses)
 
 
 class ANIL(MAML):
@@ -307,7 +324,7 @@ def _check_update(update: KFO, packing: Packing) -> None:
     if len(theirs) != len(packing):
         raise ValueError(f"update: expected one made for {len(packing)} parameters, got one for {len(theirs)}")
     for name, shape, other_name, other_shape in zip(packing.names, packing.shapes, theirs.names, theirs.shapes):
-        if shape != other_shape:
+        if shape != other_shape or (theirs.named and name != other_name):
             raise ValueError(
                 f"update: expected factors for parameter {name!r} of shape {tuple(shape)}, "
                 f"got some made for {other_name!r} of shape {tuple(other_shape)}"

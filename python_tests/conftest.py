@@ -12,8 +12,9 @@ def seeded_and_poisoned():
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    # Filling is part of torch's deterministic mode; an operation without a deterministic form only warns.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)

@@ -321,6 +321,85 @@ def test_unused_and_frozen_parameters():
     assert model.conv.bias.grad is None
 
 
+def test_a_parameter_used_at_some_steps_only():
+    """What a step did not use did not move theta, so it must not move the factors at the next step either."""
+
+    class Alternating(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(4, WAYS)
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            features = self.features(x)
+            return self.head(features) + (self.spare(features) if self.calls % 2 == 0 else 0)
+
+    torch.manual_seed(0)
+    model, batch = Alternating().to(DTYPE), random_batch(tasks=1)
+    kfo = random_kfo(model.named_parameters(), bias=True)
+    options = {"lr": 0.1, "steps": 4, "adapt_update": True}
+    actual = MAML(model, update=kfo, allow_unused=True, **options)(batch).loss
+
+    model.calls = 0
+    params, phi, packing = dict(model.named_parameters()), kfo.phi, kfo.problems.packing
+    for step in range(4):
+        loss = cross_entropy(functional_call(model, params, (batch.support.x[0],)), batch.support.y[0])
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True, allow_unused=True)
+        if step:
+            inner = torch.autograd.grad(loss, phi, create_graph=True)
+            phi = tuple(row - 0.1 * grad for row, grad in zip(phi, inner))
+        updates = packing.unpack(kfo.rule(phi, packing.pack(list(grads))), batched=False)
+        params = {
+            name: value if grad is None else value - 0.1 * update
+            for (name, value), grad, update in zip(params.items(), grads, updates)
+        }
+    expected = cross_entropy(functional_call(model, params, (batch.query.x[0],)), batch.query.y[0])
+    torch.testing.assert_close(actual, expected)
+    wanted = [*model.parameters(), *kfo.parameters()]
+    for a, b in zip(
+        *(torch.autograd.grad(loss, wanted, materialize_grads=True, allow_unused=True) for loss in (actual, expected))
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", [["L"], ["R", "L"]], ids=str)
+def test_frozen_factors_stay_as_they_are(frozen):
+    model, batch = network(), random_batch()
+    kfo = random_kfo(model.named_parameters(), psd=False)
+    for name in frozen:
+        getattr(kfo.layers[0], name).requires_grad_(False)
+    learner = MAML(model, update=kfo, lr=0.1, steps=3, adapt_update=True)
+    result = learner(batch)
+    result.loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(learner(batch).loss, result.loss.detach())
+    assert kfo.layers[0].L.grad is None
+    assert (kfo.layers[0].R.grad is None) == ("R" in frozen)
+
+
+def test_a_parameter_frozen_later_is_named():
+    model = network()
+    learner = MAML(model, lr=0.1, steps=1)
+    model.conv.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"parameter 'conv\.bias' was frozen after the learner was built"):
+        learner(random_batch())
+
+
+def test_a_loss_that_is_no_scalar_is_refused():
+    learner = MAML(network(), lr=0.1, steps=1, loss=lambda out, y: cross_entropy(out, y, reduction="none"))
+    with pytest.raises(ValueError, match=r"loss: expected a scalar per task, got shape \(6,\)"):
+        learner(random_batch())
+
+
+def test_an_update_for_other_names_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    kfo = KFO(list(model.named_parameters())[::-1])
+    with pytest.raises(ValueError, match="update: expected factors for parameter"):
+        MAML(model, update=kfo, lr=0.1, steps=1)
+    MAML(model, update=KFO(model.parameters()), lr=0.1, steps=1)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -276,6 +276,27 @@ def test_bad_operands(change, error, message, backend):
         )
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_tasks(backend):
+    for rows in ((1, 1), (0, 0)):
+        R, G, L = (X.requires_grad_() for X in random_operands(SHAPES, 0, rows=rows)[:3])
+        Y = transform(R, G, L, PROBLEMS, backend=backend)
+        assert Y.shape == (0, PROBLEMS.packing.numel)
+        assert not torch.autograd.grad(Y.sum(), R)[0].any()
+
+
+def test_bad_problems():
+    R, G, L = random_operands(SHAPES, 2)[:3]
+    with pytest.raises(TypeError, match="problems: expected Problems, got list"):
+        transform(R, G, L, SHAPES)
+    with pytest.raises(ValueError, match=r"shapes\[1\]: expected B, p and q of at least 1, got \(2, 0, 4\)"):
+        Problems([(1, 1, 1), (2, 0, 4)])
+    with pytest.raises(TypeError, match=r"shapes\[0\]: expected three integers"):
+        Problems([(1, 2.5, 3)])
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="R: expected a tensor, got NoneType"):
+        transform(None, G, L, PROBLEMS)
+
+
 def test_bad_backend():
     operands = random_operands(CASES["linear"], 3)
     with pytest.raises(ValueError, match="backend: expected one of auto, native, reference, got 'cudnn'"):

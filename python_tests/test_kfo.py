@@ -299,6 +299,20 @@ def test_state_dict_of_other_shapes_is_refused_before_anything_is_copied():
         KFO(network().parameters(), psd=False).load_state_dict(kfo.state_dict())
 
 
+def test_state_dict_of_other_names_or_none_is_refused():
+    a, b = torch.ones(3), torch.ones(3)
+    kfo = KFO([("a", a), ("b", b)])
+    with pytest.raises(ValueError, match=r"parameter 'b' of shape .*made for 'a'"):
+        KFO([("b", b), ("a", a)]).load_state_dict(kfo.state_dict())
+    KFO([a, b]).load_state_dict(kfo.state_dict())  # positions name nothing to compare
+    for extra in (None, {}, {"names": []}, 3):
+        with pytest.raises(ValueError, match="what they were made for"):
+            kfo.load_state_dict({**kfo.state_dict(), "_extra_state": extra})
+    bare = {key: value for key, value in kfo.state_dict().items() if key != "_extra_state"}
+    with pytest.raises(ValueError, match="what they were made for"):
+        kfo.load_state_dict(bare, strict=False)
+
+
 def test_nested_state_dict_is_checked_too():
     class Holder(nn.Module):
         def __init__(self, **options) -> None:

@@ -244,10 +244,35 @@ def test_headers_are_tracked():
         assert "check.h" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_sdist_holds_everything_a_build_needs(tmp_path):
-    tree = tmp_path / "tree"
-    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "shared")
-    shutil.copytree(ROOT, tree, ignore=ignore)
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A copy of the sources, without anything built."""
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__", "shared")
+    return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore))
+
+
+def test_an_installed_wheel_works_from_another_directory(tree, tmp_path):
+    """Built and installed without CUDA, and without looking for a torch on the network."""
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
+    environment = {**os.environ, "KFO_CUDA": "0", "PYTHONPATH": str(site)}
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", site, tree]
+    subprocess.run(command, check=True, env={**environment, "PYTHONPATH": ""}, timeout=400)
+    where = "import kfo_ext; print(kfo_ext.__file__, kfo_ext.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-c", where], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
+    )
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert done.stdout.split() == [str(site / "kfo_ext" / "__init__.py"), version]
+    tests = ["-q", "-x", "-p", "no:cacheprovider", str(tree / "python_tests" / "test_transform.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests], cwd=elsewhere, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_sdist_holds_everything_a_build_needs(tree, tmp_path):
     (tree / "kfo_ext" / "_stale.so").touch()
     subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=tree, check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -255,5 +280,5 @@ def test_sdist_holds_everything_a_build_needs(tmp_path):
         names = {name.partition("/")[2] for name in content.getnames()}
     sources = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("python_tests/*.py"), *ROOT.glob("build_backend/*.py")]
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
-    assert {"pyproject.toml", "setup.py", "LICENSE"} <= names
+    assert {"pyproject.toml", "setup.py", "LICENSE", "README.md"} <= names
     assert not {name for name in names if name.endswith((".so", ".pyc"))}

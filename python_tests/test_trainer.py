@@ -106,7 +106,7 @@ def test_resume_changes_only_what_may_change(tmp_path):
 
 
 class NaNAt:
-    """A family whose meta-batch `index` has a NaN in the support examples of task 1."""
+    """A family whose meta-batch `index` has a NaN in the support examples of its last task."""
 
     def __init__(self, family, index: int) -> None:
         self.family, self.index = family, index
@@ -116,7 +116,7 @@ class NaNAt:
         if index != self.index:
             return batch
         x = batch.support.x.clone()
-        x[1] = math.nan
+        x[-1] = math.nan
         return TaskBatch(Examples(x, batch.support.y), batch.query)
 
 
@@ -131,6 +131,24 @@ def test_nonfinite_loss_names_the_place_and_saves_nothing(tmp_path):
     assert all(p.isfinite().all() for p in trainer.learner.parameters())
     Trainer.resume(tmp_path / "run").fit()
     assert [r["iteration"] for r in read_metrics(trainer.run.metrics) if not is_validation(r)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nonfinite_validation_names_the_place_and_saves_nothing(tmp_path):
+    trainer = Trainer.start(Config(**WAVES), tmp_path / "run")
+    before = trainer.run.last.read_bytes()
+    trainer.validation_tasks = NaNAt(trainer.validation_tasks, 2)
+    match = r"validation after iteration 3: tasks 2 to 3 of the list: the support loss of step 1 of task 0 is nan"
+    with pytest.raises(FloatingPointError, match=match):
+        trainer.fit()
+    assert trainer.run.last.read_bytes() == before
+    assert not trainer.run.best.exists()
+
+
+@pytest.mark.parametrize("dataset", ["glyphs", "sinusoid"])
+def test_default_configurations_train(dataset, tmp_path):
+    config = Config(dataset=dataset, iterations=3, meta_batch=4, validation_tasks=4)
+    assert config.fast_lr == {"glyphs": 0.1, "sinusoid": 0.01}[dataset]
+    assert Trainer.start(config, tmp_path / "run").fit().reason == "finished"
 
 
 def test_nonfinite_gradient_stops_before_the_step(tmp_path):

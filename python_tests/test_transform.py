@@ -58,10 +58,17 @@ def test_paper_networks(layers):
     check_all(random_operands(shapes, 4, dtype=torch.float32), shapes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_uninitialised_memory_is_poisoned():
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(3).new_empty(2).isnan().all()
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (3, 3), (1, 3)], ids=str)
 @pytest.mark.parametrize("case", LARGE_CASES)
-def test_large_factors(case, dtype):
-    check_all(random_operands(LARGE_CASES[case], 1, dtype=dtype), LARGE_CASES[case])
+def test_large_factors(case, rows):
+    shapes = LARGE_CASES[case]
+    check_all(random_operands(shapes, 3, rows=rows, dtype=torch.float32), shapes)
+    check_all(random_operands(shapes, 1, dtype=torch.float64), shapes)
 
 
 def test_fuzzed_shapes():
@@ -236,6 +243,13 @@ def test_operators_check_shapes(flat):
     R, G, L = (torch.randn(1, 4) for _ in range(3))
     with pytest.raises(ValueError, match="shapes"):
         NATIVE.transform(R, G, L, flat)
+
+
+def test_operands_are_checked_before_the_work_is_planned():
+    """A group far larger than its operands costs nothing but the message."""
+    R, G, L = (torch.randn(1, 4) for _ in range(3))
+    with pytest.raises(ValueError, match="G has 4 columns"):
+        NATIVE.transform(R, G, L, [2**44, 1, 1])
 
 
 def test_operators_check_need():

@@ -157,14 +157,11 @@ void with_type(const Tensor& G, Run run) {
     run(double{});
 }
 
-// Before the checks: whatever is wrong with the number of dimensions, they will say it.
-int64_t rows_of(const Tensor& tensor) { return tensor.dim() > 0 ? tensor.size(0) : 0; }
-
 Tensor transform(const Tensor& R_, const Tensor& G_, const Tensor& L_, const std::vector<int64_t>& shapes,
                  const std::optional<Tensor>& bias_) {
   const Isa& instructions = isa();
-  const auto schedule = schedule_of(shapes, rows_of(G_), Order::forward, rows_of(R_) == 1, rows_of(L_) == 1);
-  const int64_t tasks = check_transform(schedule->group, shapes, R_, G_, L_, bias_);
+  const int64_t tasks = check_transform(make_group(shapes), shapes, R_, G_, L_, bias_);
+  const auto schedule = schedule_of(shapes, tasks, Order::forward, R_.size(0) == 1, L_.size(0) == 1);
   const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_);
   const std::optional<Tensor> bias = contiguous_rows_of(bias_);
   Tensor Y = output(G, true, tasks, schedule->group.G);
@@ -182,8 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> transform_backward(const Tensor& R_, const Te
                                                       const Tensor& dY_, const std::vector<int64_t>& shapes,
                                                       const std::vector<bool>& need) {
   const Isa& instructions = isa();
-  const auto schedule = schedule_of(shapes, rows_of(G_), Order::backward, rows_of(R_) == 1, rows_of(L_) == 1);
-  const int64_t tasks = check_transform_backward(schedule->group, shapes, R_, G_, L_, dY_, need);
+  const int64_t tasks = check_transform_backward(make_group(shapes), shapes, R_, G_, L_, dY_, need);
+  const auto schedule = schedule_of(shapes, tasks, Order::backward, R_.size(0) == 1, L_.size(0) == 1);
   const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_), dY = contiguous_rows(dY_);
   Tensor dR = gradient_output(R, need[0], tasks);
   Tensor dG = output(G, need[1], tasks, schedule->group.G);
@@ -204,9 +201,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(
     const std::optional<Tensor>& ddG_, const std::optional<Tensor>& ddL_, const std::vector<int64_t>& shapes,
     const std::vector<bool>& need) {
   const Isa& instructions = isa();
-  const auto schedule = schedule_of(shapes, rows_of(G_), Order::double_backward, rows_of(R_) == 1, rows_of(L_) == 1);
   const int64_t tasks =
-      check_transform_double_backward(schedule->group, shapes, R_, G_, L_, dY_, ddR_, ddG_, ddL_, need);
+      check_transform_double_backward(make_group(shapes), shapes, R_, G_, L_, dY_, ddR_, ddG_, ddL_, need);
+  const auto schedule = schedule_of(shapes, tasks, Order::double_backward, R_.size(0) == 1, L_.size(0) == 1);
   const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_), dY = contiguous_rows(dY_);
   const std::optional<Tensor> ddR = contiguous_rows_of(ddR_), ddG = contiguous_rows_of(ddG_),
                               ddL = contiguous_rows_of(ddL_);

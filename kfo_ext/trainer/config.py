@@ -19,7 +19,8 @@ METHODS = ("maml", "anil")
 UPDATES = ("none", "kfo")
 DTYPES = ("float32", "float64")
 
-# What may differ between the parts of one run: none of these changes what a given iteration computes.
+# What may differ between the parts of one run: none of these changes what a given iteration computes, but that another
+# number of threads rounds torch's own sums differently.
 RESUMABLE = ("iterations", "data_root", "workers", "threads")
 
 
@@ -52,7 +53,7 @@ class Config:
     shots: int = _field(5, "support examples of a class", least=1)
     queries: int = _field(5, "query examples of a class", least=1)
     steps: int = _field(5, "inner steps", least=1)
-    fast_lr: float = _field(0.1, "inner learning rate", positive=True)
+    fast_lr: float | None = _field(None, "inner learning rate; none is 0.1, for sinusoid 0.01", positive=True)
     meta_lr: float = _field(0.003, "outer learning rate, of Adam(0.9, 0.999)", positive=True)
     meta_batch: int = _field(16, "tasks of a meta-iteration", least=1)
     iterations: int = _field(1000, "meta-iterations", least=1)
@@ -66,6 +67,9 @@ class Config:
     device: str = _field("cpu", "device of torch, such as cpu or cuda:0")
 
     def __post_init__(self) -> None:
+        if self.fast_lr is None:
+            # Set once, before anyone can read it: a frozen dataclass has no other way to fill in a default.
+            object.__setattr__(self, "fast_lr", 0.01 if self.dataset == "sinusoid" else 0.1)
         hints = get_type_hints(type(self))
         for item in fields(self):
             _check(item.name, getattr(self, item.name), hints[item.name], item.metadata)
@@ -74,11 +78,11 @@ class Config:
         if self.dataset == "sinusoid" and self.method == "anil":
             raise ValueError("method: dataset 'sinusoid' expects maml, its network has no separate head; got 'anil'")
         try:
-            torch.device(self.device)
+            known = torch.device(self.device).type in ("cpu", "cuda")
         except RuntimeError:
-            raise ValueError(
-                f"device: expected a device of torch such as 'cpu' or 'cuda:0', got {self.device!r}"
-            ) from None
+            known = False
+        if not known:
+            raise ValueError(f"device: expected a device of torch such as 'cpu' or 'cuda:0', got {self.device!r}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -133,7 +137,10 @@ def difference(ours: Config, theirs: Config) -> str:
 
 
 def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
-    expected = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(hint, (str, type(None)))
+    number = (int, float)
+    expected = {bool: (bool,), int: (int,), float: number, float | None: number, str: (str,)}.get(
+        hint, (str, type(None))
+    )
     if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
         raise TypeError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
     if rules["choices"] and value not in rules["choices"]:

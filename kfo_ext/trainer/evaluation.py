@@ -83,7 +83,7 @@ def evaluate(
     batch: tasks adapted at a time.
     progress: show a bar where stderr is a terminal.
     cancelled: asked before each batch; once true, the result is None.
-    Raises: ValueError for fewer than two tasks or an empty batch.
+    Raises: ValueError for fewer than two tasks or an empty batch, FloatingPointError at a loss that is not finite.
     """
     if tasks < 2:
         raise ValueError(f"tasks: expected at least 2, got {tasks}")
@@ -102,6 +102,10 @@ def evaluate(
                 for tensor in (*task.support, *task.query):
                     digest.update(tensor.contiguous().numpy())
             result = learner(_joined(group).to(like.device, like.dtype))
+            try:
+                result.check_finite()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"tasks {start} to {start + len(group) - 1} of the list: {error}") from None
             losses.append(result.query_losses.double().cpu())
             if result.accuracies is not None:
                 accuracies.append(result.accuracies.double().cpu())

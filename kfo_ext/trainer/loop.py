@@ -168,14 +168,17 @@ class Trainer:
 
     def _validate(self, metrics: Metrics, bar: tqdm, stop: Callable[[], bool]) -> None:
         bar.set_description("validating")
-        scores = evaluate(
-            self.learner,
-            self.validation_tasks,
-            tasks=self.config.validation_tasks,
-            batch=self.config.meta_batch,
-            workers=self.config.workers,
-            cancelled=stop,
-        )
+        try:
+            scores = evaluate(
+                self.learner,
+                self.validation_tasks,
+                tasks=self.config.validation_tasks,
+                batch=self.config.meta_batch,
+                workers=self.config.workers,
+                cancelled=stop,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"validation after iteration {self.progress.iteration}: {error}") from None
         bar.set_description()
         if scores is None:
             return

@@ -21,6 +21,25 @@ from torch.autograd import Function, forward_ad
 from kfo_ext.transform.reference import sum_over_B
 
 
+def _private(owner: object, name: str):
+    """A name of torch that is not public; where a torch lacks it, the import fails: a guess could lose a derivative."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise ImportError(f"kfo_ext: torch {torch.__version__} has no {name}, which kfo_ext needs") from None
+
+
+in_functorch = _private(torch._C, "_are_functorch_transforms_active")
+_below_autograd = _private(torch._C, "_AutoDispatchBelowAutograd")
+_after_autograd = _private(torch._C, "_after_autograd_keyset")
+_private(forward_ad, "_current_level")
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode AD is open."""
+    return forward_ad._current_level >= 0
+
+
 class Family(NamedTuple):
     """The overloads of the three orders that one backend registers."""
 
@@ -77,7 +96,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.save_for_backward(R, G, L)
             ctx.shapes = shapes
             ctx.bias_rows = None if bias is None else bias.shape[0]
-            with torch._C._AutoDispatchBelowAutograd():
+            with _below_autograd():
                 return family.transform(R, G, L, shapes, bias)
 
         @staticmethod
@@ -99,7 +118,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L, dY)
             ctx.shapes = shapes
-            with torch._C._AutoDispatchBelowAutograd():
+            with _below_autograd():
                 outputs = family.backward(R, G, L, dY, shapes, need)
             ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
             return outputs
@@ -125,7 +144,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L, dY, ddR, ddG, ddL)
             ctx.shapes = shapes
-            with torch._C._AutoDispatchBelowAutograd():
+            with _below_autograd():
                 outputs = family.double_backward(R, G, L, dY, ddR, ddG, ddL, shapes, need)
             ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
             return outputs
@@ -155,21 +174,19 @@ def _kernel(overload: torch._ops.OpOverload, function: type[Function]) -> Callab
         # The dispatcher leaves out trailing arguments that have their default, here always None.
         arguments += (None,) * (count - len(arguments))
         operands = [argument for argument in arguments if isinstance(argument, Tensor)]
-        if torch._C._are_functorch_transforms_active():
+        if in_functorch():
             raise NotImplementedError(
                 f"{overload.name()} has no rule for torch.func transforms: call kfo_ext.transform.transform, "
                 "which runs plain torch there"
             )
-        if forward_ad._current_level >= 0 and any(
-            forward_ad.unpack_dual(operand).tangent is not None for operand in operands
-        ):
+        if in_forward_mode() and any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
             raise NotImplementedError(
                 f"{overload.name()} has no rule for forward-mode AD: call kfo_ext.transform.transform, "
                 "which runs plain torch there"
             )
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             return function.apply(*arguments)
-        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        return overload.redispatch(keyset & _after_autograd, *arguments)
 
     return kernel
 

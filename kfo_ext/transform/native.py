@@ -18,29 +18,21 @@ CUDA_LIBRARY = _PACKAGE / "_kfo_cuda.so"
 _status: dict[str, tuple[bool, str]] = {}
 
 
-def _build_id(library: Path, symbol: str) -> str:
-    function = getattr(ctypes.CDLL(str(library)), symbol)
-    function.restype = ctypes.c_char_p
-    return function().decode()
-
-
 def _registered() -> bool:
     return bool(torch._C._jit_get_schemas_for_operator("kfo_ext::transform"))
 
 
-def _load(library: Path, symbol: str, plan_id: str) -> tuple[bool, str]:
+def _load(library: Path, build: str) -> tuple[bool, str]:
     if not library.exists():
         return False, f"not built: {library.name} is not in the package"
+    # Read from the file: once loaded, a library of another build could not be taken back.
+    if build.encode() not in library.read_bytes():
+        raise ImportError(f"kfo_ext: {library} is not of build {build}, as _plan is: reinstall the package")
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         return False, f"{library.name} does not load under torch {torch.__version__}: {error}"
-    found = _build_id(library, symbol)
-    if found != plan_id:
-        raise ImportError(
-            f"kfo_ext: {library} is of build {found}, but _plan is of build {plan_id}: reinstall the package"
-        )
-    return True, f"{library.name}, build {found}"
+    return True, f"{library.name}, build {build}"
 
 
 def load() -> None:
@@ -58,14 +50,10 @@ def load() -> None:
             f"now {CPU_LIBRARY} asks for them; uninstall one of the two"
         )
     try:
-        plan_id = importlib.import_module("kfo_ext._plan").build_id()
+        build = importlib.import_module("kfo_ext._plan").build_id()
     except ModuleNotFoundError:
-        plan_id = ""
-    _status["cpu"] = (
-        _load(CPU_LIBRARY, "kfo_cpu_build_id", plan_id)
-        if plan_id
-        else (False, "not built: _plan is not in the package")
-    )
+        build = ""
+    _status["cpu"] = _load(CPU_LIBRARY, build) if build else (False, "not built: _plan is not in the package")
     if not _status["cpu"][0]:
         warnings.warn(
             f"kfo_ext: no compiled CPU library ({_status['cpu'][1]}); backend='auto' runs plain torch",
@@ -76,7 +64,7 @@ def load() -> None:
     elif torch.version.cuda is None:
         _status["cuda"] = (False, f"torch {torch.__version__} is a CPU build")
     else:
-        _status["cuda"] = _load(CUDA_LIBRARY, "kfo_cuda_build_id", plan_id)
+        _status["cuda"] = _load(CUDA_LIBRARY, build)
 
 
 def available(device: torch.device) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from kfo_ext.transform import autograd, native, reference
 from kfo_ext.transform.problems import Problems
@@ -20,7 +19,7 @@ NATIVE = autograd.register(_LIBRARY) if native.status()["cpu"][0] else None
 
 def _transformed() -> bool:
     """Whether a torch.func transform or forward-mode AD is under way: there only plain torch has every rule."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return autograd.in_functorch() or autograd.in_forward_mode()
 
 
 def resolve(backend: str, device: torch.device) -> str:
@@ -40,20 +39,26 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _checked_dtype(operands: dict[str, Tensor]) -> torch.dtype:
-    G = operands["G"]
+def _check_kinds(operands: dict[str, Tensor], problems: Problems) -> None:
+    if not isinstance(problems, Problems):
+        raise TypeError(f"problems: expected Problems, got {type(problems).__name__}")
     for name, operand in operands.items():
         if not isinstance(operand, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
         if not operand.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {operand.dtype}")
-        if operand.dtype != G.dtype:
-            raise TypeError(f"{name}: expected {G.dtype} as G has, got {operand.dtype}")
-        if operand.device != G.device:
-            raise ValueError(f"{name}: expected device {G.device} as G has, got {operand.device}")
+        if operand.device != operands["G"].device:
+            raise ValueError(f"{name}: expected device {operands['G'].device} as G has, got {operand.device}")
         if operand.dim() != 2:
             raise ValueError(f"{name}: expected 2 dimensions (tasks, elements), got shape {tuple(operand.shape)}")
-    return G.dtype
+
+
+def _checked_dtype(operands: dict[str, Tensor]) -> torch.dtype:
+    dtype = operands["G"].dtype
+    for name, operand in operands.items():
+        if operand.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} as G has, got {operand.dtype}")
+    return dtype
 
 
 def _checked_sizes(problems: Problems, operands: dict[str, Tensor]) -> None:
@@ -93,7 +98,8 @@ def transform(
     Source: paper, appendix C.1 (W = R^T (x) L, the factorised weight of equation 21).
     """
     operands = {"G": G, "R": R, "L": L} | ({} if bias is None else {"bias": bias})
-    device = G.device.type if isinstance(G, Tensor) else "cpu"
+    _check_kinds(operands, problems)
+    device = G.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             wide = {name: X if X.dtype == torch.float64 else X.float() for name, X in operands.items()}

@@ -46,6 +46,11 @@ class Packing:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.numel = sum(self.sizes)
 
+    @property
+    def named(self) -> bool:
+        """Whether the names are the user's own, not mere positions."""
+        return any(name != str(i) for i, name in enumerate(self.names))
+
     @classmethod
     def of(cls, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> Packing:
         """The packing of the given tensors or (name, tensor) pairs."""

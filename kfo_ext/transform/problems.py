@@ -9,7 +9,7 @@ A parameter W is B matrices of shape (p, q) that share one pair of factors R (p,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,16 +37,28 @@ def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int,
     )
 
 
+def _triple(i: int, shape: Sequence[int]) -> tuple[int, int, int]:
+    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"shapes[{i}]: expected three integers (B, p, q), got {shape!r}")
+    if min(shape) < 1:
+        raise ValueError(f"shapes[{i}]: expected B, p and q of at least 1, got {tuple(shape)}")
+    return shape[0], shape[1], shape[2]
+
+
 class Problems:
     """The group: one (B, p, q) per parameter, and the sizes of the packed rows of R, G, L and the bias term.
 
     Args:
         shapes: (B, p, q) triples.
         packing: how gradients are packed; by default one (B, p, q) tensor per problem.
+
+    Raises:
+        TypeError: a shape is not three integers.
+        ValueError: B, p or q is less than 1.
     """
 
     def __init__(self, shapes: Iterable[tuple[int, int, int]], packing: Packing | None = None) -> None:
-        self.shapes = tuple((int(B), int(p), int(q)) for B, p, q in shapes)
+        self.shapes = tuple(_triple(i, shape) for i, shape in enumerate(shapes))
         self.flat = [size for shape in self.shapes for size in shape]
         if packing is None:
             packing = Packing([str(i) for i in range(len(self.shapes))], [torch.Size(shape) for shape in self.shapes])

@@ -38,10 +38,15 @@ def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tens
         L.split([q * q for _, _, q in sizes], dim=1),
     )
     Y = [
-        torch.einsum("tki,tbkl,tlj->tbij", R_i.reshape(-1, p, p), G_i.reshape(-1, B, p, q), L_i.reshape(-1, q, q))
+        torch.einsum(
+            "tki,tbkl,tlj->tbij",
+            R_i.reshape(R.shape[0], p, p),
+            G_i.reshape(G.shape[0], B, p, q),
+            L_i.reshape(L.shape[0], q, q),
+        )
         for (B, p, q), R_i, G_i, L_i in pieces
     ]
-    out = torch.cat([Y_i.reshape(G.shape[0], -1) for Y_i in Y], dim=1)
+    out = torch.cat([Y_i.flatten(1) for Y_i in Y], dim=1)
     return out if bias is None else out + expand_bias(bias, shapes)
 
 
@@ -56,5 +61,5 @@ def sum_over_B(dY: Tensor, shapes: Sequence[int], rows: int) -> Tensor:
     """(tasks, sum B*p*q) -> (rows, sum p*q): the gradient of a bias with 1 or `tasks` rows; `expand_bias`'s adjoint."""
     sizes = _sizes(shapes)
     pieces = dY.split([B * p * q for B, p, q in sizes], dim=1)
-    out = torch.cat([piece.reshape(-1, B, p * q).sum(1) for (B, p, q), piece in zip(sizes, pieces)], dim=1)
+    out = torch.cat([piece.reshape(dY.shape[0], B, p * q).sum(1) for (B, p, q), piece in zip(sizes, pieces)], dim=1)
     return out if rows == dY.shape[0] else out.sum(0, keepdim=True)

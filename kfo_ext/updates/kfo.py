@@ -193,19 +193,24 @@ class KFO(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # Before any factor is copied, so that a refused state leaves the module as it was.
-        self._check_state(state_dict.get(prefix + "_extra_state"))
+        if any(key.startswith(prefix + "layers.") for key in state_dict):
+            self._check_state(state_dict.get(prefix + "_extra_state"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_state(self, state: dict[str, Any] | None) -> None:
-        if state is None:
-            return
         mine = self.get_extra_state()
+        if not isinstance(state, dict) or set(state) != set(mine) or len(state["names"]) != len(state["shapes"]):
+            raise ValueError(
+                "state_dict: expected factors together with what they were made for (_extra_state), got none"
+            )
         if len(state["names"]) != len(mine["names"]):
             raise ValueError(
                 f"state_dict: expected factors of {len(mine['names'])} parameters, got {len(state['names'])}"
             )
+        positions = [str(i) for i in range(len(mine["names"]))]
+        both_named = positions not in (mine["names"], state["names"])
         for name, shape, other_name, other_shape in zip(mine["names"], mine["shapes"], state["names"], state["shapes"]):
-            if shape != list(other_shape):
+            if shape != list(other_shape) or (both_named and name != other_name):
                 raise ValueError(
                     f"state_dict: expected factors for parameter {name!r} of shape {tuple(shape)}, "
                     f"got factors made for {other_name!r} of shape {tuple(other_shape)}"
