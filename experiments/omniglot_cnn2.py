@@ -2,8 +2,9 @@
 
 1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations`
    and judged on validation classes.
-2. MAML at the paper's rate and start, MAML at its best setting and KFO at its best setting are meta-trained for
-   `--iterations`, each keeping its best checkpoint on validation classes.
+2. The `--finalists` best settings of each method, and MAML at the paper's rate and start, are meta-trained for
+   `--iterations`, each keeping its best checkpoint on validation classes; the best finalist there stands for its
+   method. A run whose loss stops being finite ends early, and its best checkpoint counts.
 3. All three adapt to one seeded list of `--tasks` tasks of unseen test classes: accuracies, and paired differences.
 
 Every part is a `kfo` command, `--jobs` at a time with one thread each; a part that is done already is not run again.
@@ -55,13 +56,21 @@ def train(options: argparse.Namespace, update: str, setting: Setting, iterations
             "iterations": iterations, "threads": 1, "validation-tasks": 300,
         }  # fmt: skip
         line = ["train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
-    command(line)
+    if not command(line, may_fail=True):
+        print(f"{folder.name}: ended early, best checkpoint kept", flush=True)
+        if not (folder / "best.pt").exists():
+            raise ValueError(f"{folder}: ended before its first checkpoint")
     return folder
 
 
-def command(line: list[str]) -> None:
-    """Runs one `kfo` command; its progress and errors go to the terminal."""
-    subprocess.run([sys.executable, "-m", "kfo_ext.cli", *line], check=True, stdout=subprocess.DEVNULL)
+def command(line: list[str], *, may_fail: bool = False) -> bool:
+    """Runs one `kfo` command and says whether it succeeded; its progress and errors go to the terminal."""
+    return (
+        subprocess.run(
+            [sys.executable, "-m", "kfo_ext.cli", *line], check=not may_fail, stdout=subprocess.DEVNULL
+        ).returncode
+        == 0
+    )
 
 
 def best_validation(folder: Path) -> float:
@@ -102,8 +111,11 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the Omniglot archives")
     parser.add_argument("--runs", type=Path, default=Path("runs/omniglot_cnn2"), help="folder of the run folders")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/omniglot_cnn2.json"), help="result file")
-    parser.add_argument("--iterations", type=int, default=1500, help="meta-iterations of the three final runs")
-    parser.add_argument("--tuning-iterations", type=int, default=300, help="meta-iterations of each run of the grids")
+    parser.add_argument("--iterations", type=int, default=1000, help="meta-iterations of the final runs")
+    parser.add_argument(
+        "--finalists", type=int, default=3, help="settings of each method that are meta-trained in full"
+    )
+    parser.add_argument("--tuning-iterations", type=int, default=200, help="meta-iterations of each run of the grids")
     parser.add_argument("--meta-lr", type=float, default=0.003, help="outer learning rate (paper, Table D.7)")
     parser.add_argument("--tasks", type=int, default=1000, help="test tasks")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -113,17 +125,31 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         tuning = tune(options, pool)
-        best = {update: max(scores, key=scores.get) for update, scores in tuning.items()}
-        chosen = {
-            "kfo": ("kfo", best["kfo"]),
-            "maml": ("none", best["none"]),
-            "maml-paper": ("none", Setting(PAPER_RATE, "reference")),
-        }
+        paper = Setting(PAPER_RATE, "reference")
+        ranked = {update: sorted(scores, key=scores.get, reverse=True) for update, scores in tuning.items()}
+        # The two methods by turns, so that a partial run has seen as much of both.
+        entered = [(update, ranked[update][place]) for place in range(options.finalists) for update in ("kfo", "none")]
+        entered += [] if ("none", paper) in entered else [("none", paper)]
         jobs = {
-            name: pool.submit(train, options, update, setting, options.iterations, options.runs / name)
-            for name, (update, setting) in chosen.items()
+            (update, setting): pool.submit(
+                train,
+                options,
+                update,
+                setting,
+                options.iterations,
+                options.runs / f"final-{update}-{setting.init}-{setting.rate}",
+            )
+            for update, setting in entered
         }
-        runs = {name: judge(options, job.result()) for name, job in jobs.items()}
+        folders = {entry: job.result() for entry, job in jobs.items()}
+        full = {entry: best_validation(folder) for entry, folder in folders.items()}
+        for (update, setting), accuracy in full.items():
+            print(f"final {LABELS[update]} {setting}: validation accuracy {accuracy:.4f}", flush=True)
+        best = {
+            update: max((entry for entry in entered if entry[0] == update), key=full.get) for update in ("kfo", "none")
+        }
+        chosen = {"kfo": best["kfo"], "maml": best["none"], "maml-paper": ("none", paper)}
+        runs = {name: judge(options, folders[entry]) for name, entry in chosen.items()}
 
     finals = {}
     for name, (update, setting) in chosen.items():
@@ -150,7 +176,11 @@ def main() -> None:
         "tuning_iterations": options.tuning_iterations,
         "meta_lr": options.meta_lr,
         "test_tasks": options.tasks,
-        "validation_accuracy": {
+        "validation_accuracy_of_finalists": [
+            {"method": LABELS[update], **setting._asdict(), "accuracy": accuracy}
+            for (update, setting), accuracy in full.items()
+        ],
+        "validation_accuracy_of_tuning": {
             LABELS[update]: [{**setting._asdict(), "accuracy": accuracy} for setting, accuracy in scores.items()]
             for update, scores in tuning.items()
         },

@@ -10,6 +10,8 @@ from kfo_ext.transform.problems import Problems
 
 BACKENDS = ("auto", "native", "reference")
 _HALF = (torch.float16, torch.bfloat16)
+# Devices with native kernels; torch.compile before 2.12 cannot trace the question which devices know autocast.
+_AUTOCAST = ("cpu", "cuda")
 
 native.load()
 _LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
@@ -100,7 +102,7 @@ def transform(
     operands = {"G": G, "R": R, "L": L} | ({} if bias is None else {"bias": bias})
     _check_kinds(operands, problems)
     device = G.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             wide = {name: X if X.dtype == torch.float64 else X.float() for name, X in operands.items()}
             return transform(wide["R"], wide["G"], wide["L"], problems, bias=wide.get("bias"), backend=backend)
