@@ -2,9 +2,9 @@
 
 1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations`
    and judged on validation classes.
-2. The `--finalists` best settings of each method, and MAML at the paper's rate and start, are meta-trained for
-   `--iterations`, each keeping its best checkpoint on validation classes; the best finalist there stands for its
-   method. A run whose loss stops being finite ends early, and its best checkpoint counts.
+2. The `--finalists` best settings of each method go on to `--finalist-iterations`; the best of them there, and MAML at
+   the paper's rate and start, go on to `--iterations`. Each run keeps its best checkpoint on validation classes; one
+   whose loss stops being finite ends early, and its best checkpoint counts.
 3. All three adapt to one seeded list of `--tasks` tasks of unseen test classes: accuracies, and paired differences.
 
 Every part is a `kfo` command, `--jobs` at a time with one thread each; a part that is done already is not run again.
@@ -48,6 +48,8 @@ def train(options: argparse.Namespace, update: str, setting: Setting, iterations
         found = Config.load(folder / "config.json")
         if (found.update, found.fast_lr, found.init, found.meta_lr) != (update, *setting, options.meta_lr):
             raise ValueError(f"{folder}: holds a run of other settings; choose another --runs")
+        if read_metrics(folder / "metrics.jsonl")[-1]["iteration"] >= iterations:
+            return folder
         line = ["train", "--resume", str(folder), "--iterations", str(iterations)]
     else:
         values = {
@@ -101,6 +103,20 @@ def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dic
     return table
 
 
+Entry = tuple[str, Setting]
+
+
+def train_all(
+    options: argparse.Namespace, pool: ThreadPoolExecutor, entries: list[Entry], iterations: int
+) -> dict[Entry, Path]:
+    """Meta-trains each entry up to `iterations`, and returns the folders."""
+    names = {(update, setting): f"final-{update}-{setting.init}-{setting.rate}" for update, setting in entries}
+    jobs = {
+        entry: pool.submit(train, options, *entry, iterations, options.runs / name) for entry, name in names.items()
+    }
+    return {entry: job.result() for entry, job in jobs.items()}
+
+
 def judge(options: argparse.Namespace, folder: Path) -> RunFolder:
     command(["eval", str(folder), "--tasks", str(options.tasks), "--threads", "1"])
     return RunFolder(folder)
@@ -111,10 +127,9 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the Omniglot archives")
     parser.add_argument("--runs", type=Path, default=Path("runs/omniglot_cnn2"), help="folder of the run folders")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/omniglot_cnn2.json"), help="result file")
-    parser.add_argument("--iterations", type=int, default=1000, help="meta-iterations of the final runs")
-    parser.add_argument(
-        "--finalists", type=int, default=3, help="settings of each method that are meta-trained in full"
-    )
+    parser.add_argument("--iterations", type=int, default=1500, help="meta-iterations of the final runs")
+    parser.add_argument("--finalists", type=int, default=2, help="settings of each method that go on after tuning")
+    parser.add_argument("--finalist-iterations", type=int, default=1000, help="meta-iterations of the finalists")
     parser.add_argument("--tuning-iterations", type=int, default=200, help="meta-iterations of each run of the grids")
     parser.add_argument("--meta-lr", type=float, default=0.003, help="outer learning rate (paper, Table D.7)")
     parser.add_argument("--tasks", type=int, default=1000, help="test tasks")
@@ -125,31 +140,19 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         tuning = tune(options, pool)
-        paper = Setting(PAPER_RATE, "reference")
         ranked = {update: sorted(scores, key=scores.get, reverse=True) for update, scores in tuning.items()}
-        # The two methods by turns, so that a partial run has seen as much of both.
-        entered = [(update, ranked[update][place]) for place in range(options.finalists) for update in ("kfo", "none")]
-        entered += [] if ("none", paper) in entered else [("none", paper)]
-        jobs = {
-            (update, setting): pool.submit(
-                train,
-                options,
-                update,
-                setting,
-                options.iterations,
-                options.runs / f"final-{update}-{setting.init}-{setting.rate}",
-            )
-            for update, setting in entered
-        }
-        folders = {entry: job.result() for entry, job in jobs.items()}
-        full = {entry: best_validation(folder) for entry, folder in folders.items()}
-        for (update, setting), accuracy in full.items():
-            print(f"final {LABELS[update]} {setting}: validation accuracy {accuracy:.4f}", flush=True)
-        best = {
-            update: max((entry for entry in entered if entry[0] == update), key=full.get) for update in ("kfo", "none")
-        }
-        chosen = {"kfo": best["kfo"], "maml": best["none"], "maml-paper": ("none", paper)}
-        runs = {name: judge(options, folders[entry]) for name, entry in chosen.items()}
+        # The two methods by turns, so that a run that was cut short has seen as much of both.
+        entered = [(update, ranked[update][place]) for place in range(options.finalists) for update in GRIDS]
+        folders = train_all(options, pool, entered, options.finalist_iterations)
+        reached = {entry: best_validation(folder) for entry, folder in folders.items()}
+        for (update, setting), accuracy in reached.items():
+            print(f"finalist {LABELS[update]} {setting}: validation accuracy {accuracy:.4f}", flush=True)
+        best = {update: max((entry for entry in entered if entry[0] == update), key=reached.get) for update in GRIDS}
+        paper = ("none", Setting(PAPER_RATE, "reference"))
+        chosen = {"kfo": best["kfo"], "maml": best["none"], "maml-paper": paper}
+        folders = train_all(options, pool, list(chosen.values()), options.iterations)
+        judged = {name: pool.submit(judge, options, folders[entry]) for name, entry in chosen.items()}
+        runs = {name: job.result() for name, job in judged.items()}
 
     finals = {}
     for name, (update, setting) in chosen.items():
@@ -173,12 +176,13 @@ def main() -> None:
         "environment": environment(),
         "seconds_of_this_call": time.monotonic() - start,
         "iterations": options.iterations,
+        "finalist_iterations": options.finalist_iterations,
         "tuning_iterations": options.tuning_iterations,
         "meta_lr": options.meta_lr,
         "test_tasks": options.tasks,
         "validation_accuracy_of_finalists": [
             {"method": LABELS[update], **setting._asdict(), "accuracy": accuracy}
-            for (update, setting), accuracy in full.items()
+            for (update, setting), accuracy in reached.items()
         ],
         "validation_accuracy_of_tuning": {
             LABELS[update]: [{**setting._asdict(), "accuracy": accuracy} for setting, accuracy in scores.items()]
