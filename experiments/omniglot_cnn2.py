@@ -2,8 +2,8 @@
 
 1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations`
    and judged on validation classes.
-2. The `--finalists` best settings of each method go on to `--finalist-iterations`; the best of them there, and MAML at
-   the paper's rate and start, go on to `--iterations`. Each run keeps its best checkpoint on validation classes; one
+2. The `--finalists` best settings of each method, and its best with each start, go on to `--finalist-iterations`; the
+   best of them there, and MAML at the paper's rate and start, go on to `--iterations`. Each run keeps its best checkpoint on validation classes; one
    whose loss stops being finite ends early, and its best checkpoint counts.
 3. All three adapt to one seeded list of `--tasks` tasks of unseen test classes: accuracies, and paired differences.
 
@@ -117,6 +117,12 @@ def train_all(
     return {entry: job.result() for entry, job in jobs.items()}
 
 
+def finalists(options: argparse.Namespace, ranked: list[Setting]) -> list[Setting]:
+    """The best settings, and the best of each start: what wins early does not always win late."""
+    best_of_starts = [next(setting for setting in ranked if setting.init == init) for init in INITS]
+    return list(dict.fromkeys([*ranked[: options.finalists], *best_of_starts]))
+
+
 def judge(options: argparse.Namespace, folder: Path) -> RunFolder:
     command(["eval", str(folder), "--tasks", str(options.tasks), "--threads", "1"])
     return RunFolder(folder)
@@ -141,8 +147,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         tuning = tune(options, pool)
         ranked = {update: sorted(scores, key=scores.get, reverse=True) for update, scores in tuning.items()}
-        # The two methods by turns, so that a run that was cut short has seen as much of both.
-        entered = [(update, ranked[update][place]) for place in range(options.finalists) for update in GRIDS]
+        entered = [(update, setting) for update, settings in ranked.items() for setting in finalists(options, settings)]
         folders = train_all(options, pool, entered, options.finalist_iterations)
         reached = {entry: best_validation(folder) for entry, folder in folders.items()}
         for (update, setting), accuracy in reached.items():
