@@ -34,6 +34,7 @@ GLYPHS = {**TINY, "dataset": "glyphs", "ways": 2, "iterations": 4, "validation_e
 CASES = {
     "waves-none": {**WAVES, "update": "none"},
     "waves-kfo": WAVES,
+    "waves-decay-clip": {**WAVES, "meta_lr_half_life": 2, "clip_norm": 0.1},
     "glyphs-maml": GLYPHS,
     "glyphs-anil": {**GLYPHS, "method": "anil", "hidden_layers": 1, "bias": True},
     "glyphs-first-order": {**GLYPHS, "first_order": True, "adapt_update": False, "psd": False},
@@ -159,6 +160,27 @@ def test_nonfinite_gradient_stops_before_the_step(tmp_path):
     with pytest.raises(FloatingPointError, match=f"iteration 1: the meta-gradient of {name} is not finite"):
         trainer.fit()
     assert torch.equal(parameter, before)
+
+
+def test_the_outer_learning_rate_halves(tmp_path):
+    trainer = Trainer.start(Config(**WAVES, meta_lr=0.004, meta_lr_half_life=2), tmp_path / "run")
+    trainer.fit()
+    rates = [record["learning_rate"] for record in read_metrics(trainer.run.metrics) if "learning_rate" in record]
+    assert rates == pytest.approx([0.004 * 0.5 ** (i / 2) for i in range(WAVES["iterations"])])
+    assert trainer.optimizer.param_groups[0]["lr"] == rates[-1]
+
+
+def test_a_long_meta_gradient_is_scaled_to_the_limit_and_a_short_one_kept(tmp_path):
+    def gradients(clip_norm: float) -> torch.Tensor:
+        config = Config(**{**WAVES, "iterations": 1}, clip_norm=clip_norm)
+        trainer = Trainer.start(config, tmp_path / f"clip-{clip_norm}")
+        trainer.fit()
+        return torch.cat([p.grad.flatten() for p in trainer.learner.parameters()])
+
+    free = gradients(0.0)
+    limit = free.norm().item() / 3
+    torch.testing.assert_close(gradients(limit), free / 3, rtol=1e-4, atol=1e-7)
+    assert torch.equal(gradients(limit * 10), free)
 
 
 class SignalAt:
@@ -293,6 +315,7 @@ BAD = {
     "ways": (1, "ways: expected at least 2, got 1"),
     "steps": (0, "steps: expected at least 1, got 0"),
     "fast_lr": (-0.1, "fast_lr: expected a finite number above 0, got -0.1"),
+    "clip_norm": (-1.0, "clip_norm: expected at least 0, got -1.0"),
     "meta_lr": (math.nan, "meta_lr: expected a finite number above 0, got nan"),
     "device": ("gpu", "device: expected a device of torch such as 'cpu' or 'cuda:0', got 'gpu'"),
 }

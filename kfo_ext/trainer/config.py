@@ -55,6 +55,10 @@ class Config:
     steps: int = _field(5, "inner steps", least=1)
     fast_lr: float | None = _field(None, "inner learning rate; none is 0.1, for sinusoid 0.01", positive=True)
     meta_lr: float = _field(0.003, "outer learning rate, of Adam(0.9, 0.999)", positive=True)
+    meta_lr_half_life: int = _field(
+        0, "meta-iterations in which the outer learning rate halves; 0 keeps it constant", least=0
+    )
+    clip_norm: float = _field(0.0, "largest norm of the meta-gradient, longer ones are scaled; 0 is no limit", least=0)
     meta_batch: int = _field(16, "tasks of a meta-iteration", least=1)
     iterations: int = _field(1000, "meta-iterations", least=1)
     seed: int = _field(0, "seed of the parameters and of the training tasks", least=0)
@@ -145,7 +149,7 @@ def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
         raise TypeError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
     if rules["choices"] and value not in rules["choices"]:
         raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
-    if rules["least"] is not None and value < rules["least"]:
+    if rules["least"] is not None and not (value >= rules["least"] and math.isfinite(value)):
         raise ValueError(f"{name}: expected at least {rules['least']}, got {value}")
     if rules["positive"] and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")

@@ -138,9 +138,12 @@ class Trainer:
         try:
             result.check_finite()
             result.loss.backward()
-            self._check_gradient()
+            self._clip_gradient()
         except FloatingPointError as error:
             raise FloatingPointError(f"iteration {iteration}: {error}") from None
+        rate = self._meta_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
         self.progress.iteration = iteration
         self.progress.elapsed = time.monotonic() - self._clock
@@ -148,7 +151,7 @@ class Trainer:
         if result.accuracies is not None:
             record["accuracy"] = result.accuracies.mean().item()
         self._show(bar, record)
-        metrics.append({**record, "learning_rate": self.config.meta_lr, "elapsed": self.progress.elapsed})
+        metrics.append({**record, "learning_rate": rate, "elapsed": self.progress.elapsed})
 
     def _show(self, bar: tqdm, record: Record) -> None:
         shown = {name: f"{record[name]:.3f}" for name in ("loss", "accuracy") if name in record}
@@ -158,13 +161,23 @@ class Trainer:
         bar.set_postfix(shown, refresh=False)
         bar.update()
 
-    def _check_gradient(self) -> None:
+    def _meta_rate(self) -> float:
+        # A function of the iteration alone: a resumed or prolonged run goes on exactly.
+        half_life = self.config.meta_lr_half_life
+        return self.config.meta_lr * (0.5 ** (self.progress.iteration / half_life) if half_life else 1.0)
+
+    def _clip_gradient(self) -> None:
+        """Raise FloatingPointError where the meta-gradient is not finite; scale it down to `clip_norm`."""
         gradients = {name: p.grad for name, p in self.learner.named_parameters() if p.grad is not None}
         # One number to wait for instead of one for each parameter.
-        if not torch.nn.utils.get_total_norm(list(gradients.values())).isfinite():
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        if not norm.isfinite():
             for name, gradient in gradients.items():
                 if not gradient.isfinite().all():
                     raise FloatingPointError(f"the meta-gradient of {name} is not finite")
+            raise FloatingPointError("the norm of the meta-gradient is not finite")
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.learner.parameters(), self.config.clip_norm, norm)
 
     def _validate(self, metrics: Metrics, bar: tqdm, stop: Callable[[], bool]) -> None:
         bar.set_description("validating")
