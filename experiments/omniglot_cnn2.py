@@ -5,6 +5,8 @@
 2. The `--finalists` best settings of each method, and its best with each start, go on to `--finalist-iterations`; the
    best of them there, and MAML at the paper's rate and start, go on to `--iterations`. Each run keeps its best
    checkpoint on validation classes; one whose loss stops being finite ends early, and its best checkpoint counts.
+   The outer rate halves every `--meta-lr-half-life` iterations and meta-gradients are clipped, for all alike: at a
+   constant rate and unclipped, KFO at its larger inner rates diverges after some hundred iterations.
 3. All three adapt to one seeded list of `--tasks` tasks of unseen test classes: accuracies, and paired differences.
 
 Every part is a `kfo` command, `--jobs` at a time with one thread each; a part that is done already is not run again.
@@ -42,11 +44,17 @@ class Setting(NamedTuple):
     init: str
 
 
+Entry = tuple[str, Setting]
+
+
 def train(options: argparse.Namespace, update: str, setting: Setting, iterations: int, folder: Path) -> Path:
     """Meta-trains one run, or goes on with it where an earlier call was stopped; refuses a run of other settings."""
     if (folder / "config.json").exists():
         found = Config.load(folder / "config.json")
-        if (found.update, found.fast_lr, found.init, found.meta_lr) != (update, *setting, options.meta_lr):
+        outer = (options.meta_lr, options.meta_lr_half_life, options.clip_norm)
+        if (found.update, found.fast_lr, found.init) != (update, *setting) or outer != (
+            found.meta_lr, found.meta_lr_half_life, found.clip_norm,
+        ):  # fmt: skip
             raise ValueError(f"{folder}: holds a run of other settings; choose another --runs")
         if read_metrics(folder / "metrics.jsonl")[-1]["iteration"] >= iterations:
             return folder
@@ -54,7 +62,8 @@ def train(options: argparse.Namespace, update: str, setting: Setting, iterations
     else:
         values = {
             "run": folder, "dataset": "omniglot", "data-root": options.data_root, "update": update,
-            "fast-lr": setting.rate, "init": setting.init, "meta-lr": options.meta_lr, "layers": 2,
+            "fast-lr": setting.rate, "init": setting.init, "meta-lr": options.meta_lr,
+            "meta-lr-half-life": options.meta_lr_half_life, "clip-norm": options.clip_norm, "layers": 2,
             "iterations": iterations, "threads": 1, "validation-tasks": 300,
         }  # fmt: skip
         line = ["train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
@@ -75,46 +84,33 @@ def command(line: list[str], *, may_fail: bool = False) -> bool:
     )
 
 
-def best_validation(folder: Path) -> float:
-    return max(
-        record["validation_accuracy"] for record in read_metrics(folder / "metrics.jsonl") if is_validation(record)
-    )
-
-
-def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dict[Setting, float]]:
-    """Per method, the best validation accuracy of each setting."""
-    jobs = {
-        (update, Setting(rate, init)): pool.submit(
-            train,
-            options,
-            update,
-            Setting(rate, init),
-            options.tuning_iterations,
-            options.runs / f"tune-{update}-{init}-{rate}",
-        )
-        for init in INITS
-        for update, grid in GRIDS.items()
-        for rate in grid
-    }
-    table: dict[str, dict[Setting, float]] = {update: {} for update in GRIDS}
-    for (update, setting), job in jobs.items():
-        table[update][setting] = best_validation(job.result())
-        print(f"tuning {LABELS[update]} {setting}: validation accuracy {table[update][setting]:.4f}", flush=True)
-    return table
-
-
-Entry = tuple[str, Setting]
+def best_validation(folder: Path, iterations: int) -> float:
+    """The best of the validations up to so many iterations: an earlier call may have gone further."""
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if is_validation(record)]
+    return max(record["validation_accuracy"] for record in records if record["iteration"] <= iterations)
 
 
 def train_all(
     options: argparse.Namespace, pool: ThreadPoolExecutor, entries: list[Entry], iterations: int
 ) -> dict[Entry, Path]:
-    """Meta-trains each entry up to `iterations`, and returns the folders."""
-    names = {(update, setting): f"final-{update}-{setting.init}-{setting.rate}" for update, setting in entries}
+    """Meta-trains each entry up to `iterations`, from where it is, and returns the folders."""
     jobs = {
-        entry: pool.submit(train, options, *entry, iterations, options.runs / name) for entry, name in names.items()
+        (update, setting): pool.submit(
+            train, options, update, setting, iterations, options.runs / f"{update}-{setting.init}-{setting.rate}"
+        )
+        for update, setting in entries
     }
     return {entry: job.result() for entry, job in jobs.items()}
+
+
+def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dict[Setting, float]]:
+    """Per method, the best validation accuracy of each setting."""
+    entries = [(update, Setting(rate, init)) for init in INITS for update, grid in GRIDS.items() for rate in grid]
+    table: dict[str, dict[Setting, float]] = {update: {} for update in GRIDS}
+    for (update, setting), folder in train_all(options, pool, entries, options.tuning_iterations).items():
+        table[update][setting] = best_validation(folder, options.tuning_iterations)
+        print(f"tuning {LABELS[update]} {setting}: validation accuracy {table[update][setting]:.4f}", flush=True)
+    return table
 
 
 def finalists(options: argparse.Namespace, ranked: list[Setting]) -> list[Setting]:
@@ -133,11 +129,13 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the Omniglot archives")
     parser.add_argument("--runs", type=Path, default=Path("runs/omniglot_cnn2"), help="folder of the run folders")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/omniglot_cnn2.json"), help="result file")
-    parser.add_argument("--iterations", type=int, default=1500, help="meta-iterations of the final runs")
+    parser.add_argument("--iterations", type=int, default=2000, help="meta-iterations of the final runs")
     parser.add_argument("--finalists", type=int, default=2, help="settings of each method that go on after tuning")
-    parser.add_argument("--finalist-iterations", type=int, default=1000, help="meta-iterations of the finalists")
-    parser.add_argument("--tuning-iterations", type=int, default=200, help="meta-iterations of each run of the grids")
+    parser.add_argument("--finalist-iterations", type=int, default=600, help="meta-iterations of the finalists")
+    parser.add_argument("--tuning-iterations", type=int, default=150, help="meta-iterations of each run of the grids")
     parser.add_argument("--meta-lr", type=float, default=0.003, help="outer learning rate (paper, Table D.7)")
+    parser.add_argument("--meta-lr-half-life", type=int, default=1000, help="meta-iterations in which it halves")
+    parser.add_argument("--clip-norm", type=float, default=1.0, help="largest norm of the meta-gradient")
     parser.add_argument("--tasks", type=int, default=1000, help="test tasks")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
@@ -149,7 +147,7 @@ def main() -> None:
         ranked = {update: sorted(scores, key=scores.get, reverse=True) for update, scores in tuning.items()}
         entered = [(update, setting) for update, settings in ranked.items() for setting in finalists(options, settings)]
         folders = train_all(options, pool, entered, options.finalist_iterations)
-        reached = {entry: best_validation(folder) for entry, folder in folders.items()}
+        reached = {entry: best_validation(folder, options.finalist_iterations) for entry, folder in folders.items()}
         for (update, setting), accuracy in reached.items():
             print(f"finalist {LABELS[update]} {setting}: validation accuracy {accuracy:.4f}", flush=True)
         best = {update: max((entry for entry in entered if entry[0] == update), key=reached.get) for update in GRIDS}
@@ -184,6 +182,8 @@ def main() -> None:
         "finalist_iterations": options.finalist_iterations,
         "tuning_iterations": options.tuning_iterations,
         "meta_lr": options.meta_lr,
+        "meta_lr_half_life": options.meta_lr_half_life,
+        "clip_norm": options.clip_norm,
         "test_tasks": options.tasks,
         "validation_accuracy_of_finalists": [
             {"method": LABELS[update], **setting._asdict(), "accuracy": accuracy}
