@@ -2,8 +2,7 @@
 
 1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations`
    and judged on validation classes.
-2. The `--finalists` best settings of each method, and its best with each start, go on to `--finalist-iterations`; the
-   best of them there, and MAML at the paper's rate and start, go on to `--iterations`. Each run keeps its best
+2. The `--finalists` best settings of each method go on to `--finalist-iterations`; the best of them there, and MAML at the paper's rate and start, go on to `--iterations`. Each run keeps its best
    checkpoint on validation classes; one whose loss stops being finite ends early, and its best checkpoint counts.
    The outer rate halves every `--meta-lr-half-life` iterations and meta-gradients are clipped, for all alike: at a
    constant rate and unclipped, KFO at its larger inner rates diverges after some hundred iterations.
@@ -20,7 +19,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +88,11 @@ def best_validation(folder: Path, iterations: int) -> float:
     return max(record["validation_accuracy"] for record in records if record["iteration"] <= iterations)
 
 
+def seconds(folder: Path) -> float:
+    """What the run took so far, with its validations, on one thread beside `--jobs` - 1 others."""
+    return read_metrics(folder / "metrics.jsonl")[-1]["elapsed"]
+
+
 def train_all(
     options: argparse.Namespace, pool: ThreadPoolExecutor, entries: list[Entry], iterations: int
 ) -> dict[Entry, Path]:
@@ -113,12 +116,6 @@ def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dic
     return table
 
 
-def finalists(options: argparse.Namespace, ranked: list[Setting]) -> list[Setting]:
-    """The best settings, and the best of each start: what wins early does not always win late."""
-    best_of_starts = [next(setting for setting in ranked if setting.init == init) for init in INITS]
-    return list(dict.fromkeys([*ranked[: options.finalists], *best_of_starts]))
-
-
 def judge(options: argparse.Namespace, folder: Path) -> RunFolder:
     command(["eval", str(folder), "--tasks", str(options.tasks), "--threads", "1"])
     return RunFolder(folder)
@@ -129,10 +126,10 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the Omniglot archives")
     parser.add_argument("--runs", type=Path, default=Path("runs/omniglot_cnn2"), help="folder of the run folders")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/omniglot_cnn2.json"), help="result file")
-    parser.add_argument("--iterations", type=int, default=2000, help="meta-iterations of the final runs")
+    parser.add_argument("--iterations", type=int, default=2500, help="meta-iterations of the final runs")
     parser.add_argument("--finalists", type=int, default=2, help="settings of each method that go on after tuning")
-    parser.add_argument("--finalist-iterations", type=int, default=600, help="meta-iterations of the finalists")
-    parser.add_argument("--tuning-iterations", type=int, default=150, help="meta-iterations of each run of the grids")
+    parser.add_argument("--finalist-iterations", type=int, default=400, help="meta-iterations of the finalists")
+    parser.add_argument("--tuning-iterations", type=int, default=100, help="meta-iterations of each run of the grids")
     parser.add_argument("--meta-lr", type=float, default=0.003, help="outer learning rate (paper, Table D.7)")
     parser.add_argument("--meta-lr-half-life", type=int, default=1000, help="meta-iterations in which it halves")
     parser.add_argument("--clip-norm", type=float, default=1.0, help="largest norm of the meta-gradient")
@@ -140,12 +137,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
 
     with ThreadPoolExecutor(options.jobs) as pool:
         tuning = tune(options, pool)
         ranked = {update: sorted(scores, key=scores.get, reverse=True) for update, scores in tuning.items()}
-        entered = [(update, setting) for update, settings in ranked.items() for setting in finalists(options, settings)]
+        entered = [
+            (update, setting) for update, settings in ranked.items() for setting in settings[: options.finalists]
+        ]
         folders = train_all(options, pool, entered, options.finalist_iterations)
         reached = {entry: best_validation(folder, options.finalist_iterations) for entry, folder in folders.items()}
         for (update, setting), accuracy in reached.items():
@@ -167,7 +165,7 @@ def main() -> None:
             "accuracy": ours.interval.mean,
             "interval": ours.interval.half,
             "checkpoint_iteration": ours.iteration,
-            "training_seconds": read_metrics(runs[name].metrics)[-1]["elapsed"],
+            "training_seconds": seconds(folders[chosen[name]]),
             "paper": PAPER_ACCURACY[update],
             **({} if name == "kfo" else {"kfo_minus_this": gap.mean, "kfo_minus_this_interval": gap.half}),
         }
@@ -177,7 +175,7 @@ def main() -> None:
     result = {
         "what": "Omniglot, CNN(2), 32 channels, 5-way 5-shot, 5 steps, meta-batch 16; unseen classes; 95 % intervals",
         "environment": environment(),
-        "seconds_of_this_call": time.monotonic() - start,
+        "training_seconds_of_all_runs": sum(seconds(folder) for folder in sorted(options.runs.iterdir())),
         "iterations": options.iterations,
         "finalist_iterations": options.finalist_iterations,
         "tuning_iterations": options.tuning_iterations,
