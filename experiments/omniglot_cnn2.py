@@ -2,10 +2,11 @@
 
 1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations`
    and judged on validation classes.
-2. The `--finalists` best settings of each method go on to `--finalist-iterations`; the best of them there, and MAML at the paper's rate and start, go on to `--iterations`. Each run keeps its best
-   checkpoint on validation classes; one whose loss stops being finite ends early, and its best checkpoint counts.
-   The outer rate halves every `--meta-lr-half-life` iterations and meta-gradients are clipped, for all alike: at a
-   constant rate and unclipped, KFO at its larger inner rates diverges after some hundred iterations.
+2. The `--finalists` best settings of each method go on to `--finalist-iterations`; the best of them there, and MAML at
+   the paper's rate and start, go on to `--iterations`. Each run keeps its best checkpoint on validation classes; one
+   whose loss stops being finite ends early, and its best checkpoint counts. The outer rate halves every
+   `--meta-lr-half-life` iterations and meta-gradients are clipped, for all alike: at a constant rate and unclipped, KFO
+   at its larger inner rates diverges after some hundred iterations.
 3. All three adapt to one seeded list of `--tasks` tasks of unseen test classes: accuracies, and paired differences.
 
 Every part is a `kfo` command, `--jobs` at a time with one thread each; a part that is done already is not run again.

@@ -1,6 +1,8 @@
-"""The CUDA kernels compiled as plain C++, one fiber per thread, against float64, under AddressSanitizer and UBSan.
+"""The CUDA kernels compiled as plain C++, one fiber per thread, against float64, under sanitizers.
 
-No GPU is needed. Shared memory and every output start as NaN, and a thread that misses a barrier is an error.
+No GPU is needed. Shared memory and every output start as NaN, a thread that misses a barrier is an error, and an
+asynchronous copy lands when it is waited for. AddressSanitizer and UBSan watch memory, ThreadSanitizer missing barriers
+and blocks that share an address.
 """
 
 from __future__ import annotations
@@ -13,40 +15,54 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-ROUNDS = 12
+ROUNDS = "12"
+MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+RACES = ["-fsanitize=thread"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-def compile_and_run(csrc: Path, folder: Path, *flags: str, rounds: int) -> subprocess.CompletedProcess:
+def compile_and_run(csrc: Path, folder: Path, flags: list[str], what: str) -> subprocess.CompletedProcess:
     program = folder / "kernels_test"
     host = HERE / "cuda_host"
-    sources = ["-I", str(csrc), "-include", str(host / "host_device.h"), str(host / "kernels_test.cpp")]
-    subprocess.run(["g++", "-std=c++17", *flags, *sources, "-o", str(program)], check=True, timeout=300)
-    return subprocess.run([str(program), str(rounds)], capture_output=True, text=True, timeout=300)
+    # Kernels read 16 bytes of T at once, which device compilers take as it is meant.
+    options = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", *flags]
+    includes = ["-I", str(csrc), "-I", str(host), "-include", str(host / "host_device.h")]
+    line = ["g++", *options, *includes, str(host / "kernels_test.cpp"), "-o", str(program)]
+    subprocess.run(line, check=True, timeout=600)
+    return subprocess.run([str(program), what], capture_output=True, text=True, timeout=600)
 
 
-def test_kernels_equal_float64_under_sanitizers(tmp_path):
-    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    done = compile_and_run(CSRC, tmp_path, *flags, rounds=ROUNDS)
+@pytest.mark.parametrize(("flags", "what"), [(MEMORY, ROUNDS), (RACES, "smallest")], ids=["memory", "races"])
+def test_kernels_equal_float64_under_sanitizers(flags, what, tmp_path):
+    done = compile_and_run(CSRC, tmp_path, flags, what)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "comparisons, worst error" in done.stdout
 
 
-# Each breaks one line of a kernel; the run must fail, or the tests above prove nothing.
+# Each breaks one line of a kernel; the run must fail for the reason given, or the tests above prove nothing.
+WRONG_VALUE, COPIES, OVERFLOW, RACE = "FAIL", "asynchronous copies", "heap-buffer-overflow", "data race"
+FLAGS = {WRONG_VALUE: [], COPIES: [], OVERFLOW: MEMORY, RACE: RACES}
 BREAKS = {
-    "barrier": ("transform_backward.cuh", "  __syncthreads();\n\n  T* partial", "  T* partial"),
-    "factor": ("transform_double_backward.cuh", "block.view(S), L.transposed()", "block.view(M), L.transposed()"),
-    "sum": ("sum.cuh", "i < first + count", "i < first + count - 1"),
+    "factor": ("transform_double_backward.cuh", "times_transposed(S, L)", "times_transposed(M, L)", WRONG_VALUE),
+    "order": ("transform_backward.cuh", "sum_inner(G, M)", "sum_inner(M, G)", WRONG_VALUE),
+    "edge": ("tiled.cuh", "index < size && k < depth", "k < depth", OVERFLOW),
+    "sum": ("sum.cuh", "i < count", "i < count - 1", WRONG_VALUE),
+    "wait": ("block.cuh", "    __pipeline_wait_prior(0);\n", "", COPIES),
+    "barrier": ("transform_double_backward.cuh", "0b01010001", "0b01000001", RACE),
+    "barrier of a tile": ("tiled.cuh", "      __syncthreads();\n      slab.advance", "      slab.advance", RACE),
+    "blocks": ("block.cuh", "entry_.partials + block_ *", "entry_.partials + 0 *", RACE),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_kernel_is_caught(name, tmp_path):
-    file, right, wrong = BREAKS[name]
+    file, right, wrong, reason = BREAKS[name]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     text = (csrc / "cuda" / file).read_text()
     assert text.count(right) == 1
     (csrc / "cuda" / file).write_text(text.replace(right, wrong))
-    assert compile_and_run(csrc, tmp_path, "-O1", rounds=2).returncode != 0
+    done = compile_and_run(csrc, tmp_path, FLAGS[reason], "smallest")
+    assert done.returncode != 0
+    assert reason in done.stdout + done.stderr

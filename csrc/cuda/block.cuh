@@ -1,101 +1,160 @@
-// The work of one thread block: which rows of which problem and task, and where it keeps what it computes.
+// The work of one thread block: rows of one problem and task, their operands in shared memory, and what is made of
+// them.
 #pragma once
 
 #include <cstdint>
 
 #include "products.cuh"
+#include "staging.cuh"
 #include "table.h"
 
 namespace kfo::cuda {
 
-// A packed input. Row stride 0: one row for all tasks. Null data: an absent operand.
-template <typename T>
-struct Operand {
-  const T* data;
-  int64_t stride;
-};
-
-// A packed output. Null data: not needed.
-template <typename T>
-struct Output {
-  T* data;
-  int64_t stride;
-};
-
 // The entry that this block works on, given the field that numbers the blocks of the launch.
-__device__ inline const Entry& find_entry(const Table& table, int64_t Entry::* first_block) {
-  int64_t i = 0;
-  while (i + 1 < table.count && blockIdx.x >= table.entries[i + 1].*first_block) ++i;
-  return table.entries[i];
+__device__ __forceinline__ const Entry& find_entry(const Table& table, int32_t Entry::* first_block) {
+  int low = 0, high = table.count;  // entries[low] starts at or before this block, entries[high] after it
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (table.entries[middle].*first_block <= static_cast<int32_t>(blockIdx.x) ? low : high) = middle;
+  }
+  return table.entries[low];
 }
+
+// The dynamic shared memory of the launch.
+template <typename T>
+__device__ __forceinline__ T* shared_array() {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  return reinterpret_cast<T*>(shared_memory);
+}
+
+// A matrix per row of the block (n, p, q), or a factor, in shared memory: an offset; -1 is an absent operand.
+using Place = int;
+constexpr Place kAbsent = -1;
 
 template <typename T>
 class Block {
  public:
-  __device__ Block(const Table& table, T* scratch, T* shared)
-      : entry_(find_entry(table, &Entry::first_block)), free_(shared) {
-    const int64_t block = blockIdx.x - entry_.first_block, chunk = block % entry_.chunks;
-    task_ = block / entry_.chunks;
-    begin_ = entry_.problem.B * chunk / entry_.chunks;
-    rows_ = entry_.problem.B * (chunk + 1) / entry_.chunks - begin_;
-    spill_ = entry_.intermediates < 0 ? nullptr : scratch + entry_.intermediates + block * entry_.intermediates_size;
-    partials_ = scratch + entry_.partials + block * entry_.partials_size;
+  __device__ __forceinline__ explicit Block(const Arguments<T, Table>& args)
+      : table_(args.table),
+        data_(args.data),
+        entry_(find_entry(table_, &Entry::first_block)),
+        p_(entry_.p),
+        q_(entry_.q) {
+    block_ = static_cast<int>(blockIdx.x) - entry_.first_block;
+    task_ = block_ / entry_.chunks;
+    const int64_t chunk = block_ % entry_.chunks, begin = entry_.B * chunk / entry_.chunks;
+    n_ = static_cast<int>(entry_.B * (chunk + 1) / entry_.chunks - begin);
+    first_ = entry_.G + begin * p_ * q_;
   }
 
-  __device__ const Problem& problem() const { return entry_.problem; }
-  __device__ int64_t rows() const { return rows_; }
+  // Copies of operands, complete when `compute` begins.
+  __device__ __forceinline__ Place stage_R(Source source) { return staged(source, entry_.R, p_, p_); }
+  __device__ __forceinline__ Place stage_L(Source source) { return staged(source, entry_.L, q_, q_); }
+  __device__ __forceinline__ Place stage_rows(Source source) { return staged(source, first_, n_ * p_, q_); }
+  // Room for one p x q result for each row.
+  __device__ __forceinline__ Place room() { return take(n_ * p_, q_); }
 
-  // The partial dR and dL of this block, one after the other.
-  __device__ T* partials() const { return partials_; }
-
-  // The block's rows of an operand (B, p, q).
-  __device__ Matrices<T> matrices(const Operand<T>& operand) const {
-    if (!operand.data) return {};
-    return many_matrices(operand.data + task_ * operand.stride + first_element(), problem().p, problem().q);
+  // X F and X F^T for a right factor, F X and F^T X for a left one, for each matrix of X (n, p, q).
+  __device__ __forceinline__ Term times(Place X, Place F) const { return by_right(X, F, 1, pitch_of(q_)); }
+  __device__ __forceinline__ Term times_transposed(Place X, Place F) const { return by_right(X, F, pitch_of(q_), 1); }
+  __device__ __forceinline__ Term of(Place F, Place X) const { return by_left(F, X, pitch_of(p_), 1); }
+  __device__ __forceinline__ Term of_transposed(Place F, Place X) const { return by_left(F, X, 1, pitch_of(p_)); }
+  // sum_b X_b Y_b^T, (p, p), and sum_b X_b^T Y_b, (q, q).
+  __device__ __forceinline__ Term sum_outer(Place X, Place Y) const {
+    const int row = pitch_of(q_), matrix = p_ * row;
+    return term({X, row, 0, 0, 1, matrix}, {Y, row, 0, 0, 1, matrix}, q_, n_);
+  }
+  __device__ __forceinline__ Term sum_inner(Place X, Place Y) const {
+    const int row = pitch_of(q_);
+    return term({X, 1, 0, 0, row, 0}, {Y, 1, 0, 0, row, 0}, n_ * p_, 1);
   }
 
-  // The block's rows of an output (B, p, q).
-  __device__ T* rows_of(const Output<T>& output) const { return output.data + task_ * output.stride + first_element(); }
-
-  // What lies at `offset` of the operand's packed row, or null.
-  __device__ const T* at(const Operand<T>& operand, int64_t offset) const {
-    return operand.data ? operand.data + task_ * operand.stride + offset : nullptr;
+  // A product to its place in shared memory: right and left ones are (n, p, q).
+  __device__ __forceinline__ Job<T> to_right(Place to, Term X, Term Y = {}) const {
+    return {{n_ * p_, q_, X, Y}, {to, 1, 0, 0, 0, 0}, pitch_of(q_), nullptr};
+  }
+  __device__ __forceinline__ Job<T> to_left(Place to, Term X, Term Y = {}) const {
+    return {{p_, n_ * q_, X, Y}, columns_of(to), pitch_of(q_), nullptr};
+  }
+  // The block's share of dR (p, p) or dL (q, q): to the output itself where there is no other, else to the scratch
+  // memory.
+  __device__ __forceinline__ Job<T> to_dR(Term X) const {
+    T* to = table_.is_complete(entry_, table_.dR_rows) ? row(kdR) + entry_.R : partials();
+    return {{p_, p_, X, {}}, {}, 0, to};
+  }
+  __device__ __forceinline__ Job<T> to_dL(Term X, Term Y = {}) const {
+    T* to = table_.is_complete(entry_, table_.dL_rows) ? row(kdL) + entry_.L
+                                                       : partials() + (table_.dR_rows ? int64_t{p_} * p_ : 0);
+    return {{q_, q_, X, Y}, {}, 0, to};
   }
 
-  // The factor R (p, p) or L (q, q), copied to shared memory where it fits: complete after the next barrier.
-  __device__ Matrices<T> R(const Operand<T>& operand) { return factor(at(operand, problem().R), problem().p); }
-  __device__ Matrices<T> L(const Operand<T>& operand) { return factor(at(operand, problem().L), problem().q); }
-
-  // Room for one p x q result for each row of the block. Ask after the factors: they come first in shared memory.
-  __device__ T* intermediate() {
-    const int64_t size = rows_ * problem().p * problem().q;
-    return entry_.intermediates < 0 ? take(free_, size) : take(spill_, size);
+  // Does make(job) for job < count, in order. Before the jobs of `barriers` (a bit each) all before is complete.
+  // One loop, so that there is one copy of the products' code, which the instruction cache holds.
+  template <typename Make>
+  __device__ __forceinline__ void compute(int count, unsigned barriers, Make make) const {
+    __pipeline_wait_prior(0);
+#pragma unroll 1
+    for (int job = 0; job < count; ++job) {
+      if (barriers >> job & 1) __syncthreads();
+      write_product(shared_array<T>(), make(job));
+    }
+    __syncthreads();
   }
 
-  __device__ Matrices<T> view(const T* intermediate) const {
-    return many_matrices(intermediate, problem().p, problem().q);
+  // (n, p, q) to the block's rows of an output.
+  __device__ __forceinline__ void copy_out(Target target, Place from) const {
+    unstage(row(target) + first_, shared_array<T>() + from, n_ * p_, q_);
+  }
+
+  // Adds the bias, one (p, q) term, to each matrix.
+  __device__ __forceinline__ void add_bias(Place to) const {
+    const T* from = row(kBias) + entry_.bias;
+    T* shared = shared_array<T>() + to;
+    for (int e = threadIdx.x; e < n_ * p_ * q_; e += kThreads) shared[shared_index(e, q_)] += from[e % (p_ * q_)];
   }
 
  private:
+  const Table& table_;
+  const Data<T>& data_;
   const Entry& entry_;
-  int64_t task_, begin_, rows_;
-  T* free_;   // shared memory not yet taken
-  T* spill_;  // ... and scratch memory
-  T* partials_;
+  int p_, q_, n_, block_;
+  int64_t task_, first_;
+  int free_ = 0;
 
-  __device__ int64_t first_element() const { return problem().G + begin_ * problem().p * problem().q; }
-
-  static __device__ T* take(T*& pool, int64_t size) {
-    T* room = pool;
-    pool += size;
-    return room;
+  __device__ __forceinline__ Place take(int rows, int cols) {
+    const Place place = free_;
+    free_ += padded_size(rows, cols, sizeof(T));
+    return place;
   }
 
-  __device__ Matrices<T> factor(const T* data, int64_t size) {
-    if (!data || !entry_.staged) return one_matrix(data, size);
-    T* copy = take(free_, size * size);
-    for (int64_t e = threadIdx.x; e < size * size; e += blockDim.x) copy[e] = data[e];
-    return one_matrix<T>(copy, size);
+  __device__ __forceinline__ Place staged(Source source, int64_t offset, int rows, int cols) {
+    if (!data_.has(source)) return kAbsent;
+    const T* from = row(source) + offset;
+    const Place place = take(rows, cols) + misalignment(from);
+    stage(shared_array<T>() + place, from, rows, cols);
+    return place;
+  }
+
+  __device__ __forceinline__ Term term(const Side& A, const Side& B, int depth, int repeats) const {
+    return {A, B, A.data == kAbsent || B.data == kAbsent ? 0 : depth, repeats};
+  }
+  __device__ __forceinline__ Term by_right(Place X, Place F, int stride, int step) const {
+    return term({X, pitch_of(q_), 0, 0, 1, 0}, {F, stride, 0, 0, step, 0}, q_, 1);
+  }
+  __device__ __forceinline__ Term by_left(Place F, Place X, int stride, int step) const {
+    return term({F, stride, 0, 0, step, 0}, columns_of(X), p_, 1);
+  }
+  // (n, p, q) as p rows of n * q columns.
+  __device__ __forceinline__ Side columns_of(Place X) const { return {X, 1, q_, p_ * pitch_of(q_), pitch_of(q_), 0}; }
+
+  // The packed row of the block's task.
+  __device__ __forceinline__ const T* row(Source source) const {
+    return data_[source].data + task_ * data_[source].stride;
+  }
+  __device__ __forceinline__ T* row(Target target) const { return data_[target].data + task_ * data_[target].stride; }
+
+  __device__ __forceinline__ T* partials() const {
+    return data_[kScratch].data + entry_.partials + block_ * table_.partials_size(entry_);
   }
 };
 

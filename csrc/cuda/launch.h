@@ -11,14 +11,18 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "../check.h"
-#include "block.cuh"
+#include "../memo.h"
 #include "schedule.h"
-#include "sum.cuh"
 
 namespace kfo::cuda {
 
@@ -55,30 +59,86 @@ Output<T> output(const Tensor& tensor) {
   return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.size(1)};
 }
 
-template <typename Args>
-void launch(void (*kernel)(Args), int64_t blocks, int64_t shared_bytes, cudaStream_t stream, const Args& args) {
-  static_assert(sizeof(Args) <= kParameterBytes, "the problem table must fit in the kernel's parameters");
-  if (blocks == 0) return;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared_bytes), stream>>>(args);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+// The schedule of a call, made once for a group and a request. One of many launches costs more to keep than to make.
+inline std::shared_ptr<const Schedule> schedule_of(const std::vector<int64_t>& shapes, const Group& group,
+                                                   const Request& request) {
+  constexpr size_t kept_launches = 16;
+  static Memo<std::pair<std::vector<int64_t>, decltype(request.key())>, Schedule> memo;
+  return memo.get(
+      {shapes, request.key()}, [&] { return make_schedule(group, request); },
+      [](const Schedule& schedule) { return schedule.launches.size() + schedule.tiled.size() <= kept_launches; });
 }
 
-// One order over the whole group, on torch's current stream, then the sums of dR and dL where they are needed. Sets the
-// table and the scratch memory of `args`. `like` gives the dtype and the device, whose guard the caller holds.
-template <typename T, typename Args>
-void launch_order(void (*kernel)(Args), Args args, const Schedule& schedule, const Tensor& like, Output<T> dR = {},
-                  Output<T> dL = {}) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  const cudaStream_t current = static_cast<cudaStream_t>(stream);
+// Launches for one call of an op, on torch's current stream of a device whose guard the caller holds.
+class Launcher {
+ public:
+  Launcher(const char* op, int device) : op_(op), device_(device) {
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "before the launch");
+    if (major < 8)
+      fail("expected a GPU of compute capability 8.0 or later, cuda:" + std::to_string(device) + " is of " +
+           std::to_string(major) + ".x");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <auto kKernel, typename Args>
+  void launch(int64_t blocks, int64_t shared_bytes, const Args& args) const {
+    static_assert(sizeof(Args) <= kParameterBytes, "the table must fit in the kernel's parameters");
+    if (blocks == 0) return;
+    if (shared_bytes > 48 * 1024) allow_shared_memory<kKernel>();
+    kKernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared_bytes), stream_>>>(args);
+    check(cudaGetLastError(), "at the launch");
+  }
+
+ private:
+  const char* op_;
+  int device_;
+  cudaStream_t stream_;
+
+  // More than 48 KB must be asked for, once for each kernel and device.
+  template <auto kKernel>
+  void allow_shared_memory() const {
+    static std::atomic<uint64_t> allowed{0};
+    const uint64_t bit = device_ < 64 ? uint64_t{1} << device_ : 0;
+    if (allowed.load() & bit) return;
+    check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+          "asking for shared memory");
+    allowed.fetch_or(bit);
+  }
+
+  [[noreturn]] void fail(const std::string& message) const {
+    throw std::runtime_error(std::string("kfo_ext::") + op_ + ": " + message);
+  }
+
+  // The error may be that of earlier work: CUDA reports what failed asynchronously at the next call.
+  void check(cudaError_t error, const char* when) const {
+    if (error != cudaSuccess)
+      fail(std::string("CUDA error ") + when + ", of this or of earlier work: " + cudaGetErrorString(error));
+  }
+};
+
+// Kernels that all orders share; defined for float and double, each in a file of its own.
+template <typename T>
+void launch_sums(const Launcher& launcher, const Launch& part, const Data<T>& data);
+template <typename T>
+void launch_tiles(const Launcher& launcher, const TiledLaunch& part, const Data<T>& data);
+
+// The order's kernel and the sums of dR and dL, then the tiles of the large problems. `like` gives dtype and device.
+template <auto kKernel, typename T>
+void run(const char* op, const Schedule& schedule, const Tensor& like, Data<T> data) {
+  const Launcher launcher(op, like.get_device_index());
   // Freed on return but safe: torch's allocator reuses it on this stream only.
   const Tensor scratch = torch::stable::new_empty(like, {schedule.scratch});
-  args.scratch = static_cast<T*>(scratch.mutable_data_ptr());
+  T* memory = static_cast<T*>(scratch.mutable_data_ptr());
+  data[kIntermediates] = {memory, schedule.scratch_columns};
+  data[kScratch] = {memory, schedule.scratch_columns};
   for (const Launch& part : schedule.launches) {
-    args.table = part.table;
-    launch(kernel, part.blocks, part.shared_bytes, current, args);
-    launch(sum_kernel<T>, part.sum_blocks, 0, current, Sum<T>{part.table, args.scratch, dR, dL});
+    launcher.launch<kKernel>(part.blocks, part.shared_bytes, Arguments<T, Table>{part.table, data});
+    launch_sums(launcher, part, data);
   }
+  for (const TiledLaunch& part : schedule.tiled) launch_tiles(launcher, part, data);
 }
 
 // f(T()) with the C++ type of a checked dtype.

@@ -1,74 +1,116 @@
-// Sums of matrix products, spread over the threads of a block: one thread computes one element, in a fixed order.
+// Sums of matrix products in shared memory, spread over the threads of a block. A thread computes tiles of rows x
+// columns in registers; every sum runs in one fixed order.
 #pragma once
 
-#include <cstdint>
+#include "table.h"
 
 namespace kfo::cuda {
 
-// A batch of strided matrices. A batch stride of 0 is one matrix for all.
-template <typename T>
-struct Matrices {
-  const T* data;
-  int64_t batch, row, col;
+// One side of a product, X(i, k). All numbers are offsets (in elements) into the block's shared memory, which makes
+// them 32-bit and keeps every access a shared one.
+struct Side {
+  int data;
+  int stride;               // from one i to the next, within a group
+  int group, group_stride;  // i runs in groups of `group`, so far apart; a group of 0 is all of them
+  int step, repeat_step;    // from one k to the next, and from one repeat of all k to the next
 
-  __device__ Matrices transposed() const { return {data, batch, col, row}; }
+  __device__ int offset(int i) const {
+    return data + (group ? i / group * group_stride + i % group * stride : i * stride);
+  }
 };
 
-template <typename T>
-__device__ Matrices<T> one_matrix(const T* data, int64_t cols) {
-  return {data, 0, cols, 1};
-}
+// sum over repeats and k of A(i, k) B(j, k). Absent terms have depth 0.
+struct Term {
+  Side A, B;
+  int depth, repeats;
+};
 
-// Packed (batch, rows, cols).
-template <typename T>
-__device__ Matrices<T> many_matrices(const T* data, int64_t rows, int64_t cols) {
-  return {data, rows * cols, cols, 1};
-}
-
-// A_b B_b, contracted over `depth`. A depth of 0 is no term at all: its matrices are never read.
-template <typename T>
+// X + Y, (rows, cols).
 struct Product {
-  Matrices<T> A, B;
-  int64_t depth;
+  int rows, cols;
+  Term X, Y;
+};
 
-  // sum + (A_b B_b)[i, j]
-  __device__ T add_to(T sum, int64_t b, int64_t i, int64_t j) const {
-    if (depth == 0) return sum;
-    const T* a = A.data + b * A.batch + i * A.row;
-    const T* c = B.data + b * B.batch + j * B.col;
-    for (int64_t k = 0; k < depth; ++k) sum = fma(a[k * A.col], c[k * B.row], sum);
-    return sum;
+template <int kRows, int kCols, typename T>
+__device__ __forceinline__ void accumulate(T (&sum)[kRows][kCols], const T* shared, const Term& term,
+                                           const int (&i)[kRows], const int (&j)[kCols]) {
+  if (term.depth == 0) return;
+  int a[kRows], b[kCols];
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) a[u] = term.A.offset(i[u]);
+#pragma unroll
+  for (int v = 0; v < kCols; ++v) b[v] = term.B.offset(j[v]);
+  for (int repeat = 0; repeat < term.repeats; ++repeat) {
+    int at_a = repeat * term.A.repeat_step, at_b = repeat * term.B.repeat_step;
+#pragma unroll 4
+    for (int k = 0; k < term.depth; ++k, at_a += term.A.step, at_b += term.B.step) {
+      T x[kRows], y[kCols];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) x[u] = shared[a[u] + at_a];
+#pragma unroll
+      for (int v = 0; v < kCols; ++v) y[v] = shared[b[v] + at_b];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u)
+#pragma unroll
+        for (int v = 0; v < kCols; ++v) sum[u][v] = fma(x[u], y[v], sum[u][v]);
+    }
+  }
+}
+
+// Where a product goes: to shared memory, (i, j) at columns.offset(j) + i * row, or packed to global memory.
+template <typename T>
+struct Job {
+  Product product;  // no rows: nothing to do
+  Side columns;
+  int row;
+  T* global;
+
+  __device__ __forceinline__ void write(T* shared, int i, int j, T value) const {
+    if (global)
+      global[i * product.cols + j] = value;
+    else
+      shared[columns.offset(j) + i * row] = value;
   }
 };
 
-// The product if it is wanted, else no term.
-template <typename T>
-__device__ Product<T> product_if(bool wanted, const Matrices<T>& A, const Matrices<T>& B, int64_t depth) {
-  return {A, B, wanted ? depth : 0};
-}
-
-// out_b = X_b + Y_b + offset for every b < count; out is packed (count, rows, cols); offset is (rows, cols) or null.
-template <typename T>
-__device__ void write_products(T* out, int64_t count, int64_t rows, int64_t cols, const Product<T>& X,
-                               const Product<T>& Y = {}, const T* offset = nullptr) {
-  const int64_t size = rows * cols;
-  for (int64_t e = threadIdx.x; e < count * size; e += blockDim.x) {
-    const int64_t b = e / size, ij = e % size, i = ij / cols, j = ij % cols;
-    const T sum = Y.add_to(X.add_to(T(0), b, i, j), b, i, j);
-    out[e] = offset ? sum + offset[ij] : sum;
+// Tiles of kRows x kCols, interleaved: neighbouring threads have neighbouring columns, hence different banks.
+template <int kRows, int kCols, typename T>
+__device__ __forceinline__ void write_tiles(T* shared, const Job<T>& job) {
+  const Product& product = job.product;
+  const int row_tiles = (product.rows + kRows - 1) / kRows, col_tiles = (product.cols + kCols - 1) / kCols;
+  for (int tile = threadIdx.x; tile < row_tiles * col_tiles; tile += kThreads) {
+    const int i0 = tile / col_tiles, j0 = tile % col_tiles;
+    int i[kRows], j[kCols];
+    // Past the edge: the last row or column again, computed and not written.
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) i[u] = min(i0 + u * row_tiles, product.rows - 1);
+#pragma unroll
+    for (int v = 0; v < kCols; ++v) j[v] = min(j0 + v * col_tiles, product.cols - 1);
+    T sum[kRows][kCols] = {};
+    accumulate(sum, shared, product.X, i, j);
+    accumulate(sum, shared, product.Y, i, j);
+#pragma unroll
+    for (int u = 0; u < kRows; ++u)
+#pragma unroll
+      for (int v = 0; v < kCols; ++v)
+        if (i0 + u * row_tiles < product.rows && j0 + v * col_tiles < product.cols)
+          job.write(shared, i[u], j[v], sum[u][v]);
   }
 }
 
-// out = sum over b < count of X_b + Y_b; out is packed (rows, cols).
+// By the largest tiles that still give half of the threads one: a large tile reads shared memory less often for each
+// multiply-add.
 template <typename T>
-__device__ void write_product_sum(T* out, int64_t count, int64_t rows, int64_t cols, const Product<T>& X,
-                                  const Product<T>& Y = {}) {
-  for (int64_t e = threadIdx.x; e < rows * cols; e += blockDim.x) {
-    const int64_t i = e / cols, j = e % cols;
-    T sum = 0;
-    for (int64_t b = 0; b < count; ++b) sum = Y.add_to(X.add_to(sum, b, i, j), b, i, j);
-    out[e] = sum;
-  }
+__device__ __forceinline__ void write_product(T* shared, const Job<T>& job) {
+  const auto tiles = [&](int side) {
+    return ((job.product.rows + side - 1) / side) * ((job.product.cols + side - 1) / side);
+  };
+  if (tiles(4) >= kThreads / 2)
+    write_tiles<4, 4>(shared, job);
+  else if (tiles(2) >= kThreads / 2)
+    write_tiles<2, 2>(shared, job);
+  else
+    write_tiles<1, 1>(shared, job);
 }
 
 }  // namespace kfo::cuda

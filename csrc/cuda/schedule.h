@@ -6,101 +6,305 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../plan.h"
 #include "table.h"
+#include "tiled.h"
 
 namespace kfo::cuda {
 
+// What one call asks for. Rows of dR and dL: 0 where they are not needed, 1 where they are summed over all tasks.
+struct Request {
+  Order order;
+  int64_t tasks, element_size;
+  int64_t dR_rows = 0, dL_rows = 0;
+  bool need_G = false, need_Y = false;               // dG, ddY
+  bool has_R = false, has_G = false, has_L = false;  // ddR, ddG, ddL
+
+  auto key() const {
+    return std::tuple(order, tasks, element_size, dR_rows, dL_rows, need_G, need_Y, has_R, has_G, has_L);
+  }
+};
+
+// Problems whose factors fit in shared memory: the order's kernel, then the sums of what its blocks leave partial.
 struct Launch {
   Table table{};
-  int64_t blocks = 0;      // of the order's kernel
-  int64_t sum_blocks = 0;  // of the kernel that sums the partial dR and dL
+  int64_t blocks = 0;
+  int64_t sum_blocks = 0;
   int64_t shared_bytes = 0;
+};
+
+// Tiles of products of the other problems.
+struct TiledLaunch {
+  TiledTable table{};
+  int64_t blocks = 0;
 };
 
 struct Schedule {
   std::vector<Launch> launches;
-  int64_t scratch = 0;  // elements
+  std::vector<TiledLaunch> tiled;  // in order: the intermediate products, then the results
+  // Scratch memory, in elements: a packed row of intermediate products for each task, then the partial sums.
+  int64_t scratch_columns = 0;
+  int64_t scratch = 0;
 };
 
 namespace detail {
 
-// What a thread block keeps: pairs (R, L) of factors, and intermediate results of p x q for each of its rows of B.
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a thread block keeps in shared memory: pairs (R, L) of factors, and matrices for each of its rows of B.
 struct Footprint {
-  int64_t factor_pairs, intermediates;
+  int64_t pairs, matrices;
+
+  int64_t bytes(const Problem& problem, int64_t rows, int64_t element_size) const {
+    const int64_t p = problem.p, q = problem.q;
+    const int64_t factors = padded_size(p, p, element_size) + padded_size(q, q, element_size);
+    return (pairs * factors + matrices * padded_size(rows * p, q, element_size)) * element_size;
+  }
 };
 
 inline Footprint footprint(Order order) {
   switch (order) {
-    case Order::forward:  // R, L; N
-      return {1, 1};
-    case Order::backward:  // R, L; M, N
+    case Order::forward:  // R, L; G, N
       return {1, 2};
-    case Order::double_backward:  // R, L, ddR, ddL; M, S, N, K
-      return {2, 4};
+    case Order::backward:  // R, L; G, dY, M, N
+      return {1, 4};
+    case Order::double_backward:  // R, L, ddR, ddL; G, dY, ddG, M, S, N, K
+      return {2, 7};
   }
   throw std::invalid_argument("order: expected forward, backward or double_backward");
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Whether one matrix and the factors fit. Sides above 512 never do, and would overflow 32-bit sizes.
+inline bool fits(const Problem& problem, const Footprint& kept, int64_t element_size) {
+  return std::max(problem.p, problem.q) <= 512 && kept.bytes(problem, 1, element_size) <= kSharedBytes;
+}
 
-// How many chunks B is cut into. A chunk has work for every thread of a block, and no fewer elements than the partial
-// sums that the block writes, so that scratch memory stays in proportion to G.
-inline int64_t chunk_count(const Problem& problem, int64_t partials_size) {
-  constexpr int64_t elements_per_thread = 4;
-  const int64_t elements = std::max(elements_per_thread * kThreads, partials_size);
-  return problem.B / std::clamp<int64_t>(ceil_div(elements, problem.p * problem.q), 1, problem.B);
+// How many chunks B is cut into. A chunk costs about `cost`, has no fewer elements than the partial sums that its block
+// writes, so that scratch memory stays in proportion to G, and fits in shared memory.
+inline int64_t chunk_count(const Problem& problem, const Footprint& kept, const Request& request, double cost) {
+  const int64_t p = problem.p, q = problem.q, matrix = p * q;
+  const int64_t partials = (request.dR_rows ? p * p : 0) + (request.dL_rows ? q * q : 0);
+  const auto wanted = static_cast<int64_t>(cost / flops_per_matrix(problem, request.order));
+  int64_t rows = std::clamp<int64_t>(std::max(wanted, ceil_div(partials, matrix)), 1, problem.B);
+  const int64_t least = kept.bytes(problem, 1, request.element_size);
+  const int64_t limit = std::max(kPreferredSharedBytes, least);
+  const int64_t row_bytes = kept.matrices * p * pitch_of(q) * request.element_size;
+  rows = std::min(rows, 1 + (limit - least) / row_bytes);
+  while (rows > 1 && kept.bytes(problem, rows, request.element_size) > limit) --rows;  // the last vectors' padding
+  return ceil_div(problem.B, rows);
+}
+
+// The cost of a block, in operations: that of an even share for two blocks on each multiprocessor of a large GPU, but
+// enough to outweigh the start of a block. Never the number of this GPU's multiprocessors: sums would depend on it.
+inline double block_cost(const std::vector<Problem>& problems, const Request& request) {
+  constexpr double blocks = 264, least = 1 << 17;
+  double total = 0;
+  for (const Problem& problem : problems)
+    total += static_cast<double>(problem.B) * flops_per_matrix(problem, request.order);
+  return std::max(least, total * static_cast<double>(request.tasks) / blocks);
+}
+
+inline int32_t block_index(int64_t blocks, int64_t tasks) {
+  if (blocks > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("shapes: " + std::to_string(tasks) +
+                                " tasks of this group need more thread blocks than a launch may have");
+  return static_cast<int32_t>(blocks);
+}
+
+inline void schedule_blocks(Schedule& schedule, std::vector<Problem> problems, const Request& request) {
+  const Footprint kept = footprint(request.order);
+  const double cost = block_cost(problems, request);
+  struct Cut {
+    Problem problem;
+    int64_t chunks;
+    double cost;  // of a block
+  };
+  std::vector<Cut> cuts;
+  for (const Problem& problem : problems) {
+    const int64_t chunks = chunk_count(problem, kept, request, cost);
+    const auto rows = static_cast<double>(ceil_div(problem.B, chunks));
+    cuts.push_back({problem, chunks, rows * flops_per_matrix(problem, request.order)});
+  }
+  // Blocks start in order: the costliest first, so that none of them is left over at the end.
+  std::stable_sort(cuts.begin(), cuts.end(), [](const Cut& a, const Cut& b) { return a.cost > b.cost; });
+
+  for (const auto& [problem, chunks, _] : cuts) {
+    if (schedule.launches.empty() || schedule.launches.back().table.count == kTableProblems) {
+      schedule.launches.emplace_back();
+      Table& table = schedule.launches.back().table;
+      table.tasks = request.tasks;
+      table.dR_rows = request.dR_rows;
+      table.dL_rows = request.dL_rows;
+    }
+    Launch& launch = schedule.launches.back();
+    Table& table = launch.table;
+    Entry& entry = table.entries[table.count++];
+    entry = {problem.B,
+             problem.R,
+             problem.G,
+             problem.L,
+             problem.bias,
+             schedule.scratch,
+             static_cast<int32_t>(problem.p),
+             static_cast<int32_t>(problem.q),
+             block_index(chunks, request.tasks),
+             block_index(launch.blocks, request.tasks),
+             block_index(launch.sum_blocks, request.tasks)};
+    launch.blocks += request.tasks * chunks;
+    const int64_t size = table.partials_size(entry);
+    schedule.scratch += request.tasks * chunks * size;
+    // Outputs that a single block completes leave nothing to sum.
+    const bool sums = (request.dR_rows && !table.is_complete(entry, request.dR_rows)) ||
+                      (request.dL_rows && !table.is_complete(entry, request.dL_rows));
+    if (sums) launch.sum_blocks += ceil_div(size, kSumColumns) * std::max(request.dR_rows, request.dL_rows);
+    launch.shared_bytes =
+        std::max(launch.shared_bytes, kept.bytes(problem, ceil_div(problem.B, chunks), request.element_size));
+    block_index(std::max(launch.blocks, launch.sum_blocks), request.tasks);
+  }
+}
+
+// The products of one large problem, as matrices in packed rows. `scratch`: where its intermediates begin.
+class LargeProblem {
+ public:
+  LargeProblem(const Problem& problem, int64_t scratch) : problem_(problem), scratch_(scratch) {}
+
+  TiledMatrix left(Source source) const { return {source, side(problem_.p), 1, problem_.R, 0}; }
+  TiledMatrix right(Source source) const { return {source, side(problem_.q), 1, problem_.L, 0}; }
+  TiledMatrix rows(Source source) const { return {source, side(problem_.q), 1, problem_.G, matrix()}; }
+  // The index-th intermediate, (B, p, q) for each task.
+  TiledMatrix intermediate(int index) const {
+    return {kIntermediates, side(problem_.q), 1, scratch_ + index * problem_.B * matrix(), matrix()};
+  }
+
+  // Results of p x q for each b: an intermediate or an output.
+  TiledProduct make(int index, TiledTerm X, TiledTerm Y = {}) const {
+    return product(kScratch, false, problem_.p, problem_.q, intermediate(index).offset, 0, X, Y);
+  }
+  TiledProduct write(Target target, TiledTerm X, TiledTerm Y = {}) const {
+    TiledProduct made = product(target, false, problem_.p, problem_.q, problem_.G, 0, X, Y);
+    if (target == kY) made.bias = problem_.bias;
+    return made;
+  }
+  TiledProduct sum_R(int64_t output_rows, TiledTerm X) const {
+    return product(kdR, true, problem_.p, problem_.p, problem_.R, output_rows, X, {});
+  }
+  TiledProduct sum_L(int64_t output_rows, TiledTerm X, TiledTerm Y = {}) const {
+    return product(kdL, true, problem_.q, problem_.q, problem_.L, output_rows, X, Y);
+  }
+
+ private:
+  const Problem& problem_;
+  int64_t scratch_;
+
+  static int32_t side(int64_t size) { return static_cast<int32_t>(size); }
+  int64_t matrix() const { return problem_.p * problem_.q; }
+
+  TiledProduct product(Target target, bool sum, int64_t rows, int64_t cols, int64_t offset, int64_t output_rows,
+                       TiledTerm X, TiledTerm Y) const {
+    if (X.depth == 0) std::swap(X, Y);
+    // Tiles of 8 rows or columns waste less than half of one of 64 up to here.
+    const TileShape shape = rows <= 16 ? TileShape::wide : cols <= 16 ? TileShape::tall : TileShape::square;
+    return {X,  Y,          target,      shape, sum, side(rows), side(cols), offset, sum ? 0 : matrix(),
+            -1, problem_.B, output_rows, 0};
+  }
+};
+
+inline TiledMatrix transposed(const TiledMatrix& matrix) {
+  return {matrix.source, matrix.col, matrix.row, matrix.offset, matrix.batch};
+}
+
+// A term, or none if an operand is absent. The depth is the length of A's rows.
+inline TiledTerm term(bool present, const TiledMatrix& A, const TiledMatrix& B, int64_t depth) {
+  return present ? TiledTerm{A, B, static_cast<int32_t>(depth)} : TiledTerm{};
+}
+
+struct Phases {
+  std::vector<TiledProduct> intermediates, results;
+};
+
+// The formulas of the three orders, as in the kernels of the same names. Returns how many intermediates they keep.
+inline int add_products(Phases& phases, const Problem& problem, int64_t scratch, const Request& request) {
+  const LargeProblem x(problem, scratch);
+  const int64_t p = problem.p, q = problem.q;
+  const TiledMatrix R = x.left(kR), L = x.right(kL), G = x.rows(kG), dY = x.rows(kdY);
+  const TiledMatrix ddR = x.left(kddR), ddL = x.right(kddL), ddG = x.rows(kddG);
+  auto& made = phases.intermediates;
+  auto& out = phases.results;
+  const bool need_R = request.dR_rows, need_L = request.dL_rows;
+
+  if (request.order == Order::forward) {
+    const TiledMatrix N = x.intermediate(0);
+    made.push_back(x.make(0, term(true, G, L, q)));
+    out.push_back(x.write(kY, term(true, transposed(R), N, p)));
+    return 1;
+  }
+  if (request.order == Order::backward) {
+    const TiledMatrix M = x.intermediate(0), N = x.intermediate(1);
+    if (request.need_G || need_L) made.push_back(x.make(0, term(true, R, dY, p)));
+    if (need_R) made.push_back(x.make(1, term(true, G, L, q)));
+    if (need_R) out.push_back(x.sum_R(request.dR_rows, term(true, N, transposed(dY), q)));
+    if (need_L) out.push_back(x.sum_L(request.dL_rows, term(true, transposed(G), M, p)));
+    if (request.need_G) out.push_back(x.write(kdG, term(true, M, transposed(L), q)));
+    return 2;
+  }
+  const TiledMatrix M = x.intermediate(0), S = x.intermediate(1), N = x.intermediate(2), K = x.intermediate(3);
+  const bool has_R = request.has_R, has_G = request.has_G, has_L = request.has_L, has_K = has_G || has_L;
+  if ((request.need_G && has_L) || (need_L && has_G)) made.push_back(x.make(0, term(true, R, dY, p)));
+  if ((request.need_G || need_L) && has_R) made.push_back(x.make(1, term(true, ddR, dY, p)));
+  if (request.need_Y && has_R) made.push_back(x.make(2, term(true, G, L, q)));
+  if ((need_R || request.need_Y) && has_K) made.push_back(x.make(3, term(has_G, ddG, L, q), term(has_L, G, ddL, q)));
+  if (need_R) out.push_back(x.sum_R(request.dR_rows, term(has_K, K, transposed(dY), q)));
+  if (need_L)
+    out.push_back(x.sum_L(request.dL_rows, term(has_R, transposed(G), S, p), term(has_G, transposed(ddG), M, p)));
+  if (request.need_G) out.push_back(x.write(kdG, term(has_R, S, transposed(L), q), term(has_L, M, transposed(ddL), q)));
+  if (request.need_Y)
+    out.push_back(x.write(kddY, term(has_R, transposed(ddR), N, p), term(has_K, transposed(R), K, p)));
+  return 4;
+}
+
+inline void schedule_tiles(Schedule& schedule, const std::vector<TiledProduct>& products, const Request& request) {
+  bool fresh = true;  // a phase begins with a launch of its own: it reads what the one before wrote
+  for (const TiledProduct& product : products) {
+    if (fresh || schedule.tiled.back().table.count == kTiledProducts) {
+      schedule.tiled.emplace_back();
+      schedule.tiled.back().table.tasks = request.tasks;
+      fresh = false;
+    }
+    TiledLaunch& launch = schedule.tiled.back();
+    TiledProduct& added = launch.table.products[launch.table.count++] = product;
+    added.first_block = block_index(launch.blocks, request.tasks);
+    const TileSize size = tile_size(product.shape);
+    const int64_t tiles = ceil_div(product.rows, size.rows) * ceil_div(product.cols, size.cols);
+    launch.blocks += tiles * (product.sum ? product.output_rows : request.tasks * product.B);
+    block_index(launch.blocks, request.tasks);
+  }
 }
 
 }  // namespace detail
 
-// The launches of one order. dR_rows and dL_rows: rows of those outputs, 0 where they are not needed.
-inline Schedule make_schedule(const Group& group, int64_t tasks, Order order, int64_t element_size, int64_t dR_rows,
-                              int64_t dL_rows) {
-  const detail::Footprint kept = detail::footprint(order);
+inline Schedule make_schedule(const Group& group, const Request& request) {
+  const detail::Footprint kept = detail::footprint(request.order);
   Schedule schedule;
+  std::vector<Problem> small;
+  detail::Phases phases;
   for (const Problem& problem : group.problems) {
-    if (schedule.launches.empty() || schedule.launches.back().table.count == kTableProblems) {
-      schedule.launches.emplace_back();
-      Table& table = schedule.launches.back().table;
-      table.tasks = tasks;
-      table.dR_rows = dR_rows;
-      table.dL_rows = dL_rows;
+    if (detail::fits(problem, kept, request.element_size)) {
+      small.push_back(problem);
+      continue;
     }
-    Launch& launch = schedule.launches.back();
-    Entry& entry = launch.table.entries[launch.table.count++];
-    const int64_t p = problem.p, q = problem.q;
-    entry.problem = problem;
-    entry.partials_size = (dR_rows ? p * p : 0) + (dL_rows ? q * q : 0);
-    entry.chunks = detail::chunk_count(problem, entry.partials_size);
-    entry.intermediates_size = kept.intermediates * detail::ceil_div(problem.B, entry.chunks) * p * q;
-
-    const int64_t blocks = tasks * entry.chunks;
-    entry.first_block = launch.blocks;
-    launch.blocks += blocks;
-    entry.first_sum_block = launch.sum_blocks;
-    launch.sum_blocks += detail::ceil_div(entry.partials_size, kThreads) * std::max(dR_rows, dL_rows);
-
-    const int64_t capacity = kSharedBytes / element_size, factors = kept.factor_pairs * (p * p + q * q);
-    entry.staged = factors <= capacity;
-    int64_t shared = entry.staged ? factors : 0;
-    if (shared + entry.intermediates_size <= capacity) {
-      entry.intermediates = -1;
-      shared += entry.intermediates_size;
-    } else {
-      entry.intermediates = schedule.scratch;
-      schedule.scratch += blocks * entry.intermediates_size;
-    }
-    launch.shared_bytes = std::max(launch.shared_bytes, shared * element_size);
-    entry.partials = schedule.scratch;
-    schedule.scratch += blocks * entry.partials_size;
+    if (std::max(problem.p, problem.q) > std::numeric_limits<int32_t>::max())
+      throw std::invalid_argument("shapes: p and q must be less than 2^31, got " +
+                                  shape_text({problem.B, problem.p, problem.q}));
+    const int kept_products = detail::add_products(phases, problem, schedule.scratch_columns, request);
+    schedule.scratch_columns += kept_products * problem.B * problem.p * problem.q;
   }
-  for (const Launch& launch : schedule.launches)
-    if (std::max(launch.blocks, launch.sum_blocks) > std::numeric_limits<int32_t>::max())
-      throw std::invalid_argument("shapes: " + std::to_string(tasks) +
-                                  " tasks of this group need more thread blocks than a launch may have");
+  schedule.scratch = schedule.scratch_columns * request.tasks;
+  detail::schedule_blocks(schedule, std::move(small), request);
+  detail::schedule_tiles(schedule, phases.intermediates, request);
+  detail::schedule_tiles(schedule, phases.results, request);
   return schedule;
 }
 

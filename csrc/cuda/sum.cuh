@@ -1,42 +1,39 @@
-// dR and dL from the partial sums of the blocks, added in the order of the blocks: by task, then by chunk of B.
+// dR and dL from the partial sums of the blocks, added in a fixed order: slice by slice, then the slices.
 #pragma once
 
 #include "block.cuh"
 
 namespace kfo::cuda {
 
+// One element of one row of dR or dL. A shared factor's single row sums over all tasks, then chunks of B.
 template <typename T>
-struct Sum {
-  Table table;
-  const T* scratch;
-  Output<T> dR, dL;
-};
+__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ Arguments<T, Table> args) {
+  const Table& table = args.table;
+  const Entry& entry = find_entry(table, &Entry::first_sum_block);
+  const int64_t size = table.partials_size(entry), R_size = table.dR_rows ? int64_t{entry.p} * entry.p : 0;
+  const int64_t blocks_per_row = (size + kSumColumns - 1) / kSumColumns;
+  const int64_t block = static_cast<int64_t>(blockIdx.x) - entry.first_sum_block, row = block / blocks_per_row;
+  const int column = threadIdx.x % kSumColumns, slice = threadIdx.x / kSumColumns;
+  const int64_t element = block % blocks_per_row * kSumColumns + column;
 
-// One thread computes one element of one row of dR or dL. A shared factor's single row sums over all tasks.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ Sum<T> args) {
-  const Entry& entry = find_entry(args.table, &Entry::first_sum_block);
-  const Problem& problem = entry.problem;
-  const int64_t blocks_per_row = (entry.partials_size + blockDim.x - 1) / blockDim.x;
-  const int64_t block = blockIdx.x - entry.first_sum_block, row = block / blocks_per_row;
-  const int64_t element = block % blocks_per_row * blockDim.x + threadIdx.x;
-  if (element >= entry.partials_size) return;
-
-  const int64_t R_size = args.table.dR_rows ? problem.p * problem.p : 0;
   const bool is_R = element < R_size;
-  const int64_t output_rows = is_R ? args.table.dR_rows : args.table.dL_rows;
-  if (row >= output_rows) return;
-
-  const bool shared = output_rows == 1;
-  const int64_t first = (shared ? 0 : row) * entry.chunks, count = (shared ? args.table.tasks : 1) * entry.chunks;
+  const int64_t output_rows = is_R ? table.dR_rows : table.dL_rows;
+  const bool summed = element < size && row < output_rows && !table.is_complete(entry, output_rows);
   T sum = 0;
-  for (int64_t i = first; i < first + count; ++i)
-    sum += args.scratch[entry.partials + i * entry.partials_size + element];
-
-  if (is_R)
-    args.dR.data[row * args.dR.stride + problem.R + element] = sum;
-  else
-    args.dL.data[row * args.dL.stride + problem.L + element - R_size] = sum;
+  if (summed) {
+    // A factor of one row, of one task or shared by all, sums over everything.
+    const int64_t count = (output_rows == 1 ? table.tasks : 1) * entry.chunks;
+    const T* partials = args.data[kScratch].data + entry.partials + row * entry.chunks * size + element;
+#pragma unroll 4
+    for (int64_t i = slice; i < count; i += kSumSlices) sum += partials[i * size];
+  }
+  T* slices = shared_array<T>();
+  slices[threadIdx.x] = sum;
+  __syncthreads();
+  if (!summed || slice != 0) return;
+  for (int s = 1; s < kSumSlices; ++s) sum += slices[s * kSumColumns + column];
+  const Output<T>& output = args.data[is_R ? kdR : kdL];
+  output.data[row * output.stride + (is_R ? entry.R + element : entry.L + element - R_size)] = sum;
 }
 
 }  // namespace kfo::cuda

@@ -1,36 +1,63 @@
-// The table of problems that travels with a launch, and the constants that host and device agree on. No torch, no CUDA.
+// What travels by value with a launch: the problems, where their work and results lie, and the constants that host and
+// device agree on. No torch, no CUDA.
 #pragma once
 
 #include <cstdint>
 
-#include "../plan.h"
+#include "operand.h"
 
 namespace kfo::cuda {
 
-constexpr int kThreads = 256;
-constexpr int64_t kSharedBytes = 48 * 1024;  // what a kernel may use without asking for more
-constexpr int64_t kParameterBytes = 4096;    // of one launch
-constexpr int kTableProblems = 32;
+constexpr int kThreads = 128;
+// Shared memory of a thread block. Every supported GPU grants 96 KB on request (compute capability 12.0 the least: 99),
+// and with half of that two blocks and more fit on one multiprocessor.
+constexpr int64_t kSharedBytes = 96 * 1024;
+constexpr int64_t kPreferredSharedBytes = 48 * 1024;
+constexpr int64_t kParameterBytes = 4096;  // of one launch
+constexpr int kTableProblems = 48;
 
-// One problem as the kernels see it. Its blocks, one per (task, chunk of B), are numbered by task, then by chunk.
+// A block of the sum kernel sums so many elements; each of its slices adds every kSumSlices-th partial.
+constexpr int kSumColumns = 32;
+constexpr int kSumSlices = kThreads / kSumColumns;
+
+// A matrix in shared memory has rows of odd length: neighbouring rows then start in different banks.
+__host__ __device__ constexpr int pitch_of(int64_t columns) { return static_cast<int>(columns | 1); }
+
+// Elements that a staged (rows, cols) takes: whole 16-byte vectors, and room to lie as far off a 16-byte boundary as
+// its source does.
+__host__ __device__ constexpr int padded_size(int64_t rows, int64_t cols, int64_t element_size) {
+  const int64_t width = 16 / element_size, size = rows * pitch_of(cols);
+  return static_cast<int>((size + 2 * width - 2) / width * width);
+}
+
+// One problem whose factors fit in shared memory. Its blocks, one per (task, chunk of B), are numbered by task, then by
+// chunk.
 struct Entry {
-  Problem problem;
-  int64_t chunks;              // of B, for each task
-  int64_t first_block;         // in the launch of the order's kernel
-  int64_t first_sum_block;     // in the launch that sums the partial dR and dL
-  int64_t partials;            // scratch offset of the first block's partial dR (p, p) then dL (q, q), where needed
-  int64_t partials_size;       // ... elements of one block
-  int64_t intermediates;       // scratch offset of the first block's intermediates, or -1: they lie in shared memory
-  int64_t intermediates_size;  // ... elements of one block
-  bool staged;                 // the factors are copied to shared memory
+  int64_t B;
+  int64_t R, G, L, bias;  // offsets into one packed row
+  int64_t partials;       // scratch offset of the first block's partial dR (p, p), then dL (q, q)
+  int32_t p, q;
+  int32_t chunks;           // of B, for each task
+  int32_t first_block;      // in the launch of the order's kernel
+  int32_t first_sum_block;  // in the launch that sums the partial dR and dL
 };
 
 struct Table {
   Entry entries[kTableProblems];
-  int64_t count;
   int64_t tasks;
   // Rows of the outputs dR and dL: 0 where there is nothing to compute, 1 where the factor is shared by all tasks.
   int64_t dR_rows, dL_rows;
+  int32_t count;
+
+  // Elements of one block's partial sums.
+  __host__ __device__ int64_t partials_size(const Entry& entry) const {
+    return (dR_rows ? int64_t{entry.p} * entry.p : 0) + (dL_rows ? int64_t{entry.q} * entry.q : 0);
+  }
+
+  // Whether one block computes the whole sum of an output with so many rows: then it writes the output itself.
+  __host__ __device__ bool is_complete(const Entry& entry, int64_t output_rows) const {
+    return entry.chunks == 1 && output_rows == tasks;
+  }
 };
 
 }  // namespace kfo::cuda

@@ -10,16 +10,16 @@ Tensor transform_cuda(const Tensor& R, const Tensor& G, const Tensor& L, const s
   const torch::stable::accelerator::DeviceGuard guard(G.get_device_index());
   const Input in_R(R), in_G(G), in_L(L), in_bias(bias);
   const Tensor Y = new_output(G, true, tasks, group.G);
-  const Schedule schedule = make_schedule(group, tasks, Order::forward, G.element_size(), 0, 0);
+  const auto schedule = schedule_of(shapes, group, {Order::forward, tasks, static_cast<int64_t>(G.element_size())});
   with_type(G.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Forward<T> args{};
-    args.R = in_R.operand<T>();
-    args.G = in_G.operand<T>();
-    args.L = in_L.operand<T>();
-    args.bias = in_bias.operand<T>();
-    args.Y = output<T>(Y);
-    launch_order<T>(forward_kernel<T>, args, schedule, G);
+    Data<T> data{};
+    data[kR] = in_R.operand<T>();
+    data[kG] = in_G.operand<T>();
+    data[kL] = in_L.operand<T>();
+    data[kBias] = in_bias.operand<T>();
+    data[kY] = output<T>(Y);
+    run<forward_kernel<T>>("transform", *schedule, G, data);
   });
   return Y;
 }

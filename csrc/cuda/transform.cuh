@@ -6,28 +6,19 @@
 namespace kfo::cuda {
 
 template <typename T>
-struct Forward {
-  Table table;
-  Operand<T> R, G, L, bias;
-  Output<T> Y;
-  T* scratch;
-};
+__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ Arguments<T, Table> args) {
+  Block<T> block(args);
+  const Place R = block.stage_R(kR), L = block.stage_L(kL), G = block.stage_rows(kG);
+  const Place N = block.room(), Y = G;  // Y takes the place of G, which is read no more
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ Forward<T> args) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  Block<T> block(args.table, args.scratch, reinterpret_cast<T*>(shared_memory));
-  const int64_t rows = block.rows(), p = block.problem().p, q = block.problem().q;
-
-  const Matrices<T> R = block.R(args.R), L = block.L(args.L), G = block.matrices(args.G);
-  T* N = block.intermediate();
-  __syncthreads();
-
-  write_products(N, rows, p, q, {G, L, q});
-  __syncthreads();
-
-  write_products(block.rows_of(args.Y), rows, p, q, {R.transposed(), block.view(N), p}, {},
-                 block.at(args.bias, block.problem().bias));
+  block.compute(2, 0b11, [&](int job) {
+    return job == 0 ? block.to_right(N, block.times(G, L)) : block.to_left(Y, block.of_transposed(R, N));
+  });
+  if (args.data.has(kBias)) {
+    block.add_bias(Y);
+    __syncthreads();
+  }
+  block.copy_out(kY, Y);
 }
 
 }  // namespace kfo::cuda

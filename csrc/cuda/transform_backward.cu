@@ -15,16 +15,20 @@ std::tuple<Tensor, Tensor, Tensor> transform_backward_cuda(const Tensor& R, cons
   const Tensor dR = new_output(G, need[0], R.size(0), group.R);
   const Tensor dG = new_output(G, need[1], tasks, group.G);
   const Tensor dL = new_output(G, need[2], L.size(0), group.L);
-  const Schedule schedule = make_schedule(group, tasks, Order::backward, G.element_size(), dR.size(0), dL.size(0));
+  Request request{Order::backward, tasks, static_cast<int64_t>(G.element_size()), dR.size(0), dL.size(0)};
+  request.need_G = need[1];
+  const auto schedule = schedule_of(shapes, group, request);
   with_type(G.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Backward<T> args{};
-    args.R = in_R.operand<T>();
-    args.G = in_G.operand<T>();
-    args.L = in_L.operand<T>();
-    args.dY = in_dY.operand<T>();
-    args.dG = output<T>(dG);
-    launch_order<T>(backward_kernel<T>, args, schedule, G, output<T>(dR), output<T>(dL));
+    Data<T> data{};
+    data[kR] = in_R.operand<T>();
+    data[kG] = in_G.operand<T>();
+    data[kL] = in_L.operand<T>();
+    data[kdY] = in_dY.operand<T>();
+    data[kdR] = output<T>(dR);
+    data[kdG] = output<T>(dG);
+    data[kdL] = output<T>(dL);
+    run<backward_kernel<T>>("transform_backward", *schedule, G, data);
   });
   return {dR, dG, dL};
 }

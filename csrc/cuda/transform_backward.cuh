@@ -6,37 +6,28 @@
 namespace kfo::cuda {
 
 template <typename T>
-struct Backward {
-  Table table;
-  Operand<T> R, G, L, dY;
-  Output<T> dG;
-  T* scratch;
-};
+__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Arguments<T, Table> args) {
+  Block<T> block(args);
+  const bool need_R = args.data.needs(kdR), need_G = args.data.needs(kdG), need_L = args.data.needs(kdL);
+  const Place R = block.stage_R(kR), L = block.stage_L(kL);
+  const Place G = block.stage_rows(kG), dY = block.stage_rows(kdY);
+  const Place M = block.room(), N = block.room(), dG = dY;  // dG takes the place of dY, which is read no more
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Backward<T> args) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  Block<T> block(args.table, args.scratch, reinterpret_cast<T*>(shared_memory));
-  const int64_t rows = block.rows(), p = block.problem().p, q = block.problem().q;
-  const bool need_R = args.table.dR_rows, need_G = args.dG.data, need_L = args.table.dL_rows;
-
-  const Matrices<T> R = block.R(args.R), L = block.L(args.L);
-  const Matrices<T> G = block.matrices(args.G), dY = block.matrices(args.dY);
-  T* M = block.intermediate();
-  T* N = block.intermediate();
-  __syncthreads();
-
-  if (need_G || need_L) write_products(M, rows, p, q, {R, dY, p});
-  if (need_R) write_products(N, rows, p, q, {G, L, q});
-  __syncthreads();
-
-  T* partial = block.partials();
-  if (need_R) {
-    write_product_sum(partial, rows, p, p, {block.view(N), dY.transposed(), q});
-    partial += p * p;
-  }
-  if (need_L) write_product_sum(partial, rows, q, q, {G.transposed(), block.view(M), p});
-  if (need_G) write_products(block.rows_of(args.dG), rows, p, q, {block.view(M), L.transposed(), q});
+  block.compute(need_G ? 5 : 4, 0b10101, [&](int job) -> Job<T> {
+    switch (job) {
+      case 0:
+        return need_G || need_L ? block.to_left(M, block.of(R, dY)) : Job<T>{};
+      case 1:
+        return need_R ? block.to_right(N, block.times(G, L)) : Job<T>{};
+      case 2:
+        return need_R ? block.to_dR(block.sum_outer(N, dY)) : Job<T>{};
+      case 3:
+        return need_L ? block.to_dL(block.sum_inner(G, M)) : Job<T>{};
+      default:
+        return block.to_right(dG, block.times_transposed(M, L));
+    }
+  });
+  if (need_G) block.copy_out(kdG, dG);
 }
 
 }  // namespace kfo::cuda

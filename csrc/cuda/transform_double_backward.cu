@@ -17,21 +17,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward_cuda(
   const Tensor dG = new_output(G, need[1], tasks, group.G);
   const Tensor dL = new_output(G, need[2], L.size(0), group.L);
   const Tensor ddY = new_output(G, need[3], tasks, group.G);
-  const Schedule schedule =
-      make_schedule(group, tasks, Order::double_backward, G.element_size(), dR.size(0), dL.size(0));
+  Request request{Order::double_backward, tasks, static_cast<int64_t>(G.element_size()), dR.size(0), dL.size(0)};
+  request.need_G = need[1];
+  request.need_Y = need[3];
+  request.has_R = ddR.has_value();
+  request.has_G = ddG.has_value();
+  request.has_L = ddL.has_value();
+  const auto schedule = schedule_of(shapes, group, request);
   with_type(G.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    DoubleBackward<T> args{};
-    args.R = in_R.operand<T>();
-    args.G = in_G.operand<T>();
-    args.L = in_L.operand<T>();
-    args.dY = in_dY.operand<T>();
-    args.ddR = in_ddR.operand<T>();
-    args.ddG = in_ddG.operand<T>();
-    args.ddL = in_ddL.operand<T>();
-    args.dG = output<T>(dG);
-    args.ddY = output<T>(ddY);
-    launch_order<T>(double_backward_kernel<T>, args, schedule, G, output<T>(dR), output<T>(dL));
+    Data<T> data{};
+    data[kR] = in_R.operand<T>();
+    data[kG] = in_G.operand<T>();
+    data[kL] = in_L.operand<T>();
+    data[kdY] = in_dY.operand<T>();
+    data[kddR] = in_ddR.operand<T>();
+    data[kddG] = in_ddG.operand<T>();
+    data[kddL] = in_ddL.operand<T>();
+    data[kdR] = output<T>(dR);
+    data[kdG] = output<T>(dG);
+    data[kdL] = output<T>(dL);
+    data[kddY] = output<T>(ddY);
+    run<double_backward_kernel<T>>("transform_double_backward", *schedule, G, data);
   });
   return {dR, dG, dL, ddY};
 }

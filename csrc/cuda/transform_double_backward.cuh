@@ -1,5 +1,5 @@
 // M = R dY, S = ddR dY, N = G L, K = ddG L + G ddL;
-// dG = S L^T + M ddL^T,  ddY = ddR^T N + R^T K,  dR = sum_b K dY^T,  dL = sum_b G^T S + ddG^T M.
+// dG = S L^T + M ddL^T,  dL = sum_b G^T S + ddG^T M,  dR = sum_b K dY^T,  ddY = ddR^T N + R^T K.
 #pragma once
 
 #include "block.cuh"
@@ -8,50 +8,45 @@ namespace kfo::cuda {
 
 // ddR, ddG and ddL may be absent: every product with an absent operand is no term.
 template <typename T>
-struct DoubleBackward {
-  Table table;
-  Operand<T> R, G, L, dY, ddR, ddG, ddL;
-  Output<T> dG, ddY;
-  T* scratch;
-};
+__global__ void __launch_bounds__(kThreads) double_backward_kernel(const __grid_constant__ Arguments<T, Table> args) {
+  Block<T> block(args);
+  const bool need_R = args.data.needs(kdR), need_G = args.data.needs(kdG), need_L = args.data.needs(kdL),
+             need_Y = args.data.needs(kddY);
+  const bool has_R = args.data.has(kddR), has_G = args.data.has(kddG), has_L = args.data.has(kddL),
+             has_K = has_G || has_L;
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) double_backward_kernel(const __grid_constant__ DoubleBackward<T> args) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  Block<T> block(args.table, args.scratch, reinterpret_cast<T*>(shared_memory));
-  const int64_t rows = block.rows(), p = block.problem().p, q = block.problem().q;
-  const bool need_R = args.table.dR_rows, need_G = args.dG.data, need_L = args.table.dL_rows, need_Y = args.ddY.data;
-  const bool has_R = args.ddR.data, has_G = args.ddG.data, has_L = args.ddL.data, has_K = has_G || has_L;
+  const Place R = block.stage_R(kR), L = block.stage_L(kL);
+  const Place ddR = block.stage_R(kddR), ddL = block.stage_L(kddL);
+  const Place G = block.stage_rows(kG), dY = block.stage_rows(kdY), ddG = block.stage_rows(kddG);
+  // An absent intermediate is an absent operand of what is made of it.
+  const bool use_M = (need_G && has_L) || (need_L && has_G), use_S = (need_G || need_L) && has_R;
+  const bool use_N = need_Y && has_R, use_K = (need_R || need_Y) && has_K;
+  const Place M = use_M ? block.room() : kAbsent, S = use_S ? block.room() : kAbsent;
+  const Place N = use_N ? block.room() : kAbsent, K = use_K ? block.room() : kAbsent;
+  const Place dG = dY, ddY = G;  // results take the place of what is read no more
 
-  const Matrices<T> R = block.R(args.R), L = block.L(args.L), ddR = block.R(args.ddR), ddL = block.L(args.ddL);
-  const Matrices<T> G = block.matrices(args.G), dY = block.matrices(args.dY), ddG = block.matrices(args.ddG);
-  T* M = block.intermediate();
-  T* S = block.intermediate();
-  T* N = block.intermediate();
-  T* K = block.intermediate();
-  __syncthreads();
-
-  if ((need_G && has_L) || (need_L && has_G)) write_products(M, rows, p, q, {R, dY, p});
-  if ((need_G || need_L) && has_R) write_products(S, rows, p, q, {ddR, dY, p});
-  if (need_Y && has_R) write_products(N, rows, p, q, {G, L, q});
-  if ((need_R || need_Y) && has_K)
-    write_products(K, rows, p, q, product_if(has_G, ddG, L, q), product_if(has_L, G, ddL, q));
-  __syncthreads();
-
-  T* partial = block.partials();
-  if (need_R) {
-    write_product_sum(partial, rows, p, p, product_if(has_K, block.view(K), dY.transposed(), q));
-    partial += p * p;
-  }
-  if (need_L)
-    write_product_sum(partial, rows, q, q, product_if(has_R, G.transposed(), block.view(S), p),
-                      product_if(has_G, ddG.transposed(), block.view(M), p));
-  if (need_G)
-    write_products(block.rows_of(args.dG), rows, p, q, product_if(has_R, block.view(S), L.transposed(), q),
-                   product_if(has_L, block.view(M), ddL.transposed(), q));
-  if (need_Y)
-    write_products(block.rows_of(args.ddY), rows, p, q, product_if(has_R, ddR.transposed(), block.view(N), p),
-                   product_if(has_K, R.transposed(), block.view(K), p));
+  block.compute(8, 0b01010001, [&](int job) -> Job<T> {
+    switch (job) {
+      case 0:
+        return use_M ? block.to_left(M, block.of(R, dY)) : Job<T>{};
+      case 1:
+        return use_S ? block.to_left(S, block.of(ddR, dY)) : Job<T>{};
+      case 2:
+        return use_N ? block.to_right(N, block.times(G, L)) : Job<T>{};
+      case 3:
+        return use_K ? block.to_right(K, block.times(ddG, L), block.times(G, ddL)) : Job<T>{};
+      case 4:
+        return need_R ? block.to_dR(block.sum_outer(K, dY)) : Job<T>{};
+      case 5:
+        return need_L ? block.to_dL(block.sum_inner(G, S), block.sum_inner(ddG, M)) : Job<T>{};
+      case 6:
+        return need_G ? block.to_right(dG, block.times_transposed(S, L), block.times_transposed(M, ddL)) : Job<T>{};
+      default:
+        return need_Y ? block.to_left(ddY, block.of_transposed(ddR, N), block.of_transposed(R, K)) : Job<T>{};
+    }
+  });
+  if (need_G) block.copy_out(kdG, dG);
+  if (need_Y) block.copy_out(kddY, ddY);
 }
 
 }  // namespace kfo::cuda

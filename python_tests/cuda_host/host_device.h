@@ -1,25 +1,27 @@
 // Runs CUDA kernels on the host: include before the .cuh files. One fiber per CUDA thread, blocks one after the other.
 // A barrier is a switch back to the scheduler; a thread that skips a barrier that others wait at is an error.
+// Under ThreadSanitizer fibers count as threads that nothing but barriers orders, and blocks as ordered by launches
+// alone: a missing barrier, or two blocks at one address, is reported as the race that it would be.
 #pragma once
 
 #include <math.h>
 #include <ucontext.h>
 
+#include <atomic>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "sanitizers.h"
 
 #define __global__
 #define __device__
+#define __host__
+#define __forceinline__ inline
 #define __grid_constant__
 #define __shared__ __thread
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -33,108 +35,157 @@ struct Dim {
 
 constexpr size_t kStackBytes = 64 * 1024;
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  bool done;
+// Bytes of one block's fibers and memory, new for each block where a sanitizer must tell blocks apart.
+inline std::unique_ptr<char[]> allocate(size_t bytes) { return std::unique_ptr<char[]>(new char[bytes]); }
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
 };
 
-inline thread_local ucontext_t scheduler;
-inline thread_local Fiber* running;
-inline thread_local std::function<void()> body;
-inline thread_local unsigned thread_index, block_index, block_dim;
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack = allocate(kStackBytes);
+  std::atomic<bool> done{false};
+  std::vector<Copy> copies;  // asynchronous ones, not waited for yet
+  char* barriers = nullptr;  // the block's two points of synchronisation
+  unsigned passed = 0;       // barriers
+  sanitizer::Context sanitized;
+};
 
-#if defined(__SANITIZE_ADDRESS__)
-inline thread_local void* scheduler_fake;
-inline thread_local const void* scheduler_stack;
-inline thread_local size_t scheduler_stack_bytes;
-#endif
+struct Block {
+  std::vector<Fiber> fibers;
+  std::unique_ptr<char[]> shared, barriers = allocate(2);
+  Block(size_t threads, size_t shared_bytes) : fibers(threads), shared(allocate(shared_bytes)) {}
+  // Not before the end of the launch: the sanitizer would take a later fiber for the same thread.
+  ~Block() {
+    for (Fiber& fiber : fibers) sanitizer::destroy(fiber.sanitized);
+  }
+};
 
-// The exit of a fiber hands over no fake stack: null tells the sanitizer to free it.
+// Written by the scheduler and read by fibers: atomic, so that no sanitizer takes them for a race.
+inline ucontext_t scheduler;
+inline sanitizer::Context scheduler_sanitized;
+inline std::atomic<Fiber*> running;
+inline std::atomic<unsigned> thread_index, block_index, block_dim;
+inline std::function<void()> body;
+
+inline unsigned load(const std::atomic<unsigned>& value) { return value.load(std::memory_order_relaxed); }
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "%s\n", message);
+  std::abort();
+}
+
 inline void yield(bool last) {
-  Fiber* self = running;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(last ? nullptr : &fake, scheduler_stack, scheduler_stack_bytes);
-#else
-  (void)last;
-#endif
+  Fiber* self = running.load(std::memory_order_relaxed);
+  sanitizer::leave(self->sanitized, scheduler_sanitized, last);
   swapcontext(&self->context, &scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_stack_bytes);
-#endif
+  sanitizer::arrive(self->sanitized, &scheduler_sanitized);
 }
 
 inline void enter() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-#endif
+  Fiber* self = running.load(std::memory_order_relaxed);
+  sanitizer::arrive(self->sanitized, &scheduler_sanitized);
+  sanitizer::acquire(sanitizer::launch_begins);
   body();
-  running->done = true;
+  if (!self->copies.empty()) fail("a thread left asynchronous copies behind");
+  self->done.store(true, std::memory_order_relaxed);
+  sanitizer::release(sanitizer::launch_ends);
   yield(true);
 }
 
 inline void resume(Fiber& fiber) {
-  running = &fiber;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack.get(), kStackBytes);
-#endif
+  running.store(&fiber, std::memory_order_relaxed);
+  sanitizer::leave(scheduler_sanitized, fiber.sanitized, false);
   swapcontext(&scheduler, &fiber.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
-#endif
+  sanitizer::arrive(scheduler_sanitized, nullptr);
+}
+
+// An asynchronous copy needs both addresses aligned to its size.
+inline void copy_later(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+    fail("a misaligned asynchronous copy");
+  running.load(std::memory_order_relaxed)->copies.push_back({to, from, bytes});
+}
+
+inline void complete_copies() {
+  Fiber* self = running.load(std::memory_order_relaxed);
+  for (const Copy& copy : self->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  self->copies.clear();
 }
 
 }  // namespace kfo::emulation
 
-#define threadIdx (kfo::emulation::Dim{kfo::emulation::thread_index})
-#define blockIdx (kfo::emulation::Dim{kfo::emulation::block_index})
-#define blockDim (kfo::emulation::Dim{kfo::emulation::block_dim})
+inline int min(int a, int b) { return a < b ? a : b; }
 
-inline void __syncthreads() { kfo::emulation::yield(false); }
+#define threadIdx (kfo::emulation::Dim{kfo::emulation::load(kfo::emulation::thread_index)})
+#define blockIdx (kfo::emulation::Dim{kfo::emulation::load(kfo::emulation::block_index)})
+#define blockDim (kfo::emulation::Dim{kfo::emulation::load(kfo::emulation::block_dim)})
 
+inline void __syncthreads() {
+  using namespace kfo::emulation;
+  // Two points in turn: a fiber may reach the next barrier before the last one has left this one.
+  Fiber* self = running.load(std::memory_order_relaxed);
+  char& point = self->barriers[self->passed++ % 2];
+  sanitizer::release(point);
+  yield(false);
+  sanitizer::acquire(point);
+}
+
+// The dynamic shared memory: kernels declare an extern array, here it is one that a pointer names.
+#define shared_memory (*shared_pointer)
 namespace kfo::cuda {
-// The dynamic shared memory that kernels declare as extern.
-alignas(16) inline __thread unsigned char shared_memory[48 * 1024];
-}  // namespace kfo::cuda
+inline __thread unsigned char shared_memory[];
+}
 
 namespace kfo::emulation {
 
+KFO_UNSEEN inline void use_shared_memory(char* memory) {
+  cuda::shared_pointer = reinterpret_cast<unsigned char (*)[]>(memory);
+}
+
+inline void start(Fiber& fiber, char* barriers) {
+  fiber.done.store(false, std::memory_order_relaxed);
+  fiber.barriers = barriers;
+  fiber.passed = 0;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, enter, 0);
+  sanitizer::create(fiber.sanitized, fiber.stack.get(), kStackBytes);
+}
+
+inline void run(Block& block) {
+  for (Fiber& fiber : block.fibers) start(fiber, block.barriers.get());
+  sanitizer::release(sanitizer::launch_begins);
+  for (size_t finished = 0; finished < block.fibers.size();) {
+    for (size_t i = 0; i < block.fibers.size(); ++i) {
+      thread_index.store(static_cast<unsigned>(i), std::memory_order_relaxed);
+      resume(block.fibers[i]);
+      finished += block.fibers[i].done.load(std::memory_order_relaxed);
+    }
+    if (finished != 0 && finished != block.fibers.size()) fail("a thread left before a barrier of its block");
+  }
+}
+
 template <typename Args>
 void launch(void (*kernel)(Args), int64_t blocks, int64_t threads, int64_t shared_bytes, const Args& args) {
-  static thread_local std::vector<Fiber> fibers;
-  fibers.resize(threads);
-  block_dim = static_cast<unsigned>(threads);
+  std::vector<std::unique_ptr<Block>> used;
   body = [&] { kernel(args); };
-  for (int64_t block = 0; block < blocks; ++block) {
-    block_index = static_cast<unsigned>(block);
-    std::memset(cuda::shared_memory, 0xff, sizeof cuda::shared_memory);  // NaN: nothing may be read unwritten
-#if defined(__SANITIZE_ADDRESS__)
-    ASAN_POISON_MEMORY_REGION(cuda::shared_memory + shared_bytes, sizeof cuda::shared_memory - shared_bytes);
-#else
-    (void)shared_bytes;
-#endif
-    for (Fiber& fiber : fibers) {
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, enter, 0);
-    }
-    for (size_t finished = 0; finished < fibers.size();) {
-      for (size_t i = 0; i < fibers.size(); ++i) {
-        thread_index = static_cast<unsigned>(i);
-        resume(fibers[i]);
-        finished += fibers[i].done;
-      }
-      if (finished != 0 && finished != fibers.size())
-        throw std::logic_error("a thread left before a barrier of its block");
-    }
-#if defined(__SANITIZE_ADDRESS__)
-    ASAN_UNPOISON_MEMORY_REGION(cuda::shared_memory, sizeof cuda::shared_memory);
-#endif
+  block_dim.store(static_cast<unsigned>(threads));
+  sanitizer::start(scheduler_sanitized);
+  for (int64_t index = 0; index < blocks; ++index) {
+    if (used.empty() || sanitizer::kFreshMemory) used.push_back(std::make_unique<Block>(threads, shared_bytes));
+    Block& block = *used.back();
+    std::memset(block.shared.get(), 0xff, shared_bytes);  // NaN: nothing may be read unwritten
+    use_shared_memory(block.shared.get());
+    block_index.store(static_cast<unsigned>(index), std::memory_order_relaxed);
+    run(block);
   }
+  sanitizer::acquire(sanitizer::launch_ends);
 }
 
 }  // namespace kfo::emulation

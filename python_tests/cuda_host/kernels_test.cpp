@@ -1,10 +1,12 @@
-// The CUDA kernels on the host, against the formulas written out in float64. Argument: rounds of random groups.
-// Compiled with -include host_device.h, which stands in for the CUDA runtime.
+// The CUDA kernels on the host, against the formulas written out in float64. Argument: rounds of random groups, or
+// `smallest`. Compiled with -include host_device.h, which stands in for the CUDA runtime.
 #include <cstdio>
+#include <cstring>
 #include <random>
 
 #include "cuda/schedule.h"
 #include "cuda/sum.cuh"
+#include "cuda/tiled.cuh"
 #include "cuda/transform.cuh"
 #include "cuda/transform_backward.cuh"
 #include "cuda/transform_double_backward.cuh"
@@ -146,28 +148,41 @@ void run_case(const std::vector<int64_t>& shapes, int64_t T_, bool shared_R, boo
   for (Order order : {Order::forward, Order::backward, Order::double_backward}) {
     const bool factors = order != Order::forward;
     const int64_t dR_rows = factors && need_R ? R_rows : 0, dL_rows = factors && need_L ? L_rows : 0;
-    const Schedule schedule = make_schedule(group, T_, order, sizeof(T), dR_rows, dL_rows);
+    const bool last = order == Order::double_backward;
+    Request request{order, T_, sizeof(T), dR_rows, dL_rows};
+    request.need_G = factors && need_G;
+    request.need_Y = last && need_Y;
+    request.has_R = last && (present & 1), request.has_G = last && (present & 2), request.has_L = last && (present & 4);
+    const Schedule schedule = make_schedule(group, request);
     std::vector<T> scratch(schedule.scratch, nan), big(T_ * group.G, nan), ddY(need_Y ? T_ * group.G : 0, nan);
     std::vector<T> dR(dR_rows * group.R, nan), dL(dL_rows * group.L, nan);
-    const bool want_big = order == Order::forward || need_G;
-    const Output<T> big_out{want_big ? big.data() : nullptr, group.G}, ddY_out{need_Y ? ddY.data() : nullptr, group.G};
-    for (const Launch& launch : schedule.launches) {
-      auto go = [&](auto kernel, const auto& args) {
-        emulation::launch(kernel, launch.blocks, kThreads, launch.shared_bytes, args);
-      };
-      if (order == Order::forward)
-        go(forward_kernel<T>,
-           Forward<T>{launch.table, R.operand, G.operand, L.operand, bias.operand, big_out, scratch.data()});
-      else if (order == Order::backward)
-        go(backward_kernel<T>,
-           Backward<T>{launch.table, R.operand, G.operand, L.operand, dY.operand, big_out, scratch.data()});
-      else
-        go(double_backward_kernel<T>,
-           DoubleBackward<T>{launch.table, R.operand, G.operand, L.operand, dY.operand, ddR.operand, ddG.operand,
-                             ddL.operand, big_out, ddY_out, scratch.data()});
-      emulation::launch(sum_kernel<T>, launch.sum_blocks, kThreads, 0,
-                        Sum<T>{launch.table, scratch.data(), {dR.data(), group.R}, {dL.data(), group.L}});
+    Data<T> data{};
+    data[kR] = R.operand, data[kG] = G.operand, data[kL] = L.operand;
+    if (order == Order::forward) {
+      data[kBias] = bias.operand;
+      data[kY] = {big.data(), group.G};
+    } else {
+      data[kdY] = dY.operand;
+      if (dR_rows) data[kdR] = {dR.data(), group.R};
+      if (need_G) data[kdG] = {big.data(), group.G};
+      if (dL_rows) data[kdL] = {dL.data(), group.L};
     }
+    if (last) {
+      data[kddR] = ddR.operand, data[kddG] = ddG.operand, data[kddL] = ddL.operand;
+      if (need_Y) data[kddY] = {ddY.data(), group.G};
+    }
+    data[kIntermediates] = {scratch.data(), schedule.scratch_columns};
+    data[kScratch] = {scratch.data(), schedule.scratch_columns};
+    constexpr void (*kernels[])(Arguments<T, Table>) = {forward_kernel<T>, backward_kernel<T>,
+                                                        double_backward_kernel<T>};
+    for (const Launch& part : schedule.launches) {
+      const Arguments<T, Table> args{part.table, data};
+      emulation::launch(kernels[static_cast<int>(order) - 1], part.blocks, kThreads, part.shared_bytes, args);
+      emulation::launch(sum_kernel<T>, part.sum_blocks, kThreads, kThreads * sizeof(T), args);
+    }
+    for (const TiledLaunch& part : schedule.tiled)
+      emulation::launch(tiled_kernel<T>, part.blocks, kThreads, kTiledShared * sizeof(T),
+                        Arguments<T, TiledTable>{part.table, data});
     const Outputs want = reference(group, T_, in, order, R_rows, L_rows);
     if (order == Order::forward) {
       compare(big, want.Y, "Y");
@@ -180,7 +195,18 @@ void run_case(const std::vector<int64_t>& shapes, int64_t T_, bool shared_R, boo
   }
 }
 
+// Few blocks, but of every kind: several chunks of a problem, sums over them and over tasks, tiles of every shape.
+static void run_smallest() {
+  run_case<float>({300, 4, 7, 2, 3, 6}, 2, true, false, true, 15, 7, 1);
+  run_case<double>({1, 130, 3, 1, 2, 130}, 1, false, false, false, 15, 7, 0);
+}
+
 int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "smallest") == 0) {
+    run_smallest();
+    std::printf("%ld comparisons, worst error %.2f of the tolerance\n", checks, worst);
+    return 0;
+  }
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
   const std::vector<int64_t> sizes = {1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 23, 31, 32, 33, 64, 70};
   auto pick = [&](int64_t n) { return static_cast<int64_t>(rng() % n); };

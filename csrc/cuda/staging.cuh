@@ -1,0 +1,71 @@
+// Copies between packed global memory and shared rows of odd length, 16 bytes at a time where the rows have no gap.
+#pragma once
+
+#include <cuda_pipeline_primitives.h>
+
+#include <cstdint>
+
+#include "table.h"
+
+namespace kfo::cuda {
+
+template <typename T>
+struct alignas(16) Vector {
+  static constexpr int kWidth = 16 / sizeof(T);
+  T at[kWidth];
+};
+
+// Elements from the last 16-byte boundary to `data`.
+template <typename T>
+__device__ __forceinline__ int misalignment(const T* data) {
+  return reinterpret_cast<uintptr_t>(data) / sizeof(T) % Vector<T>::kWidth;
+}
+
+// How many of `size` elements at `data` come before the first 16-byte boundary.
+template <typename T>
+__device__ __forceinline__ int head_of(const T* data, int size) {
+  return min(size, (Vector<T>::kWidth - misalignment(data)) % Vector<T>::kWidth);
+}
+
+// Where element e of packed (rows, cols) lies in shared memory: pitch_of(cols) is cols or cols + 1.
+__device__ __forceinline__ int shared_index(int e, int cols) { return pitch_of(cols) == cols ? e : e + e / cols; }
+
+// (rows, cols) from global memory, packed, to shared memory of the same misalignment. Nobody waits here: all operands
+// are on their way at once, complete after __pipeline_wait_prior(0) and a barrier.
+template <typename T>
+__device__ __forceinline__ void stage(T* shared, const T* from, int rows, int cols) {
+  constexpr int width = Vector<T>::kWidth;
+  const int size = rows * cols;
+  const int head = pitch_of(cols) == cols ? head_of(from, size) : size, vectors = (size - head) / width;
+#pragma unroll 1
+  for (int v = threadIdx.x; v < vectors; v += kThreads)
+    __pipeline_memcpy_async(shared + head + v * width, from + head + v * width, sizeof(Vector<T>));
+#pragma unroll 1
+  for (int rest = threadIdx.x; rest < size - vectors * width; rest += kThreads) {
+    const int e = rest < head ? rest : rest + vectors * width;
+    __pipeline_memcpy_async(shared + shared_index(e, cols), from + e, sizeof(T));
+  }
+}
+
+// (rows, cols) from shared memory to global memory, packed.
+template <typename T>
+__device__ __forceinline__ void unstage(T* to, const T* shared, int rows, int cols) {
+  constexpr int width = Vector<T>::kWidth;
+  const int size = rows * cols;
+  const int head = pitch_of(cols) == cols ? head_of(to, size) : size, vectors = (size - head) / width;
+#pragma unroll 1
+  for (int v = threadIdx.x; v < vectors; v += kThreads) {
+    const int e = head + v * width;
+    Vector<T> values;
+#pragma unroll
+    for (int w = 0; w < width; ++w) values.at[w] = shared[e + w];
+    *reinterpret_cast<Vector<T>*>(to + e) = values;
+  }
+#pragma unroll 1
+  for (int rest = threadIdx.x; rest < size - vectors * width; rest += kThreads) {
+    const int e = rest < head ? rest : rest + vectors * width;
+    to[e] = shared[shared_index(e, cols)];
+  }
+}
+
+}  // namespace kfo::cuda
