@@ -19,7 +19,7 @@ from timing import Timing, environment, interleaved
 
 from kfo_ext.models import omniglot_cnn
 from kfo_ext.tasks import Glyphs
-from kfo_ext.transform import native
+from kfo_ext.transform import Problems, native
 
 WAYS = 5
 Row = dict[str, object]
@@ -42,10 +42,10 @@ def rows_of(measurement: str, network: str, timings: dict[str, Timing]) -> list[
 
 def measure_orders(layers: int, options: argparse.Namespace) -> list[Row]:
     """All providers on all orders, for the parameters of the Omniglot CNN with that many layers."""
-    parameters = list(omniglot_cnn(layers, WAYS).parameters())
+    problems = Problems.of(omniglot_cnn(layers, WAYS).parameters())
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
-        case = transform_orders.random_case(parameters, options.tasks, dtype)
-        providers = {name: make(case) for name, make in transform_orders.PROVIDERS.items()}
+        case = transform_orders.random_case(problems, options.tasks, dtype)
+        providers = {name: provider.make(case) for name, provider in transform_orders.PROVIDERS.items()}
         transform_orders.verify(providers, case, tolerance)
     rows = []
     for order in transform_orders.ORDERS:

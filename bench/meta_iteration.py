@@ -1,17 +1,29 @@
-"""One meta-iteration, gradients of network and factors: ours against learn2learn's GBML with KroneckerTransform."""
+"""One meta-iteration, gradients of network and factors: ours against learn2learn's GBML with KroneckerTransform.
+
+    python bench/meta_iteration.py --device cuda --out meta_iteration.json
+
+times it on a device by every backend of ours, and by learn2learn where that is installed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from device_timing import events
+from timing import environment, interleaved, wall_clock
 from torch import Tensor, nn
 
 from kfo_ext import KFO, MAML
 from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
-from kfo_ext.tasks import Examples, TaskBatch
+from kfo_ext.models import omniglot_cnn
+from kfo_ext.tasks import Glyphs, TaskBatch
+from kfo_ext.transform import BACKENDS, native
 
 Gradients = list[Tensor]
 
@@ -19,12 +31,14 @@ Gradients = list[Tensor]
 class Ours:
     """`MAML(model, update=KFO, adapt_update=True)`, factors near the identity."""
 
-    def __init__(self, model: nn.Module, batch: TaskBatch, *, lr: float, steps: int, psd: bool) -> None:
-        self.kfo = KFO(model.named_parameters(), psd=psd).to(next(model.parameters()).dtype)
+    def __init__(
+        self, model: nn.Module, batch: TaskBatch, *, lr: float, steps: int, psd: bool = True, backend: str = "auto"
+    ) -> None:
+        self.kfo = KFO(model.named_parameters(), psd=psd, backend=backend)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for factor in (X for pair in self.kfo.factors() for X in pair):
-                factor.add_(torch.randn(factor.shape, generator=generator), alpha=0.05)
+                factor.add_(torch.randn(factor.shape, generator=generator).to(factor), alpha=0.05)
         self.maml = MAML(model, update=self.kfo, lr=lr, steps=steps, adapt_update=True)
         self.model, self.batch = model, batch
 
@@ -50,7 +64,7 @@ class Learn2learn:
         l2l = light_import()
         transform = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear, psd=psd)
         self.gbml = l2l.algorithms.GBML(model, transform=transform, lr=lr, adapt_transform=True)
-        self.gbml.to(next(model.parameters()).dtype)
+        self.gbml.to(next(model.parameters()))
         kronecker_factors_to(self.gbml.compute_update, ours.kfo.factors())
         self.batch, self.steps = batch, steps
 
@@ -73,6 +87,12 @@ class Learn2learn:
         return [p.grad for p in self.gbml.module.parameters()] + [X for pair in pairs for X in pair]
 
 
+def seeded(make_model: Callable[[], nn.Module], batch: TaskBatch, dtype: torch.dtype) -> tuple[nn.Module, TaskBatch]:
+    """The same model whenever it is called, and the batch, in one dtype and on the batch's device."""
+    torch.manual_seed(0)
+    return make_model().to(batch.support.x.device, dtype), batch.to(dtype=dtype)
+
+
 def contenders(
     make_model: Callable[[], nn.Module],
     batch: TaskBatch,
@@ -83,9 +103,7 @@ def contenders(
     psd: bool = True,
 ) -> tuple[Ours, Learn2learn]:
     """Both ways over the same model, factors and tasks."""
-    torch.manual_seed(0)
-    model = make_model().to(dtype)
-    batch = TaskBatch(*(Examples(part.x.to(dtype), part.y) for part in batch))
+    model, batch = seeded(make_model, batch, dtype)
     ours = Ours(copy.deepcopy(model), batch, lr=lr, steps=steps, psd=psd)
     return ours, Learn2learn(model, ours, batch, lr=lr, steps=steps, psd=psd)
 
@@ -119,3 +137,75 @@ def verify(make_model: Callable[[], nn.Module], batch: TaskBatch, **settings) ->
 
 def _flat(gradients: Gradients) -> Tensor:
     return torch.cat([gradient.double().reshape(-1) for gradient in gradients])
+
+
+def on_device(layers: int, options: argparse.Namespace) -> list[dict[str, object]]:
+    """One row per contender: its time, or why there is none. Each is compared with float64 on the CPU first.
+
+    In float64 all meta-gradients together must agree to 1e-8; in float32 roughly, as in `verify`.
+    """
+    device = torch.device(options.device)
+    settings = {"lr": options.lr, "steps": options.steps}
+    batch = Glyphs("train").sample(0, options.tasks)
+
+    def make_model() -> nn.Module:
+        return omniglot_cnn(layers)
+
+    def ours(backend: str) -> Callable[[torch.dtype], Ours]:
+        return lambda dtype: Ours(*seeded(make_model, batch.to(device), dtype), **settings, backend=backend)
+
+    def theirs(dtype: torch.dtype) -> Learn2learn:
+        return contenders(make_model, batch.to(device), dtype, **settings)[1]
+
+    makers = {f"kfo {name}": ours(name) for name in BACKENDS if name != "auto"} | {"learn2learn": theirs}
+    right = Ours(*seeded(make_model, batch, torch.float64), **settings, backend="reference")
+    right.run()
+    truth, functions, rows = _flat(right.gradients()), {}, {}
+    for name, make in makers.items():
+        rows[name] = {"network": f"CNN({layers})", "tasks": options.tasks, "contender": name, "status": "ok"}
+        try:
+            for dtype, allowed in ((torch.float64, 1e-8), (torch.float32, 0.1)):
+                contender = make(dtype)
+                contender.run()
+                error = ((_flat(contender.gradients()).cpu() - truth).norm() / truth.norm()).item()
+                rows[name][f"{dtype} error"] = error
+                if not error <= allowed:
+                    raise AssertionError(f"WRONG: {dtype} meta-gradients are off by {error:.1e}")
+            functions[name] = contender.run
+        except Exception as error:  # whatever it is, it is the finding
+            rows[name]["status"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    sample = events if device.type == "cuda" else wall_clock
+    for name, timing in interleaved(functions, options.repeats, sample=sample).items():
+        rows[name]["seconds"] = timing._asdict()
+    return list(rows.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """1 if a contender of ours gave wrong meta-gradients, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4], help="networks: Omniglot CNN(layers)")
+    parser.add_argument("--tasks", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5, help="inner steps")
+    parser.add_argument("--lr", type=float, default=0.1, help="inner learning rate")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    # Otherwise convolutions of float32 round to 10 bits on a GPU, in everybody's iteration.
+    torch.backends.cudnn.allow_tf32 = False
+    rows = []
+    for layers in options.layers:
+        for row in on_device(layers, options):
+            rows.append(row)
+            time = f"{1e3 * row['seconds']['median']:9.1f} ms" if "seconds" in row else row["status"]
+            print(f"{row['network']:8} {row['contender']:16} {time}", flush=True)
+    if options.out:
+        facts = environment() | {"backends": native.status()}
+        settings = {name: value for name, value in vars(options).items() if name != "out"}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(facts | {"settings": settings, "rows": rows}, indent=1) + "\n")
+    return int(any("WRONG" in row["status"] for row in rows if row["contender"].startswith("kfo")))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

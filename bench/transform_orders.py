@@ -10,22 +10,24 @@ through autograd, the graph below the measured order is built beforehand and kep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
+from kfo_ext.testing import OUTPUTS, Operands, family_of, random_operands, relative_error, run_order, truth
 from kfo_ext.transform import Problems, transform
 
-ORDERS = ("forward", "backward", "double_backward")
+ORDERS = tuple(OUTPUTS)
 Outputs = list[Tensor]
 Orders = dict[str, Callable[[], Outputs]]
 
 
 class Case(NamedTuple):
-    """Operands of all orders: lists over the parameters.
+    """Operands of all orders, packed and as lists over the parameters.
 
     G, dY, ddG: (tasks, *parameter)
     R, ddR: (tasks, p, p)
@@ -33,6 +35,7 @@ class Case(NamedTuple):
     """
 
     problems: Problems
+    packed: Operands
     R: list[Tensor]
     G: list[Tensor]
     L: list[Tensor]
@@ -42,17 +45,14 @@ class Case(NamedTuple):
     ddL: list[Tensor]
 
 
-def random_case(parameters: Sequence[Tensor], tasks: int, dtype: torch.dtype, seed: int = 0) -> Case:
-    """Random operands for the parameters of one network."""
-    problems = Problems.of(parameters)
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(packing):
-        shapes = [(tasks, *shape) for shape in packing.shapes]
-        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
+def random_case(
+    problems: Problems, tasks: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> Case:
+    """Random operands for the parameters of one network, every task with factors of its own."""
+    packed = random_operands(problems.shapes, tasks, dtype=dtype, device=device, seed=seed)
     like = (problems.R, problems.packing, problems.L, problems.packing, problems.R, problems.packing, problems.L)
-    return Case(problems, *(random(packing) for packing in like))
+    lists = ([X.contiguous() for X in packing.unpack(operand)] for packing, operand in zip(like, packed))
+    return Case(problems, packed, *lists)
 
 
 def through_autograd(forward: Callable[..., Outputs], case: Case) -> Orders:
@@ -73,17 +73,31 @@ def through_autograd(forward: Callable[..., Outputs], case: Case) -> Orders:
     }
 
 
-def kfo_packed(case: Case) -> Orders:
-    """Our three ops, packed operands in, packed outputs out."""
-    problems, ops = case.problems, torch.ops.kfo_ext
-    R, ddR = problems.R.pack(case.R), problems.R.pack(case.ddR)
-    G, dY, ddG = (problems.packing.pack(X) for X in (case.G, case.dY, case.ddG))
-    L, ddL = problems.L.pack(case.L), problems.L.pack(case.ddL)
-    shapes, every = problems.flat, [True] * 4
+def kfo_packed(case: Case, backend: str = "native") -> Orders:
+    """Our three ops, packed operands in, packed outputs out.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it does not run on the operands' device.
+    """
+    family, flat = family_of(backend, case.packed.G.device), case.problems.flat
+    return {order: lambda order=order: list(run_order(family, order, case.packed, flat)) for order in ORDERS}
+
+
+def kfo_gradients_on(case: Case) -> Orders:
+    """The public transform on packed operands that require gradients; every order can be differentiated again."""
+    R, G, L, dY = (X.detach().requires_grad_() for X in case.packed[:4])
+    cotangents = case.packed[4:7]
+
+    def forward() -> Outputs:
+        return [transform(R, G, L, case.problems)]
+
+    Y = forward()
+    first = torch.autograd.grad(Y, (R, G, L), dY, create_graph=True)
     return {
-        "forward": lambda: [ops.transform(R, G, L, shapes)],
-        "backward": lambda: list(ops.transform_backward(R, G, L, dY, shapes, every[:3])),
-        "double_backward": lambda: list(ops.transform_double_backward(R, G, L, dY, ddR, ddG, ddL, shapes, every)),
+        "forward": forward,
+        "backward": lambda: list(torch.autograd.grad(Y, (R, G, L), dY, create_graph=True)),
+        "double_backward": lambda: list(torch.autograd.grad(first, (R, G, L, dY), cotangents, create_graph=True)),
     }
 
 
@@ -134,9 +148,9 @@ def learn2learn_loop(case: Case) -> Orders:
 
 def _learn2learn_task(case: Case, task: int) -> Orders:
     l2l = light_import()
-    R, G, L, dY, ddR, ddG, ddL = ([X[task].detach().clone() for X in operand] for operand in case[1:])
+    R, G, L, dY, ddR, ddG, ddL = ([X[task].detach().clone() for X in operand] for operand in case[2:])
     kronecker = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear, psd=False)
-    update = l2l.optim.ParameterUpdate(G, kronecker).to(G[0].dtype)
+    update = l2l.optim.ParameterUpdate(G, kronecker).to(G[0])
     kronecker_factors_to(update, zip(R, L, strict=True))
     modules = update.transforms_modules
     left, right = [m.transform.left for m in modules], [m.transform.right for m in modules]
@@ -163,34 +177,62 @@ def _learn2learn_task(case: Case, task: int) -> Orders:
     }
 
 
-PROVIDERS: dict[str, Callable[[Case], Orders]] = {
-    "kfo packed": kfo_packed,
-    "kfo lists": kfo_lists,
-    "torch matmul": torch_matmul,
-    "torch einsum": torch_einsum,
-    "learn2learn": learn2learn_loop,
+def packed_already(order: str, outputs: Outputs, case: Case) -> list[Tensor]:
+    """The outputs of a provider that packs."""
+    return outputs
+
+
+def packed_by_parameter(order: str, outputs: Outputs, case: Case) -> list[Tensor]:
+    """The packed outputs of a provider that gives, for each output in turn, one tensor (tasks, ...) per parameter."""
+    count = len(case.problems)
+    flat = [X.reshape(len(X), -1) for X in outputs]
+    return [torch.cat(flat[i * count : (i + 1) * count], 1) for i in range(len(OUTPUTS[order]))]
+
+
+def packed_by_task(order: str, outputs: Outputs, case: Case) -> list[Tensor]:
+    """The packed outputs of learn2learn's loop: a list per task, the gradient of left = R^T in the place of R's."""
+    stacked = [torch.stack(values) for values in zip(*outputs, strict=True)]
+    if order != "forward":
+        stacked[: len(case.problems)] = [X.mT for X in stacked[: len(case.problems)]]
+    return packed_by_parameter(order, stacked, case)
+
+
+class Provider(NamedTuple):
+    """A way to compute the orders, and what makes its outputs comparable.
+
+    make: the orders of a case; ImportError or RuntimeError where it does not run here
+    pack: (order, outputs, case) -> the outputs as packed (tasks, n) tensors, in the order of the op
+    """
+
+    make: Callable[[Case], Orders]
+    pack: Callable[[str, Outputs, Case], list[Tensor]] = packed_by_parameter
+
+
+PROVIDERS: dict[str, Provider] = {
+    "kfo packed": Provider(kfo_packed, packed_already),
+    "kfo lists": Provider(kfo_lists),
+    "torch matmul": Provider(torch_matmul),
+    "torch einsum": Provider(torch_einsum),
+    "learn2learn": Provider(learn2learn_loop, packed_by_task),
 }
 
 
-def packed_outputs(name: str, order: str, outputs: Outputs, case: Case) -> list[Tensor]:
-    """The outputs of any provider as packed (tasks, n) tensors in the order of the op, for comparison."""
-    problems, count = case.problems, len(case.problems)
-    kinds = (
-        [problems.packing]
-        if order == "forward"
-        else [problems.R, problems.packing, problems.L, problems.packing][: 3 if order == "backward" else 4]
-    )
-    if name == "kfo packed":
-        return outputs
-    if name == "learn2learn":
-        outputs = [torch.stack(values) for values in zip(*outputs, strict=True)]
-        if order != "forward":
-            outputs[:count] = [X.mT for X in outputs[:count]]
-    return [packing.pack(outputs[i * count : (i + 1) * count]) for i, packing in enumerate(kinds)]
+def error_of(provider: Provider, order: str, outputs: Outputs, case: Case, expected: dict[str, Tensor]) -> float:
+    """The largest error of one order's outputs, each relative to the largest magnitude of that output.
+
+    expected: `kfo_ext.testing.truth` of the case
+    """
+    errors = []
+    for X, name in zip(provider.pack(order, outputs, case), OUTPUTS[order], strict=True):
+        if X.shape != expected[name].shape:
+            return math.inf
+        errors.append(relative_error(X, expected[name]))
+    # Not max(), which loses a NaN.
+    return torch.tensor(errors).max().item()
 
 
 def verify(cases: dict[str, Orders], case: Case, tolerance: float) -> None:
-    """Compare every provider, order and output with the einsum.
+    """Compare every provider of PROVIDERS, order and output with float64 truth.
 
     cases: the orders of every provider, by its name
     tolerance: largest difference, relative to the largest magnitude of that output
@@ -198,13 +240,9 @@ def verify(cases: dict[str, Orders], case: Case, tolerance: float) -> None:
     Raises:
         AssertionError: a provider computes something else; says which, and by how much.
     """
-    for order in ORDERS:
-        truth = packed_outputs("torch einsum", order, cases["torch einsum"][order](), case)
-        for name, orders in cases.items():
-            got = packed_outputs(name, order, orders[order](), case)
-            for i, (X, expected) in enumerate(zip(got, truth, strict=True)):
-                error = ((X - expected).abs().max() / expected.abs().max()).item()
-                if not error <= tolerance:
-                    raise AssertionError(
-                        f"{name}: output {i} of {order} is off by {error:.2e}, allowed {tolerance:.0e}"
-                    )
+    expected = truth(case.packed, case.problems.shapes)
+    for name, orders in cases.items():
+        for order in ORDERS:
+            error = error_of(PROVIDERS[name], order, orders[order](), case, expected)
+            if not error <= tolerance:
+                raise AssertionError(f"{name}: {order} is off by {error:.2e}, allowed {tolerance:.0e}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kfo_ext
 from kfo_ext.trainer.run_folder import processor_name
-from kfo_ext.transform import Problems, native, transform
+from kfo_ext.transform import Problems, native, transform, triton_launch
 
 # A conv, a linear and a bias problem, none of them square, with sizes on both sides of the vector widths.
 SHAPES = ((8, 5, 9), (1, 7, 33), (1, 7, 1))
@@ -20,8 +20,13 @@ ORDERS = ("forward", "backward", "double backward")
 # Error allowed, relative to the largest entry of an output.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
-# Entry of native.status() to the backend and the device that reach it.
-ROUTES = {"reference": ("reference", "cpu"), "cpu": ("native", "cpu"), "cuda": ("native", "cuda")}
+# Entry of the report to the backend and the device that reach it.
+ROUTES = {
+    "reference": ("reference", "cpu"),
+    "cpu": ("native", "cpu"),
+    "cuda": ("native", "cuda"),
+    "triton": ("triton", "cuda"),
+}
 
 
 def examine(echo: Callable[[str], None]) -> bool:
@@ -34,7 +39,7 @@ def examine(echo: Callable[[str], None]) -> bool:
     echo(f"processor: {processor_name()}")
     echo(f"build: {_build()}")
     healthy = True
-    for name, (available, reason) in native.status().items():
+    for name, (available, reason) in {**native.status(), "triton": triton_launch.status()}.items():
         echo(f"{name}: {'loads' if available else 'not available'} ({reason})")
         if not available:
             continue

@@ -1,4 +1,4 @@
-"""The table of cases that tests and benchmarks share, random operands for them, and truth in float64."""
+"""What tests and benchmarks share: the table of cases, random operands, float64 truth, and the comparison with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kfo_ext.models import omniglot_cnn
-from kfo_ext.transform import Problems, reference
+from kfo_ext.transform import Problems, reference, transform
+from kfo_ext.transform.autograd import Family
+from kfo_ext.transform.op import resolve
 
 # Small enough for every test; names say what each is there for.
 CASES: dict[str, list[tuple[int, int, int]]] = {
@@ -30,6 +32,15 @@ LARGE_CASES: dict[str, list[tuple[int, int, int]]] = {
     "square_784": [(1, 784, 784)],
     "conv_64": [(64, 64, 9)],
 }
+
+# The orders, and the names of their outputs in `truth`.
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "forward": ("Y",),
+    "backward": ("dR", "dG", "dL"),
+    "double_backward": ("second_R", "second_G", "second_L", "second_dY"),
+}
+# Error allowed, relative to the largest element of the true output; sums grow with p, q and B.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
 
 
 def model_case(layers: int) -> list[tuple[int, int, int]]:
@@ -56,7 +67,7 @@ def random_operands(
     *,
     rows: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Operands:
     """Random, non-symmetric operands.
@@ -92,5 +103,87 @@ def truth(operands: Operands, shapes: Sequence[tuple[int, int, int]]) -> dict[st
     first = torch.autograd.grad(Y, (R, G, L), dY, create_graph=True)
     inner = sum((d * dd).sum() for d, dd in zip(first, (wide.ddR, wide.ddG, wide.ddL)))
     second = torch.autograd.grad(inner, (R, G, L, dY), allow_unused=True, materialize_grads=True)
-    names = ("Y", "dR", "dG", "dL", "second_R", "second_G", "second_L", "second_dY")
+    names = [name for names in OUTPUTS.values() for name in names]
     return {name: value.detach() for name, value in zip(names, (Y, *first, *second))}
+
+
+def family_of(backend: str, device: torch.device | str) -> Family:
+    """The three operators of a compiled backend ("native", or one whose operators carry its name), loaded.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: it does not run on `device`; says why.
+    """
+    resolve(backend, torch.device(device))
+    # A backend may register its operators on its first call.
+    one = torch.ones(1, 1, device=device)
+    transform(one, one, one, Problems([(1, 1, 1)]), backend=backend)
+    suffix = "" if backend == "native" else f"_{backend}"
+    names = (f"transform{order}{suffix}" for order in ("", "_backward", "_double_backward"))
+    return Family(*(getattr(torch.ops.kfo_ext, name).default for name in names))
+
+
+def run_order(
+    family: Family, order: str, operands: Operands, flat: list[int], need: Sequence[bool] = (True,) * 4
+) -> tuple[Tensor, ...]:
+    """The outputs of one order, named in OUTPUTS; `need` is ignored by forward, and cut to three for backward."""
+    R, G, L, dY, ddR, ddG, ddL, _ = operands
+    if order == "forward":
+        return (family.transform(R, G, L, flat),)
+    if order == "backward":
+        return family.backward(R, G, L, dY, flat, need[:3])
+    return family.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, need)
+
+
+def run_all(family: Family, operands: Operands, flat: list[int]) -> dict[str, Tensor]:
+    """Every output of the three orders, under the names of `truth`."""
+    return {
+        name: output
+        for order, names in OUTPUTS.items()
+        for name, output in zip(names, run_order(family, order, operands, flat))
+    }
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest magnitude of `expected`; NaN where either holds a NaN.
+
+    actual: any shape and floating-point dtype
+    expected: float64, of the same shape
+    """
+    if not expected.numel():
+        return 0.0
+    return ((actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
+    """Compares a contiguous output with float64 truth, within TOLERANCE.
+
+    Raises:
+        AssertionError: another shape, strides or values; starts with `name`.
+    """
+    assert actual.shape == expected.shape, name
+    assert actual.is_contiguous(), name
+    error = relative_error(actual, expected)
+    assert error <= TOLERANCE[actual.dtype], f"{name}: relative error {error:.2e}"
+
+
+STRIDES = ("transposed", "sliced", "stepped", "expanded", "scalar")
+
+
+def with_strides(X: Tensor, kind: str) -> Tensor:
+    """The values of X, or for `expanded` and `scalar` of its first row and element, in memory laid out otherwise.
+
+    X: (rows, columns)
+    kind: one of STRIDES
+    """
+    if kind == "transposed":
+        return X.T.contiguous().T
+    if kind == "sliced":
+        return torch.cat([X, X + 1], 1).repeat_interleave(2, 0)[::2, : X.shape[1]]
+    if kind == "stepped":
+        return torch.stack([X, X + 1], -1)[..., 0]
+    if kind == "expanded":
+        return X[:1].expand(X.shape)
+    if kind == "scalar":
+        return X[:1, :1].expand(X.shape)
+    raise ValueError(f"kind: expected one of {', '.join(STRIDES)}, got {kind!r}")

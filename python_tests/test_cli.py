@@ -225,7 +225,7 @@ def test_doctor_reports_each_backend(kfo):
     assert f"torch {torch.__version__}" in out
     assert "reference: loads" in out
     assert "double backward: ok" in out
-    for name in ("cpu", "cuda"):
+    for name in ("cpu", "cuda", "triton"):
         assert f"{name}: loads" in out or f"{name}: not available (" in out
 
 

@@ -7,36 +7,29 @@ import itertools
 import pytest
 import torch
 
-from kfo_ext.testing import CASES, LARGE_CASES, Operands, model_case, random_operands, truth
+from kfo_ext import testing
+from kfo_ext.testing import (
+    CASES,
+    LARGE_CASES,
+    STRIDES,
+    Operands,
+    assert_close,
+    model_case,
+    random_operands,
+    truth,
+    with_strides,
+)
 from kfo_ext.transform import Problems, native, reference
 from kfo_ext.transform.op import NATIVE
 
-# Relative to the largest element of the true output; sums grow with p, q and B.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
 NEED_ALL = [True, True, True]
 ROWS = {"per_task": None, "shared": (1, 1), "shared_R": (1, 3), "shared_L": (3, 1)}
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the compiled CPU library is not built")
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    assert actual.shape == expected.shape, name
-    assert actual.is_contiguous(), name
-    if expected.numel():
-        scale = expected.abs().max().clamp_min(1e-30)
-        error = ((actual.double() - expected).abs().max() / scale).item()
-        assert error <= TOLERANCE[actual.dtype], f"{name}: relative error {error:.2e}"
-
-
 def run_all(operands: Operands, flat: list[int]) -> dict[str, torch.Tensor]:
-    R, G, L, dY, ddR, ddG, ddL, _ = operands
-    names = ("Y", "dR", "dG", "dL", "second_R", "second_G", "second_L", "second_dY")
-    outputs = (
-        NATIVE.transform(R, G, L, flat),
-        *NATIVE.backward(R, G, L, dY, flat, NEED_ALL),
-        *NATIVE.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, [*NEED_ALL, True]),
-    )
-    return dict(zip(names, outputs))
+    return testing.run_all(NATIVE, operands, flat)
 
 
 def check_all(operands: Operands, shapes) -> None:
@@ -131,28 +124,15 @@ def test_missing_cotangents_are_zeros(missing):
         assert_close(actual, expected[name], name)
 
 
-def _strided(X: torch.Tensor, kind: str) -> torch.Tensor:
-    """The values of X, or for `expanded` of its first row, in memory laid out otherwise."""
-    if kind == "transposed":
-        return X.T.contiguous().T
-    if kind == "sliced":
-        return torch.cat([X, X + 1], 1).repeat_interleave(2, 0)[::2, : X.shape[1]]
-    if kind == "stepped":
-        return torch.stack([X, X + 1], -1)[..., 0]
-    if kind == "expanded":
-        return X[:1].expand(X.shape)
-    return X[:1, :1].expand(X.shape)
-
-
-@pytest.mark.parametrize("kind", ["transposed", "sliced", "stepped", "expanded", "scalar"])
+@pytest.mark.parametrize("kind", STRIDES)
 def test_any_strides_on_any_operand(kind):
     shapes = CASES["mixed"]
     plain = random_operands(shapes, 3)
     for i in range(7):
-        operands = Operands(*(_strided(X, kind) if i == j else X for j, X in enumerate(plain)))
+        operands = Operands(*(with_strides(X, kind) if i == j else X for j, X in enumerate(plain)))
         assert kind == "sliced" or not operands[i].is_contiguous()
         check_all(operands, shapes)
-    check_all(Operands(*(_strided(X, kind) for X in plain)), shapes)
+    check_all(Operands(*(with_strides(X, kind) for X in plain)), shapes)
 
 
 def test_degenerate_groups():

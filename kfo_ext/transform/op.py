@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from kfo_ext.transform import autograd, native, reference
+from kfo_ext.transform import autograd, native, reference, triton_launch
 from kfo_ext.transform.problems import Problems
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "triton", "reference")
 _HALF = (torch.float16, torch.bfloat16)
 # Devices with native kernels; torch.compile before 2.12 cannot trace the question which devices know autocast.
 _AUTOCAST = ("cpu", "cuda")
@@ -17,6 +19,9 @@ native.load()
 _LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
 # The compiled operators; None where the CPU library, which holds their schemas, is not there.
 NATIVE = autograd.register(_LIBRARY) if native.status()["cpu"][0] else None
+# Defined in Python, so there without the CPU library, and without triton, which the first call asks for.
+triton_launch.define(_LIBRARY)
+TRITON = autograd.register(_LIBRARY, "_triton")
 
 
 def _transformed() -> bool:
@@ -25,7 +30,11 @@ def _transformed() -> bool:
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """The family that `backend` means on `device`: "auto" is native where its kernels are loaded, else reference.
+    """The family that `backend` means on `device`.
+
+    "auto" is native where its kernels are loaded; else on CUDA triton where it is installed; else reference. On CUDA
+    that last step warns, with both reasons; on CPU importing kfo_ext has warned already. On CPU it is never triton,
+    whose interpreter there is for tests.
 
     Raises:
         ValueError: an unknown backend.
@@ -34,11 +43,33 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        return "native" if native.available(device) else "reference"
+        if native.available(device):
+            return "native"
+        if device.type == "cuda":
+            if triton_launch.available(device):
+                return "triton"
+            _warn_plain_torch()
+        return "reference"
     if backend == "native" and not native.available(device):
-        reason = native.status().get(device.type, (False, f"there are no kernels for {device.type} tensors"))[1]
-        raise RuntimeError(f"backend 'native' does not run on {device.type}: {reason}")
+        raise RuntimeError(f"backend 'native' does not run on {device.type}: {_why_not_native(device.type)}")
+    if backend == "triton" and not triton_launch.available(device):
+        raise RuntimeError(f"backend 'triton' does not run on {device.type}: {triton_launch.reason(device.type)}")
     return backend
+
+
+def _why_not_native(device_type: str) -> str:
+    return native.status().get(device_type, (False, f"there are no kernels for {device_type} tensors"))[1]
+
+
+def _warn_plain_torch() -> None:
+    # A compiled graph is traced once and cannot warn.
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"kfo_ext: backend='auto' runs plain torch on cuda: native: {_why_not_native('cuda')}; "
+            f"triton: {triton_launch.reason('cuda')}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _check_kinds(operands: dict[str, Tensor], problems: Problems) -> None:
@@ -86,8 +117,9 @@ def transform(
         L: (tasks or 1, problems.L.numel), packed right factors.
         problems: the group.
         bias: (tasks or 1, problems.bias.numel), added to each of the B matrices of a problem.
-        backend: "auto" (the compiled kernels where they run on G's device, else plain torch), "native" or "reference".
-            Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all their rules.
+        backend: "auto" (see `resolve`), "native" (compiled), "triton" (compiled at the first call) or "reference"
+            (plain torch). Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all
+            their rules.
 
     Returns:
         Y: (tasks, problems.packing.numel), of G's dtype. Half types, and everything under autocast, compute in float32.
@@ -114,4 +146,5 @@ def transform(
     if family == "reference" or _transformed():
         _checked_sizes(problems, operands)
         return reference.transform(R, G, L, problems.flat, bias)
-    return NATIVE.transform(R, G, L, problems.flat, bias)
+    operators = TRITON if family == "triton" else NATIVE
+    return operators.transform(R, G, L, problems.flat, bias)

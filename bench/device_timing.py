@@ -1,0 +1,87 @@
+"""Timing on a CUDA device: events, captured graphs, and the floor that no kernel goes below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from timing import Timing, interleaved, wall_clock
+
+# Bytes of the copied tensor: far more than any cache holds.
+COPIED = {"cuda": 2**30, "cpu": 2**26}
+
+
+def events(function: Callable[[], object], calls: int) -> float:
+    """Seconds of one call on the current stream, of so many issued in a row, between two CUDA events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
+
+
+def host(function: Callable[[], object], calls: int) -> float:
+    """Seconds that issuing one call takes the host; so few calls that the device's queue never fills."""
+    torch.cuda.synchronize()
+    seconds = wall_clock(function, min(calls, 50))
+    torch.cuda.synchronize()
+    return seconds
+
+
+def captured(function: Callable[[], object], calls: int) -> Callable[[], object]:
+    """A replay of one graph that holds so many calls, captured on the current stream, which is not the default one.
+
+    Raises:
+        RuntimeError: the function cannot be captured.
+    """
+    stream = torch.cuda.current_stream()
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def per_call(timing: Timing, calls: int) -> Timing:
+    """The timing of one call of the `calls` that one replay makes."""
+    seconds = (value / calls for value in timing[:3])
+    return Timing(*seconds, timing.repeats, timing.calls_per_repeat * calls)
+
+
+class Floor(NamedTuple):
+    """What bounds any kernel here from below.
+
+    bandwidth: bytes per second of a copy within the device, read and written
+    launch: seconds of the smallest torch operation, by mode ("eager", "graph")
+    """
+
+    bandwidth: float
+    launch: dict[str, float]
+
+    def seconds(self, mode: str, moved: float) -> float:
+        """The least time of a call that must move so many bytes."""
+        return max(moved / self.bandwidth, self.launch[mode])
+
+
+def measure_floor(device: torch.device, repeats: int, seconds: float) -> Floor:
+    """Copy bandwidth and the time of an operation on one element, on the current stream."""
+    on_cuda = device.type == "cuda"
+    sample = events if on_cuda else wall_clock
+    source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device).zero_()
+    target, one = torch.empty_like(source), torch.zeros(1, device=device)
+    functions = {"copy": lambda: target.copy_(source), "eager": lambda: one.add_(1)}
+    calls = 100
+    if on_cuda:
+        functions["graph"] = captured(functions["eager"], calls)
+    timings = interleaved(functions, repeats, seconds, sample)
+    launch = {"eager": timings["eager"].median}
+    if on_cuda:
+        launch["graph"] = timings["graph"].median / calls
+    return Floor(2 * COPIED[device.type] / timings["copy"].median, launch)

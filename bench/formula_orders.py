@@ -1,0 +1,76 @@
+"""The orders written out in matrix products, without autograd: what plain torch can do at best, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transform_orders import Case, Orders, Outputs
+
+
+def forward(R: Tensor, G: Tensor, L: Tensor) -> tuple[Tensor, ...]:
+    """Y of one parameter.
+
+    R: (tasks, p, p)    G: (tasks, B, p, q)    L: (tasks, q, q)
+    """
+    return (R.mT.unsqueeze(1) @ (G @ L.unsqueeze(1)),)
+
+
+def backward(R: Tensor, G: Tensor, L: Tensor, dY: Tensor) -> tuple[Tensor, ...]:
+    """dR, dG, dL of one parameter; dY is laid out like G."""
+    M = R.unsqueeze(1) @ dY
+    N = G @ L.unsqueeze(1)
+    return (N @ dY.mT).sum(1), M @ L.mT.unsqueeze(1), (G.mT @ M).sum(1)
+
+
+def double_backward(
+    R: Tensor, G: Tensor, L: Tensor, dY: Tensor, ddR: Tensor, ddG: Tensor, ddL: Tensor
+) -> tuple[Tensor, ...]:
+    """dR, dG, dL, ddY of one parameter; each ddX is laid out like X."""
+    R, L, ddR, ddL = (X.unsqueeze(1) for X in (R, L, ddR, ddL))
+    M, S = R @ dY, ddR @ dY
+    N, K = G @ L, ddG @ L + G @ ddL
+    dG = S @ L.mT + M @ ddL.mT
+    dL = (G.mT @ S + ddG.mT @ M).sum(1)
+    return (K @ dY.mT).sum(1), dG, dL, ddR.mT @ N + R.mT @ K
+
+
+FORMULAS = {"forward": forward, "backward": backward, "double_backward": double_backward}
+
+
+def operands_of(case: Case) -> dict[str, list[tuple[Tensor, ...]]]:
+    """Per order, the operands of its formula for each parameter, matrices as (tasks, B, p, q)."""
+    G, dY, ddG = (
+        [X.reshape(len(X), *shape) for X, shape in zip(operand, case.problems.shapes, strict=True)]
+        for operand in (case.G, case.dY, case.ddG)
+    )
+    first = (case.R, G, case.L)
+    return {
+        "forward": list(zip(*first, strict=True)),
+        "backward": list(zip(*first, dY, strict=True)),
+        "double_backward": list(zip(*first, dY, case.ddR, ddG, case.ddL, strict=True)),
+    }
+
+
+def _orders(case: Case, wrap: Callable[[Callable], Callable]) -> Orders:
+    def order(formula: Callable, layers: list[tuple[Tensor, ...]]) -> Callable[[], Outputs]:
+        def whole(layers: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+            return [formula(*operands) for operands in layers]
+
+        function = wrap(whole)
+        # The outputs of one kind for all parameters, then those of the next kind.
+        return lambda: [X for outputs in zip(*function(layers), strict=True) for X in outputs]
+
+    return {name: order(FORMULAS[name], layers) for name, layers in operands_of(case).items()}
+
+
+def torch_formulas(case: Case) -> Orders:
+    """Batched over tasks, layer after layer."""
+    return _orders(case, lambda function: function)
+
+
+def torch_compiled(case: Case) -> Orders:
+    """The same, all layers of one order in one compiled graph."""
+    torch.compiler.reset()
+    return _orders(case, lambda function: torch.compile(function, fullgraph=True, dynamic=False))

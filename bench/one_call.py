@@ -1,0 +1,43 @@
+"""One order of one group a few times, for a profiler: by default the case of gpu_bench.py furthest from the floor.
+
+ncu --profile-from-start off --set full python bench/one_call.py --worst-of gpu_bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from gpu_bench import GROUPS
+from transform_orders import ORDERS, kfo_packed, random_case
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worst-of", type=Path, help="JSON file of gpu_bench.py; absent, the options below decide")
+    parser.add_argument("--group", choices=GROUPS, default="CNN(4)")
+    parser.add_argument("--order", choices=ORDERS, default="double_backward")
+    parser.add_argument("--tasks", type=int, default=16)
+    parser.add_argument("--calls", type=int, default=2)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args(arguments)
+    group, order, tasks = options.group, options.order, options.tasks
+    if options.worst_of and options.worst_of.exists() and (row := json.loads(options.worst_of.read_text())["worst"]):
+        group, order, tasks = row["group"], row["order"], row["tasks"]
+    call = kfo_packed(random_case(GROUPS[group], tasks, torch.float32, options.device))[order]
+    print(f"{group}, {tasks} tasks, {order}")
+    call()
+    if options.device == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    with torch.cuda.profiler.profile():
+        for _ in range(options.calls):
+            call()
+        torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""All orders of a small group on a device, for compute-sanitizer to watch; exits with 1 on a wrong number.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize_case.py
+
+Operands come from the host and truth stays there, so that little runs on the device but the kernels themselves. Without
+torch's cache every tensor is an allocation of its own, whose edges and uninitialised elements the sanitizer sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from kfo_ext.testing import (
+    CASES,
+    OUTPUTS,
+    TOLERANCE,
+    Operands,
+    family_of,
+    random_operands,
+    relative_error,
+    run_order,
+    truth,
+)
+from kfo_ext.transform import BACKENDS, Problems
+
+# The second group's factors fit in no block's shared memory.
+GROUPS = {"mixed": (CASES["mixed"] + CASES["primes"], 3), "large": ([(1, 5, 260), (2, 130, 9)], 2)}
+NEEDS = {
+    "forward": [(True,) * 4],
+    "backward": [(True, True, True, True), (True, False, True, True), (False, True, False, True)],
+    "double_backward": [(True,) * 4, (True, False, True, False), (False, True, False, True)],
+}
+
+
+def wrong(backend: str, device: str, dtype: torch.dtype, shapes, tasks: int, rows) -> list[str]:
+    """The outputs of one case that are off, each as a line."""
+    family, flat = family_of(backend, device), Problems(shapes).flat
+    there = random_operands(shapes, tasks, rows=rows, dtype=dtype)
+    expected = truth(there, shapes)
+    operands = Operands(*(X.to(device) for X in there))
+    lines = []
+    for order, needs in NEEDS.items():
+        for need in needs:
+            for name, needed, X in zip(OUTPUTS[order], need, run_order(family, order, operands, flat, need)):
+                error = relative_error(X.cpu(), expected[name]) if needed else float(X.numel())
+                if not error <= TOLERANCE[dtype]:
+                    lines.append(f"{backend} {dtype} rows {rows} need {need}: {name} of {order} is off by {error:.1e}")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backends", nargs="+", default=[name for name in ("native", "triton") if name in BACKENDS])
+    options = parser.parse_args(arguments)
+    lines, cases = [], 0
+    for backend in options.backends:
+        for shapes, tasks in GROUPS.values():
+            for rows in ((tasks, tasks), (1, 1)):
+                for dtype in TOLERANCE:
+                    lines += wrong(backend, options.device, dtype, shapes, tasks, rows)
+                    cases += 1
+    print(
+        "\n".join([*lines, f"{cases} cases on {options.device} by {', '.join(options.backends)}, {len(lines)} wrong"])
+    )
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,132 @@
+"""Registers, shared memory and spills of the Triton kernels, compiled ahead of time for GPUs that are not there.
+
+    python bench/triton_resources.py > triton_resources.json
+
+Triton compiles to a cubin with its own ptxas, and the cubin says what it needs: no driver, no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kfo_ext.testing import model_case
+from kfo_ext.transform import Problems, triton_launch
+from kfo_ext.transform.triton_plan import SUM_COLUMNS, plan_of
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {torch.float32: "fp32", torch.float64: "fp64"}
+# The paper's groups: Omniglot CNNs, and the widths of CIFAR-FS and mini-ImageNet; then every class of small problems.
+GROUPS: dict[str, list[tuple[int, int, int]]] = {
+    "omniglot_cnn2": model_case(2),
+    "omniglot_cnn4": model_case(4),
+    "cifar_fs_cnn4": [(32, 3, 9), (32, 32, 9), (1, 32, 1), (1, 5, 32), (1, 5, 1)],
+    "mini_imagenet_cnn4": [(64, 3, 9), (64, 64, 9), (1, 64, 1), (1, 5, 1)],
+    "softmax_head": [(1, 5, 64), (1, 5, 1)],
+    "classes": [(1, 64, 16), (1, 16, 64), (1, 32, 32), (1, 32, 16), (1, 16, 32), (1, 16, 16)],
+}
+# Results (m, n) of tiled products: the head of mini-ImageNet, its L, and softmax regression.
+PRODUCTS = {"head_G": (5, 1600), "head_R": (5, 5), "square": (784, 784)}
+
+
+class Row(NamedTuple):
+    """What one compiled kernel needs, per thread (registers, spill) and per block (shared)."""
+
+    kernel: str
+    arch: str
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+
+
+def rows(
+    groups: Iterable[str] = GROUPS,
+    products: Iterable[str] = PRODUCTS,
+    architectures: Iterable[int] = ARCHITECTURES,
+    dtypes: Iterable[torch.dtype] = tuple(DTYPES),
+) -> Iterator[Row]:
+    """One row per kernel, dtype and architecture; a kernel that several groups share is compiled once.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so there is nothing to compile.
+    """
+    if triton_launch._INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled under the interpreter")
+    for arch in architectures:
+        for dtype in dtypes:
+            seen = set()
+            for label, kernel, constants, options in _configurations(groups, products, dtype):
+                key = (kernel, str(constants))
+                if key not in seen:
+                    seen.add(key)
+                    yield _row(f"{kernel}[{label},{DTYPES[dtype]}]", arch, kernel, DTYPES[dtype], constants, options)
+
+
+def _configurations(
+    groups: Iterable[str], products: Iterable[str], dtype: torch.dtype
+) -> Iterator[tuple[str, str, dict, dict]]:
+    """(label, kernel, constexprs, compiler options) with everything present and needed."""
+    for group in groups:
+        classes = plan_of(Problems(GROUPS[group]).flat).classes
+        double = triton_launch.double_backward_terms([True] * 3, [True] * 4)
+        for order, terms in {
+            "forward": [None, None, None, triton_launch.PLAIN],
+            "backward": [triton_launch.PLAIN] * 3,
+            "double_backward": double,
+        }.items():
+            outputs = triton_launch.wanted_outputs(terms)
+            constants = {"OUTPUTS": outputs, "HAS_BIAS": order == "forward", "CLASSES": classes}
+            yield f"{order},{group}", "form_kernel", constants, triton_launch.group_options(classes)
+    for product in products:
+        options = triton_launch.product_options(*PRODUCTS[product], dtype)
+        blocks = {name: options.pop(name) for name in ("BM", "BN", "BK")}
+        for turned in ((False, False), (True, False), (False, True)):
+            flags = {"HAS_2": True, "HAS_BIAS": False, "TRANS_A": turned[0], "TRANS_B": turned[1]}
+            label = product + "".join(f",{side}^T" for side, yes in zip("AB", turned) if yes)
+            yield label, "product_kernel", flags | blocks, options
+    shared = {"SHARED_R": True, "SHARED_L": False, "ROWS": triton_launch.SUM_ROWS, "COLUMNS": SUM_COLUMNS}
+    yield "any", "sum_kernel", shared, {"num_warps": 4}
+
+
+def _row(label: str, arch: int, kernel: str, element: str, constants: dict, options: dict) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(triton_launch._kernels(), kernel)
+    signature = {name: _type(name, element) for name in function.arg_names}
+    source = ASTSource(function, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spills = _usage(compiled.asm["ptx"], arch)
+    return Row(label, f"sm_{arch}", registers, compiled.metadata.shared, spills)
+
+
+def _type(name: str, element: str) -> str:
+    if name == "p_table":
+        return "*i64"
+    return f"*{element}" if name.startswith("p_") else "i32" if name.startswith(("s_", "n_")) else "constexpr"
+
+
+def _usage(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers per thread, and bytes stored and loaded for want of them, as triton's own ptxas counts."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(path), "-o", f"{folder}/kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    return registers, sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+
+
+if __name__ == "__main__":
+    print(json.dumps([row._asdict() for row in rows()], indent=1))

@@ -1,0 +1,124 @@
+"""Checks of the operands of the three operators in Python, for kernels that are not C++: what `csrc/check.h` checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfo_ext.transform.triton_plan import Plan
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape_text(plan: Plan) -> str:
+    return str([(part.B, part.p, part.q) for part in plan.parts])
+
+
+class Operands:
+    """Checks operands against their group; messages name the op, the operand, what was expected and what came.
+
+    Args:
+        op: named first in every message.
+        plan: the group.
+        G: (tasks, sum B*p*q), the operand that fixes tasks, dtype and device.
+
+    Raises:
+        ValueError: as every method, when an operand does not fit.
+    """
+
+    def __init__(self, op: str, plan: Plan, G: Tensor) -> None:
+        self.op = op
+        self.plan = plan
+        self.G = G
+        if G.dtype not in _DTYPES:
+            self._fail(f"G has {_name(G.dtype)}, expected float32 or float64")
+        self._columns("G", G, plan.G)
+        self.tasks = G.shape[0]
+
+    def factor(self, name: str, X: Tensor, columns: int) -> None:
+        """X: (tasks or 1, columns)."""
+        self._alike(name, X)
+        self._columns(name, X, columns)
+        if X.shape[0] not in (1, self.tasks):
+            self._fail(f"{name} has {X.shape[0]} rows, but G has {self.tasks} tasks: expected 1 or that many")
+
+    def matrices(self, name: str, X: Tensor) -> None:
+        """X: (tasks, sum B*p*q)."""
+        self._alike(name, X)
+        self._columns(name, X, self.plan.G)
+        self._rows(name, X, self.tasks, "G")
+
+    def like(self, name: str, X: Tensor, other_name: str, other: Tensor) -> None:
+        """X: the shape of `other`, which is checked already."""
+        self._alike(name, X)
+        self._columns(name, X, other.shape[1])
+        self._rows(name, X, other.shape[0], other_name)
+
+    def need(self, flags: Sequence[bool], expected: int) -> None:
+        """One flag per output."""
+        if len(flags) != expected:
+            self._fail(f"need has {len(flags)} flags, expected {expected}")
+
+    def _fail(self, message: str) -> None:
+        raise ValueError(f"{self.op}: {message}")
+
+    def _alike(self, name: str, X: Tensor) -> None:
+        if X.dtype != self.G.dtype:
+            self._fail(f"{name} has {_name(X.dtype)}, but G has {_name(self.G.dtype)}: expected one dtype")
+        if X.device != self.G.device:
+            self._fail(f"{name} is on {X.device}, but G is on {self.G.device}: expected one device")
+
+    def _columns(self, name: str, X: Tensor, expected: int) -> None:
+        if X.dim() != 2:
+            self._fail(f"{name} has {X.dim()} dimensions, expected 2: (tasks, columns)")
+        if X.shape[1] != expected:
+            self._fail(f"{name} has {X.shape[1]} columns, but shapes {_shape_text(self.plan)} need {expected}")
+
+    def _rows(self, name: str, X: Tensor, expected: int, other_name: str) -> None:
+        if X.shape[0] != expected:
+            self._fail(f"{name} has {X.shape[0]} rows, but {other_name} has {expected}")
+
+
+def check(
+    op: str,
+    plan: Plan,
+    R: Tensor,
+    G: Tensor,
+    L: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dY: Tensor | None = None,
+    ddR: Tensor | None = None,
+    ddG: Tensor | None = None,
+    ddL: Tensor | None = None,
+    need: tuple[Sequence[bool], int] | None = None,
+) -> int:
+    """The number of tasks, after a check of every operand given.
+
+    op: named first in every message. need: the flags, and how many there should be.
+
+    Raises:
+        ValueError: an operand that does not fit.
+    """
+    operands = Operands(op, plan, G)
+    operands.factor("R", R, plan.R)
+    operands.factor("L", L, plan.L)
+    if bias is not None:
+        operands.factor("bias", bias, plan.bias)
+    if dY is not None:
+        operands.matrices("dY", dY)
+    if ddR is not None:
+        operands.like("ddR", ddR, "R", R)
+    if ddG is not None:
+        operands.matrices("ddG", ddG)
+    if ddL is not None:
+        operands.like("ddL", ddL, "L", L)
+    if need is not None:
+        operands.need(*need)
+    return operands.tasks

@@ -1,0 +1,385 @@
+"""The Triton kernels: numbers in Triton's interpreter, registers ahead of time, and what importing does not do.
+
+The interpreter must be on before triton is imported, so a second pytest runs this file with TRITON_INTERPRET=1: there
+the tests marked `interpreted` run, and here the others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from kfo_ext.testing import CASES, Operands, random_operands, truth
+from kfo_ext.transform import Problems, reference, transform
+from kfo_ext.transform.op import NATIVE, TRITON, resolve
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest, under Triton's interpreter")
+compiled = pytest.mark.skipif(INTERPRETED, reason="runs without Triton's interpreter")
+
+# Relative to the largest element of the true output.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
+NEED_ALL = [True, True, True]
+NAMES = ("Y", "dR", "dG", "dL", "second_R", "second_G", "second_L", "second_dY")
+# The interpreter takes about 3 ms for a program: two tasks, and few matrices where the table has many.
+SMALL = {
+    **{name: CASES[name] for name in ("linear", "bias", "conv", "one", "p1", "q1")},
+    "primes": [(3, 13, 11), (2, 2, 17), (2, 11, 3)],
+    "lane_edges": [(2, 3, 4), (3, 16, 17), (1, 17, 16)],
+    "tile_edges": [(1, 31, 32), (1, 16, 64), (1, 64, 15)],
+    "mixed": [(3, 1, 9), (1, 8, 1), (2, 8, 9), (1, 5, 8), (1, 5, 1)],
+    # More matrices than chunks, and a last chunk that is shorter.
+    "chunks": [(9, 2, 3)],
+    # Tiles in every direction beside a small problem; the products with a sum over chunks of B.
+    "large": [(1, 17, 65), (1, 4, 3)],
+    "large_chunks": [(9, 33, 17)],
+    "empty": [],
+}
+PER_TASK, SHARED = (2, 2), (1, 1)
+
+
+@compiled
+@needs_triton
+@pytest.mark.parametrize("half", ["numbers", "rules"])
+def test_under_the_interpreter(half):
+    """The tests marked `interpreted` pass; in two halves, so that each says what it did."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", _HALVES[half]],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+_HALVES = {"numbers": "equals_truth", "rules": "not equals_truth"}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    assert actual.shape == expected.shape, name
+    assert actual.is_contiguous(), name
+    if expected.numel():
+        scale = expected.abs().max().clamp_min(1e-30)
+        error = ((actual.double() - expected).abs().max() / scale).item()
+        assert error <= TOLERANCE[actual.dtype], f"{name}: relative error {error:.2e}"
+
+
+def run_all(operands: Operands, flat: list[int]) -> dict[str, torch.Tensor]:
+    R, G, L, dY, ddR, ddG, ddL, _ = operands
+    outputs = (
+        TRITON.transform(R, G, L, flat),
+        *TRITON.backward(R, G, L, dY, flat, NEED_ALL),
+        *TRITON.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, [*NEED_ALL, True]),
+    )
+    return dict(zip(NAMES, outputs))
+
+
+def check_all(operands: Operands, shapes) -> None:
+    expected = truth(operands, shapes)
+    for name, actual in run_all(operands, Problems(shapes).flat).items():
+        assert_close(actual, expected[name], name)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    # Rows and dtype go different ways through the code, so not every pair of them is needed.
+    [(PER_TASK, torch.float32), (SHARED, torch.float64)],
+    ids=["per_task_float32", "shared_float64"],
+)
+@pytest.mark.parametrize("case", [name for name in SMALL if name != "empty"])
+def test_every_order_equals_truth(case, rows, dtype):
+    check_all(random_operands(SMALL[case], 2, rows=rows, dtype=dtype), SMALL[case])
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "dtype"), [((1, 2), torch.float64), ((2, 1), torch.float32)], ids=["R", "L"])
+@pytest.mark.parametrize("case", ["conv", "large"])
+def test_one_shared_factor_equals_truth(case, rows, dtype):
+    check_all(random_operands(SMALL[case], 2, rows=rows, dtype=dtype), SMALL[case])
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [PER_TASK, SHARED], ids=["per_task", "shared"])
+@pytest.mark.parametrize("case", ["mixed", "large"])
+def test_forward_adds_the_bias(case, rows):
+    flat = Problems(SMALL[case]).flat
+    R, G, L, *_, bias = random_operands(SMALL[case], 2, rows=rows)
+    assert_close(TRITON.transform(R, G, L, flat, bias), reference.transform(R, G, L, flat, bias), "Y")
+
+
+@interpreted
+@pytest.mark.parametrize("shapes", [SMALL["conv"], SMALL["large_chunks"]], ids=["small", "large"])
+def test_outputs_not_needed_are_empty_and_the_rest_unchanged(shapes):
+    shapes = [(1, *shapes[0][1:])]
+    flat = Problems(shapes).flat
+    R, G, L, dY, ddR, ddG, ddL, _ = random_operands(shapes, 1)
+    first = TRITON.backward(R, G, L, dY, flat, NEED_ALL)
+    second = TRITON.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, [*NEED_ALL, True])
+    for need in itertools.product([False, True], repeat=4):
+        pairs = list(zip(need, TRITON.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, need), second))
+        pairs += zip(need[:3], TRITON.backward(R, G, L, dY, flat, need[:3]), first)
+        for needed, actual, expected in pairs:
+            assert actual.shape == (expected.shape if needed else (0,)), need
+            if needed:
+                assert torch.equal(actual, expected), need
+
+
+@interpreted
+@pytest.mark.parametrize("shapes", [SMALL["conv"], SMALL["large_chunks"]], ids=["small", "large"])
+def test_missing_cotangents_are_zeros(shapes):
+    shapes = [(1, *shapes[0][1:])]
+    flat = Problems(shapes).flat
+    operands = random_operands(shapes, 1)
+    for missing in itertools.product([False, True], repeat=3):
+        given = [None if gone else X for gone, X in zip(missing, operands[4:7])]
+        zeros = [torch.zeros_like(X) if gone else X for gone, X in zip(missing, operands[4:7])]
+        expected = truth(Operands(*operands[:4], *zeros, operands.bias), shapes)
+        outputs = TRITON.double_backward(*operands[:4], *given, flat, [*NEED_ALL, True])
+        for name, actual in zip(NAMES[4:], outputs):
+            assert_close(actual, expected[name], f"{name}, without {missing}")
+
+
+def _strided(X: torch.Tensor, kind: str) -> torch.Tensor:
+    """The values of X, or for `expanded` of its first row, in memory laid out otherwise."""
+    if kind == "transposed":
+        return X.T.contiguous().T
+    if kind == "sliced":
+        return torch.cat([X, X + 1], 1).repeat_interleave(2, 0)[::2, : X.shape[1]]
+    if kind == "stepped":
+        return torch.stack([X, X + 1], -1)[..., 0]
+    return X[:1].expand(X.shape)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["transposed", "sliced", "stepped", "expanded"])
+@pytest.mark.parametrize("shapes", [[(2, 3, 2)], [(1, 33, 17)]], ids=["small", "large"])
+def test_any_strides_on_any_operand(shapes, kind):
+    plain = random_operands(shapes, 2)
+    check_all(Operands(*(_strided(X, kind) for X in plain)), shapes)
+    if kind == "expanded" and shapes[0][0] > 1:
+        for i in range(7):
+            check_all(Operands(*(_strided(X, kind) if i == j else X for j, X in enumerate(plain))), shapes)
+
+
+@interpreted
+def test_degenerate_groups():
+    shapes = SMALL["mixed"] + SMALL["large"]
+    for rows in ((0, 0), (1, 1)):
+        outputs = run_all(random_operands(shapes, 0, rows=rows), Problems(shapes).flat)
+        assert outputs["Y"].shape == (0, Problems(shapes).packing.numel)
+        for name in ("dR", "dL", "second_R", "second_L"):
+            assert outputs[name].shape[0] == rows[0]
+            assert not outputs[name].any()
+    nothing = random_operands([], 2)
+    assert all(output.shape == (2, 0) for output in run_all(nothing, []).values())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_not_finite_stays_where_it_belongs():
+    """Nothing leaks from task to task, nor from a padded row or column into a real one."""
+    shapes = [(1, 3, 5), (1, 2, 33)]
+    flat = Problems(shapes).flat
+    clean = random_operands(shapes, 3, dtype=torch.float32)
+    expected = run_all(clean, flat)
+    dirty = Operands(*(X.clone() for X in clean))
+    for X in dirty:
+        X[1] = float("nan")
+    for name, value in run_all(dirty, flat).items():
+        assert torch.equal(value[::2], expected[name][::2]), name
+        assert value[1].isnan().all(), name
+    infinite = clean.L.clone().abs()
+    infinite[0, 0] = float("inf")
+    args = clean.R.abs(), clean.G.abs(), infinite
+    torch.testing.assert_close(TRITON.transform(*args, flat), reference.transform(*args, flat))
+
+
+@interpreted
+def test_integer_operands_are_exact():
+    shapes = SMALL["lane_edges"]
+    operands = Operands(*(torch.randint(-3, 4, X.shape).float() for X in random_operands(shapes, 2)))
+    expected = truth(operands, shapes)
+    for name, actual in run_all(operands, Problems(shapes).flat).items():
+        assert torch.equal(actual.double(), expected[name]), name
+
+
+@interpreted
+def test_gradcheck_and_gradgradcheck():
+    problems = Problems([(1, 1, 2)])
+    R, G, L, *_, bias = (X.requires_grad_() for X in random_operands(problems.shapes, 1))
+    assert gradcheck(lambda *X: transform(*X[:3], problems, bias=X[3], backend="triton"), (R, G, L, bias))
+    assert gradgradcheck(lambda *X: transform(*X, problems, backend="triton"), (R, G, L), fast_mode=True)
+
+
+@interpreted
+def test_opcheck():
+    shapes = [(2, 2, 3), (1, 2, 1)]
+    flat = Problems(shapes).flat
+    R, G, L, dY, ddR, _, ddL, bias = (X.requires_grad_() for X in random_operands(shapes, 1))
+    torch.library.opcheck(TRITON.transform, (R, G, L, flat, bias))
+    torch.library.opcheck(TRITON.backward, (R, G, L, dY, flat, [True, False, True]))
+    torch.library.opcheck(TRITON.double_backward, (R, G, L, dY, ddR, None, ddL, flat, [*NEED_ALL, True]))
+
+
+@interpreted
+def test_half_types_and_autocast_run_in_float32():
+    problems = Problems([(1, 2, 3)])
+    R, G, L, *_ = random_operands(problems.shapes, 1, dtype=torch.bfloat16)
+    expected = reference.transform(R.float(), G.float(), L.float(), problems.flat)
+    torch.testing.assert_close(transform(R, G, L, problems, backend="triton"), expected.bfloat16())
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(TRITON.transform(R, G, L, problems.flat), expected)
+
+
+CHANGES = {
+    "R_columns": ("transform", {"R": lambda X: X[:, 1:]}, r"R has 178 columns, but shapes \[.*\] need 179"),
+    "L_columns": ("backward", {"L": lambda X: X[:, 1:]}, "L has .* columns, but shapes"),
+    "G_columns": ("transform", {"G": lambda X: X[:, 1:]}, "G has .* columns, but shapes"),
+    "R_rows": ("backward", {"R": lambda X: X[:2]}, "R has 2 rows, but G has 3 tasks: expected 1 or that many"),
+    "L_dims": ("transform", {"L": lambda X: X[0]}, r"L has 1 dimensions, expected 2: \(tasks, columns\)"),
+    "dY_rows": ("backward", {"dY": lambda X: X[:1]}, "dY has 1 rows, but G has 3"),
+    "R_dtype": ("transform", {"R": lambda X: X.float()}, "R has float32, but G has float64: expected one dtype"),
+    "G_dtype": ("transform", {"G": lambda X: X.half()}, "G has float16, expected float32 or float64"),
+    "bias_rows": ("transform", {"bias": lambda X: X[:2]}, "bias has 2 rows, but G has 3 tasks"),
+    "ddR_rows": ("double_backward", {"ddR": lambda X: X[:1]}, "ddR has 1 rows, but R has 3"),
+    "ddG_rows": ("double_backward", {"ddG": lambda X: X[:1]}, "ddG has 1 rows, but G has 3"),
+    "ddL_columns": ("double_backward", {"ddL": lambda X: X[:, 1:]}, "ddL has .* columns, but shapes"),
+    "need": ("backward", {"need": lambda X: X[:1]}, "need has 1 flags, expected 3"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize(("order", "change", "message"), CHANGES.values(), ids=CHANGES)
+def test_operators_check_their_operands(order, change, message):
+    X = random_operands(SMALL["mixed"], 3)._asdict() | {"need": [True] * (4 if order == "double_backward" else 3)}
+    X.update({name: make(X[name]) for name, make in change.items()})
+    flat = Problems(SMALL["mixed"]).flat
+    operands = {
+        "transform": (X["R"], X["G"], X["L"], flat, X["bias"]),
+        "backward": (X["R"], X["G"], X["L"], X["dY"], flat, X["need"]),
+        "double_backward": (*(X[name] for name in Operands._fields[:7]), flat, X["need"]),
+    }[order]
+    op = "transform_triton" if order == "transform" else f"transform_{order}_triton"
+    with pytest.raises(ValueError, match=f"^{op}: {message}"):
+        getattr(TRITON, order)(*operands)
+
+
+@interpreted
+@pytest.mark.parametrize("flat", [[1, 2], [0, 2, 2], [1, -2, 2], [2**40, 2**40, 1]], ids=str)
+def test_operators_check_shapes(flat):
+    with pytest.raises(ValueError, match=r"^shapes: "):
+        TRITON.transform(*(torch.randn(1, 4) for _ in range(3)), flat)
+
+
+@interpreted
+def test_auto_never_takes_the_interpreter():
+    assert resolve("auto", torch.device("cpu")) == ("reference" if NATIVE is None else "native")
+    assert resolve("triton", torch.device("cpu")) == "triton"
+
+
+@compiled
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    from kfo_ext.transform import triton_launch
+
+    problems = Problems([(1, 2, 2)])
+    X = random_operands(problems.shapes, 1)[:3]
+    message = r"does not run on cpu: Triton.s interpreter is off"
+    monkeypatch.setattr(triton_launch, "_INSTALLED", True)
+    with pytest.raises(RuntimeError, match=message):
+        transform(*X, problems, backend="triton")
+    with pytest.raises(RuntimeError, match=message):
+        TRITON.transform(*X, problems.flat)
+    with pytest.raises(RuntimeError, match="does not run on meta: there are no kernels for meta tensors"):
+        resolve("triton", torch.device("meta"))
+    monkeypatch.setattr(triton_launch, "_INSTALLED", False)
+    with pytest.raises(RuntimeError, match="does not run on cuda: triton is not installed"):
+        resolve("triton", torch.device("cuda"))
+
+
+@compiled
+def test_auto_on_cuda_falls_back_with_a_warning(monkeypatch):
+    from kfo_ext.transform import native, triton_launch
+
+    cuda = torch.device("cuda")
+    monkeypatch.setitem(native._status, "cuda", (False, "of the test"))
+    monkeypatch.setattr(triton_launch, "_INSTALLED", True)
+    assert resolve("auto", cuda) == "triton"
+    monkeypatch.setattr(triton_launch, "_INSTALLED", False)
+    with pytest.warns(RuntimeWarning, match=r"plain torch on cuda: native: of the test; triton: triton is not inst"):
+        assert resolve("auto", cuda) == "reference"
+    monkeypatch.setitem(native._status, "cuda", (True, "of the test"))
+    assert resolve("auto", cuda) == "native"
+
+
+def _python(code: str) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@compiled
+def test_importing_and_calling_leave_triton_and_the_driver_alone():
+    _python("""
+import os, sys, torch, kfo_ext
+from kfo_ext.transform import Problems, transform
+problems = Problems([(2, 3, 2)])
+X = [torch.randn(1, packing.numel, requires_grad=True) for packing in (problems.R, problems.packing, problems.L)]
+def work(backend):
+    torch.autograd.grad(transform(*X, problems, backend=backend).sum(), X)
+for backend in ("auto", "reference"):
+    work(backend)
+assert "triton" not in sys.modules and not torch.cuda.is_initialized()
+child = os.fork()
+if not child:
+    for backend in ("auto", "reference"):
+        work(backend)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+""")
+
+
+@compiled
+def test_operators_are_there_without_the_compiled_library():
+    _python("""
+import importlib.abc, sys, warnings
+class Without(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "kfo_ext._plan":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Without())
+warnings.simplefilter("ignore")
+import torch
+from kfo_ext.transform import op
+assert op.NATIVE is None
+assert op.TRITON.transform is torch.ops.kfo_ext.transform_triton.default
+""")
+
+
+@compiled
+@needs_triton
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
+def test_kernels_compile_without_spills(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from triton_resources import rows
+
+    found = list(rows(groups=["omniglot_cnn4"], products=["head_R"], architectures=[80, 100], dtypes=[torch.float32]))
+    found += rows(groups=["mini_imagenet_cnn4"], products=["square"], architectures=[90])
+    assert {row.arch for row in found} == {"sm_80", "sm_90", "sm_100"}
+    assert all(0 < row.registers <= 255 and row.shared_bytes <= 100_000 for row in found)
+    assert not [row for row in found if row.spill_bytes]
