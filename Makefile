@@ -15,12 +15,13 @@ LEARN2LEARN := --no-build-isolation --use-pep517 --no-deps --no-binary learn2lea
 
 SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test test-wheel wheel lint format clean help
+.PHONY: demo test test-wheel test-cuda-load wheel lint format clean help
 
 help:
 	@echo "make demo    build everything, meta-train MAML and KFO on the default tasks (5 minutes)"
 	@echo "make test    build everything, run the tests"
 	@echo "make wheel   build a wheel into dist/; make test-wheel installs it elsewhere and runs the operators' tests"
+	@echo "make test-cuda-load   the same under a CUDA build of torch (downloads gigabytes, needs no GPU)"
 	@echo "make lint    check style; make format applies it"
 	@echo "make clean   remove .venv and everything built"
 
@@ -37,7 +38,12 @@ test-wheel: wheel
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/kfo_ext-*.whl pytest expecttest hypothesis
 	.venv-wheel/bin/kfo doctor
 	tests=$$PWD/python_tests wheel=$$PWD/.venv-wheel && cd "$$(mktemp -d)" && $$wheel/bin/python -m pytest \
-		$$tests/test_transform.py $$tests/test_derivatives.py $$tests/test_isa.py $$tests/test_kfo.py
+		$$tests/test_transform.py $$tests/test_derivatives.py $$tests/test_isa.py $$tests/test_kfo.py \
+		$$tests/test_native.py
+
+# Both libraries under a CUDA build of torch, without a GPU.
+test-cuda-load:
+	$(MAKE) test-wheel TORCH=torch==2.11.0
 
 wheel: $(STAMPS)/build
 	rm -rf dist

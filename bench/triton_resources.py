@@ -23,14 +23,11 @@ from kfo_ext.transform.triton_plan import SUM_COLUMNS, plan_of
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {torch.float32: "fp32", torch.float64: "fp64"}
-# The paper's groups: Omniglot CNNs, and the widths of CIFAR-FS and mini-ImageNet; then every class of small problems.
+# The paper's groups: Omniglot's, and those of CIFAR-FS's and mini-ImageNet's widths.
 GROUPS: dict[str, list[tuple[int, int, int]]] = {
-    "omniglot_cnn2": model_case(2),
     "omniglot_cnn4": model_case(4),
     "cifar_fs_cnn4": [(32, 3, 9), (32, 32, 9), (1, 32, 1), (1, 5, 32), (1, 5, 1)],
     "mini_imagenet_cnn4": [(64, 3, 9), (64, 64, 9), (1, 64, 1), (1, 5, 1)],
-    "softmax_head": [(1, 5, 64), (1, 5, 1)],
-    "classes": [(1, 64, 16), (1, 16, 64), (1, 32, 32), (1, 32, 16), (1, 16, 32), (1, 16, 16)],
 }
 # Results (m, n) of tiled products: the head of mini-ImageNet, its L, and softmax regression.
 PRODUCTS = {"head_G": (5, 1600), "head_R": (5, 5), "square": (784, 784)}

@@ -9,6 +9,7 @@
 
 #include "build_info.h"
 #include "cpu/schedule.h"
+#include "cuda/schedule.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -62,6 +63,34 @@ py::list chunks(const Shapes& shapes, int64_t tasks, int order, bool shared_R, b
   return out;
 }
 
+py::list cuda_launches(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R,
+                       bool shared_L) {
+  check_tasks(tasks);
+  if (element_size != 4 && element_size != 8)
+    throw std::invalid_argument("element_size: expected 4 or 8, got " + std::to_string(element_size));
+  kfo::cuda::Request request{order_of(order), tasks, element_size};
+  if (request.order != kfo::Order::forward) {
+    request.dR_rows = shared_R ? 1 : tasks;
+    request.dL_rows = shared_L ? 1 : tasks;
+    request.need_G = true;
+  }
+  if (request.order == kfo::Order::double_backward)
+    request.need_Y = request.has_R = request.has_G = request.has_L = true;
+  const kfo::cuda::Schedule schedule = kfo::cuda::make_schedule(kfo::make_group(shapes), request);
+  py::list out;
+  const auto add = [&](const char* kernel, int64_t blocks, int64_t shared_bytes) {
+    if (blocks) out.append(py::make_tuple(kernel, blocks, shared_bytes));
+  };
+  const char* names[] = {"forward_kernel", "backward_kernel", "double_backward_kernel"};
+  for (const kfo::cuda::Launch& part : schedule.launches) {
+    add(names[order - 1], part.blocks, part.shared_bytes);
+    add("sum_kernel", part.sum_blocks, kfo::cuda::kThreads * element_size);
+  }
+  for (const kfo::cuda::TiledLaunch& part : schedule.tiled)
+    add("tiled_kernel", part.blocks, kfo::cuda::kTiledShared * element_size);
+  return out;
+}
+
 double flops(const Shapes& shapes, int64_t tasks, int order) {
   check_tasks(tasks);
   return kfo::flops(kfo::make_group(shapes), tasks, order_of(order));
@@ -92,6 +121,12 @@ PYBIND11_MODULE(_plan, m) {
         "The CPU library's units of work (problem, task, begin, end), the costliest first. When both factors are "
         "shared,\n"
         "rows run on over the tasks: row r is matrix r % B of task r // B.");
+  m.def("cuda_launches", &cuda_launches, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("element_size"),
+        py::arg("shared_R") = false, py::arg("shared_L") = false,
+        "The CUDA library's launches (kernel, thread blocks, bytes of shared memory of each) with every output wanted "
+        "and "
+        "every\n"
+        "operand present.");
   m.def("flops", &flops, py::arg("shapes"), py::arg("tasks"), py::arg("order"),
         "Operations of one call with every output wanted, 2 per multiply-add.");
   m.def("bytes", &bytes, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("factor_rows"),

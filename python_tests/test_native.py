@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfo_ext.transform import native
 
@@ -36,6 +37,19 @@ def test_status_names_every_backend():
     assert status["cpu"][0]
     assert "build" in status["cpu"][1]
     assert all(reason for _, reason in status.values())
+
+
+def test_the_cuda_library_loads_under_a_cuda_torch_and_is_refused_under_another():
+    loaded, reason = native.status()["cuda"]
+    if not native.CUDA_LIBRARY.exists():
+        pytest.skip("the CUDA library is not built: no nvcc")
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    for op in ("transform", "transform_backward", "transform_double_backward"):
+        assert registered(f"kfo_ext::{op}", "CUDA") == (torch.version.cuda is not None)
+    if torch.version.cuda is None:
+        assert (loaded, reason) == (False, f"torch {torch.__version__} is a CPU build")
+    else:
+        assert loaded, reason
 
 
 def test_a_second_copy_is_refused_with_both_paths(copy):
@@ -79,3 +93,24 @@ transform(*X, Problems([(1, 1, 1)]), backend="native")
 def test_import_touches_no_device(copy):
     code = "import torch, kfo_ext; assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules"
     assert run(code, copy.parent).returncode == 0
+
+
+def test_too_little_memory_is_an_error_that_says_so(tmp_path):
+    code = """
+import resource, torch
+from kfo_ext.transform import Problems, transform
+problems = Problems([(1000, 10, 10)])
+R, L = torch.eye(10).view(1, -1), torch.eye(10).view(1, -1)
+G = torch.zeros(1, 100000).expand(100000, -1)
+transform(R, G[:4], L, problems, backend="native")
+limit = 8 << 30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for grad in (False, True):
+    try:
+        transform(R.clone().requires_grad_(grad), G, L, problems, backend="native")
+    except torch.OutOfMemoryError as error:
+        print(error)
+"""
+    done = run(code, PACKAGE.parent)
+    line = "kfo_ext::transform: no memory left on cpu for its outputs or its scratch memory"
+    assert done.stdout.splitlines() == [line, line], done.stderr

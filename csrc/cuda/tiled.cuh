@@ -41,7 +41,7 @@ class Tile {
 
  public:
   static constexpr int kPitchA = kTileRows + 1, kPitchB = kTileCols + 1;  // odd: no two k share a bank
-  static constexpr int kShared = kDepth * (kPitchA + kPitchB);            // elements
+  static_assert(kDepth * (kPitchA + kPitchB) <= kTiledShared, "both slabs fit");
 
   // first_row, first_col: of the tile, in the product.
   static __device__ __forceinline__ void run(const Data<T>& data, Slab slab, int first_row, int first_col, T* out,
@@ -135,11 +135,6 @@ template <typename T>
 using WideTile = Tile<TileShape::wide, 8, 1, T>;
 template <typename T>
 using TallTile = Tile<TileShape::tall, 1, 8, T>;
-
-// Elements of shared memory that any tile needs.
-constexpr int kTiledShared =
-    SquareTile<float>::kShared > WideTile<float>::kShared ? SquareTile<float>::kShared : WideTile<float>::kShared;
-static_assert(TallTile<float>::kShared <= kTiledShared, "tall and wide tiles are of one size");
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) tiled_kernel(const __grid_constant__ Arguments<T, TiledTable> args) {

@@ -60,4 +60,7 @@ __host__ __device__ constexpr TileSize tile_size(TileShape shape) {
   }
 }
 
+// Elements of shared memory that the two slabs of any tile need, with an odd pitch.
+constexpr int kTiledShared = 16 * (9 + 129);
+
 }  // namespace kfo::cuda

@@ -6,9 +6,17 @@
 
 namespace kfo::cuda {
 
+// Registers for as many blocks on one multiprocessor. The compiler spills on 8.0 with fewer registers than all.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kResidentBlocks = 2;
+#else
+constexpr int kResidentBlocks = 4;
+#endif
+
 // ddR, ddG and ddL may be absent: every product with an absent operand is no term.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) double_backward_kernel(const __grid_constant__ Arguments<T, Table> args) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    double_backward_kernel(const __grid_constant__ Arguments<T, Table> args) {
   Block<T> block(args);
   const bool need_R = args.data.needs(kdR), need_G = args.data.needs(kdG), need_L = args.data.needs(kdL),
              need_Y = args.data.needs(kddY);

@@ -184,9 +184,17 @@ def _kernel(overload: torch._ops.OpOverload, function: type[Function]) -> Callab
                 f"{overload.name()} has no rule for forward-mode AD: call kfo_ext.transform.transform, "
                 "which runs plain torch there"
             )
-        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            return function.apply(*arguments)
-        return overload.redispatch(keyset & _after_autograd, *arguments)
+        try:
+            if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+                return function.apply(*arguments)
+            return overload.redispatch(keyset & _after_autograd, *arguments)
+        except RuntimeError as error:
+            # The allocator's own error does not pass torch's stable ABI: what arrives names a call that failed.
+            if "aten::new_empty" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(
+                f"{overload.name()}: no memory left on {operands[0].device} for its outputs or its scratch memory"
+            ) from error
 
     return kernel
 

@@ -25,7 +25,7 @@
 #define __grid_constant__
 #define __shared__ __thread
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 namespace kfo::emulation {
 

@@ -1,0 +1,77 @@
+"""What the compiled CUDA kernels need, against a budget: no spills, 16-byte accesses, few launches."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from kfo_ext import _plan
+from kfo_ext.testing import CASES, LARGE_CASES, model_case
+from kfo_ext.transform import Problems
+from kfo_ext.transform.native import CUDA_LIBRARY
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+cuda_resources = pytest.importorskip("cuda_resources", reason="bench is not beside the tests")
+
+ORDER_KERNELS = ("forward_kernel", "backward_kernel", "double_backward_kernel")
+# Registers of a thread: with 128 four blocks of 128 threads fit on a multiprocessor, with 255 two.
+REGISTERS = {**dict.fromkeys(ORDER_KERNELS, 128), "sum_kernel": 40, "tiled_kernel": 255}
+REGISTERS_OF = {("double_backward_kernel", "sm_80"): 255}
+SHARED_BYTES = 96 * 1024
+
+
+@pytest.fixture(scope="module")
+def rows():
+    if not CUDA_LIBRARY.exists():
+        pytest.skip("the CUDA library is not built: no nvcc")
+    if cuda_resources.cuobjdump() is None:
+        pytest.skip("triton, whose cuobjdump reads the library, is not installed")
+    return cuda_resources.rows()
+
+
+def test_every_kernel_is_there_for_every_architecture(rows):
+    built = {(row.kernel, row.dtype, row.arch) for row in rows}
+    architectures = [name for name in _plan.build_info()["architectures"] if name.startswith("sm_")]
+    assert built == {
+        (kernel, dtype, arch) for kernel in REGISTERS for dtype in ("float32", "float64") for arch in architectures
+    }
+
+
+def test_no_kernel_spills_or_exceeds_its_registers(rows):
+    for row in rows:
+        assert not cuda_resources.spills(row._asdict()), row
+        assert row.registers <= REGISTERS_OF.get((row.kernel, row.arch), REGISTERS[row.kernel]), row
+
+
+def test_the_orders_move_16_bytes_at_a_time(rows):
+    for row in rows:
+        if row.kernel in ORDER_KERNELS:
+            assert row.copies_16_byte and row.stores_16_byte, row
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_network_takes_one_launch_and_one_for_the_sums(layers, order):
+    launches = _plan.cuda_launches(Problems(model_case(layers)).flat, 16, order, 4)
+    assert [kernel for kernel, _, _ in launches] == [ORDER_KERNELS[order - 1]] + ["sum_kernel"] * (order > 1)
+    assert all(shared_bytes <= SHARED_BYTES // 2 for _, _, shared_bytes in launches)
+
+
+@pytest.mark.parametrize("case", [*CASES, *LARGE_CASES])
+@pytest.mark.parametrize("element_size", [4, 8])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_no_launch_asks_for_more_shared_memory_than_every_gpu_has(case, element_size, order):
+    shapes = Problems((CASES | LARGE_CASES)[case]).flat
+    for shared in (False, True):
+        launches = _plan.cuda_launches(shapes, 3, order, element_size, shared_R=shared, shared_L=shared)
+        assert launches
+        assert all(shared_bytes <= SHARED_BYTES for _, _, shared_bytes in launches)
+
+
+def test_bad_arguments_name_themselves():
+    with pytest.raises(ValueError, match="element_size: expected 4 or 8, got 2"):
+        _plan.cuda_launches([1, 1, 1], 1, 1, 2)
+    with pytest.raises(ValueError, match="tasks: expected at least 0, got -1"):
+        _plan.cuda_launches([1, 1, 1], -1, 1, 4)
