@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import cuda_resources
 import triton_resources
@@ -20,18 +21,62 @@ from kfo_ext.trainer.run_folder import environment
 from kfo_ext.transform import Problems
 
 TASKS = 16
+THREADS = 128  # of a block: csrc/cuda/table.h
 GROUPS = {"omniglot_cnn2": model_case(2), "omniglot_cnn4": model_case(4), "head_5x1600": [(1, 5, 1600)]}
+OF_ESTIMATE = ("float32", "sm_90")
 ORDERS = ("forward", "backward", "double_backward")
 
 
-def launches() -> list[dict[str, object]]:
-    """The CUDA library's launches for the paper's groups, with their blocks and bytes of shared memory."""
-    return [
-        {"group": name, "order": order, "kernel": kernel, "blocks": blocks, "shared_bytes": shared_bytes}
-        for name, shapes in GROUPS.items()
-        for number, order in enumerate(ORDERS, 1)
-        for kernel, blocks, shared_bytes in _plan.cuda_launches(Problems(shapes).flat, TASKS, number, element_size=4)
-    ]
+class Gpu(NamedTuple):
+    """What the estimates assume of a GPU; the vendor's numbers for an H200, but for the last two."""
+
+    name: str = "H200"
+    arch: str = "sm_90"
+    multiprocessors: int = 132
+    registers: int = 65536  # of a multiprocessor
+    shared_bytes: int = 228 * 1024  # ... of which each block costs 1 KiB more than it asks for
+    bytes_per_us: float = 4.8e6
+    flops_per_us: float = 67e6  # float32, no tensor cores
+    empty_launch_us: float = 2.0  # in a graph
+    share_of_flops: float = 0.4  # 4 x 4 tiles: 8 reads of shared memory for 16 multiply-adds, at most half of the peak
+
+
+def estimates(registers: dict[str, int], gpu: Gpu = Gpu()) -> list[dict[str, object]]:
+    """Per group and order: work, launches, residency and the time they suggest. Nothing here is measured.
+
+    registers: of a thread, by kernel.
+    """
+    out = []
+    for name, shapes in GROUPS.items():
+        flat = Problems(shapes).flat
+        for number, order in enumerate(ORDERS, 1):
+            launches = _plan.cuda_launches(flat, TASKS, number, element_size=4)
+            moved = _plan.bytes(flat, TASKS, number, factor_rows=TASKS, element_size=4)
+            flops = _plan.flops(flat, TASKS, number)
+            kernel, blocks, shared_bytes = launches[0]
+            resident = min(
+                gpu.registers // (registers[kernel] * THREADS),
+                gpu.shared_bytes // (shared_bytes + 1024),
+                2048 // THREADS,
+            )
+            work = max(moved / gpu.bytes_per_us, flops / (gpu.share_of_flops * gpu.flops_per_us))
+            out.append(
+                {
+                    "group": name,
+                    "order": order,
+                    "launches": len(launches),
+                    "blocks": blocks,
+                    "shared_bytes": shared_bytes,
+                    "resident_blocks": resident,
+                    "waves": round(blocks / (gpu.multiprocessors * resident), 2),
+                    "MB": round(moved / 1e6, 2),
+                    "MFLOP": round(flops / 1e6, 1),
+                    "bytes_us": round(moved / gpu.bytes_per_us, 2),
+                    "flops_us": round(flops / gpu.flops_per_us, 2),
+                    "estimate_us": round(gpu.empty_launch_us * len(launches) + work, 1),
+                }
+            )
+    return out
 
 
 def markdown(result: dict) -> str:
@@ -48,10 +93,15 @@ def markdown(result: dict) -> str:
             "# What the kernels need",
             f"Made by `python bench/kernel_resources.py` from commit {machine['commit'][:12]}; "
             f"nvcc {_plan.build_info()['nvcc']}.",
-            "## CUDA library\n\nRead from its machine code. Shared memory is dynamic: see the launches.",
+            "## CUDA library\n\nRead from its machine code. Shared memory is dynamic: see the estimates.",
             table(result["cuda"]),
-            f"## Launches of the CUDA library\n\nfloat32, {TASKS} tasks, every output wanted.",
-            table(result["launches"]),
+            f"## Estimates for an {result['gpu']['name']}\n\n"
+            f"float32, {TASKS} tasks, a factor per task, every output wanted. **Not measured**: what a first run will be "
+            "held against. Blocks, shared memory, residency and waves are of the first launch; the time is "
+            f"{result['gpu']['empty_launch_us']} us a launch and the larger of bytes at "
+            f"{result['gpu']['bytes_per_us'] / 1e6} TB/s and FLOPs at {result['gpu']['share_of_flops']:.0%} of "
+            f"{result['gpu']['flops_per_us'] / 1e6:.0f} TFLOP/s.",
+            table(result["estimates"]),
             "## Triton\n\nCompiled ahead of time.",
             table(result["triton"]),
         ]
@@ -62,11 +112,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table goes beside it as .md")
     options = parser.parse_args()
+    cuda = cuda_resources.rows()
     result = {
         "environment": environment(),
         "nvcc": _plan.build_info()["nvcc"],
-        "cuda": [row._asdict() for row in cuda_resources.rows()],
-        "launches": launches(),
+        "gpu": Gpu()._asdict(),
+        "cuda": [row._asdict() for row in cuda],
+        "estimates": estimates({row.kernel: row.registers for row in cuda if (row.dtype, row.arch) == OF_ESTIMATE}),
         "triton": [row._asdict() for row in triton_resources.rows()],
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
