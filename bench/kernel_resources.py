@@ -23,7 +23,6 @@ from kfo_ext.transform import Problems
 TASKS = 16
 THREADS = 128  # of a block: csrc/cuda/table.h
 GROUPS = {"omniglot_cnn2": model_case(2), "omniglot_cnn4": model_case(4), "head_5x1600": [(1, 5, 1600)]}
-OF_ESTIMATE = ("float32", "sm_90")
 ORDERS = ("forward", "backward", "double_backward")
 
 
@@ -41,7 +40,7 @@ class Gpu(NamedTuple):
     share_of_flops: float = 0.4  # 4 x 4 tiles: 8 reads of shared memory for 16 multiply-adds, at most half of the peak
 
 
-def estimates(registers: dict[str, int], gpu: Gpu = Gpu()) -> list[dict[str, object]]:
+def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
     """Per group and order: work, launches, residency and the time they suggest. Nothing here is measured.
 
     registers: of a thread, by kernel.
@@ -54,11 +53,8 @@ def estimates(registers: dict[str, int], gpu: Gpu = Gpu()) -> list[dict[str, obj
             moved = _plan.bytes(flat, TASKS, number, factor_rows=TASKS, element_size=4)
             flops = _plan.flops(flat, TASKS, number)
             kernel, blocks, shared_bytes = launches[0]
-            resident = min(
-                gpu.registers // (registers[kernel] * THREADS),
-                gpu.shared_bytes // (shared_bytes + 1024),
-                2048 // THREADS,
-            )
+            by_registers = gpu.registers // (registers[kernel] * THREADS)
+            resident = min(by_registers, gpu.shared_bytes // (shared_bytes + 1024), 2048 // THREADS)
             work = max(moved / gpu.bytes_per_us, flops / (gpu.share_of_flops * gpu.flops_per_us))
             out.append(
                 {
@@ -96,8 +92,8 @@ def markdown(result: dict) -> str:
             "## CUDA library\n\nRead from its machine code. Shared memory is dynamic: see the estimates.",
             table(result["cuda"]),
             f"## Estimates for an {result['gpu']['name']}\n\n"
-            f"float32, {TASKS} tasks, a factor per task, every output wanted. **Not measured**: what a first run will be "
-            "held against. Blocks, shared memory, residency and waves are of the first launch; the time is "
+            f"float32, {TASKS} tasks, a factor per task, every output wanted. **Not measured**: what a first run "
+            "will be held against. Blocks, shared memory, residency and waves are of the first launch; the time is "
             f"{result['gpu']['empty_launch_us']} us a launch and the larger of bytes at "
             f"{result['gpu']['bytes_per_us'] / 1e6} TB/s and FLOPs at {result['gpu']['share_of_flops']:.0%} of "
             f"{result['gpu']['flops_per_us'] / 1e6:.0f} TFLOP/s.",
@@ -113,12 +109,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table goes beside it as .md")
     options = parser.parse_args()
     cuda = cuda_resources.rows()
+    gpu = Gpu()
+    registers = {row.kernel: row.registers for row in cuda if (row.dtype, row.arch) == ("float32", gpu.arch)}
     result = {
         "environment": environment(),
         "nvcc": _plan.build_info()["nvcc"],
-        "gpu": Gpu()._asdict(),
+        "gpu": gpu._asdict(),
         "cuda": [row._asdict() for row in cuda],
-        "estimates": estimates({row.kernel: row.registers for row in cuda if (row.dtype, row.arch) == OF_ESTIMATE}),
+        "estimates": estimates(registers, gpu),
         "triton": [row._asdict() for row in triton_resources.rows()],
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
