@@ -3,7 +3,7 @@
 1. For each method, each inner rate of its grid and each start of the network is meta-trained for `--tuning-iterations`
    and judged on validation classes.
 2. The `--finalists` best settings of each method go on to `--finalist-iterations`, with clipped meta-gradients as
-   before and, from the beginning, without: clipping keeps KFO from diverging at large inner rates, but slows MAML down.
+   before and, from the beginning, without: clipping keeps KFO from diverging at large inner rates.
 3. The best of them, and MAML at the paper's rate and start, unclipped, go on to `--iterations`. Each run keeps its best
    checkpoint on validation classes; one whose loss stops being finite ends early, and its best checkpoint counts. The
    outer rate halves every `--meta-lr-half-life` iterations, for all alike.

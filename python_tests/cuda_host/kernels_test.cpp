@@ -1,5 +1,7 @@
 // The CUDA kernels on the host, against the formulas written out in float64. Argument: rounds of random groups, or
 // `smallest`. Compiled with -include host_device.h, which stands in for the CUDA runtime.
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -29,18 +31,47 @@ Packed random_rows(int64_t rows, int64_t n) {
   return out;
 }
 
-// A device copy with a row stride of its own; absent when empty.
+// Memory of `count` elements. What is not touched of a large one takes none, but has no guard behind it.
+template <typename T>
+class Memory {
+ public:
+  explicit Memory(size_t count) : bytes_(count * sizeof(T)), mapped_(bytes_ > (size_t{1} << 30)) {
+    void* memory =
+        !mapped_ ? std::malloc(bytes_)
+                 : mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!memory || memory == MAP_FAILED) std::printf("FAIL no memory\n"), std::exit(1);
+    data_ = static_cast<T*>(memory);
+  }
+  Memory(const Memory&) = delete;
+  ~Memory() {
+    if (mapped_)
+      munmap(data_, bytes_);
+    else
+      std::free(data_);
+  }
+  T* data() const { return data_; }
+
+ private:
+  size_t bytes_;
+  bool mapped_;
+  T* data_;
+};
+
+// A device copy with a row stride of its own, NaN behind each row; absent when empty.
 template <typename T>
 struct Device {
-  std::vector<T> data;
+  std::unique_ptr<Memory<T>> memory;
   Operand<T> operand{nullptr, 0};
   Device(const Packed& rows, int64_t pad) {
     if (rows.empty()) return;
     const int64_t n = rows[0].size(), stride = n + pad;
-    data.assign(rows.size() * stride + 1, std::nan(""));
-    for (size_t r = 0; r < rows.size(); ++r)
+    memory = std::make_unique<Memory<T>>((rows.size() - 1) * stride + n + 1);
+    T* data = memory->data();
+    for (size_t r = 0; r < rows.size(); ++r) {
       for (int64_t i = 0; i < n; ++i) data[r * stride + i] = static_cast<T>(rows[r][i]);
-    operand = {data.data(), rows.size() == 1 ? 0 : stride};
+      if (pad > 0 || r + 1 == rows.size()) data[r * stride + n] = std::nan("");
+    }
+    operand = {data, rows.size() == 1 ? 0 : stride};
   }
 };
 
@@ -239,5 +270,7 @@ int main(int argc, char** argv) {
   run_case<float>({1, 130, 3, 1, 2, 300, 2, 64, 90}, 2, true, false, true, 15, 7, 1);
   run_case<double>({2, 90, 60, 5000, 1, 1}, 2, false, true, true, 15, 7, 1);
   run_case<float>({1, 1600, 1}, 1, true, false, true, 15, 7, 1);
+  // Rows further apart than 32 bits can count.
+  run_case<float>({3, 5, 4, 1, 2, 260}, 2, false, false, true, 15, 7, int64_t{1} << 31);
   std::printf("%ld comparisons, worst error %.2f of the tolerance\n", checks, worst);
 }
