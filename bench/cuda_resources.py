@@ -31,7 +31,9 @@ class Row(NamedTuple):
     stack_bytes: int
     spill_instructions: int  # loads and stores of local memory
     instructions: int
-    copies_16_byte: int  # global to shared, asynchronous
+    copies: int  # global to shared, asynchronous
+    copies_16_byte: int
+    commits: int  # of the copies, without which no wait waits for them
     stores_16_byte: int  # to global memory
 
 
@@ -86,5 +88,5 @@ def _row(arch: str, function: str, registers: int, stack: int, body: str) -> Row
 
     return Row(
         kernel, ELEMENTS[element], arch, registers, stack, count("STL") + count("LDL"), len(names),
-        count("LDGSTS", "128"), count("STG", "128"),
+        count("LDGSTS"), count("LDGSTS", "128"), count("LDGDEPBAR"), count("STG", "128"),
     )  # fmt: skip

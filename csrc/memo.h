@@ -1,4 +1,4 @@
-// Remembers what was made for the last few keys, for all threads.
+// Remembers what was made for the keys used last, for all threads.
 #pragma once
 
 #include <cstddef>

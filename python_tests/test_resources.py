@@ -45,6 +45,11 @@ def test_no_kernel_spills_or_exceeds_its_registers(rows):
         assert row.registers <= REGISTERS_OF.get((row.kernel, row.arch), REGISTERS[row.kernel]), row
 
 
+def test_asynchronous_copies_are_committed(rows):
+    for row in rows:
+        assert bool(row.copies) == bool(row.commits) == (row.kernel in ORDER_KERNELS), row
+
+
 def test_the_orders_move_16_bytes_at_a_time(rows):
     for row in rows:
         if row.kernel in ORDER_KERNELS:

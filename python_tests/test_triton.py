@@ -31,13 +31,9 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="runs without Triton's interpr
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
 NEED_ALL = [True, True, True]
 NAMES = ("Y", "dR", "dG", "dL", "second_R", "second_G", "second_L", "second_dY")
-# The interpreter takes about 3 ms for a program: two tasks, and few matrices where the table has many.
-SMALL = {
-    **{name: CASES[name] for name in ("linear", "bias", "conv", "one", "p1", "q1")},
-    "primes": [(3, 13, 11), (2, 2, 17), (2, 11, 3)],
-    "lane_edges": [(2, 3, 4), (3, 16, 17), (1, 17, 16)],
-    "tile_edges": [(1, 31, 32), (1, 16, 64), (1, 64, 15)],
-    "mixed": [(3, 1, 9), (1, 8, 1), (2, 8, 9), (1, 5, 8), (1, 5, 1)],
+# The table of the other backends, and what only these kernels tell apart.
+ALL = {
+    **CASES,
     # More matrices than chunks, and a last chunk that is shorter.
     "chunks": [(9, 2, 3)],
     # Tiles in every direction beside a small problem; the products with a sum over chunks of B.
@@ -100,29 +96,29 @@ def check_all(operands: Operands, shapes) -> None:
     [(PER_TASK, torch.float32), (SHARED, torch.float64)],
     ids=["per_task_float32", "shared_float64"],
 )
-@pytest.mark.parametrize("case", [name for name in SMALL if name != "empty"])
+@pytest.mark.parametrize("case", [name for name in ALL if name != "empty"])
 def test_every_order_equals_truth(case, rows, dtype):
-    check_all(random_operands(SMALL[case], 2, rows=rows, dtype=dtype), SMALL[case])
+    check_all(random_operands(ALL[case], 2, rows=rows, dtype=dtype), ALL[case])
 
 
 @interpreted
 @pytest.mark.parametrize(("rows", "dtype"), [((1, 2), torch.float64), ((2, 1), torch.float32)], ids=["R", "L"])
 @pytest.mark.parametrize("case", ["conv", "large"])
 def test_one_shared_factor_equals_truth(case, rows, dtype):
-    check_all(random_operands(SMALL[case], 2, rows=rows, dtype=dtype), SMALL[case])
+    check_all(random_operands(ALL[case], 2, rows=rows, dtype=dtype), ALL[case])
 
 
 @interpreted
 @pytest.mark.parametrize("rows", [PER_TASK, SHARED], ids=["per_task", "shared"])
 @pytest.mark.parametrize("case", ["mixed", "large"])
 def test_forward_adds_the_bias(case, rows):
-    flat = Problems(SMALL[case]).flat
-    R, G, L, *_, bias = random_operands(SMALL[case], 2, rows=rows)
+    flat = Problems(ALL[case]).flat
+    R, G, L, *_, bias = random_operands(ALL[case], 2, rows=rows)
     assert_close(TRITON.transform(R, G, L, flat, bias), reference.transform(R, G, L, flat, bias), "Y")
 
 
 @interpreted
-@pytest.mark.parametrize("shapes", [SMALL["conv"], SMALL["large_chunks"]], ids=["small", "large"])
+@pytest.mark.parametrize("shapes", [ALL["conv"], ALL["large_chunks"]], ids=["small", "large"])
 def test_outputs_not_needed_are_empty_and_the_rest_unchanged(shapes):
     shapes = [(1, *shapes[0][1:])]
     flat = Problems(shapes).flat
@@ -139,7 +135,7 @@ def test_outputs_not_needed_are_empty_and_the_rest_unchanged(shapes):
 
 
 @interpreted
-@pytest.mark.parametrize("shapes", [SMALL["conv"], SMALL["large_chunks"]], ids=["small", "large"])
+@pytest.mark.parametrize("shapes", [ALL["conv"], ALL["large_chunks"]], ids=["small", "large"])
 def test_missing_cotangents_are_zeros(shapes):
     shapes = [(1, *shapes[0][1:])]
     flat = Problems(shapes).flat
@@ -177,7 +173,7 @@ def test_any_strides_on_any_operand(shapes, kind):
 
 @interpreted
 def test_degenerate_groups():
-    shapes = SMALL["mixed"] + SMALL["large"]
+    shapes = ALL["mixed"] + ALL["large"]
     for rows in ((0, 0), (1, 1)):
         outputs = run_all(random_operands(shapes, 0, rows=rows), Problems(shapes).flat)
         assert outputs["Y"].shape == (0, Problems(shapes).packing.numel)
@@ -210,7 +206,7 @@ def test_not_finite_stays_where_it_belongs():
 
 @interpreted
 def test_integer_operands_are_exact():
-    shapes = SMALL["lane_edges"]
+    shapes = ALL["lane_edges"]
     operands = Operands(*(torch.randint(-3, 4, X.shape).float() for X in random_operands(shapes, 2)))
     expected = truth(operands, shapes)
     for name, actual in run_all(operands, Problems(shapes).flat).items():
@@ -265,9 +261,9 @@ CHANGES = {
 @interpreted
 @pytest.mark.parametrize(("order", "change", "message"), CHANGES.values(), ids=CHANGES)
 def test_operators_check_their_operands(order, change, message):
-    X = random_operands(SMALL["mixed"], 3)._asdict() | {"need": [True] * (4 if order == "double_backward" else 3)}
+    X = random_operands(ALL["mixed"], 3)._asdict() | {"need": [True] * (4 if order == "double_backward" else 3)}
     X.update({name: make(X[name]) for name, make in change.items()})
-    flat = Problems(SMALL["mixed"]).flat
+    flat = Problems(ALL["mixed"]).flat
     operands = {
         "transform": (X["R"], X["G"], X["L"], flat, X["bias"]),
         "backward": (X["R"], X["G"], X["L"], X["dY"], flat, X["need"]),

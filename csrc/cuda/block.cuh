@@ -47,7 +47,7 @@ class Block {
     first_ = entry_.G + begin * p_ * q_;
   }
 
-  // Copies of operands, complete when `compute` begins.
+  // Copies of operands, complete at the first job of `compute`.
   __device__ __forceinline__ Place stage_R(Source source) { return staged(source, entry_.R, p_, p_); }
   __device__ __forceinline__ Place stage_L(Source source) { return staged(source, entry_.L, q_, q_); }
   __device__ __forceinline__ Place stage_rows(Source source) { return staged(source, first_, n_ * p_, q_); }
@@ -88,15 +88,19 @@ class Block {
     return {{q_, q_, X, Y}, {}, 0, to};
   }
 
-  // Does make(job) for job < count, in order. Before the jobs of `barriers` (a bit each) all before is complete.
-  // One loop, so that there is one copy of the products' code, which the instruction cache holds.
+  // Waits for the copies, then does make(job) for job < count, in order. Before the jobs of `barriers` (a bit each) all
+  // before is complete. One loop, so that there is one copy of the products' code, which the instruction cache holds.
   template <typename Make>
   __device__ __forceinline__ void compute(int count, unsigned barriers, Make make) const {
+    __pipeline_commit();
     __pipeline_wait_prior(0);
+    __syncthreads();
 #pragma unroll 1
     for (int job = 0; job < count; ++job) {
       if (barriers >> job & 1) __syncthreads();
-      write_product(shared_array<T>(), make(job));
+      // From both ends in turn: a job that leaves threads idle leaves them to the next one.
+      const int thread = static_cast<int>(threadIdx.x);
+      write_product(shared_array<T>(), make(job), job & 1 ? kThreads - 1 - thread : thread);
     }
     __syncthreads();
   }

@@ -114,8 +114,9 @@ class Launcher {
 
   // The error may be that of earlier work: CUDA reports what failed asynchronously at the next call.
   void check(cudaError_t error, const char* when) const {
-    if (error != cudaSuccess)
-      fail(std::string("CUDA error ") + when + ", of this or of earlier work: " + cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    (void)cudaGetLastError();  // else the next good launch would report it again
+    fail(std::string("CUDA error ") + when + ", of this or of earlier work: " + cudaGetErrorString(error));
   }
 };
 
@@ -130,8 +131,9 @@ template <auto kKernel, typename T>
 void run(const char* op, const Schedule& schedule, const Tensor& like, Data<T> data) {
   const Launcher launcher(op, like.get_device_index());
   // Freed on return but safe: torch's allocator reuses it on this stream only.
-  const Tensor scratch = torch::stable::new_empty(like, {schedule.scratch});
-  T* memory = static_cast<T*>(scratch.mutable_data_ptr());
+  std::optional<Tensor> scratch;
+  if (schedule.scratch) scratch = torch::stable::new_empty(like, {schedule.scratch});
+  T* memory = scratch ? static_cast<T*>(scratch->mutable_data_ptr()) : nullptr;
   data[kIntermediates] = {memory, schedule.scratch_columns};
   data[kScratch] = {memory, schedule.scratch_columns};
   for (const Launch& part : schedule.launches) {

@@ -11,7 +11,7 @@
 namespace kfo::cuda {
 
 // Every packed row that a kernel reads, and every one that it writes. The scratch memory is both.
-enum Source : int8_t { kR, kG, kL, kdY, kddR, kddG, kddL, kBias, kIntermediates, kSources, kNone = -1 };
+enum Source : int8_t { kR, kG, kL, kdY, kddR, kddG, kddL, kBias, kIntermediates, kSources };
 enum Target : int8_t { kY, kdR, kdG, kdL, kddY, kScratch, kTargets };
 
 // A packed input. Row stride 0: one row for all tasks. Null data: an absent operand.

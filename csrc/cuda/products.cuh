@@ -75,10 +75,10 @@ struct Job {
 
 // Tiles of kRows x kCols, interleaved: neighbouring threads have neighbouring columns, hence different banks.
 template <int kRows, int kCols, typename T>
-__device__ __forceinline__ void write_tiles(T* shared, const Job<T>& job) {
+__device__ __forceinline__ void write_tiles(T* shared, const Job<T>& job, int thread) {
   const Product& product = job.product;
   const int row_tiles = (product.rows + kRows - 1) / kRows, col_tiles = (product.cols + kCols - 1) / kCols;
-  for (int tile = threadIdx.x; tile < row_tiles * col_tiles; tile += kThreads) {
+  for (int tile = thread; tile < row_tiles * col_tiles; tile += kThreads) {
     const int i0 = tile / col_tiles, j0 = tile % col_tiles;
     int i[kRows], j[kCols];
     // Past the edge: the last row or column again, computed and not written.
@@ -98,19 +98,19 @@ __device__ __forceinline__ void write_tiles(T* shared, const Job<T>& job) {
   }
 }
 
-// By the largest tiles that still give half of the threads one: a large tile reads shared memory less often for each
-// multiply-add.
+// `thread`: a number of its own for each thread. By the largest tiles that still give half of the threads one: a large
+// tile reads shared memory less often for each multiply-add.
 template <typename T>
-__device__ __forceinline__ void write_product(T* shared, const Job<T>& job) {
+__device__ __forceinline__ void write_product(T* shared, const Job<T>& job, int thread) {
   const auto tiles = [&](int side) {
     return ((job.product.rows + side - 1) / side) * ((job.product.cols + side - 1) / side);
   };
   if (tiles(4) >= kThreads / 2)
-    write_tiles<4, 4>(shared, job);
+    write_tiles<4, 4>(shared, job, thread);
   else if (tiles(2) >= kThreads / 2)
-    write_tiles<2, 2>(shared, job);
+    write_tiles<2, 2>(shared, job, thread);
   else
-    write_tiles<1, 1>(shared, job);
+    write_tiles<1, 1>(shared, job, thread);
 }
 
 }  // namespace kfo::cuda

@@ -65,14 +65,20 @@ struct Footprint {
   }
 };
 
-inline Footprint footprint(Order order) {
-  switch (order) {
+// As the kernels of the same names take it.
+inline Footprint footprint(const Request& request) {
+  switch (request.order) {
     case Order::forward:  // R, L; G, N
       return {1, 2};
-    case Order::backward:  // R, L; G, dY, M, N
-      return {1, 4};
-    case Order::double_backward:  // R, L, ddR, ddL; G, dY, ddG, M, S, N, K
-      return {2, 7};
+    case Order::backward:  // R, L; G, dY, N or M
+      return {1, 3};
+    case Order::double_backward: {  // R, L, ddR, ddL; G, dY, ddG, M, S, N, K
+      const bool need_R = request.dR_rows, need_G = request.need_G, need_L = request.dL_rows, need_Y = request.need_Y;
+      const bool has_R = request.has_R, has_G = request.has_G, has_L = request.has_L;
+      const bool use_M = (need_G && has_L) || (need_L && has_G), use_S = (need_G || need_L) && has_R;
+      const bool use_N = need_Y && has_R, use_K = (need_R || need_Y) && (has_G || has_L);
+      return {1 + (has_R || has_L), 2 + has_G + use_M + use_S + use_N + use_K};
+    }
   }
   throw std::invalid_argument("order: expected forward, backward or double_backward");
 }
@@ -82,15 +88,17 @@ inline bool fits(const Problem& problem, const Footprint& kept, int64_t element_
   return std::max(problem.p, problem.q) <= 512 && kept.bytes(problem, 1, element_size) <= kSharedBytes;
 }
 
-// How many chunks B is cut into. A chunk costs about `cost`, has no fewer elements than the partial sums that its block
-// writes, so that scratch memory stays in proportion to G, and fits in shared memory.
+// How many chunks B is cut into. A chunk costs about `cost`, and has no fewer elements than the partial sums that its
+// block writes, so that scratch memory stays in proportion to G, as far as shared memory allows.
 inline int64_t chunk_count(const Problem& problem, const Footprint& kept, const Request& request, double cost) {
   const int64_t p = problem.p, q = problem.q, matrix = p * q;
   const int64_t partials = (request.dR_rows ? p * p : 0) + (request.dL_rows ? q * q : 0);
   const auto wanted = static_cast<int64_t>(cost / flops_per_matrix(problem, request.order));
-  int64_t rows = std::clamp<int64_t>(std::max(wanted, ceil_div(partials, matrix)), 1, problem.B);
+  const int64_t enough = std::clamp<int64_t>(ceil_div(partials, matrix), 1, problem.B);
+  int64_t rows = std::clamp(wanted, enough, problem.B);
   const int64_t least = kept.bytes(problem, 1, request.element_size);
-  const int64_t limit = std::max(kPreferredSharedBytes, least);
+  const int64_t limit = std::clamp(kept.bytes(problem, enough, request.element_size),
+                                   std::max(kPreferredSharedBytes, least), kSharedBytes);
   const int64_t row_bytes = kept.matrices * p * pitch_of(q) * request.element_size;
   rows = std::min(rows, 1 + (limit - least) / row_bytes);
   while (rows > 1 && kept.bytes(problem, rows, request.element_size) > limit) --rows;  // the last vectors' padding
@@ -115,7 +123,7 @@ inline int32_t block_index(int64_t blocks, int64_t tasks) {
 }
 
 inline void schedule_blocks(Schedule& schedule, std::vector<Problem> problems, const Request& request) {
-  const Footprint kept = footprint(request.order);
+  const Footprint kept = footprint(request);
   const double cost = block_cost(problems, request);
   struct Cut {
     Problem problem;
@@ -155,11 +163,13 @@ inline void schedule_blocks(Schedule& schedule, std::vector<Problem> problems, c
              block_index(launch.sum_blocks, request.tasks)};
     launch.blocks += request.tasks * chunks;
     const int64_t size = table.partials_size(entry);
-    schedule.scratch += request.tasks * chunks * size;
     // Outputs that a single block completes leave nothing to sum.
     const bool sums = (request.dR_rows && !table.is_complete(entry, request.dR_rows)) ||
                       (request.dL_rows && !table.is_complete(entry, request.dL_rows));
-    if (sums) launch.sum_blocks += ceil_div(size, kSumColumns) * std::max(request.dR_rows, request.dL_rows);
+    if (sums) {
+      schedule.scratch += request.tasks * chunks * size;
+      launch.sum_blocks += ceil_div(size, kSumColumns) * std::max(request.dR_rows, request.dL_rows);
+    }
     launch.shared_bytes =
         std::max(launch.shared_bytes, kept.bytes(problem, ceil_div(problem.B, chunks), request.element_size));
     block_index(std::max(launch.blocks, launch.sum_blocks), request.tasks);
@@ -286,7 +296,7 @@ inline void schedule_tiles(Schedule& schedule, const std::vector<TiledProduct>& 
 }  // namespace detail
 
 inline Schedule make_schedule(const Group& group, const Request& request) {
-  const detail::Footprint kept = detail::footprint(request.order);
+  const detail::Footprint kept = detail::footprint(request);
   Schedule schedule;
   std::vector<Problem> small;
   detail::Phases phases;

@@ -31,19 +31,34 @@ __device__ __forceinline__ int head_of(const T* data, int size) {
 __device__ __forceinline__ int shared_index(int e, int cols) { return pitch_of(cols) == cols ? e : e + e / cols; }
 
 // (rows, cols) from global memory, packed, to shared memory of the same misalignment. Nobody waits here: all operands
-// are on their way at once, complete after __pipeline_wait_prior(0) and a barrier.
+// are on their way at once, complete after a commit, a wait for it, and a barrier.
 template <typename T>
 __device__ __forceinline__ void stage(T* shared, const T* from, int rows, int cols) {
   constexpr int width = Vector<T>::kWidth;
-  const int size = rows * cols;
-  const int head = pitch_of(cols) == cols ? head_of(from, size) : size, vectors = (size - head) / width;
+  const int size = rows * cols, first = threadIdx.x;
+  if (pitch_of(cols) != cols) {
+    // The row of e is carried along: a division for each element would cost more than its copy.
+    int row = first / cols, col = first % cols;
+    const int rows_on = kThreads / cols, cols_on = kThreads % cols;
 #pragma unroll 1
-  for (int v = threadIdx.x; v < vectors; v += kThreads)
+    for (int e = first; e < size; e += kThreads) {
+      __pipeline_memcpy_async(shared + e + row, from + e, sizeof(T));
+      row += rows_on;
+      col += cols_on;
+      if (col >= cols) {
+        col -= cols;
+        ++row;
+      }
+    }
+    return;
+  }
+  const int head = head_of(from, size), vectors = (size - head) / width;
+#pragma unroll 1
+  for (int v = first; v < vectors; v += kThreads)
     __pipeline_memcpy_async(shared + head + v * width, from + head + v * width, sizeof(Vector<T>));
-#pragma unroll 1
-  for (int rest = threadIdx.x; rest < size - vectors * width; rest += kThreads) {
+  for (int rest = first; rest < size - vectors * width; rest += kThreads) {
     const int e = rest < head ? rest : rest + vectors * width;
-    __pipeline_memcpy_async(shared + shared_index(e, cols), from + e, sizeof(T));
+    __pipeline_memcpy_async(shared + e, from + e, sizeof(T));
   }
 }
 

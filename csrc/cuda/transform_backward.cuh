@@ -11,20 +11,21 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
   const bool need_R = args.data.needs(kdR), need_G = args.data.needs(kdG), need_L = args.data.needs(kdL);
   const Place R = block.stage_R(kR), L = block.stage_L(kL);
   const Place G = block.stage_rows(kG), dY = block.stage_rows(kdY);
-  const Place M = block.room(), N = block.room(), dG = dY;  // dG takes the place of dY, which is read no more
+  // M takes the place of N, and dG that of dY, which are read no more.
+  const Place N = block.room(), M = N, dG = dY;
 
-  block.compute(need_G ? 5 : 4, 0b10101, [&](int job) -> Job<T> {
+  block.compute(5, 0b01110, [&](int job) -> Job<T> {
     switch (job) {
       case 0:
-        return need_G || need_L ? block.to_left(M, block.of(R, dY)) : Job<T>{};
-      case 1:
         return need_R ? block.to_right(N, block.times(G, L)) : Job<T>{};
-      case 2:
+      case 1:
         return need_R ? block.to_dR(block.sum_outer(N, dY)) : Job<T>{};
+      case 2:
+        return need_G || need_L ? block.to_left(M, block.of(R, dY)) : Job<T>{};
       case 3:
         return need_L ? block.to_dL(block.sum_inner(G, M)) : Job<T>{};
       default:
-        return block.to_right(dG, block.times_transposed(M, L));
+        return need_G ? block.to_right(dG, block.times_transposed(M, L)) : Job<T>{};
     }
   });
   if (need_G) block.copy_out(kdG, dG);

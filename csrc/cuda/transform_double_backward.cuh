@@ -6,7 +6,7 @@
 
 namespace kfo::cuda {
 
-// Registers for as many blocks on one multiprocessor. The compiler spills on 8.0 with fewer registers than all.
+// Blocks whose registers fit on one multiprocessor. For 8.0 the compiler spills below 255 registers a thread.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kResidentBlocks = 2;
 #else
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const Place N = use_N ? block.room() : kAbsent, K = use_K ? block.room() : kAbsent;
   const Place dG = dY, ddY = G;  // results take the place of what is read no more
 
-  block.compute(8, 0b01010001, [&](int job) -> Job<T> {
+  block.compute(8, 0b01010000, [&](int job) -> Job<T> {
     switch (job) {
       case 0:
         return use_M ? block.to_left(M, block.of(R, dY)) : Job<T>{};

@@ -1,4 +1,5 @@
-// Stands in for the CUDA header of this name: a copy lands as late as it may, when the thread waits for it.
+// Stands in for the CUDA header of this name: a copy lands as late as it may, when the thread waits for the
+// group that a commit closed it in.
 #pragma once
 
 #include <cstddef>
@@ -9,4 +10,6 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   kfo::emulation::copy_later(to, from, bytes);
 }
 
-inline void __pipeline_wait_prior(int) { kfo::emulation::complete_copies(); }
+inline void __pipeline_commit() { kfo::emulation::commit_copies(); }
+
+inline void __pipeline_wait_prior(unsigned groups) { kfo::emulation::complete_copies(groups); }

@@ -48,9 +48,10 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack = allocate(kStackBytes);
   std::atomic<bool> done{false};
-  std::vector<Copy> copies;  // asynchronous ones, not waited for yet
-  char* barriers = nullptr;  // the block's two points of synchronisation
-  unsigned passed = 0;       // barriers
+  std::vector<Copy> copies;               // asynchronous ones, not committed yet
+  std::vector<std::vector<Copy>> groups;  // committed, not waited for yet
+  char* barriers = nullptr;               // the block's two points of synchronisation
+  unsigned passed = 0;                    // barriers
   sanitizer::Context sanitized;
 };
 
@@ -90,7 +91,7 @@ inline void enter() {
   sanitizer::arrive(self->sanitized, &scheduler_sanitized);
   sanitizer::acquire(sanitizer::launch_begins);
   body();
-  if (!self->copies.empty()) fail("a thread left asynchronous copies behind");
+  if (!self->copies.empty() || !self->groups.empty()) fail("a thread left asynchronous copies behind");
   self->done.store(true, std::memory_order_relaxed);
   sanitizer::release(sanitizer::launch_ends);
   yield(true);
@@ -110,10 +111,19 @@ inline void copy_later(void* to, const void* from, size_t bytes) {
   running.load(std::memory_order_relaxed)->copies.push_back({to, from, bytes});
 }
 
-inline void complete_copies() {
+inline void commit_copies() {
   Fiber* self = running.load(std::memory_order_relaxed);
-  for (const Copy& copy : self->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  self->groups.push_back(std::move(self->copies));
   self->copies.clear();
+}
+
+// All committed groups but the last `remaining`: a copy that no commit closed in is not waited for.
+inline void complete_copies(size_t remaining) {
+  std::vector<std::vector<Copy>>& groups = running.load(std::memory_order_relaxed)->groups;
+  while (groups.size() > remaining) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
 }
 
 }  // namespace kfo::emulation
