@@ -29,7 +29,7 @@ demo: $(STAMPS)/package
 	$(BIN)/kfo demo
 
 test: $(STAMPS)/package $(STAMPS)/test
-	$(BIN)/python -m pytest python_tests
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile python_tests
 
 # The wheel in a fresh environment of its own, from another directory: make test-wheel TORCH=torch==2.11.0 for a CUDA build.
 test-wheel: wheel
