@@ -28,7 +28,7 @@ help:
 demo: $(STAMPS)/package
 	$(BIN)/kfo demo
 
-test: $(STAMPS)/package $(STAMPS)/test
+test: $(STAMPS)/test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile python_tests
 
 # The wheel in a fresh environment of its own, from another directory: make test-wheel TORCH=torch==2.11.0 for a CUDA build.
@@ -83,11 +83,12 @@ $(STAMPS)/package: $(STAMPS)/build $(SOURCES)
 	$(PIP) $(CONSTRAINT) --no-build-isolation --editable .
 	@touch $@
 
-$(STAMPS)/test: $(STAMPS)/package
+# In place of the package's own installation, not after it: that would build everything twice.
+$(STAMPS)/test: $(STAMPS)/build $(SOURCES)
 	$(PIP) $(CONSTRAINT) --no-build-isolation --editable '.[test]'
 	$(PIP) cython
 	$(PIP) $(LEARN2LEARN)
-	@touch $@
+	@touch $(STAMPS)/package $@
 
 $(STAMPS)/lint: $(STAMPS)/venv
 	$(PIP) ruff==0.17.6 clang-format==23.1.5

@@ -120,6 +120,7 @@ def transform(
         backend: "auto" (see `resolve`), "native" (compiled), "triton" (compiled at the first call) or "reference"
             (plain torch). Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all
             their rules.
+            Before it is captured in a CUDA graph, call it once with the same problems and tasks.
 
     Returns:
         Y: (tasks, problems.packing.numel), of G's dtype. Half types, and everything under autocast, compute in float32.
