@@ -111,6 +111,8 @@ def transform(
 ) -> Tensor:
     """Y = R^T G L (+ bias), differentiable to any order by every operand.
 
+    Before a call is captured in a CUDA graph, make it once with the same problems and tasks.
+
     Args:
         R: (tasks or 1, problems.R.numel), packed left factors.
         G: (tasks, problems.packing.numel), packed matrices.
@@ -120,7 +122,6 @@ def transform(
         backend: "auto" (see `resolve`), "native" (compiled), "triton" (compiled at the first call) or "reference"
             (plain torch). Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all
             their rules.
-            Before it is captured in a CUDA graph, call it once with the same problems and tasks.
 
     Returns:
         Y: (tasks, problems.packing.numel), of G's dtype. Half types, and everything under autocast, compute in float32.
