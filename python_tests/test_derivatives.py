@@ -260,7 +260,6 @@ def test_half_types_are_converted_around_the_operator(dtype):
         ({"bias": lambda X: X[:, :-1]}, ValueError, "bias"),
         ({"R": lambda X: torch.cat([X, X])}, ValueError, "R"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_bad_operands(change, error, message, backend):

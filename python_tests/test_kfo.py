@@ -209,7 +209,6 @@ def test_bad_losses():
         (lambda: [torch.ones(2), torch.ones(2, device="meta")], ValueError, "parameter '1': expected device cpu"),
         (lambda: [torch.ones(2, dtype=torch.int64)], TypeError, "parameter '0': expected a floating-point"),
     ],
-    ids=str,
 )
 def test_bad_parameters(make, error, message):
     with pytest.raises(error, match=message):
