@@ -23,7 +23,7 @@ from kfo_ext.testing import (
     run_order,
     truth,
 )
-from kfo_ext.transform import BACKENDS, Problems
+from kfo_ext.transform import Problems, triton_launch
 
 # The second group's factors fit in no block's shared memory.
 GROUPS = {"mixed": (CASES["mixed"] + CASES["primes"], 3), "large": ([(1, 5, 260), (2, 130, 9)], 2)}
@@ -53,8 +53,11 @@ def wrong(backend: str, device: str, dtype: torch.dtype, shapes, tasks: int, row
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backends", nargs="+", default=[name for name in ("native", "triton") if name in BACKENDS])
+    parser.add_argument("--backends", nargs="+", help="native and, on a CUDA device, triton where it is installed")
     options = parser.parse_args(arguments)
+    if options.backends is None:
+        on_device = options.device != "cpu" and triton_launch.available(torch.device(options.device))
+        options.backends = ["native", "triton"] if on_device else ["native"]
     lines, cases = [], 0
     for backend in options.backends:
         for shapes, tasks in GROUPS.values():

@@ -49,7 +49,7 @@ BREAKS = {
     "edge": ("tiled.cuh", "index < size && k < depth", "k < depth", OVERFLOW),
     "sum": ("sum.cuh", "i < count", "i < count - 1", WRONG_VALUE),
     "wait": ("block.cuh", "    __pipeline_wait_prior(0);\n", "", COPIES),
-    "commit": ("block.cuh", "    __pipeline_commit();\n", "", WRONG_VALUE),
+    "commit": ("block.cuh", "    __pipeline_commit();\n", "", COPIES),
     "barrier": ("transform_double_backward.cuh", "0b01010000", "0b01000000", RACE),
     "barrier of a tile": ("tiled.cuh", "      __syncthreads();\n      slab.advance", "      slab.advance", RACE),
     "blocks": ("block.cuh", "entry_.partials + block_ *", "entry_.partials + 0 *", RACE),
