@@ -39,7 +39,7 @@ from transform_orders import (
 
 from kfo_ext.models import omniglot_cnn
 from kfo_ext.testing import truth
-from kfo_ext.transform import BACKENDS, Problems, native
+from kfo_ext.transform import Problems, native
 
 # As parameters: learn2learn knows layers by their dimensions.
 GROUPS = {
@@ -50,11 +50,7 @@ GROUPS = {
 }
 CONTENDERS = {
     "kfo native packed": PROVIDERS["kfo packed"],
-    **(
-        {"kfo triton packed": Provider(lambda case: kfo_packed(case, "triton"), packed_already)}
-        if "triton" in BACKENDS
-        else {}
-    ),
+    "kfo triton packed": Provider(lambda case: kfo_packed(case, "triton"), packed_already),
     "kfo gradients on": Provider(kfo_gradients_on, packed_already),
     "kfo lists": PROVIDERS["kfo lists"],
     "torch matmul": PROVIDERS["torch matmul"],

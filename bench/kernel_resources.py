@@ -21,7 +21,6 @@ from kfo_ext.trainer.run_folder import environment
 from kfo_ext.transform import Problems
 
 TASKS = 16
-THREADS = 128  # of a block: csrc/cuda/table.h
 GROUPS = {"omniglot_cnn2": model_case(2), "omniglot_cnn4": model_case(4), "head_5x1600": [(1, 5, 1600)]}
 ORDERS = ("forward", "backward", "double_backward")
 
@@ -53,8 +52,8 @@ def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
             moved = _plan.bytes(flat, TASKS, number, factor_rows=TASKS, element_size=4)
             flops = _plan.flops(flat, TASKS, number)
             kernel, blocks, shared_bytes = launches[0]
-            by_registers = gpu.registers // (registers[kernel] * THREADS)
-            resident = min(by_registers, gpu.shared_bytes // (shared_bytes + 1024), 2048 // THREADS)
+            by_registers = gpu.registers // (registers[kernel] * _plan.cuda_threads)
+            resident = min(by_registers, gpu.shared_bytes // (shared_bytes + 1024), 2048 // _plan.cuda_threads)
             work = max(moved / gpu.bytes_per_us, flops / (gpu.share_of_flops * gpu.flops_per_us))
             out.append(
                 {

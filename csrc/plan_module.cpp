@@ -121,12 +121,12 @@ PYBIND11_MODULE(_plan, m) {
         "The CPU library's units of work (problem, task, begin, end), the costliest first. When both factors are "
         "shared,\n"
         "rows run on over the tasks: row r is matrix r % B of task r // B.");
-  m.def("cuda_launches", &cuda_launches, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("element_size"),
-        py::arg("shared_R") = false, py::arg("shared_L") = false,
-        "The CUDA library's launches (kernel, thread blocks, bytes of shared memory of each) with every output wanted "
-        "and "
-        "every\n"
-        "operand present.");
+  m.def(
+      "cuda_launches", &cuda_launches, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("element_size"),
+      py::arg("shared_R") = false, py::arg("shared_L") = false,
+      "The CUDA library's launches (kernel, thread blocks, bytes of shared memory of each), with every output wanted\n"
+      "and every operand present.");
+  m.attr("cuda_threads") = kfo::cuda::kThreads;
   m.def("flops", &flops, py::arg("shapes"), py::arg("tasks"), py::arg("order"),
         "Operations of one call with every output wanted, 2 per multiply-add.");
   m.def("bytes", &bytes, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("factor_rows"),

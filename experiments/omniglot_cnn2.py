@@ -90,8 +90,8 @@ def best_validation(folder: Path, iterations: int) -> float:
     return max(record["validation_accuracy"] for record in records if record["iteration"] <= iterations)
 
 
-def name(update: str, setting: Setting) -> str:
-    return f"{update}-{setting.init}-{setting.rate}" + ("" if setting.clip_norm else "-unclipped")
+def folder_of(options: argparse.Namespace, update: str, setting: Setting) -> Path:
+    return options.runs / (f"{update}-{setting.init}-{setting.rate}" + ("" if setting.clip_norm else "-unclipped"))
 
 
 def seconds(folder: Path) -> float:
@@ -103,12 +103,7 @@ def train_all(
     options: argparse.Namespace, pool: ThreadPoolExecutor, entries: list[Entry], iterations: int
 ) -> dict[Entry, Path]:
     """Meta-trains each entry up to `iterations`, from where it is, and returns the folders."""
-    jobs = {
-        (update, setting): pool.submit(
-            train, options, update, setting, iterations, options.runs / name(update, setting)
-        )
-        for update, setting in entries
-    }
+    jobs = {entry: pool.submit(train, options, *entry, iterations, folder_of(options, *entry)) for entry in entries}
     return {entry: job.result() for entry, job in jobs.items()}
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kfo_ext.models import omniglot_cnn
-from kfo_ext.transform import Problems, reference, transform
+from kfo_ext.transform import Problems, reference
 from kfo_ext.transform.autograd import Family
-from kfo_ext.transform.op import resolve
+from kfo_ext.transform.op import NATIVE, TRITON, resolve
 
 # Small enough for every test; names say what each is there for.
 CASES: dict[str, list[tuple[int, int, int]]] = {
@@ -108,19 +108,15 @@ def truth(operands: Operands, shapes: Sequence[tuple[int, int, int]]) -> dict[st
 
 
 def family_of(backend: str, device: torch.device | str) -> Family:
-    """The three operators of a compiled backend ("native", or one whose operators carry its name), loaded.
+    """The three operators of a compiled backend, "native" or "triton".
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: another backend.
         RuntimeError: it does not run on `device`; says why.
     """
-    resolve(backend, torch.device(device))
-    # A backend may register its operators on its first call.
-    one = torch.ones(1, 1, device=device)
-    transform(one, one, one, Problems([(1, 1, 1)]), backend=backend)
-    suffix = "" if backend == "native" else f"_{backend}"
-    names = (f"transform{order}{suffix}" for order in ("", "_backward", "_double_backward"))
-    return Family(*(getattr(torch.ops.kfo_ext, name).default for name in names))
+    if backend not in ("native", "triton"):
+        raise ValueError(f"backend: expected native or triton, got {backend!r}")
+    return {"native": NATIVE, "triton": TRITON}[resolve(backend, torch.device(device))]
 
 
 def run_order(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from kfo_ext.testing import CASES, Operands, random_operands, truth
+from kfo_ext.testing import CASES, OUTPUTS, Operands, assert_close, random_operands, run_all, truth, with_strides
 from kfo_ext.transform import Problems, reference, transform
 from kfo_ext.transform.op import NATIVE, TRITON, resolve
 
@@ -27,10 +27,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest, under Triton's interpreter")
 compiled = pytest.mark.skipif(INTERPRETED, reason="runs without Triton's interpreter")
 
-# Relative to the largest element of the true output.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
 NEED_ALL = [True, True, True]
-NAMES = ("Y", "dR", "dG", "dL", "second_R", "second_G", "second_L", "second_dY")
 # The table of the other backends, and what only these kernels tell apart.
 ALL = {
     **CASES,
@@ -64,28 +61,9 @@ def test_under_the_interpreter(half):
 _HALVES = {"numbers": "equals_truth", "rules": "not equals_truth"}
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    assert actual.shape == expected.shape, name
-    assert actual.is_contiguous(), name
-    if expected.numel():
-        scale = expected.abs().max().clamp_min(1e-30)
-        error = ((actual.double() - expected).abs().max() / scale).item()
-        assert error <= TOLERANCE[actual.dtype], f"{name}: relative error {error:.2e}"
-
-
-def run_all(operands: Operands, flat: list[int]) -> dict[str, torch.Tensor]:
-    R, G, L, dY, ddR, ddG, ddL, _ = operands
-    outputs = (
-        TRITON.transform(R, G, L, flat),
-        *TRITON.backward(R, G, L, dY, flat, NEED_ALL),
-        *TRITON.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, [*NEED_ALL, True]),
-    )
-    return dict(zip(NAMES, outputs))
-
-
 def check_all(operands: Operands, shapes) -> None:
     expected = truth(operands, shapes)
-    for name, actual in run_all(operands, Problems(shapes).flat).items():
+    for name, actual in run_all(TRITON, operands, Problems(shapes).flat).items():
         assert_close(actual, expected[name], name)
 
 
@@ -145,19 +123,8 @@ def test_missing_cotangents_are_zeros(shapes):
         zeros = [torch.zeros_like(X) if gone else X for gone, X in zip(missing, operands[4:7])]
         expected = truth(Operands(*operands[:4], *zeros, operands.bias), shapes)
         outputs = TRITON.double_backward(*operands[:4], *given, flat, [*NEED_ALL, True])
-        for name, actual in zip(NAMES[4:], outputs):
+        for name, actual in zip(OUTPUTS["double_backward"], outputs):
             assert_close(actual, expected[name], f"{name}, without {missing}")
-
-
-def _strided(X: torch.Tensor, kind: str) -> torch.Tensor:
-    """The values of X, or for `expanded` of its first row, in memory laid out otherwise."""
-    if kind == "transposed":
-        return X.T.contiguous().T
-    if kind == "sliced":
-        return torch.cat([X, X + 1], 1).repeat_interleave(2, 0)[::2, : X.shape[1]]
-    if kind == "stepped":
-        return torch.stack([X, X + 1], -1)[..., 0]
-    return X[:1].expand(X.shape)
 
 
 @interpreted
@@ -165,23 +132,23 @@ def _strided(X: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("shapes", [[(2, 3, 2)], [(1, 33, 17)]], ids=["small", "large"])
 def test_any_strides_on_any_operand(shapes, kind):
     plain = random_operands(shapes, 2)
-    check_all(Operands(*(_strided(X, kind) for X in plain)), shapes)
+    check_all(Operands(*(with_strides(X, kind) for X in plain)), shapes)
     if kind == "expanded" and shapes[0][0] > 1:
         for i in range(7):
-            check_all(Operands(*(_strided(X, kind) if i == j else X for j, X in enumerate(plain))), shapes)
+            check_all(Operands(*(with_strides(X, kind) if i == j else X for j, X in enumerate(plain))), shapes)
 
 
 @interpreted
 def test_degenerate_groups():
     shapes = ALL["mixed"] + ALL["large"]
     for rows in ((0, 0), (1, 1)):
-        outputs = run_all(random_operands(shapes, 0, rows=rows), Problems(shapes).flat)
+        outputs = run_all(TRITON, random_operands(shapes, 0, rows=rows), Problems(shapes).flat)
         assert outputs["Y"].shape == (0, Problems(shapes).packing.numel)
         for name in ("dR", "dL", "second_R", "second_L"):
             assert outputs[name].shape[0] == rows[0]
             assert not outputs[name].any()
     nothing = random_operands([], 2)
-    assert all(output.shape == (2, 0) for output in run_all(nothing, []).values())
+    assert all(output.shape == (2, 0) for output in run_all(TRITON, nothing, []).values())
 
 
 @interpreted
@@ -191,11 +158,11 @@ def test_not_finite_stays_where_it_belongs():
     shapes = [(1, 3, 5), (1, 2, 33)]
     flat = Problems(shapes).flat
     clean = random_operands(shapes, 3, dtype=torch.float32)
-    expected = run_all(clean, flat)
+    expected = run_all(TRITON, clean, flat)
     dirty = Operands(*(X.clone() for X in clean))
     for X in dirty:
         X[1] = float("nan")
-    for name, value in run_all(dirty, flat).items():
+    for name, value in run_all(TRITON, dirty, flat).items():
         assert torch.equal(value[::2], expected[name][::2]), name
         assert value[1].isnan().all(), name
     infinite = clean.L.clone().abs()
@@ -209,7 +176,7 @@ def test_integer_operands_are_exact():
     shapes = ALL["lane_edges"]
     operands = Operands(*(torch.randint(-3, 4, X.shape).float() for X in random_operands(shapes, 2)))
     expected = truth(operands, shapes)
-    for name, actual in run_all(operands, Problems(shapes).flat).items():
+    for name, actual in run_all(TRITON, operands, Problems(shapes).flat).items():
         assert torch.equal(actual.double(), expected[name]), name
 
 

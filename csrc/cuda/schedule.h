@@ -23,6 +23,8 @@ struct Request {
   bool need_G = false, need_Y = false;               // dG, ddY
   bool has_R = false, has_G = false, has_L = false;  // ddR, ddG, ddL
 
+  Intermediates intermediates() const { return {dR_rows != 0, need_G, dL_rows != 0, need_Y, has_R, has_G, has_L}; }
+
   auto key() const {
     return std::tuple(order, tasks, element_size, dR_rows, dL_rows, need_G, need_Y, has_R, has_G, has_L);
   }
@@ -73,11 +75,8 @@ inline Footprint footprint(const Request& request) {
     case Order::backward:  // R, L; G, dY, N or M
       return {1, 3};
     case Order::double_backward: {  // R, L, ddR, ddL; G, dY, ddG, M, S, N, K
-      const bool need_R = request.dR_rows, need_G = request.need_G, need_L = request.dL_rows, need_Y = request.need_Y;
-      const bool has_R = request.has_R, has_G = request.has_G, has_L = request.has_L;
-      const bool use_M = (need_G && has_L) || (need_L && has_G), use_S = (need_G || need_L) && has_R;
-      const bool use_N = need_Y && has_R, use_K = (need_R || need_Y) && (has_G || has_L);
-      return {1 + (has_R || has_L), 2 + has_G + use_M + use_S + use_N + use_K};
+      const Intermediates use = request.intermediates();
+      return {1 + (request.has_R || request.has_L), 2 + request.has_G + use.M + use.S + use.N + use.K};
     }
   }
   throw std::invalid_argument("order: expected forward, backward or double_backward");
@@ -122,8 +121,8 @@ inline int32_t block_index(int64_t blocks, int64_t tasks) {
   return static_cast<int32_t>(blocks);
 }
 
-inline void schedule_blocks(Schedule& schedule, std::vector<Problem> problems, const Request& request) {
-  const Footprint kept = footprint(request);
+inline void schedule_blocks(Schedule& schedule, const std::vector<Problem>& problems, const Footprint& kept,
+                            const Request& request) {
   const double cost = block_cost(problems, request);
   struct Cut {
     Problem problem;
@@ -262,10 +261,11 @@ inline int add_products(Phases& phases, const Problem& problem, int64_t scratch,
   }
   const TiledMatrix M = x.intermediate(0), S = x.intermediate(1), N = x.intermediate(2), K = x.intermediate(3);
   const bool has_R = request.has_R, has_G = request.has_G, has_L = request.has_L, has_K = has_G || has_L;
-  if ((request.need_G && has_L) || (need_L && has_G)) made.push_back(x.make(0, term(true, R, dY, p)));
-  if ((request.need_G || need_L) && has_R) made.push_back(x.make(1, term(true, ddR, dY, p)));
-  if (request.need_Y && has_R) made.push_back(x.make(2, term(true, G, L, q)));
-  if ((need_R || request.need_Y) && has_K) made.push_back(x.make(3, term(has_G, ddG, L, q), term(has_L, G, ddL, q)));
+  const Intermediates use = request.intermediates();
+  if (use.M) made.push_back(x.make(0, term(true, R, dY, p)));
+  if (use.S) made.push_back(x.make(1, term(true, ddR, dY, p)));
+  if (use.N) made.push_back(x.make(2, term(true, G, L, q)));
+  if (use.K) made.push_back(x.make(3, term(has_G, ddG, L, q), term(has_L, G, ddL, q)));
   if (need_R) out.push_back(x.sum_R(request.dR_rows, term(has_K, K, transposed(dY), q)));
   if (need_L)
     out.push_back(x.sum_L(request.dL_rows, term(has_R, transposed(G), S, p), term(has_G, transposed(ddG), M, p)));
@@ -312,7 +312,7 @@ inline Schedule make_schedule(const Group& group, const Request& request) {
     schedule.scratch_columns += kept_products * problem.B * problem.p * problem.q;
   }
   schedule.scratch = schedule.scratch_columns * request.tasks;
-  detail::schedule_blocks(schedule, std::move(small), request);
+  detail::schedule_blocks(schedule, small, kept, request);
   detail::schedule_tiles(schedule, phases.intermediates, request);
   detail::schedule_tiles(schedule, phases.results, request);
   return schedule;

@@ -30,6 +30,19 @@ __host__ __device__ constexpr int padded_size(int64_t rows, int64_t cols, int64_
   return static_cast<int>((size + 2 * width - 2) / width * width);
 }
 
+// Which of M = R dY, S = ddR dY, N = G L and K = ddG L + G ddL the double backward needs, given the outputs that are
+// needed and the cotangents that are there.
+struct Intermediates {
+  bool M, S, N, K;
+
+  __host__ __device__ constexpr Intermediates(bool need_R, bool need_G, bool need_L, bool need_Y, bool has_R,
+                                              bool has_G, bool has_L)
+      : M((need_G && has_L) || (need_L && has_G)),
+        S((need_G || need_L) && has_R),
+        N(need_Y && has_R),
+        K((need_R || need_Y) && (has_G || has_L)) {}
+};
+
 // One problem whose factors fit in shared memory. Its blocks, one per (task, chunk of B), are numbered by task, then by
 // chunk.
 struct Entry {

@@ -2,6 +2,7 @@
 // No torch, no CUDA.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "operand.h"
@@ -60,7 +61,11 @@ __host__ __device__ constexpr TileSize tile_size(TileShape shape) {
   }
 }
 
-// Elements of shared memory that the two slabs of any tile need, with an odd pitch.
-constexpr int kTiledShared = 16 * (9 + 129);
+// Elements of shared memory that the two slabs of a tile need, with an odd pitch; and those of any tile.
+constexpr int slab_elements(TileShape shape) {
+  return tile_size(shape).depth * (tile_size(shape).rows + 1 + tile_size(shape).cols + 1);
+}
+constexpr int kTiledShared =
+    std::max({slab_elements(TileShape::square), slab_elements(TileShape::wide), slab_elements(TileShape::tall)});
 
 }  // namespace kfo::cuda

@@ -20,29 +20,27 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   Block<T> block(args);
   const bool need_R = args.data.needs(kdR), need_G = args.data.needs(kdG), need_L = args.data.needs(kdL),
              need_Y = args.data.needs(kddY);
-  const bool has_R = args.data.has(kddR), has_G = args.data.has(kddG), has_L = args.data.has(kddL),
-             has_K = has_G || has_L;
+  const Intermediates use(need_R, need_G, need_L, need_Y, args.data.has(kddR), args.data.has(kddG),
+                          args.data.has(kddL));
 
   const Place R = block.stage_R(kR), L = block.stage_L(kL);
   const Place ddR = block.stage_R(kddR), ddL = block.stage_L(kddL);
   const Place G = block.stage_rows(kG), dY = block.stage_rows(kdY), ddG = block.stage_rows(kddG);
   // An absent intermediate is an absent operand of what is made of it.
-  const bool use_M = (need_G && has_L) || (need_L && has_G), use_S = (need_G || need_L) && has_R;
-  const bool use_N = need_Y && has_R, use_K = (need_R || need_Y) && has_K;
-  const Place M = use_M ? block.room() : kAbsent, S = use_S ? block.room() : kAbsent;
-  const Place N = use_N ? block.room() : kAbsent, K = use_K ? block.room() : kAbsent;
+  const Place M = use.M ? block.room() : kAbsent, S = use.S ? block.room() : kAbsent;
+  const Place N = use.N ? block.room() : kAbsent, K = use.K ? block.room() : kAbsent;
   const Place dG = dY, ddY = G;  // results take the place of what is read no more
 
   block.compute(8, 0b01010000, [&](int job) -> Job<T> {
     switch (job) {
       case 0:
-        return use_M ? block.to_left(M, block.of(R, dY)) : Job<T>{};
+        return use.M ? block.to_left(M, block.of(R, dY)) : Job<T>{};
       case 1:
-        return use_S ? block.to_left(S, block.of(ddR, dY)) : Job<T>{};
+        return use.S ? block.to_left(S, block.of(ddR, dY)) : Job<T>{};
       case 2:
-        return use_N ? block.to_right(N, block.times(G, L)) : Job<T>{};
+        return use.N ? block.to_right(N, block.times(G, L)) : Job<T>{};
       case 3:
-        return use_K ? block.to_right(K, block.times(ddG, L), block.times(G, ddL)) : Job<T>{};
+        return use.K ? block.to_right(K, block.times(ddG, L), block.times(G, ddL)) : Job<T>{};
       case 4:
         return need_R ? block.to_dR(block.sum_outer(K, dY)) : Job<T>{};
       case 5:

@@ -35,7 +35,6 @@ struct Dim {
 
 constexpr size_t kStackBytes = 64 * 1024;
 
-// Bytes of one block's fibers and memory, new for each block where a sanitizer must tell blocks apart.
 inline std::unique_ptr<char[]> allocate(size_t bytes) { return std::unique_ptr<char[]>(new char[bytes]); }
 
 struct Copy {
