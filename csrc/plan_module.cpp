@@ -63,8 +63,8 @@ py::list chunks(const Shapes& shapes, int64_t tasks, int order, bool shared_R, b
   return out;
 }
 
-py::list cuda_launches(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R,
-                       bool shared_L) {
+kfo::cuda::Schedule cuda_schedule(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R,
+                                  bool shared_L) {
   check_tasks(tasks);
   if (element_size != 4 && element_size != 8)
     throw std::invalid_argument("element_size: expected 4 or 8, got " + std::to_string(element_size));
@@ -76,7 +76,12 @@ py::list cuda_launches(const Shapes& shapes, int64_t tasks, int order, int64_t e
   }
   if (request.order == kfo::Order::double_backward)
     request.need_Y = request.has_R = request.has_G = request.has_L = true;
-  const kfo::cuda::Schedule schedule = kfo::cuda::make_schedule(kfo::make_group(shapes), request);
+  return kfo::cuda::make_schedule(kfo::make_group(shapes), request);
+}
+
+py::list cuda_launches(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R,
+                       bool shared_L) {
+  const kfo::cuda::Schedule schedule = cuda_schedule(shapes, tasks, order, element_size, shared_R, shared_L);
   py::list out;
   const auto add = [&](const char* kernel, int64_t blocks, int64_t shared_bytes) {
     if (blocks) out.append(py::make_tuple(kernel, blocks, shared_bytes));
@@ -89,6 +94,11 @@ py::list cuda_launches(const Shapes& shapes, int64_t tasks, int order, int64_t e
   for (const kfo::cuda::TiledLaunch& part : schedule.tiled)
     add("tiled_kernel", part.blocks, kfo::cuda::kTiledShared * element_size);
   return out;
+}
+
+int64_t cuda_scratch(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R,
+                     bool shared_L) {
+  return cuda_schedule(shapes, tasks, order, element_size, shared_R, shared_L).scratch * element_size;
 }
 
 double flops(const Shapes& shapes, int64_t tasks, int order) {
@@ -126,6 +136,9 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("shared_R") = false, py::arg("shared_L") = false,
       "The CUDA library's launches (kernel, thread blocks, bytes of shared memory of each), with every output wanted\n"
       "and every operand present.");
+  m.def("cuda_scratch", &cuda_scratch, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("element_size"),
+        py::arg("shared_R") = false, py::arg("shared_L") = false,
+        "Bytes of scratch memory of the same launches: partial sums and large intermediates.");
   m.attr("cuda_threads") = kfo::cuda::kThreads;
   m.def("flops", &flops, py::arg("shapes"), py::arg("tasks"), py::arg("order"),
         "Operations of one call with every output wanted, 2 per multiply-add.");

@@ -75,6 +75,17 @@ def test_no_launch_asks_for_more_shared_memory_than_every_gpu_has(case, element_
         assert all(shared_bytes <= SHARED_BYTES for _, _, shared_bytes in launches)
 
 
+@pytest.mark.parametrize("case", [*CASES, *LARGE_CASES])
+@pytest.mark.parametrize("tasks", [1, 16])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_scratch_memory_stays_below_operands_and_outputs(case, tasks, order):
+    shapes = Problems((CASES | LARGE_CASES)[case]).flat
+    for shared in (False, True):
+        scratch = _plan.cuda_scratch(shapes, tasks, order, 4, shared_R=shared, shared_L=shared)
+        assert scratch <= _plan.bytes(shapes, tasks, order, 1 if shared else tasks, 4)
+        assert order > 1 or case in LARGE_CASES or scratch == 0
+
+
 def test_bad_arguments_name_themselves():
     with pytest.raises(ValueError, match="element_size: expected 4 or 8, got 2"):
         _plan.cuda_launches([1, 1, 1], 1, 1, 2)
