@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+WHEEL_TORCH ?= $(TORCH)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -31,10 +32,11 @@ demo: $(STAMPS)/package
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile python_tests
 
-# The wheel in a fresh environment of its own, from another directory: make test-wheel TORCH=torch==2.11.0 for a CUDA build.
+# The wheel in a fresh environment of its own, from another directory; make test-wheel WHEEL_TORCH=torch==2.11.0 for a torch
+# other than the one that it was built with.
 test-wheel: wheel
 	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check $(WHEEL_TORCH)
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/kfo_ext-*.whl pytest expecttest hypothesis
 	.venv-wheel/bin/kfo doctor
 	tests=$$PWD/python_tests wheel=$$PWD/.venv-wheel && cd "$$(mktemp -d)" && $$wheel/bin/python -m pytest \
@@ -43,7 +45,8 @@ test-wheel: wheel
 
 # Both libraries under a CUDA build of torch, without a GPU.
 test-cuda-load:
-	$(MAKE) test-wheel TORCH=torch==2.11.0
+	$(MAKE) test-wheel WHEEL_TORCH=torch==2.11.0
+	.venv-wheel/bin/python -c 'from kfo_ext.transform import native; loads, why = native.status()["cuda"]; exit(None if loads else why)'
 
 wheel: $(STAMPS)/build
 	rm -rf dist
@@ -76,7 +79,7 @@ $(STAMPS)/torch.txt: $(STAMPS)/venv
 	@mv $@.part $@
 
 $(STAMPS)/build: $(STAMPS)/torch.txt
-	$(PIP) $(CONSTRAINT) setuptools wheel ninja pybind11 numpy build
+	$(PIP) $(CONSTRAINT) 'setuptools>=77' wheel ninja pybind11 numpy build
 	@touch $@
 
 $(STAMPS)/package: $(STAMPS)/build $(SOURCES)
