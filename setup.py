@@ -23,9 +23,9 @@ import kfo_toolchain as toolchain  # noqa: E402  it lies in the directory of the
 
 ARCHITECTURES = [80, 90, 100, 120]
 ISAS = {
-    "avx512": "-mavx512f -mavx2 -mfma -DKFO_ISA_TABLE=kAvx512",
-    "avx2": "-mavx2 -mfma -DKFO_ISA_TABLE=kAvx2",
-    "baseline": "-DKFO_ISA_TABLE=kBaseline",
+    "avx512": "-mavx512f -mavx2 -mfma",
+    "avx2": "-mavx2 -mfma",
+    "baseline": "",
 }
 
 
@@ -82,10 +82,11 @@ def build_graph(package: Path, version: str, torch: tuple[Path, str], nvcc: tupl
     graph.rule("cxx", f"{cxx} -MMD -MF $out.d {host} $flags -c $in -o $out")
     graph.rule("link", f"{cxx} -shared -Wl,--as-needed,-z,relro,-z,now $in $flags -o $out")
 
-    sources = sorted({CSRC / "library.cpp", *CSRC.glob("cpu/*.cpp")} - {CSRC / "cpu/kernels.cpp"})
+    kernels = set(CSRC.glob("cpu/*_kernels.cpp"))  # compiled once for each instruction set
+    sources = sorted({CSRC / "library.cpp", *CSRC.glob("cpu/*.cpp")} - kernels)
     objects = [graph.compile("cxx", source, flags_of.get(source.stem, stable)) for source in sources]
-    for isa, flags in ISAS.items():
-        objects.append(graph.compile("cxx", CSRC / "cpu/kernels.cpp", f"-DKFO_ISA={isa} {flags}", isa))
+    for source in sorted(kernels):
+        objects += [graph.compile("cxx", source, f"-DKFO_ISA={isa} {flags}", isa) for isa, flags in ISAS.items()]
     graph.build("link", str(package / "_kfo_cpu.so"), objects, f"-Wl,-z,defs {libraries} -ltorch_cpu")
 
     codes = [f"sm_{arch}" for arch in ARCHITECTURES] + [f"compute_{ARCHITECTURES[-1]}"]

@@ -2,8 +2,8 @@
 // operations on them: load, left (F X), right (X F), left_gradient (sum X Y^T), right_gradient (sum X^T Y) and store.
 #pragma once
 
-#include "kernels.h"
 #include "products.h"
+#include "transform_kernels.h"
 
 namespace {
 

@@ -11,6 +11,8 @@
 #include "isa.h"
 #include "schedule.h"
 #include "scratch.h"
+#include "transform_kernels.h"
+#include "working_memory.h"
 
 namespace kfo::cpu {
 
@@ -148,6 +150,10 @@ Packed<T> packed_of(const std::optional<Tensor>& tensor) {
   return tensor ? packed<T>(*tensor) : Packed<T>{};
 }
 
+const TransformKernels& chosen_kernels() {
+  return chosen(avx512::transform_kernels, avx2::transform_kernels, baseline::transform_kernels);
+}
+
 // Calls run(T{}) with the C++ type of the operands.
 template <class Run>
 void with_type(const Tensor& G, Run run) {
@@ -159,7 +165,7 @@ void with_type(const Tensor& G, Run run) {
 
 Tensor transform(const Tensor& R_, const Tensor& G_, const Tensor& L_, const std::vector<int64_t>& shapes,
                  const std::optional<Tensor>& bias_) {
-  const Isa& instructions = isa();
+  const TransformKernels& kernels = chosen_kernels();
   const int64_t tasks = check_transform(make_group(shapes), shapes, R_, G_, L_, bias_);
   const auto schedule = schedule_of(shapes, tasks, Order::forward, R_.size(0) == 1, L_.size(0) == 1);
   const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_);
@@ -170,7 +176,7 @@ Tensor transform(const Tensor& R_, const Tensor& G_, const Tensor& L_, const std
     Call<T> call;
     call.R = packed<T>(R), call.G = packed<T>(G), call.L = packed<T>(L), call.bias = packed_of<T>(bias);
     call.Y = written<T>(Y, true);
-    execute(call, *schedule, instructions.kernels<T>().forward);
+    execute(call, *schedule, kernels.of<T>().forward);
   });
   return Y;
 }
@@ -178,7 +184,7 @@ Tensor transform(const Tensor& R_, const Tensor& G_, const Tensor& L_, const std
 std::tuple<Tensor, Tensor, Tensor> transform_backward(const Tensor& R_, const Tensor& G_, const Tensor& L_,
                                                       const Tensor& dY_, const std::vector<int64_t>& shapes,
                                                       const std::vector<bool>& need) {
-  const Isa& instructions = isa();
+  const TransformKernels& kernels = chosen_kernels();
   const int64_t tasks = check_transform_backward(make_group(shapes), shapes, R_, G_, L_, dY_, need);
   const auto schedule = schedule_of(shapes, tasks, Order::backward, R_.size(0) == 1, L_.size(0) == 1);
   const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_), dY = contiguous_rows(dY_);
@@ -191,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> transform_backward(const Tensor& R_, const Te
     call.R = packed<T>(R), call.G = packed<T>(G), call.L = packed<T>(L), call.dY = packed<T>(dY);
     call.dR = written<T>(dR, need[0]), call.dG = written<T>(dG, need[1]), call.dL = written<T>(dL, need[2]);
     call.dR_stride = schedule->group.R, call.dL_stride = schedule->group.L;
-    execute(call, *schedule, instructions.kernels<T>().backward);
+    execute(call, *schedule, kernels.of<T>().backward);
   });
   return {dR, dG, dL};
 }
@@ -200,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(
     const Tensor& R_, const Tensor& G_, const Tensor& L_, const Tensor& dY_, const std::optional<Tensor>& ddR_,
     const std::optional<Tensor>& ddG_, const std::optional<Tensor>& ddL_, const std::vector<int64_t>& shapes,
     const std::vector<bool>& need) {
-  const Isa& instructions = isa();
+  const TransformKernels& kernels = chosen_kernels();
   const int64_t tasks =
       check_transform_double_backward(make_group(shapes), shapes, R_, G_, L_, dY_, ddR_, ddG_, ddL_, need);
   const auto schedule = schedule_of(shapes, tasks, Order::double_backward, R_.size(0) == 1, L_.size(0) == 1);
@@ -219,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(
     call.dR = written<T>(dR, need[0]), call.dG = written<T>(dG, need[1]), call.dL = written<T>(dL, need[2]);
     call.ddY = written<T>(ddY, need[3]);
     call.dR_stride = schedule->group.R, call.dL_stride = schedule->group.L;
-    execute(call, *schedule, instructions.kernels<T>().double_backward);
+    execute(call, *schedule, kernels.of<T>().double_backward);
   });
   return {dR, dG, dL, ddY};
 }

@@ -1,13 +1,14 @@
-// The kernels of one instruction set: compiled once for each, with KFO_ISA naming the table it defines. Everything else
-// in this file has internal linkage, so that no code for a newer processor can be shared with an older one by the
-// linker.
-#include "kernels.h"
+// The kernels of one instruction set: compiled once for each, with KFO_ISA naming the namespace of the table it
+// defines. Everything else in this file has internal linkage, so that no code for a newer processor can be shared with
+// an older one by the linker.
+#include "transform_kernels.h"
 
 #include "orders.h"
+#include "working_memory.h"
 
 namespace {
 
-using kfo::cpu::Kernels;
+using kfo::cpu::OrderKernels;
 using kfo::cpu::scratch;
 
 // The job of the transposed problem: Y^T = L^T G^T R.
@@ -61,7 +62,7 @@ void run(const Job<T>& job) {
 }
 
 template <class T>
-constexpr Kernels<T> kernels() {
+constexpr OrderKernels<T> kernels() {
   return {run<T, kForwardMemory, forward<T, LaneBlock<T>>, forward<T, RowBlock<T>>>,
           run<T, kBackwardMemory, backward<T, LaneBlock<T>>, backward<T, RowBlock<T>>>,
           run<T, kDoubleBackwardMemory, double_backward<T, LaneBlock<T>>, double_backward<T, RowBlock<T>>>};
@@ -69,10 +70,8 @@ constexpr Kernels<T> kernels() {
 
 }  // namespace
 
-namespace kfo::cpu {
+namespace kfo::cpu::KFO_ISA {
 
-#define KFO_TEXT_OF(name) #name
-#define KFO_TEXT(name) KFO_TEXT_OF(name)
-const Isa KFO_ISA_TABLE = {KFO_TEXT(KFO_ISA), kernels<float>(), kernels<double>()};
+const TransformKernels transform_kernels = {kernels<float>(), kernels<double>()};
 
-}  // namespace kfo::cpu
+}  // namespace kfo::cpu::KFO_ISA

@@ -27,19 +27,18 @@ struct Job {
 };
 
 template <class T>
-struct Kernels {
+struct OrderKernels {
   void (*forward)(const Job<T>&);
   void (*backward)(const Job<T>&);
   void (*double_backward)(const Job<T>&);
 };
 
-struct Isa {
-  const char* name;
-  Kernels<float> float32;
-  Kernels<double> float64;
+struct TransformKernels {
+  OrderKernels<float> float32;
+  OrderKernels<double> float64;
 
   template <class T>
-  const Kernels<T>& kernels() const {
+  const OrderKernels<T>& of() const {
     if constexpr (sizeof(T) == sizeof(float))
       return float32;
     else
@@ -47,10 +46,14 @@ struct Isa {
   }
 };
 
-// kernels.cpp is compiled once for each of these.
-extern const Isa kAvx512, kAvx2, kBaseline;
-
-// Working memory of the calling thread, 64-byte aligned, valid until its next call.
-void* scratch(size_t bytes);
+namespace avx512 {
+extern const TransformKernels transform_kernels;
+}
+namespace avx2 {
+extern const TransformKernels transform_kernels;
+}
+namespace baseline {
+extern const TransformKernels transform_kernels;
+}
 
 }  // namespace kfo::cpu

@@ -1,0 +1,11 @@
+// What kernels ask the library for. No inline code: it would be compiled for each instruction set.
+#pragma once
+
+#include <cstddef>
+
+namespace kfo::cpu {
+
+// Working memory of the calling thread, 64-byte aligned, valid until its next call.
+void* scratch(size_t bytes);
+
+}  // namespace kfo::cpu
