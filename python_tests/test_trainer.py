@@ -207,7 +207,15 @@ def test_a_signal_finishes_the_step_and_saves(number, tmp_path):
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_aborts(tmp_path):
+@pytest.fixture
+def python_handles_sigint():
+    """A process started in the background of a shell ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_aborts(python_handles_sigint, tmp_path):
     trainer = Trainer.start(Config(**WAVES), tmp_path / "run")
     family = SignalAt(trainer.tasks, 1, signal.SIGINT)
     trainer.tasks = SignalAt(family, 1, signal.SIGINT)
