@@ -1,4 +1,4 @@
-// The schemas of the three ops; each library of kernels adds its implementations under its dispatch key.
+// The schemas of all ops; each library of kernels adds its implementations under its dispatch key.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(kfo_ext, m) {
@@ -9,4 +9,7 @@ STABLE_TORCH_LIBRARY(kfo_ext, m) {
   m.def(
       "transform_double_backward(Tensor R, Tensor G, Tensor L, Tensor dY, Tensor? ddR, Tensor? ddG, Tensor? ddL,"
       " int[] shapes, bool[] need) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor");
+  m.def("conv2d_input(Tensor dy, Tensor weight, int[] size, int stride, int padding) -> Tensor");
+  m.def("conv2d_weight(Tensor x, Tensor dy, int[] kernel_size, int stride, int padding) -> Tensor");
 }

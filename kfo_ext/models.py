@@ -11,8 +11,16 @@ Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kfo_ext.functional import batch_norm_relu, conv2d
+
+# (parameters, x) -> output, of all tasks at once: parameters by name, (tasks, *shape); x and output (tasks, n, ...).
+TasksForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 INITS = ("reference", "zero_head")
 
@@ -31,6 +39,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(torch.relu(self.norm(self.conv(x))))
+
+    def forward_tasks(self, parameters: Mapping[str, Tensor], prefix: str, x: Tensor) -> Tensor:
+        """The same for all tasks, channels last: (tasks, n, h, w, in_channels) -> (tasks, n, h', w', hidden).
+
+        The bias of the convolution is left out: it shifts the mean that batch norm subtracts, and has no gradient.
+        """
+        weight = parameters[f"{prefix}.conv.weight"]
+        y = conv2d(x, weight, stride=self.conv.stride[0], padding=self.conv.padding[0])
+        norm = (parameters[f"{prefix}.norm.weight"], parameters[f"{prefix}.norm.bias"])
+        y = batch_norm_relu(y.flatten(1, 3), *norm, eps=self.norm.eps).view(y.shape)
+        if isinstance(self.pool, nn.Identity):
+            return y
+        pooled = F.max_pool2d(y.flatten(0, 1).permute(0, 3, 1, 2), self.pool.kernel_size)
+        return pooled.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
 
 
 class CNN(nn.Module):
@@ -115,6 +137,76 @@ class CNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, in_channels, image_size, image_size) -> (n, ways) logits."""
         return self.head(self.features(x))
+
+    def features_tasks(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """`features` of all tasks: (tasks, n, in_channels, h, w) -> (tasks, n, head.in_features)."""
+        x = x.movedim(2, -1).contiguous()
+        for i, block in enumerate(self.blocks):
+            x = block.forward_tasks(parameters, f"blocks.{i}", x)
+        return x.mean(dim=(2, 3)) if self.mean else x.movedim(-1, 2).flatten(2)
+
+    def forward_tasks(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """`forward` of all tasks: (tasks, n, in_channels, h, w) -> (tasks, n, ways)."""
+        return linear_tasks(parameters, self.features_tasks(parameters, x), prefix="head.")
+
+
+def linear_tasks(parameters: Mapping[str, Tensor], x: Tensor, *, prefix: str = "") -> Tensor:
+    """A linear layer of all tasks: weight (tasks, out, in), bias (tasks, out), x (tasks, n, in) -> (tasks, n, out)."""
+    return torch.baddbmm(parameters[f"{prefix}bias"].unsqueeze(1), x, parameters[f"{prefix}weight"].mT)
+
+
+def tasks_forward(module: nn.Module) -> TasksForward | None:
+    """The forward of `module` for all tasks at once, or None where there is none that does exactly what it does.
+
+    There is one for `CNN` and for `nn.Linear` with a bias, as their constructors leave them: a subclass, a submodule
+    that was exchanged and a hook are seen and mean None.
+    """
+    if _is_plain_linear(module):
+        return linear_tasks
+    return module.forward_tasks if _is_plain_cnn(module) else None
+
+
+def tasks_features(model: nn.Module) -> TasksForward | None:
+    """The same for the `features` of a model."""
+    return model.features_tasks if _is_plain_cnn(model) else None
+
+
+def _is_plain_cnn(model: nn.Module) -> bool:
+    return (
+        type(model) is CNN
+        and _is_plain_linear(model.head)
+        and all(_as_built(module) for module in model.modules())
+        and all(type(block) is Block and _is_plain_block(block) for block in model.blocks)
+    )
+
+
+def _is_plain_block(block: Block) -> bool:
+    conv, norm = block.conv, block.norm
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, tuple)
+        and len(set(conv.padding)) == len(set(conv.stride)) == 1
+        and type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and not norm.track_running_stats
+        and (type(block.pool) is nn.Identity or _is_plain_pool(block.pool))
+    )
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.bias is not None and _as_built(module)
+
+
+def _is_plain_pool(pool: nn.Module) -> bool:
+    return type(pool) is nn.MaxPool2d and pool.extra_repr() == nn.MaxPool2d(pool.kernel_size).extra_repr()
+
+
+def _as_built(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
 
 
 def omniglot_cnn(layers: int = 2, ways: int = 5, hidden: int = 32, init: str = "reference") -> CNN:

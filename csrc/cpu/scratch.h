@@ -7,6 +7,8 @@
 
 namespace kfo::cpu {
 
+constexpr size_t kKeptBytes = size_t{16} << 20;  // that a thread may hold on to between calls
+
 class Scratch {
  public:
   Scratch() = default;

@@ -1,6 +1,5 @@
 // The three ops on the CPU: checks, outputs, chunks over threads, and their registration.
 #include <algorithm>
-#include <atomic>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -9,20 +8,17 @@
 
 #include "../check.h"
 #include "isa.h"
+#include "parts.h"
 #include "schedule.h"
 #include "scratch.h"
 #include "transform_kernels.h"
-#include "working_memory.h"
 
 namespace kfo::cpu {
 
 namespace {
 
-constexpr size_t kKeptBytes = size_t{16} << 20;
-constexpr double kParallelFlops = 4e5;      // below, starting the threads costs more than they save
 constexpr int64_t kParallelSums = 1 << 16;  // elements
 
-thread_local Scratch chunk_memory;
 thread_local Scratch partial_memory;
 
 // Operands and results of a call as bare pointers. Null data: absent, or not wanted.
@@ -66,23 +62,11 @@ Job<T> job_of(const Call<T>& call, const Schedule& schedule, const Chunk& chunk,
 
 template <class T>
 void run_chunks(const Call<T>& call, const Schedule& schedule, void (*kernel)(const Job<T>&), T* partials) {
-  const auto run_batch = [&](int64_t batch) {
+  run_parts(static_cast<int64_t>(schedule.batches.size()) - 1, schedule.flops, [&](int64_t batch) {
     const int64_t end = schedule.batches[static_cast<size_t>(batch + 1)];
     for (int64_t i = schedule.batches[static_cast<size_t>(batch)]; i < end; ++i)
       kernel(job_of(call, schedule, schedule.chunks[static_cast<size_t>(i)], partials));
-  };
-  const auto batches = static_cast<int64_t>(schedule.batches.size()) - 1;
-  if (schedule.flops < kParallelFlops) {
-    for (int64_t i = 0; i < batches; ++i) run_batch(i);
-  } else {
-    // Whoever is free takes the next batch: what a chunk computes does not depend on who computes it.
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, batches, 1, [&](int64_t, int64_t) {
-      for (int64_t i = next++; i < batches; i = next++) run_batch(i);
-      chunk_memory.trim(kKeptBytes);
-    });
-  }
-  chunk_memory.trim(kKeptBytes);
+  });
 }
 
 template <class T>
@@ -231,8 +215,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(
 }
 
 }  // namespace
-
-void* scratch(size_t bytes) { return chunk_memory.reserve(bytes); }
 
 }  // namespace kfo::cpu
 

@@ -30,7 +30,7 @@ def _private(owner: object, name: str):
 
 
 in_functorch = _private(torch._C, "_are_functorch_transforms_active")
-_below_autograd = _private(torch._C, "_AutoDispatchBelowAutograd")
+below_autograd = _private(torch._C, "_AutoDispatchBelowAutograd")
 _after_autograd = _private(torch._C, "_after_autograd_keyset")
 _private(forward_ad, "_current_level")
 
@@ -38,6 +38,11 @@ _private(forward_ad, "_current_level")
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode AD is open."""
     return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is under way: there only plain torch has every rule."""
+    return in_functorch() or in_forward_mode()
 
 
 class Family(NamedTuple):
@@ -79,12 +84,12 @@ def form_gradients(
     return gradients
 
 
-def _distinct(*operands: Tensor | None) -> list[Tensor | None]:
+def distinct(*operands: Tensor | None) -> list[Tensor | None]:
     """Aliases, so that one tensor in two slots stays two operands for `form_gradients`."""
     return [None if operand is None else operand.view_as(operand) for operand in operands]
 
 
-def _pick(needed: bool, gradient: Tensor | None) -> Tensor | None:
+def pick(needed: bool, gradient: Tensor | None) -> Tensor | None:
     return gradient if needed else None
 
 
@@ -96,7 +101,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.save_for_backward(R, G, L)
             ctx.shapes = shapes
             ctx.bias_rows = None if bias is None else bias.shape[0]
-            with _below_autograd():
+            with below_autograd():
                 return family.transform(R, G, L, shapes, bias)
 
         @staticmethod
@@ -110,7 +115,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
                 dR, dG, dL = family.backward(R, G, L, dY, ctx.shapes, [need_R, need_G, need_L])
             if need_bias:
                 dbias = sum_over_B(dY, ctx.shapes, ctx.bias_rows)
-            return _pick(need_R, dR), _pick(need_G, dG), _pick(need_L, dL), None, dbias
+            return pick(need_R, dR), pick(need_G, dG), pick(need_L, dL), None, dbias
 
     class TransformBackward(Function):
         @staticmethod
@@ -118,7 +123,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L, dY)
             ctx.shapes = shapes
-            with _below_autograd():
+            with below_autograd():
                 outputs = family.backward(R, G, L, dY, shapes, need)
             ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
             return outputs
@@ -131,12 +136,12 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             need = list(ctx.needs_input_grad[:SLOTS])
             if ddR is None and ddL is None and torch.is_grad_enabled():
                 # With ddG alone, F(R, ddG, L, dY) is the first order's form: one order less to differentiate again.
-                R, L, dY = _distinct(R, L, dY)
+                R, L, dY = distinct(R, L, dY)
                 wanted = [operand if needed else None for operand, needed in zip((R, None, L, dY), need)]
                 gradients = form_gradients(family, ctx.shapes, [(R, ddG, L, dY)], wanted)
                 return *gradients, None, None
             gradients = family.double_backward(R, G, L, dY, ddR, ddG, ddL, ctx.shapes, need)
-            return *(_pick(needed, gradient) for needed, gradient in zip(need, gradients)), None, None
+            return *(pick(needed, gradient) for needed, gradient in zip(need, gradients)), None, None
 
     class TransformDoubleBackward(Function):
         @staticmethod
@@ -144,15 +149,15 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L, dY, ddR, ddG, ddL)
             ctx.shapes = shapes
-            with _below_autograd():
+            with below_autograd():
                 outputs = family.double_backward(R, G, L, dY, ddR, ddG, ddL, shapes, need)
             ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
             return outputs
 
         @staticmethod
         def backward(ctx, eR, eG, eL, eY):
-            R, G, L, Y, A, C, D = _distinct(*ctx.saved_tensors)
-            eR, eG, eL, eY = _distinct(eR, eG, eL, eY)
+            R, G, L, Y, A, C, D = distinct(*ctx.saved_tensors)
+            eR, eG, eL, eY = distinct(eR, eG, eL, eY)
             # The derivative of F(A,G,L,Y) + F(R,C,L,Y) + F(R,G,D,Y) in the direction (eR, eG, eL, eY) of (R, G, L, Y).
             terms = [
                 (A, eG, L, Y), (A, G, eL, Y), (A, G, L, eY),
@@ -166,7 +171,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
     return Transform, TransformBackward, TransformDoubleBackward
 
 
-def _kernel(overload: torch._ops.OpOverload, function: type[Function]) -> Callable:
+def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: str) -> Callable:
     """The kernel under the Autograd key: differentiates by `function`, and refuses what it has no rule for."""
     count = len(overload._schema.arguments)
 
@@ -176,13 +181,11 @@ def _kernel(overload: torch._ops.OpOverload, function: type[Function]) -> Callab
         operands = [argument for argument in arguments if isinstance(argument, Tensor)]
         if in_functorch():
             raise NotImplementedError(
-                f"{overload.name()} has no rule for torch.func transforms: call kfo_ext.transform.transform, "
-                "which runs plain torch there"
+                f"{overload.name()} has no rule for torch.func transforms: call {public}, which runs plain torch there"
             )
         if in_forward_mode() and any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
             raise NotImplementedError(
-                f"{overload.name()} has no rule for forward-mode AD: call kfo_ext.transform.transform, "
-                "which runs plain torch there"
+                f"{overload.name()} has no rule for forward-mode AD: call {public}, which runs plain torch there"
             )
         try:
             if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
@@ -216,16 +219,35 @@ def _fakes() -> tuple[Callable, Callable, Callable]:
     return transform, backward, double_backward
 
 
-def register(library: torch.library.Library, suffix: str = "") -> Family:
-    """Registers fakes, autograd and autocast of `kfo_ext::transform*<suffix>`, whose schemas and kernels exist already.
+def register_operator(
+    library: torch.library.Library,
+    overload: torch._ops.OpOverload,
+    function: type[Function],
+    fake: Callable,
+    public: str,
+) -> None:
+    """Registers fake, autograd and autocast of one operator, whose schema and kernels exist already.
 
     Must run at import, before any call: a late registration leaves stale dispatch behind.
+
+    Args:
+        library: where the registrations belong.
+        overload: the operator.
+        function: its derivative; takes the operator's arguments.
+        fake: its outputs without data.
+        public: the function that messages name, for what the operator has no rule for.
     """
+    name = overload.name()
+    torch.library.register_fake(name, fake, lib=library)
+    library.impl(name.partition("::")[2], _kernel(overload, function, public), "Autograd", with_keyset=True)
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(name, device, torch.float32, lib=library)
+
+
+def register(library: torch.library.Library, suffix: str = "") -> Family:
+    """Registers the three orders `kfo_ext::transform*<suffix>`; see `register_operator`."""
     names = [f"transform{suffix}", f"transform_backward{suffix}", f"transform_double_backward{suffix}"]
     family = Family(*(getattr(torch.ops.kfo_ext, name).default for name in names))
-    for name, overload, function, fake in zip(names, family, _functions(family), _fakes()):
-        torch.library.register_fake(f"kfo_ext::{name}", fake, lib=library)
-        library.impl(name, _kernel(overload, function), "Autograd", with_keyset=True)
-        for device in ("cpu", "cuda"):
-            torch.library.register_autocast(f"kfo_ext::{name}", device, torch.float32, lib=library)
+    for overload, function, fake in zip(family, _functions(family), _fakes()):
+        register_operator(library, overload, function, fake, "kfo_ext.transform.transform")
     return family

@@ -11,9 +11,9 @@ from kfo_ext.transform import autograd, native, reference, triton_launch
 from kfo_ext.transform.problems import Problems
 
 BACKENDS = ("auto", "native", "triton", "reference")
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 # Devices with native kernels; torch.compile before 2.12 cannot trace the question which devices know autocast.
-_AUTOCAST = ("cpu", "cuda")
+AUTOCAST = ("cpu", "cuda")
 
 native.load()
 _LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
@@ -22,11 +22,6 @@ NATIVE = autograd.register(_LIBRARY) if native.status()["cpu"][0] else None
 # Defined in Python, so there without the CPU library, and without triton, which the first call asks for.
 triton_launch.define(_LIBRARY)
 TRITON = autograd.register(_LIBRARY, "_triton")
-
-
-def _transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is under way: there only plain torch has every rule."""
-    return autograd.in_functorch() or autograd.in_forward_mode()
 
 
 def resolve(backend: str, device: torch.device) -> str:
@@ -51,13 +46,13 @@ def resolve(backend: str, device: torch.device) -> str:
             _warn_plain_torch()
         return "reference"
     if backend == "native" and not native.available(device):
-        raise RuntimeError(f"backend 'native' does not run on {device.type}: {_why_not_native(device.type)}")
+        raise RuntimeError(f"backend 'native' does not run on {device.type}: {why_not_native(device.type)}")
     if backend == "triton" and not triton_launch.available(device):
         raise RuntimeError(f"backend 'triton' does not run on {device.type}: {triton_launch.reason(device.type)}")
     return backend
 
 
-def _why_not_native(device_type: str) -> str:
+def why_not_native(device_type: str) -> str:
     return native.status().get(device_type, (False, f"there are no kernels for {device_type} tensors"))[1]
 
 
@@ -65,7 +60,7 @@ def _warn_plain_torch() -> None:
     # A compiled graph is traced once and cannot warn.
     if not torch.compiler.is_compiling():
         warnings.warn(
-            f"kfo_ext: backend='auto' runs plain torch on cuda: native: {_why_not_native('cuda')}; "
+            f"kfo_ext: backend='auto' runs plain torch on cuda: native: {why_not_native('cuda')}; "
             f"triton: {triton_launch.reason('cuda')}",
             RuntimeWarning,
             stacklevel=4,
@@ -136,16 +131,16 @@ def transform(
     operands = {"G": G, "R": R, "L": L} | ({} if bias is None else {"bias": bias})
     _check_kinds(operands, problems)
     device = G.device.type
-    if device in _AUTOCAST and torch.is_autocast_enabled(device):
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             wide = {name: X if X.dtype == torch.float64 else X.float() for name, X in operands.items()}
             return transform(wide["R"], wide["G"], wide["L"], problems, bias=wide.get("bias"), backend=backend)
     dtype = _checked_dtype(operands)
     family = resolve(backend, G.device)
-    if dtype in _HALF:
+    if dtype in HALF:
         wide = {name: X.float() for name, X in operands.items()}
         return transform(wide["R"], wide["G"], wide["L"], problems, bias=wide.get("bias"), backend=backend).to(dtype)
-    if family == "reference" or _transformed():
+    if family == "reference" or autograd.transformed():
         _checked_sizes(problems, operands)
         return reference.transform(R, G, L, problems.flat, bias)
     operators = TRITON if family == "triton" else NATIVE

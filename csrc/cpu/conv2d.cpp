@@ -1,0 +1,216 @@
+// The convolution of each task's images with its own weights and its two gradients on the CPU: checks, outputs, threads
+// and registration. The three are each other's derivatives.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "conv2d_kernels.h"
+#include "isa.h"
+#include "parts.h"
+
+namespace kfo::cpu {
+
+namespace {
+
+// Checks one op's operands. Messages name the op, the operand, what was expected and what came.
+class Conv2dOperands {
+ public:
+  Conv2dOperands(const char* op, int64_t stride, int64_t padding) : op_(op) {
+    if (stride < 1) fail("stride: expected at least 1, got " + std::to_string(stride));
+    if (padding < 0) fail("padding: expected at least 0, got " + std::to_string(padding));
+    shape_.stride = stride, shape_.padding = padding;
+  }
+
+  void kernel_fits() const {
+    const auto& s = shape_;
+    if (s.KH < 1 || s.KW < 1 || s.H + 2 * s.padding < s.KH || s.W + 2 * s.padding < s.KW)
+      fail("a kernel of " + size_text(s.KH, s.KW) + " does not fit images of " + size_text(s.H, s.W) +
+           " with padding " + std::to_string(s.padding));
+  }
+
+  void dimensions(const char* name, const Tensor& tensor, const char* layout) const {
+    if (tensor.dim() != 5)
+      fail(std::string(name) + " has " + std::to_string(tensor.dim()) + " dimensions, expected 5: " + layout);
+  }
+
+  void alike(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) const {
+    const ScalarType dtype = other.scalar_type();
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double)
+      fail(std::string(other_name) + " has " + detail::dtype_name(dtype) + ", expected float32 or float64");
+    if (tensor.scalar_type() != dtype)
+      fail(std::string(name) + " has " + detail::dtype_name(tensor.scalar_type()) + ", but " + other_name + " has " +
+           detail::dtype_name(dtype) + ": expected one dtype");
+    if (!tensor.is_cpu() || !other.is_cpu())
+      fail(std::string(name) + " is on " + detail::device_name(tensor) + ", but " + other_name + " is on " +
+           detail::device_name(other) + ": expected one device");
+    same(name, "tasks", tensor.size(0), other.size(0));
+  }
+
+  void same(const char* name, const char* what, int64_t got, int64_t expected) const {
+    if (got != expected)
+      fail(std::string(name) + " has " + std::to_string(got) + " " + what + ", expected " + std::to_string(expected));
+  }
+
+  // x (T, N, H, W, C)
+  void images(const Tensor& x) {
+    dimensions("x", x, "(tasks, images, height, width, channels)");
+    shape_.N = x.size(1), shape_.H = x.size(2), shape_.W = x.size(3), shape_.C = x.size(4);
+  }
+
+  // dy (T, N, Ho, Wo, O), of the rest of the shape.
+  void results(const Tensor& dy) const {
+    same("dy", "images", dy.size(1), shape_.N);
+    same("dy", "rows", dy.size(2), shape_.Ho());
+    same("dy", "columns", dy.size(3), shape_.Wo());
+    same("dy", "channels", dy.size(4), shape_.O);
+  }
+
+  [[noreturn]] void fail(const std::string& message) const {
+    throw std::invalid_argument(std::string(op_) + ": " + message);
+  }
+
+  Conv2dShape shape_{};
+
+ private:
+  static std::string size_text(int64_t rows, int64_t columns) {
+    return std::to_string(rows) + " x " + std::to_string(columns);
+  }
+
+  const char* op_;
+};
+
+// The tensor itself where each task's elements are contiguous, at whatever distance the tasks lie; else a copy.
+Tensor contiguous_tasks(const Tensor& tensor) {
+  int64_t expected = 1;
+  for (int64_t d = tensor.dim() - 1; d > 0; --d) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return torch::stable::contiguous(tensor);
+    expected *= tensor.size(d);
+  }
+  return tensor;
+}
+
+template <class T>
+const T* task(const Tensor& tensor, int64_t index) {
+  return static_cast<const T*>(tensor.const_data_ptr()) + index * tensor.stride(0);
+}
+template <class T>
+T* task_out(const Tensor& tensor, int64_t index) {
+  return static_cast<T*>(tensor.mutable_data_ptr()) + index * tensor.stride(0);
+}
+
+// Calls run(task, begin, end) for parts of `count` items of each task. How they are cut depends on sizes alone.
+template <class Run>
+void over_parts(int64_t tasks, int64_t count, const Conv2dShape& s, Run run) {
+  constexpr int64_t kParts = 8;  // of a call, where there are fewer tasks
+  if (tasks == 0 || count == 0) return;
+  const double flops =
+      2.0 * static_cast<double>(tasks * s.N * s.Ho() * s.Wo()) * static_cast<double>(s.O * s.C * s.KH * s.KW);
+  const int64_t parts = flops < kParallelFlops ? 1 : std::min(count, (kParts + tasks - 1) / tasks);
+  run_parts(tasks * parts, flops,
+            [&](int64_t i) { run(i / parts, count * (i % parts) / parts, count * (i % parts + 1) / parts); });
+}
+
+const Conv2dKernels& kernels() {
+  return chosen(avx512::conv2d_kernels, avx2::conv2d_kernels, baseline::conv2d_kernels);
+}
+
+template <class Run>
+void with_type(const Tensor& tensor, Run run) {
+  if (tensor.scalar_type() == ScalarType::Float)
+    run(float{});
+  else
+    run(double{});
+}
+
+Tensor conv2d(const Tensor& x_, const Tensor& weight_, int64_t stride, int64_t padding) {
+  Conv2dOperands operands("conv2d", stride, padding);
+  Conv2dShape& s = operands.shape_;
+  operands.images(x_);
+  operands.dimensions("weight", weight_, "(tasks, out channels, in channels, height, width)");
+  operands.alike("weight", weight_, "x", x_);
+  operands.same("weight", "in channels", weight_.size(2), s.C);
+  s.O = weight_.size(1), s.KH = weight_.size(3), s.KW = weight_.size(4);
+  operands.kernel_fits();
+  const Tensor x = contiguous_tasks(x_), weight = contiguous_tasks(weight_);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), s.N, s.Ho(), s.Wo(), s.O});
+  with_type(x, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = kernels().of<T>().forward;
+    over_parts(x.size(0), s.N, s, [&](int64_t t, int64_t begin, int64_t end) {
+      Conv2dJob<T> job;
+      job.shape = s, job.begin = begin, job.end = end;
+      job.x = task<T>(x, t), job.weight = task<T>(weight, t), job.y = task_out<T>(y, t);
+      kernel(job);
+    });
+  });
+  return y;
+}
+
+Tensor conv2d_input(const Tensor& dy_, const Tensor& weight_, const std::vector<int64_t>& size, int64_t stride,
+                    int64_t padding) {
+  Conv2dOperands operands("conv2d_input", stride, padding);
+  Conv2dShape& s = operands.shape_;
+  operands.dimensions("dy", dy_, "(tasks, images, height, width, out channels)");
+  operands.dimensions("weight", weight_, "(tasks, out channels, in channels, height, width)");
+  operands.alike("weight", weight_, "dy", dy_);
+  if (size.size() != 2) operands.fail("size has " + std::to_string(size.size()) + " numbers, expected height, width");
+  s = {dy_.size(1),     size[0],         size[1],  weight_.size(2), weight_.size(1),
+       weight_.size(3), weight_.size(4), s.stride, s.padding};
+  operands.kernel_fits();
+  operands.results(dy_);
+  const Tensor dy = contiguous_tasks(dy_), weight = contiguous_tasks(weight_);
+  Tensor dx = torch::stable::new_empty(dy, {dy.size(0), s.N, s.H, s.W, s.C});
+  with_type(dy, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = kernels().of<T>().input;
+    over_parts(dy.size(0), s.N, s, [&](int64_t t, int64_t begin, int64_t end) {
+      Conv2dJob<T> job;
+      job.shape = s, job.begin = begin, job.end = end;
+      job.dy = task<T>(dy, t), job.weight = task<T>(weight, t), job.dx = task_out<T>(dx, t);
+      kernel(job);
+    });
+  });
+  return dx;
+}
+
+Tensor conv2d_weight(const Tensor& x_, const Tensor& dy_, const std::vector<int64_t>& kernel_size, int64_t stride,
+                     int64_t padding) {
+  Conv2dOperands operands("conv2d_weight", stride, padding);
+  Conv2dShape& s = operands.shape_;
+  operands.images(x_);
+  operands.dimensions("dy", dy_, "(tasks, images, height, width, out channels)");
+  operands.alike("dy", dy_, "x", x_);
+  if (kernel_size.size() != 2)
+    operands.fail("kernel_size has " + std::to_string(kernel_size.size()) + " numbers, expected height, width");
+  s.O = dy_.size(4), s.KH = kernel_size[0], s.KW = kernel_size[1];
+  operands.kernel_fits();
+  operands.results(dy_);
+  const Tensor x = contiguous_tasks(x_), dy = contiguous_tasks(dy_);
+  Tensor dweight = torch::stable::new_empty(x, {x.size(0), s.O, s.C, s.KH, s.KW});
+  with_type(x, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = kernels().of<T>().weight;
+    over_parts(x.size(0), s.KH * s.KW * s.C, s, [&](int64_t t, int64_t begin, int64_t end) {
+      Conv2dJob<T> job;
+      job.shape = s, job.begin = begin, job.end = end;
+      job.x = task<T>(x, t), job.dy = task<T>(dy, t), job.dweight = task_out<T>(dweight, t);
+      kernel(job);
+    });
+  });
+  return dweight;
+}
+
+}  // namespace
+
+}  // namespace kfo::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(kfo_ext, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&kfo::cpu::conv2d));
+  m.impl("conv2d_input", TORCH_BOX(&kfo::cpu::conv2d_input));
+  m.impl("conv2d_weight", TORCH_BOX(&kfo::cpu::conv2d_weight));
+}

@@ -1,0 +1,298 @@
+// Convolution and its two gradients for one instruction set, as products of gathered rows: an image is copied into
+// zeros for its padding, after which the operands of neighbouring results lie at fixed distances. Internal linkage as
+// in transform_kernels.cpp.
+#include "conv2d_kernels.h"
+
+#include "products.h"
+#include "working_memory.h"
+
+namespace {
+
+using kfo::cpu::Conv2dJob;
+using kfo::cpu::Conv2dOps;
+using kfo::cpu::Conv2dShape;
+using kfo::cpu::scratch;
+
+// The k that a product sums over: `runs` of them with `length` elements each, and how far an operand moves.
+struct Steps {
+  int64_t runs, run_step, length, step;
+};
+
+// One register tile of C[m][n] = sum over k of A[rows[m] + k] X[k][n]. `lanes` of its last vector exist in C and X.
+template <class T, int M, int N, bool kPartial>
+void gathered_tile(const T* A, const int64_t* rows, Steps steps, Rows<const T> X, T* C, const int64_t* outs, int lanes,
+                   bool add) {
+  constexpr int W = kLanes<T>;
+  const auto load_row = [lanes](const T* x, int n) {
+    return kPartial ? load_first(x + n * W, lanes) : load(x + n * W);
+  };
+  Vec<T> sums[M][N] = {};
+  int64_t row[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) row[m] = rows[m];
+  if (add) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) sums[m][n] = load_row(C + outs[m], n);
+  }
+  const T* x = X.data;
+  for (int64_t r = 0; r < steps.runs; ++r) {
+    const T* a = A + r * steps.run_step;
+    for (int64_t k = 0; k < steps.length; ++k) {
+      Vec<T> values[N];
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) values[n] = load_row(x, n);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> factor = broadcast(a[row[m]]);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[m][n] = multiply_add(factor, values[n], sums[m][n]);
+      }
+      x += X.row;
+      a += steps.step;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      if (kPartial)
+        store_first(C + outs[m] + n * W, sums[m][n], lanes);
+      else
+        store(C + outs[m] + n * W, sums[m][n]);
+    }
+}
+
+template <class T>
+using GatheredTile = void (*)(const T*, const int64_t*, Steps, Rows<const T>, T*, const int64_t*, int, bool);
+
+template <class T, int N, bool kPartial, int... M>
+GatheredTile<T> gathered_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
+  static constexpr GatheredTile<T> kTiles[] = {gathered_tile<T, M + 1, N, kPartial>...};
+  return kTiles[rows - 1];
+}
+
+// Rows of a result: where the first operand of each begins, and where it goes.
+struct Gathered {
+  int64_t count;
+  const int64_t *rows, *outs;
+};
+
+template <class T, int N, bool kPartial>
+void gathered_strip(const T* A, Gathered results, Steps steps, Rows<const T> X, T* C, int lanes, bool add) {
+  constexpr int kRows = tile_rows(N);
+  const int64_t tiles = ceil_div(results.count, kRows);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = results.count * t / tiles, end = results.count * (t + 1) / tiles;
+    gathered_tile_of<T, N, kPartial>(end - begin, std::make_integer_sequence<int, kRows>{})(
+        A, results.rows + begin, steps, X, C, results.outs + begin, lanes, add);
+  }
+}
+
+// C (results, N) = A X, or C += A X, with the rows of A gathered: X holds N columns for each k.
+template <class T>
+void gathered_product(const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X, T* C, bool add) {
+  constexpr int W = kLanes<T>;
+  const int64_t vectors = N / W, strips = ceil_div(vectors, kTileVectors);
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t begin = vectors * s / strips, end = vectors * (s + 1) / strips;
+    const Rows<const T> x{X.data + begin * W, X.row};
+    T* c = C + begin * W;
+    switch (end - begin) {
+      case 1:
+        gathered_strip<T, 1, false>(A, results, steps, x, c, W, add);
+        break;
+      case 2:
+        gathered_strip<T, 2, false>(A, results, steps, x, c, W, add);
+        break;
+      case 3:
+        gathered_strip<T, 3, false>(A, results, steps, x, c, W, add);
+        break;
+      case 4:
+        gathered_strip<T, 4, false>(A, results, steps, x, c, W, add);
+        break;
+    }
+  }
+  if (const int lanes = static_cast<int>(N % W))
+    gathered_strip<T, 1, true>(A, results, steps, {X.data + vectors * W, X.row}, C + vectors * W, lanes, add);
+}
+
+// An image (height, width, channels) inside zeros; or as much of it as fits.
+template <class T>
+struct Padded {
+  T* data;
+  int64_t height, width, channels;
+
+  int64_t elements() const { return height * width * channels; }
+  int64_t at(int64_t row, int64_t column) const { return (row * width + column) * channels; }
+
+  // With `before` zeros above and to the left of the image.
+  void fill(const T* image, int64_t rows, int64_t columns, int64_t before) const {
+    const int64_t left = smaller(before, width) * channels;
+    const int64_t copied = smaller(columns * channels, width * channels - left);
+    for (int64_t row = 0; row < height; ++row) {
+      T* out = data + at(row, 0);
+      if (row < before || row - before >= rows) {
+        __builtin_memset(out, 0, static_cast<size_t>(width * channels) * sizeof(T));
+        continue;
+      }
+      for (int64_t i = 0; i < left; ++i) out[i] = 0;
+      __builtin_memcpy(out + left, image + (row - before) * columns * channels,
+                       static_cast<size_t>(copied) * sizeof(T));
+      for (int64_t i = left + copied; i < width * channels; ++i) out[i] = 0;
+    }
+  }
+};
+
+// Hands out pieces of a thread's working memory, each at the start of a cache line.
+class Pieces {
+ public:
+  template <class U>
+  static int64_t bytes(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+  }
+  explicit Pieces(int64_t bytes) : next_(static_cast<char*>(scratch(static_cast<size_t>(bytes)))) {}
+  template <class U>
+  U* take(int64_t count) {
+    U* piece = reinterpret_cast<U*>(next_);
+    next_ += bytes<U>(count);
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
+// The part of an image that the taps of all results reach, padding included.
+template <class T>
+Padded<T> reached(const Conv2dShape& s, T* data = nullptr) {
+  return {data, (s.Ho() - 1) * s.stride + s.KH, (s.Wo() - 1) * s.stride + s.KW, s.C};
+}
+
+template <class T>
+void forward(const Conv2dJob<T>& job) {
+  const Conv2dShape& s = job.shape;
+  const int64_t Ho = s.Ho(), Wo = s.Wo(), taps = s.KH * s.KW, pixels = Ho * Wo;
+  Padded<T> image = reached<T>(s);
+  Pieces memory(Pieces::bytes<T>(taps * s.C * s.O) + Pieces::bytes<T>(image.elements()) +
+                2 * Pieces::bytes<int64_t>(pixels));
+  T* weight = memory.take<T>(taps * s.C * s.O);  // (KH, KW, C, O)
+  image.data = memory.take<T>(image.elements());
+  int64_t *rows = memory.take<int64_t>(pixels), *outs = memory.take<int64_t>(pixels);
+  for (int64_t o = 0; o < s.O; ++o)
+    for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t k = 0; k < taps; ++k) weight[(k * s.C + c) * s.O + o] = job.weight[(o * s.C + c) * taps + k];
+  for (int64_t i = 0; i < pixels; ++i) {
+    rows[i] = image.at(i / Wo * s.stride, i % Wo * s.stride);
+    outs[i] = i * s.O;
+  }
+  const Steps steps{s.KH, image.at(1, 0), s.KW * s.C, 1};
+  for (int64_t n = job.begin; n < job.end; ++n) {
+    image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W, s.padding);
+    gathered_product<T>(image.data, {pixels, rows, outs}, steps, s.O, {weight, s.O}, job.y + n * pixels * s.O, false);
+  }
+}
+
+// Along one axis: the inputs hi with (hi + padding) % stride == phase. They see the taps phase, phase + stride, ...;
+// the u-th of them, hi = phase + u stride - padding, sees tap j of those in dy[u - j].
+struct Phase {
+  int64_t phase, taps, first, count;
+
+  Phase(int64_t phase_, int64_t size, int64_t kernel, int64_t stride, int64_t padding)
+      : phase(phase_), taps(phase_ < kernel ? ceil_div(kernel - phase_, stride) : 0) {
+    first = padding > phase ? ceil_div(padding - phase, stride) : 0;
+    const int64_t reach = size - 1 + padding - phase;
+    count = reach >= 0 ? reach / stride + 1 - first : 0;
+    if (count < 0) count = 0;
+  }
+};
+
+// Each phase of the inputs is a convolution of its own, with stride 1, of dy with its taps in reverse order.
+template <class T>
+void input(const Conv2dJob<T>& job) {
+  const Conv2dShape& s = job.shape;
+  const int64_t Ho = s.Ho(), Wo = s.Wo();
+  const int64_t before = ceil_div(s.KH > s.KW ? s.KH : s.KW, s.stride) - 1;
+  const int64_t pixels = s.H * s.W;
+  Padded<T> image{nullptr, before + (s.H - 1 + s.padding) / s.stride + 1, before + (s.W - 1 + s.padding) / s.stride + 1,
+                  s.O};
+  const int64_t phases = s.stride * s.stride, taps = s.KH * s.KW;
+  Pieces memory(Pieces::bytes<T>(taps * s.O * s.C) + Pieces::bytes<T>(image.elements()) +
+                2 * Pieces::bytes<int64_t>(pixels) + Pieces::bytes<int64_t>(2 * (phases + 1)));
+  T* weight = memory.take<T>(taps * s.O * s.C);  // per phase: (its taps backwards, O, C)
+  image.data = memory.take<T>(image.elements());
+  int64_t *rows = memory.take<int64_t>(pixels), *outs = memory.take<int64_t>(pixels);
+  int64_t* starts = memory.take<int64_t>(2 * (phases + 1));  // of each phase in `rows`, and in `weight`
+  starts[0] = starts[1] = 0;
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    const Phase v(phase / s.stride, s.H, s.KH, s.stride, s.padding),
+        h(phase % s.stride, s.W, s.KW, s.stride, s.padding);
+    int64_t i = starts[2 * phase];
+    for (int64_t u = 0; u < v.count; ++u)
+      for (int64_t w = 0; w < h.count; ++w, ++i) {
+        rows[i] = image.at(v.first + u - v.taps + 1 + before, h.first + w - h.taps + 1 + before);
+        outs[i] =
+            ((v.phase + (v.first + u) * s.stride - s.padding) * s.W + h.phase + (h.first + w) * s.stride - s.padding) *
+            s.C;
+      }
+    starts[2 * phase + 2] = i;
+    T* out = weight + starts[2 * phase + 1];
+    for (int64_t kh = v.taps - 1; kh >= 0; --kh)
+      for (int64_t kw = h.taps - 1; kw >= 0; --kw) {
+        const T* tap = job.weight + (v.phase + kh * s.stride) * s.KW + h.phase + kw * s.stride;
+        for (int64_t i = 0; i < s.O * s.C; ++i) *out++ = tap[i * taps];
+      }
+    starts[2 * phase + 3] = out - weight;
+  }
+  for (int64_t n = job.begin; n < job.end; ++n) {
+    image.fill(job.dy + n * Ho * Wo * s.O, Ho, Wo, before);
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const Phase v(phase / s.stride, s.H, s.KH, s.stride, s.padding),
+          h(phase % s.stride, s.W, s.KW, s.stride, s.padding);
+      const int64_t first = starts[2 * phase], count = starts[2 * phase + 2] - first;
+      gathered_product<T>(image.data, {count, rows + first, outs + first}, {v.taps, image.at(1, 0), h.taps * s.O, 1},
+                          s.C, {weight + starts[2 * phase + 1], s.C}, job.dx + n * pixels * s.C, false);
+    }
+  }
+}
+
+template <class T>
+void weight(const Conv2dJob<T>& job) {
+  const Conv2dShape& s = job.shape;
+  const int64_t Ho = s.Ho(), Wo = s.Wo(), taps = s.KH * s.KW, count = job.end - job.begin;
+  Padded<T> image = reached<T>(s);
+  Pieces memory(Pieces::bytes<T>(count * s.O) + Pieces::bytes<T>(image.elements()) + 2 * Pieces::bytes<int64_t>(count));
+  T* sums = memory.take<T>(count * s.O);  // (taps of this job, O)
+  image.data = memory.take<T>(image.elements());
+  int64_t *rows = memory.take<int64_t>(count), *outs = memory.take<int64_t>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tap = (job.begin + i) / s.C, c = (job.begin + i) % s.C;
+    rows[i] = image.at(tap / s.KW, tap % s.KW) + c;
+    outs[i] = i * s.O;
+  }
+  // So many rows of results at a time stay in the first-level cache while all taps pass by.
+  const int64_t step = 128 / Wo < 1 ? 1 : 128 / Wo;
+  __builtin_memset(sums, 0, static_cast<size_t>(count * s.O) * sizeof(T));
+  for (int64_t n = 0; n < s.N; ++n) {
+    image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W, s.padding);
+    const T* dy = job.dy + n * Ho * Wo * s.O;
+    for (int64_t h = 0; h < Ho; h += step)
+      gathered_product<T>(image.data + image.at(h * s.stride, 0), {count, rows, outs},
+                          {smaller(step, Ho - h), image.at(s.stride, 0), Wo, s.stride * s.C}, s.O,
+                          {dy + h * Wo * s.O, s.O}, sums, true);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tap = (job.begin + i) / s.C, c = (job.begin + i) % s.C;
+    for (int64_t o = 0; o < s.O; ++o) job.dweight[(o * s.C + c) * taps + tap] = sums[i * s.O + o];
+  }
+}
+
+}  // namespace
+
+namespace kfo::cpu::KFO_ISA {
+
+const Conv2dKernels conv2d_kernels = {{forward<float>, input<float>, weight<float>},
+                                      {forward<double>, input<double>, weight<double>}};
+
+}  // namespace kfo::cpu::KFO_ISA

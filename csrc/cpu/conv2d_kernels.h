@@ -1,0 +1,55 @@
+// What a convolution kernel is asked to do, and the kernels compiled for each instruction set. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace kfo::cpu {
+
+// y (N, Ho, Wo, O) is the convolution of x (N, H, W, C) with weight (O, C, KH, KW); all contiguous.
+struct Conv2dShape {
+  int64_t N, H, W, C, O, KH, KW, stride, padding;
+
+  int64_t Ho() const { return (H + 2 * padding - KH) / stride + 1; }
+  int64_t Wo() const { return (W + 2 * padding - KW) / stride + 1; }
+};
+
+// Part of one task's work: images begin to end of y or of dx; of dweight, taps (row of KH, column of KW, channel).
+template <class T>
+struct Conv2dJob {
+  Conv2dShape shape;
+  int64_t begin = 0, end = 0;
+  const T *x = nullptr, *weight = nullptr, *dy = nullptr;
+  T *y = nullptr, *dx = nullptr, *dweight = nullptr;
+};
+
+template <class T>
+struct Conv2dOps {
+  void (*forward)(const Conv2dJob<T>&);
+  void (*input)(const Conv2dJob<T>&);
+  void (*weight)(const Conv2dJob<T>&);
+};
+
+struct Conv2dKernels {
+  Conv2dOps<float> float32;
+  Conv2dOps<double> float64;
+
+  template <class T>
+  const Conv2dOps<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(float))
+      return float32;
+    else
+      return float64;
+  }
+};
+
+namespace avx512 {
+extern const Conv2dKernels conv2d_kernels;
+}
+namespace avx2 {
+extern const Conv2dKernels conv2d_kernels;
+}
+namespace baseline {
+extern const Conv2dKernels conv2d_kernels;
+}
+
+}  // namespace kfo::cpu

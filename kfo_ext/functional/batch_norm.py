@@ -1,0 +1,64 @@
+"""`batch_norm_relu`: batch norm by the statistics of each task's own batch, then ReLU, for all tasks at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kfo_ext.functional import reference
+from kfo_ext.functional.backends import check_tensors, in_one_dtype, runs_plain_torch
+
+_KERNELS = ()
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> None:
+    check_tensors({"x": x, "weight": weight, "bias": bias}, 3)
+    tasks, rows, channels = x.shape
+    if rows == 0:
+        raise ValueError(f"x: expected at least 1 row, got shape {tuple(x.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        shape = tuple(parameter.shape)
+        if len(shape) != 2 or shape[0] not in (1, tasks) or shape[1] != channels:
+            raise ValueError(f"{name}: expected shape ({tasks} or 1, {channels}) for x {tuple(x.shape)}, got {shape}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps!r}")
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu: expected a bool, got {type(relu).__name__}")
+
+
+def batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, relu: bool = True, backend: str = "auto"
+) -> Tensor:
+    """relu(weight * (x - mean) * (variance + eps)^-1/2 + bias), differentiable to any order by every operand.
+
+    mean and variance (biased) are those of the rows, for each task and channel: never running ones. Derivatives to the
+    second order are compiled; from the third on they are plain torch, which recomputes.
+
+    Args:
+        x: (tasks, rows, channels), channels-last; other strides are copied. A row is a pixel of an image.
+        weight: (tasks or 1, channels).
+        bias: (tasks or 1, channels).
+        eps: added to the variance.
+        relu: whether negative values become zero.
+        backend: "auto" (native where its kernels are loaded, else reference), "native" (compiled) or "reference" (plain
+            torch). Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all their
+            rules.
+
+    Returns:
+        y: (tasks, rows, channels), of x's dtype. Half types, and everything under autocast, compute in float32.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, no rows, an eps that is not positive, or an unknown backend.
+        TypeError: operands that are no floating-point tensors or, outside autocast, of several dtypes.
+        RuntimeError: the backend asked for does not run here.
+
+    Source: Ioffe and Szegedy 2015, algorithm 1, with the batch's statistics always (paper, section 5).
+    """
+    _check(x, weight, bias, eps, relu)
+    runs_plain_torch(backend, x.device, _KERNELS)
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return reference.batch_norm_relu(x, weight, bias, eps, relu)
+
+    return in_one_dtype(compute, {"x": x, "weight": weight, "bias": bias})

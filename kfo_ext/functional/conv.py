@@ -1,0 +1,69 @@
+"""`conv2d`: the images of each task with that task's weights, channels last."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kfo_ext.functional import reference
+from kfo_ext.functional.backends import check_tensors, in_one_dtype, runs_plain_torch
+from kfo_ext.functional.conv_autograd import CONV
+
+# torch's convolution serves the rest: a grouped one, with a group of channels for each task.
+_KERNELS = ("cpu",)
+
+
+def _check(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
+    check_tensors({"x": x, "weight": weight}, 5)
+    if weight.dim() != 5:
+        raise ValueError(f"weight: expected 5 dimensions, got shape {tuple(weight.shape)}")
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if x.shape[0] == 0:
+        raise ValueError("x: expected at least one task, got none")
+    for what, got, expected in (
+        ("tasks", weight.shape[0], x.shape[0]),
+        ("in channels", weight.shape[2], x.shape[4]),
+    ):
+        if got != expected:
+            raise ValueError(f"weight: expected {expected} {what} as x has, got {got}")
+    if any(k < 1 or n + 2 * padding < k for n, k in zip(x.shape[2:4], weight.shape[3:])):
+        raise ValueError(
+            f"weight: a kernel of {weight.shape[3]} x {weight.shape[4]} does not fit images of "
+            f"{x.shape[2]} x {x.shape[3]} with padding {padding}"
+        )
+
+
+def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, backend: str = "auto") -> Tensor:
+    """The cross-correlation of each task's images with that task's weights, differentiable to any order.
+
+    Args:
+        x: (tasks, images, height, width, in_channels); other strides are copied.
+        weight: (tasks, out_channels, in_channels, kernel_height, kernel_width).
+        stride: of both axes.
+        padding: zeros on each side of both axes.
+        backend: "auto" (native on the CPU, else reference), "native" (compiled, CPU only) or "reference" (plain torch).
+            Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all their rules.
+
+    Returns:
+        y: (tasks, images, out_height, out_width, out_channels), out_height = (height + 2 padding - kernel_height) //
+            stride + 1. Half types, and everything under autocast, compute in float32.
+
+    Raises:
+        ValueError: sizes, numbers or devices that do not fit, no task, or an unknown backend.
+        TypeError: operands that are no floating-point tensors or, outside autocast, of several dtypes.
+        RuntimeError: the backend asked for does not run here.
+
+    Source: paper, appendix D (the networks); torch.nn.functional.conv2d, for each task.
+    """
+    _check(x, weight, stride, padding)
+    if runs_plain_torch(backend, x.device, _KERNELS):
+
+        def compute(x: Tensor, weight: Tensor) -> Tensor:
+            return reference.conv2d(x, weight, stride, padding)
+    else:
+
+        def compute(x: Tensor, weight: Tensor) -> Tensor:
+            return CONV.conv2d(x, weight, stride, padding)
+
+    return in_one_dtype(compute, {"x": x, "weight": weight})

@@ -1,0 +1,47 @@
+"""The operators in plain torch: short, right to any order, the ground truth of every kernel.
+
+It is also what the public functions run under torch.func transforms and forward-mode AD.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float | Tensor, relu: bool = True) -> Tensor:
+    """relu(weight * (x - mean) * (variance + eps)^-1/2 + bias), statistics per task and channel over the rows.
+
+    Args:
+        x: (tasks, rows, channels).
+        weight: (tasks or 1, channels).
+        bias: (tasks or 1, channels).
+        eps: a number, or one that broadcasts with (tasks, 1, channels).
+        relu: whether negative values become zero.
+
+    Returns:
+        y: (tasks, rows, channels).
+    """
+    d = x - x.mean(1, keepdim=True)
+    rstd = (d.square().mean(1, keepdim=True) + eps).rsqrt()
+    z = d * rstd * weight.unsqueeze(1) + bias.unsqueeze(1)
+    return z.relu() if relu else z
+
+
+def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """The convolution of each task's images, as one convolution with a group of channels for each task.
+
+    Args:
+        x: (tasks, images, height, width, in_channels).
+        weight: (tasks, out_channels, in_channels, kernel_height, kernel_width).
+        stride: of both axes.
+        padding: of both axes.
+
+    Returns:
+        y: (tasks, images, out_height, out_width, out_channels).
+    """
+    tasks = x.shape[0]
+    y = F.conv2d(
+        x.permute(1, 0, 4, 2, 3).flatten(1, 2), weight.flatten(0, 1), stride=stride, padding=padding, groups=tasks
+    )
+    return y.unflatten(1, (tasks, -1)).permute(1, 0, 3, 4, 2)

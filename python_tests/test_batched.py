@@ -1,0 +1,180 @@
+"""All tasks in one forward: the numbers of one task after the other, and never for a module that does otherwise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kfo_ext import ANIL, KFO, MAML
+from kfo_ext.models import CNN, tasks_features, tasks_forward
+from kfo_ext.tasks import Examples, TaskBatch
+
+WAYS, TASKS = 3, 3
+NETWORKS = {
+    "mean": {"in_channels": 1, "image_size": 9, "stride": 2},
+    "colour_flat": {"in_channels": 3, "image_size": 6, "mean": False},
+    "pooled": {"in_channels": 2, "image_size": 12, "pool": 2, "mean": False},
+}
+networks = pytest.mark.parametrize("network", NETWORKS)
+
+
+def cnn(network: str = "mean") -> CNN:
+    torch.manual_seed(0)
+    model = CNN(2, hidden=5, ways=WAYS, **NETWORKS[network]).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def random_batch(model: CNN, size: int = 9) -> TaskBatch:
+    def examples(count: int) -> Examples:
+        x = torch.randn(TASKS, count, model.blocks[0].conv.in_channels, size, size, dtype=torch.float64)
+        return Examples(x, torch.randint(0, WAYS, (TASKS, count)))
+
+    return TaskBatch(examples(6), examples(4))
+
+
+def both(make, model, batch: TaskBatch) -> list[list[torch.Tensor]]:
+    """What a learner gives batched and task by task: loss, losses, accuracies, then every meta-gradient."""
+    results = []
+    for batched in (True, False):
+        learner = make(copy.deepcopy(model), batched)
+        learner.zero_grad()
+        result = learner(batch)
+        result.loss.backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters()]
+        results.append([*(X.detach() for X in result), *gradients])
+    return results
+
+
+def assert_same(results: list[list[torch.Tensor]]) -> None:
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@networks
+@pytest.mark.parametrize("options", [{}, {"first_order": True}, {"checkpoint": True}], ids=["second", "first", "saved"])
+@pytest.mark.parametrize("learner", [MAML, ANIL])
+def test_equals_one_task_after_the_other(learner, options, network):
+    model = cnn(network)
+    batch = random_batch(model, NETWORKS[network]["image_size"])
+
+    def make(model, batched):
+        adapted = model if learner is MAML else model.head
+        kfo = KFO(adapted.named_parameters(), psd=True)
+        with torch.no_grad():
+            for i, parameter in enumerate(kfo.parameters()):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        return learner(model, update=kfo, lr=0.1, steps=3, adapt_update=True, batched=batched, **options)
+
+    assert_same(both(make, model, batch))
+
+
+def test_evaluation_and_another_loss():
+    model = cnn()
+    batch = random_batch(model)
+
+    def smooth(output, target):
+        return nn.functional.cross_entropy(output, target, label_smoothing=0.1)
+
+    assert_same(both(lambda m, batched: MAML(m, lr=0.1, steps=2, loss=smooth, batched=batched), model, batch))
+    with torch.no_grad():
+        one, other = (MAML(model, lr=0.1, steps=2, batched=batched)(batch) for batched in (True, False))
+    for a, b in zip(one, other):
+        torch.testing.assert_close(a, b)
+    assert not one.loss.requires_grad
+
+
+@networks
+def test_features_of_all_tasks(network):
+    model = cnn(network)
+    size = NETWORKS[network]["image_size"]
+    parameters = {name: torch.randn(TASKS, *p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
+    x = torch.randn(TASKS, 4, model.blocks[0].conv.in_channels, size, size, dtype=torch.float64)
+    for t in range(TASKS):
+        own = {name: p[t] for name, p in parameters.items()}
+        expected = torch.func.functional_call(model, own, (x[t],))
+        torch.testing.assert_close(tasks_forward(model)(parameters, x)[t], expected)
+    assert tasks_features(model)(parameters, x).shape == (TASKS, 4, model.head.in_features)
+
+
+def test_the_default_is_batched_where_it_can_be():
+    model = cnn()
+    called = []
+    model.head.register_forward_hook(lambda *_: called.append(1))
+    MAML(model, lr=0.1, steps=1)(random_batch(model))
+    assert called, "a hook is never left out"
+    called.clear()
+    plain = cnn()
+    forward = plain.head.forward
+    assert tasks_forward(plain) is not None
+    plain.head.forward = lambda x: called.append(1) or forward(x)
+    assert tasks_forward(plain) is None, "nor is a method that was exchanged"
+    MAML(plain, lr=0.1, steps=1)(random_batch(plain))
+    assert called
+
+
+class Louder(CNN):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _set(path: str, value):
+    def change(model: CNN) -> CNN:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, value)
+        return model
+
+    return change
+
+
+def _hooked(model: CNN) -> CNN:
+    model.blocks[1].conv.register_forward_pre_hook(lambda module, x: None)
+    return model
+
+
+def _parametrized(model: CNN) -> CNN:
+    nn.utils.parametrizations.weight_norm(model.head)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: Louder(2, hidden=5, ways=WAYS, **NETWORKS["mean"]),
+        _set("blocks.0.norm", nn.GroupNorm(1, 5)),
+        _set("blocks.0.norm", nn.BatchNorm2d(5)),
+        _set("blocks.0.norm", nn.BatchNorm2d(5, affine=False, track_running_stats=False)),
+        _set("blocks.0.conv", nn.Conv2d(1, 5, 3, stride=2, padding=1, padding_mode="circular")),
+        _set("blocks.0.conv", nn.Conv2d(1, 5, 3, stride=2, padding=2, dilation=2)),
+        _set("blocks.0.conv", nn.Conv2d(1, 5, 3, stride=(2, 1), padding=1)),
+        _set("blocks.0.conv", nn.Conv2d(1, 5, 3, padding="same")),
+        _set("blocks.1.conv", nn.Conv2d(5, 5, 3, stride=2, padding=1, groups=5)),
+        _set("blocks.1.pool", nn.AvgPool2d(2)),
+        _set("blocks.1.pool", nn.MaxPool2d(2, stride=1)),
+        _set("blocks.1", nn.Identity()),
+        _set("head", nn.Linear(5, WAYS, bias=False)),
+        _set("head", nn.Sequential(nn.Linear(5, WAYS))),
+        _hooked,
+        _parametrized,
+    ],
+    ids=range(16),
+)
+def test_a_network_that_was_changed_goes_task_by_task(change):
+    model = change(cnn())
+    assert tasks_forward(model) is None
+    with pytest.raises(ValueError, match=r"batched: .* has no forward of all tasks at once"):
+        MAML(model, lr=0.1, steps=1, batched=True, allow_nograd=True)
+
+
+def test_a_frozen_parameter_goes_task_by_task():
+    model = cnn()
+    model.blocks[0].conv.weight.requires_grad_(False)
+    MAML(model, lr=0.1, steps=1, allow_nograd=True)(random_batch(model)).loss.backward()
+    assert model.blocks[0].conv.weight.grad is None
+    with pytest.raises(ValueError, match="batched: "):
+        MAML(model, lr=0.1, steps=1, allow_nograd=True, batched=True)
