@@ -35,6 +35,7 @@ class Row(NamedTuple):
     copies_16_byte: int
     commits: int  # of the copies, without which no wait waits for them
     stores_16_byte: int  # to global memory
+    loads_16_byte: int  # from global memory to registers
 
 
 def spills(row: dict[str, object]) -> bool:
@@ -89,4 +90,5 @@ def _row(arch: str, function: str, registers: int, stack: int, body: str) -> Row
     return Row(
         kernel, ELEMENTS[element], arch, registers, stack, count("STL") + count("LDL"), len(names),
         count("LDGSTS"), count("LDGSTS", "128"), count("LDGDEPBAR"), count("STG", "128"),
+        count("LDG.", "128"),
     )  # fmt: skip

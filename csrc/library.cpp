@@ -1,4 +1,4 @@
-// The schemas of all ops; each library of kernels adds its implementations under its dispatch key.
+// The schemas of the ops; each library of kernels adds its implementations under its dispatch key.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(kfo_ext, m) {
@@ -12,4 +12,11 @@ STABLE_TORCH_LIBRARY(kfo_ext, m) {
   m.def("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor");
   m.def("conv2d_input(Tensor dy, Tensor weight, int[] size, int stride, int padding) -> Tensor");
   m.def("conv2d_weight(Tensor x, Tensor dy, int[] kernel_size, int stride, int padding) -> Tensor");
+  m.def("batch_norm_relu(Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_relu_backward(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor dy, bool relu,"
+      " bool[] need) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_relu_double_backward(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor dy,"
+      " Tensor? ddx, Tensor? ddweight, Tensor? ddbias, bool relu, bool[] need) -> (Tensor, Tensor, Tensor)");
 }

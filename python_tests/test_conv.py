@@ -200,7 +200,11 @@ def test_half_types_and_autocast_compute_in_float32():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.zeros(1, 2, 4, 4)}, ValueError, r"x: expected 5 dimensions, got shape \(1, 2, 4, 4\)"),
+        (
+            {"x": torch.zeros(1, 2, 4, 4)},
+            ValueError,
+            r"x: expected 5 dimensions \(tasks, .*\), got shape \(1, 2, 4, 4\)",
+        ),
         ({"weight": torch.zeros(2, 3, 3, 3)}, ValueError, "weight: expected 5 dimensions"),
         ({"weight": [1]}, TypeError, "weight: expected a tensor, got list"),
         ({"weight": torch.zeros(1, 2, 4, 3, 3)}, ValueError, "weight: expected 3 in channels as x has, got 4"),

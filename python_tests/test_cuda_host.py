@@ -22,20 +22,26 @@ RACES = ["-fsanitize=thread"]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-def compile_and_run(csrc: Path, folder: Path, flags: list[str], what: str) -> subprocess.CompletedProcess:
-    program = folder / "kernels_test"
+PROGRAMS = ("kernels_test", "batch_norm_test")
+
+
+def compile_and_run(
+    csrc: Path, folder: Path, flags: list[str], what: str, source: str = "kernels_test"
+) -> subprocess.CompletedProcess:
+    program = folder / source
     host = HERE / "cuda_host"
     # Kernels read 16 bytes of T at once, which device compilers take as it is meant.
     options = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", *flags]
     includes = ["-I", str(csrc), "-I", str(host), "-include", str(host / "host_device.h")]
-    line = ["g++", *options, *includes, str(host / "kernels_test.cpp"), "-o", str(program)]
+    line = ["g++", *options, *includes, str(host / f"{source}.cpp"), "-o", str(program)]
     subprocess.run(line, check=True, timeout=600)
     return subprocess.run([str(program), what], capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.parametrize("source", PROGRAMS)
 @pytest.mark.parametrize(("flags", "what"), [(MEMORY, ROUNDS), (RACES, "smallest")], ids=["memory", "races"])
-def test_kernels_equal_float64_under_sanitizers(flags, what, tmp_path):
-    done = compile_and_run(CSRC, tmp_path, flags, what)
+def test_kernels_equal_float64_under_sanitizers(flags, what, source, tmp_path):
+    done = compile_and_run(CSRC, tmp_path, flags, what, source)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "comparisons, worst error" in done.stdout
 
@@ -53,6 +59,22 @@ BREAKS = {
     "barrier": ("transform_double_backward.cuh", "0b01010000", "0b01000000", RACE),
     "barrier of a tile": ("tiled.cuh", "      __syncthreads();\n      slab.advance", "      slab.advance", RACE),
     "blocks": ("block.cuh", "entry_.partials + block_ *", "entry_.partials + 0 *", RACE),
+    "batch norm chunks": (
+        "batch_norm.cuh",
+        "chunk < args_.chunks; ++chunk) total",
+        "chunk < 1; ++chunk) total",
+        WRONG_VALUE,
+    ),
+    "batch norm means": ("batch_norm.cuh", "n * (off * off - rest * rest)", "0 * off", WRONG_VALUE),
+    "batch norm edge": (
+        "batch_norm.cuh",
+        "if (i < count_) out.at[i] = data[at + i]",
+        "out.at[i] = data[at + i]",
+        OVERFLOW,
+    ),
+    "batch norm mask": ("batch_norm.cuh", "relu_ && z(i, d) <= 0", "relu_ && z(i, d) >= 0", WRONG_VALUE),
+    "batch norm barrier": ("batch_norm.cuh", "total / n; });\n  __syncthreads();", "total / n; });", RACE),
+    "batch norm reuse": ("batch_norm.cuh", "mean = block.kept(0);\n  __syncthreads();", "mean = block.kept(0);", RACE),
 }
 
 
@@ -64,6 +86,7 @@ def test_a_broken_kernel_is_caught(name, tmp_path):
     text = (csrc / "cuda" / file).read_text()
     assert text.count(right) == 1
     (csrc / "cuda" / file).write_text(text.replace(right, wrong))
-    done = compile_and_run(csrc, tmp_path, FLAGS[reason], "smallest")
+    source = "batch_norm_test" if file.startswith("batch_norm") else "kernels_test"
+    done = compile_and_run(csrc, tmp_path, FLAGS[reason], "smallest", source)
     assert done.returncode != 0
     assert reason in done.stdout + done.stderr

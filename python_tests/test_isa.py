@@ -12,7 +12,8 @@ import pytest
 from kfo_ext.transform import native
 
 TESTS = Path(__file__).parent
-KERNEL_TESTS = ("test_transform.py", "test_conv.py")
+# What runs the compiled operators.
+FILES = ("test_transform.py", "test_batch_norm.py", "test_conv.py")
 
 pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
 
@@ -28,10 +29,8 @@ def test_each_isa(isa):
     if isa not in native.supported_isas():
         pytest.skip(f"this machine has no {isa}")
     if isa == native.cpu_isa():
-        pytest.skip("the isa in use: the tests themselves run it")
-    done = _run(
-        isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(str(TESTS / name) for name in KERNEL_TESTS)
-    )
+        pytest.skip("the isa in use: the files themselves run it")
+    done = _run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(str(TESTS / file) for file in FILES))
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -16,8 +16,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 cuda_resources = pytest.importorskip("cuda_resources", reason="bench is not beside the tests")
 
 ORDER_KERNELS = ("forward_kernel", "backward_kernel", "double_backward_kernel")
+# Launched two by two: sums over chunks of rows, then what is elementwise.
+BATCH_NORM_ORDERS = ("batch_norm_forward_kernel", "batch_norm_backward_kernel", "batch_norm_double_backward_kernel")
+BATCH_NORM_SUMS = (
+    "batch_norm_statistics_kernel", "batch_norm_backward_sums_kernel", "batch_norm_double_backward_sums_kernel",
+)  # fmt: skip
 # Registers of a thread: with 128 four blocks of 128 threads fit on a multiprocessor, with 255 two.
-REGISTERS = {**dict.fromkeys(ORDER_KERNELS, 128), "sum_kernel": 40, "tiled_kernel": 255}
+REGISTERS = {
+    **dict.fromkeys(ORDER_KERNELS, 128),
+    **dict.fromkeys(BATCH_NORM_ORDERS + BATCH_NORM_SUMS, 128),
+    "sum_kernel": 40,
+    "batch_norm_task_sum_kernel": 40,
+    "tiled_kernel": 255,
+}
 REGISTERS_OF = {("double_backward_kernel", "sm_80"): 255}
 SHARED_BYTES = 96 * 1024
 
@@ -54,6 +65,10 @@ def test_the_orders_move_16_bytes_at_a_time(rows):
     for row in rows:
         if row.kernel in ORDER_KERNELS:
             assert row.copies_16_byte and row.stores_16_byte, row
+        if row.kernel in BATCH_NORM_ORDERS:
+            assert row.loads_16_byte and row.stores_16_byte, row
+        if row.kernel in BATCH_NORM_SUMS:
+            assert row.loads_16_byte, row
 
 
 @pytest.mark.parametrize("layers", [2, 4])

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../check_batch_norm.h"
 #include "../memo.h"
 #include "schedule.h"
 

@@ -32,8 +32,11 @@ def resolve(backend: str, device: torch.device, kernels: tuple[str, ...]) -> str
     return "native" if there and backend != "reference" else "reference"
 
 
-def check_tensors(operands: dict[str, Tensor], dimensions: int) -> None:
-    """Raises TypeError or ValueError for an operand that is no floating-point tensor on the device of the first."""
+def check_tensors(operands: dict[str, Tensor], layout: tuple[str, ...]) -> None:
+    """Raises TypeError or ValueError for an operand that is no floating-point tensor on the device of the first.
+
+    layout: the names of the first's dimensions
+    """
     first, like = next(iter(operands.items()))
     for name, operand in operands.items():
         if not isinstance(operand, Tensor):
@@ -42,8 +45,9 @@ def check_tensors(operands: dict[str, Tensor], dimensions: int) -> None:
             raise TypeError(f"{name}: expected a floating-point tensor, got {operand.dtype}")
         if operand.device != like.device:
             raise ValueError(f"{name}: expected device {like.device} as {first} has, got {operand.device}")
-    if like.dim() != dimensions:
-        raise ValueError(f"{first}: expected {dimensions} dimensions, got shape {tuple(like.shape)}")
+    if like.dim() != len(layout):
+        expected = f"{len(layout)} dimensions ({', '.join(layout)})"
+        raise ValueError(f"{first}: expected {expected}, got shape {tuple(like.shape)}")
 
 
 def in_one_dtype(compute: Callable[..., Tensor], operands: dict[str, Tensor]) -> Tensor:

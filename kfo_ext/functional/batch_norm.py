@@ -6,12 +6,13 @@ from torch import Tensor
 
 from kfo_ext.functional import reference
 from kfo_ext.functional.backends import check_tensors, in_one_dtype, runs_plain_torch
+from kfo_ext.functional.batch_norm_autograd import BATCH_NORM
 
-_KERNELS = ()
+_KERNELS = ("cpu", "cuda")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> None:
-    check_tensors({"x": x, "weight": weight, "bias": bias}, 3)
+    check_tensors({"x": x, "weight": weight, "bias": bias}, ("tasks", "rows", "channels"))
     tasks, rows, channels = x.shape
     if rows == 0:
         raise ValueError(f"x: expected at least 1 row, got shape {tuple(x.shape)}")
@@ -56,9 +57,11 @@ def batch_norm_relu(
     Source: Ioffe and Szegedy 2015, algorithm 1, with the batch's statistics always (paper, section 5).
     """
     _check(x, weight, bias, eps, relu)
-    runs_plain_torch(backend, x.device, _KERNELS)
+    plain = runs_plain_torch(backend, x.device, _KERNELS)
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return reference.batch_norm_relu(x, weight, bias, eps, relu)
+        if plain:
+            return reference.batch_norm_relu(x, weight, bias, eps, relu)
+        return BATCH_NORM.forward(x, weight, bias, eps, relu)[0]
 
     return in_one_dtype(compute, {"x": x, "weight": weight, "bias": bias})

@@ -13,7 +13,7 @@ _KERNELS = ("cpu",)
 
 
 def _check(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
-    check_tensors({"x": x, "weight": weight}, 5)
+    check_tensors({"x": x, "weight": weight}, ("tasks", "images", "height", "width", "channels"))
     if weight.dim() != 5:
         raise ValueError(f"weight: expected 5 dimensions, got shape {tuple(weight.shape)}")
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
@@ -57,13 +57,11 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, back
     Source: paper, appendix D (the networks); torch.nn.functional.conv2d, for each task.
     """
     _check(x, weight, stride, padding)
-    if runs_plain_torch(backend, x.device, _KERNELS):
+    plain = runs_plain_torch(backend, x.device, _KERNELS)
 
-        def compute(x: Tensor, weight: Tensor) -> Tensor:
+    def compute(x: Tensor, weight: Tensor) -> Tensor:
+        if plain:
             return reference.conv2d(x, weight, stride, padding)
-    else:
-
-        def compute(x: Tensor, weight: Tensor) -> Tensor:
-            return CONV.conv2d(x, weight, stride, padding)
+        return CONV.conv2d(x, weight, stride, padding)
 
     return in_one_dtype(compute, {"x": x, "weight": weight})

@@ -27,6 +27,13 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+
 namespace kfo::emulation {
 
 struct Dim {
@@ -128,6 +135,13 @@ inline void complete_copies(size_t remaining) {
 }  // namespace kfo::emulation
 
 inline int min(int a, int b) { return a < b ? a : b; }
+
+// A store of 16 bytes, which needs an address of that alignment.
+template <typename T>
+inline void __stwb(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T)) kfo::emulation::fail("a misaligned store");
+  std::memcpy(to, &value, sizeof(T));
+}
 
 #define threadIdx (kfo::emulation::Dim{kfo::emulation::load(kfo::emulation::thread_index)})
 #define blockIdx (kfo::emulation::Dim{kfo::emulation::load(kfo::emulation::block_index)})

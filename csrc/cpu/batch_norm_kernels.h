@@ -1,0 +1,55 @@
+// What a batch norm kernel is asked to do, and the kernels compiled for each instruction set. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace kfo::cpu {
+
+// Some channels of one task, at most kBatchNormChannels of them: element (row, channel) of x and of what is shaped like
+// it is at data[row * stride + channel]. Null: an absent cotangent, or an output that is not needed.
+template <class T>
+struct BatchNormJob {
+  int64_t rows = 0, stride = 0, channels = 0;
+  double eps = 0;
+  bool relu = true;
+  const T *x = nullptr, *dy = nullptr, *ddx = nullptr;
+  const T *weight = nullptr, *bias = nullptr, *ddweight = nullptr, *ddbias = nullptr;
+  const T *mean = nullptr, *rstd = nullptr;    // not read by the forward
+  T *new_mean = nullptr, *new_rstd = nullptr;  // written by the forward
+  T *y = nullptr, *dx = nullptr, *ddy = nullptr;
+  T *dweight = nullptr, *dbias = nullptr;
+};
+
+constexpr int64_t kBatchNormChannels = 32;
+
+template <class T>
+struct BatchNormOrders {
+  void (*forward)(const BatchNormJob<T>&);
+  void (*backward)(const BatchNormJob<T>&);
+  void (*double_backward)(const BatchNormJob<T>&);
+};
+
+struct BatchNormKernels {
+  BatchNormOrders<float> float32;
+  BatchNormOrders<double> float64;
+
+  template <class T>
+  const BatchNormOrders<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(float))
+      return float32;
+    else
+      return float64;
+  }
+};
+
+namespace avx512 {
+extern const BatchNormKernels batch_norm_kernels;
+}
+namespace avx2 {
+extern const BatchNormKernels batch_norm_kernels;
+}
+namespace baseline {
+extern const BatchNormKernels batch_norm_kernels;
+}
+
+}  // namespace kfo::cpu

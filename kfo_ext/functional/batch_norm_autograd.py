@@ -1,0 +1,178 @@
+"""Fakes and derivatives of the batch norm operators.
+
+The first two orders are operators; from the third on, derivatives are those of the plain reference: recomputed, slow,
+right. mean and rstd travel from the forward to the others to spare them a pass over x. They are functions of x, and the
+derivative by x holds what goes through them: as operands of their own they have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from kfo_ext.functional import reference
+from kfo_ext.transform import native
+from kfo_ext.transform.autograd import below_autograd, pick, register_operator
+
+
+class BatchNormFamily(NamedTuple):
+    """The overloads of the three orders."""
+
+    forward: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
+    double_backward: torch._ops.OpOverload
+
+
+def _refuse_derivatives_of_statistics(needed: tuple[bool, bool]) -> None:
+    if any(needed):
+        raise NotImplementedError(
+            "mean, rstd: expected tensors without requires_grad, as batch_norm_relu returns them: "
+            "the derivative by x holds theirs"
+        )
+
+
+def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function], type[Function]]:
+    class BatchNormRelu(Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, eps, relu):
+            ctx.set_materialize_grads(False)
+            with below_autograd():
+                y, mean, rstd = family.forward(x, weight, bias, eps, relu)
+            ctx.save_for_backward(x, weight, bias, mean, rstd)
+            ctx.mark_non_differentiable(mean, rstd)
+            ctx.relu = relu
+            return y, mean, rstd
+
+        @staticmethod
+        def backward(ctx, dy, _dmean, _drstd):
+            if dy is None:
+                return None, None, None, None, None
+            need = list(ctx.needs_input_grad[:3])
+            gradients = family.backward(*ctx.saved_tensors, dy, ctx.relu, need)
+            return *map(pick, need, gradients), None, None
+
+    class BatchNormReluBackward(Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, mean, rstd, dy, relu, need):
+            _refuse_derivatives_of_statistics(ctx.needs_input_grad[3:5])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, weight, bias, mean, rstd, dy)
+            ctx.relu = relu
+            with below_autograd():
+                outputs = family.backward(x, weight, bias, mean, rstd, dy, relu, need)
+            ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, ddx, ddweight, ddbias):
+            if ddx is None and ddweight is None and ddbias is None:
+                return (None,) * 8
+            x, weight, bias, mean, rstd, dy = ctx.saved_tensors
+            need_x, need_weight, need_bias, _, _, need_dy, _, _ = ctx.needs_input_grad
+            need = [need_x, need_weight, need_dy]
+            dx = dweight = ddy = None
+            if any(need):
+                dx, dweight, ddy = family.double_backward(
+                    x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, ctx.relu, need
+                )
+            # The bias moves where the ReLU cuts, and nothing else: a derivative of zero almost everywhere.
+            dbias = torch.zeros_like(bias) if need_bias else None
+            return pick(need_x, dx), pick(need_weight, dweight), dbias, None, None, pick(need_dy, ddy), None, None
+
+    class BatchNormReluDoubleBackward(Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need):
+            _refuse_derivatives_of_statistics(ctx.needs_input_grad[3:5])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, weight, bias, rstd, dy, ddx, ddweight, ddbias)
+            ctx.relu = relu
+            with below_autograd():
+                outputs = family.double_backward(x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need)
+            ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, ex, eweight, ey):
+            if ex is None and eweight is None and ey is None:
+                return (None,) * 11
+            x, weight, bias, rstd, *cotangents = ctx.saved_tensors
+            needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:9]]
+            gradients = _third_order((x, weight, bias, *cotangents), rstd, ctx.relu, (ex, eweight, ey), needed)
+            return *gradients[:3], None, None, *gradients[3:], None, None
+
+    return BatchNormRelu, BatchNormReluBackward, BatchNormReluDoubleBackward
+
+
+def _paired(cotangents: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> Tensor | None:
+    """sum <cotangent, output> over the pairs of which neither is missing."""
+    terms = [(c * out).sum() for c, out in zip(cotangents, outputs) if c is not None and out is not None]
+    return sum(terms) if terms else None
+
+
+def _third_order(
+    operands: tuple[Tensor | None, ...],
+    rstd: Tensor,
+    relu: bool,
+    cotangents: tuple[Tensor | None, ...],
+    needed: list[bool],
+) -> list[Tensor | None]:
+    """The derivatives of the double backward by its operands, by plain torch; differentiable where grad mode is on.
+
+    operands: x, weight, bias, dy, ddx, ddweight, ddbias; cotangents: of dx, dweight, ddy.
+    """
+    again = torch.is_grad_enabled()
+
+    def own(operand: Tensor | None) -> Tensor | None:
+        """An alias for this derivative alone: of the graph if that is to be differentiated again, else a leaf."""
+        if operand is None:
+            return None
+        return operand.view_as(operand) if again and operand.requires_grad else operand.detach().requires_grad_()
+
+    with torch.enable_grad():
+        x, weight, bias, dy, *dd = owned = [own(operand) for operand in operands]
+        # The eps that rstd was made with: rstd and all its derivatives by x then come out as they were.
+        eps = rstd.square().reciprocal().unsqueeze(1) - operands[0].detach().var(1, unbiased=False, keepdim=True)
+        y = reference.batch_norm_relu(x, weight, bias, eps, relu)
+        first = torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True)
+        second = torch.autograd.grad(
+            _paired(dd, first), (x, weight, dy), create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        value = _paired(cotangents, second)
+        wanted = [operand for operand, need in zip(owned, needed) if need]
+        gradients = iter(torch.autograd.grad(value, wanted, create_graph=again, materialize_grads=True))
+        return [next(gradients) if need else None for need in needed]
+
+
+def _fakes() -> tuple[Callable, Callable, Callable]:
+    def empty(like: Tensor, needed: bool) -> Tensor:
+        return like.new_empty(like.shape if needed else (0,))
+
+    def forward(x, weight, bias, eps, relu):
+        statistics = (x.shape[0], x.shape[2])
+        return x.new_empty(x.shape), x.new_empty(statistics), x.new_empty(statistics)
+
+    def backward(x, weight, bias, mean, rstd, dy, relu, need):
+        return tuple(map(empty, (x, weight, bias), need))
+
+    def double_backward(x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need):
+        return tuple(map(empty, (x, weight, x), need))
+
+    return forward, backward, double_backward
+
+
+def _register(library: torch.library.Library) -> BatchNormFamily:
+    names = ("batch_norm_relu", "batch_norm_relu_backward", "batch_norm_relu_double_backward")
+    family = BatchNormFamily(*(getattr(torch.ops.kfo_ext, name).default for name in names))
+    for overload, function, fake in zip(family, _functions(family), _fakes()):
+        register_operator(library, overload, function, fake, "kfo_ext.functional.batch_norm_relu")
+    return family
+
+
+native.load()
+_LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
+# The compiled operators; None where the CPU library, which holds their schemas, is not there.
+BATCH_NORM = _register(_LIBRARY) if native.status()["cpu"][0] else None
