@@ -14,14 +14,23 @@ from pathlib import Path
 
 import meta_iteration
 import torch
-import transform_orders
-from timing import Timing, environment, interleaved
 
+from kfo_ext.bench.cases import ORDERS, Case, random_case
+from kfo_ext.bench.orders import Orders, error_of, truth
+from kfo_ext.bench.providers import PROVIDERS
+from kfo_ext.bench.timing import Timing, environment, interleaved
 from kfo_ext.models import omniglot_cnn
 from kfo_ext.tasks import Glyphs
 from kfo_ext.transform import Problems, native
 
 WAYS = 5
+CONTENDERS = {
+    "kfo packed": PROVIDERS["native"],
+    "kfo lists": PROVIDERS["lists"],
+    "torch matmul": PROVIDERS["torch-matmul"],
+    "torch einsum": PROVIDERS["torch-einsum"],
+    "learn2learn": PROVIDERS["learn2learn"],
+}
 Row = dict[str, object]
 
 
@@ -40,15 +49,31 @@ def rows_of(measurement: str, network: str, timings: dict[str, Timing]) -> list[
     ]
 
 
+def verify(providers: dict[str, Orders], case: Case, tolerance: float) -> None:
+    """Compare every contender, order and output with float64 truth.
+
+    tolerance: largest difference, relative to the largest magnitude of that output
+
+    Raises:
+        AssertionError: a contender computes something else; says which, and by how much.
+    """
+    expected = truth(case)
+    for name, orders in providers.items():
+        for order in ORDERS:
+            error = error_of(CONTENDERS[name].pack, order, orders[order](), case, expected)
+            if not error <= tolerance:
+                raise AssertionError(f"{name}: {order} is off by {error:.2e}, allowed {tolerance:.0e}")
+
+
 def measure_orders(layers: int, options: argparse.Namespace) -> list[Row]:
     """All providers on all orders, for the parameters of the Omniglot CNN with that many layers."""
     problems = Problems.of(omniglot_cnn(layers, WAYS).parameters())
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
-        case = transform_orders.random_case(problems, options.tasks, dtype)
-        providers = {name: provider.make(case) for name, provider in transform_orders.PROVIDERS.items()}
-        transform_orders.verify(providers, case, tolerance)
+        case = random_case(problems, options.tasks, dtype)
+        providers = {name: provider.make(case) for name, provider in CONTENDERS.items()}
+        verify(providers, case, tolerance)
     rows = []
-    for order in transform_orders.ORDERS:
+    for order in ORDERS:
         timings = interleaved({name: orders[order] for name, orders in providers.items()}, options.repeats)
         rows += rows_of(order, f"CNN({layers})", timings)
     return rows

@@ -14,151 +14,64 @@ import argparse
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
-from device_timing import Floor, captured, events, host, measure_floor, per_call
-from formula_orders import torch_compiled, torch_formulas
-from jax_orders import jax_vmap, packed_from_jax
-from timing import Timing, environment, interleaved, wall_clock
-from transform_orders import (
-    ORDERS,
-    PROVIDERS,
-    Case,
-    Orders,
-    Provider,
-    error_of,
-    kfo_gradients_on,
-    kfo_packed,
-    packed_already,
-    random_case,
-)
 
-from kfo_ext.models import omniglot_cnn
-from kfo_ext.testing import truth
+from kfo_ext.bench.cases import ORDERS, random_case
+from kfo_ext.bench.device_timing import Floor, measure_floor
+from kfo_ext.bench.measure import contenders, time_eager, time_graph, time_host, verified
+from kfo_ext.bench.orders import packed_already, truth
+from kfo_ext.bench.points import GROUPS as ALL_GROUPS
+from kfo_ext.bench.providers import PROVIDERS, Provider, kfo_gradients_on
+from kfo_ext.bench.timing import Timing, environment
 from kfo_ext.transform import Problems, native
 
-# As parameters: learn2learn knows layers by their dimensions.
-GROUPS = {
-    "CNN(2)": Problems.of(omniglot_cnn(2).parameters()),
-    "CNN(4)": Problems.of(omniglot_cnn(4).parameters()),
-    "conv_64": Problems.of([torch.empty(64, 64, 3, 3, device="meta")]),
-    "head_5x1600": Problems.of([torch.empty(5, 1600, device="meta")]),
-}
+GROUPS = {name: ALL_GROUPS[name] for name in ("CNN(2)", "CNN(4)", "conv_64", "head_5x1600")}
 CONTENDERS = {
-    "kfo native packed": PROVIDERS["kfo packed"],
-    "kfo triton packed": Provider(lambda case: kfo_packed(case, "triton"), packed_already),
-    "kfo gradients on": Provider(kfo_gradients_on, packed_already),
-    "kfo lists": PROVIDERS["kfo lists"],
-    "torch matmul": PROVIDERS["torch matmul"],
-    "torch formulas": Provider(torch_formulas),
-    "torch compiled": Provider(torch_compiled),
+    "kfo native packed": PROVIDERS["native"],
+    "kfo triton packed": PROVIDERS["triton"],
+    "kfo gradients on": Provider(kfo_gradients_on, packed_already, ours=True),
+    "kfo lists": PROVIDERS["lists"],
+    "torch matmul": PROVIDERS["torch-matmul"],
+    "torch formulas": PROVIDERS["torch-formulas"],
+    "torch compiled": PROVIDERS["torch-formulas-compile"],
     "learn2learn": PROVIDERS["learn2learn"],
-    "jax": Provider(jax_vmap, packed_from_jax),
+    "jax": PROVIDERS["jax"],
 }
 # Compiling takes far longer than timing: for the first count of tasks alone.
-COMPILED = ("torch compiled", "jax")
-# Outside torch's streams: no events, no capture by torch.
-WALL_CLOCK = ("jax",)
-# Thousands of launches a call: a graph of them says nothing about anybody's use.
-EAGER_ALONE = ("jax", "learn2learn")
-TOLERANCE = 1e-4
+COMPILED = tuple(name for name, provider in CONTENDERS.items() if provider.compiled)
 Row = dict[str, object]
-
-
-class Contender(NamedTuple):
-    """A provider whose outputs of an order are verified."""
-
-    name: str
-    call: Callable[[], object]
-    error: float
 
 
 def is_ours(name: str) -> bool:
     return name.startswith("kfo")
 
 
-def contenders(names: Iterable[str], case: Case, tasks: int, first_tasks: int) -> dict[str, Orders | str]:
-    """The orders of every provider that runs here, or the reason why it does not."""
-    made: dict[str, Orders | str] = {}
-    for name in names:
-        if name in COMPILED and tasks != first_tasks:
-            made[name] = f"left out: compiled for {first_tasks} tasks alone"
-            continue
-        try:
-            made[name] = CONTENDERS[name].make(case)
-        except Exception as error:  # whatever it is, it is the finding
-            made[name] = f"does not run: {type(error).__name__}: {_line(error)}"
-    return made
-
-
-def verified(
-    made: dict[str, Orders | str], order: str, case: Case, expected: dict[str, torch.Tensor]
-) -> tuple[list[Contender], dict[str, str]]:
-    """Those whose outputs of one order are right, and why the others are not timed."""
-    good, reasons = [], {}
-    for name, orders in made.items():
-        if isinstance(orders, str):
-            reasons[name] = orders
-            continue
-        try:
-            error = error_of(CONTENDERS[name], order, orders[order](), case, expected)
-        except Exception as failure:  # as above
-            reasons[name] = f"failed: {type(failure).__name__}: {_line(failure)}"
-            continue
-        if error <= TOLERANCE:
-            good.append(Contender(name, orders[order], error))
-        else:
-            reasons[name] = f"WRONG: relative error {error:.1e}, allowed {TOLERANCE:.0e}"
-    return good, reasons
-
-
-def time_order(good: list[Contender], on_cuda: bool, options: argparse.Namespace) -> dict[str, dict[str, Timing | str]]:
-    """By mode and provider, the timing of one call, or why there is none."""
-    names = {c.name: c.call for c in good}
-    on_wall = {name: call for name, call in names.items() if name in WALL_CLOCK or not on_cuda}
-    on_events = {name: call for name, call in names.items() if name not in on_wall}
-    modes: dict[str, dict[str, Timing | str]] = {"eager": {}}
-    for functions, sample in ((on_events, events), (on_wall, wall_clock)):
-        if functions:
-            modes["eager"] |= interleaved(functions, options.repeats, options.seconds, sample)
-    if not on_cuda:
-        return modes
-
-    ours = {name: call for name, call in names.items() if is_ours(name)}
-    if ours:
-        modes["host"] = interleaved(ours, options.repeats, 2e-4, host)
-    graphs, calls, modes["graph"] = {}, {}, {}
-    for name, call in names.items():
-        if name in EAGER_ALONE:
-            continue
-        # About 200 us a replay, so that launching the graph weighs little.
-        calls[name] = min(20, max(1, math.ceil(2e-4 / modes["eager"][name].median)))
-        try:
-            graphs[name] = captured(call, calls[name])
-        except Exception as error:  # as above
-            modes["graph"][name] = f"not captured: {type(error).__name__}: {_line(error)}"
-    timings = interleaved(graphs, options.repeats, options.seconds, events) if graphs else {}
-    modes["graph"] |= {name: per_call(timing, calls[name]) for name, timing in timings.items()}
-    return modes
-
-
 def measure(group: str, tasks: int, floor: Floor, options: argparse.Namespace) -> list[Row]:
     """The rows of one group: every order, mode and provider."""
     problems, device = GROUPS[group], torch.device(options.device)
     case = random_case(problems, tasks, torch.float32, device)
-    expected = truth(case.packed, problems.shapes)
-    made = contenders(options.providers, case, tasks, options.tasks[0])
+    expected = truth(case)
+    made = {
+        name: f"left out: compiled for {options.tasks[0]} tasks alone"
+        for name in options.providers
+        if name in COMPILED and tasks != options.tasks[0]
+    }
+    made |= contenders(CONTENDERS, [name for name in options.providers if name not in made], case)
     rows = []
     for order in ORDERS:
         where = {"group": group, "tasks": tasks, "order": order}
-        good, reasons = verified(made, order, case, expected)
+        good, reasons = verified(CONTENDERS, made, order, case, expected)
         rows += [where | {"provider": name, "mode": "eager", "status": reason} for name, reason in reasons.items()]
         errors = {contender.name: contender.error for contender in good}
-        for mode, timings in time_order(good, device.type == "cuda", options).items():
+        on_cuda, repeats, seconds = device.type == "cuda", options.repeats, options.seconds
+        modes: dict[str, dict[str, Timing | str]] = {"eager": time_eager(CONTENDERS, good, on_cuda, repeats, seconds)}
+        if on_cuda:
+            modes["host"] = time_host(CONTENDERS, good, repeats)
+            modes["graph"] = time_graph(CONTENDERS, good, modes["eager"], repeats, seconds)
+        for mode, timings in modes.items():
             peers = [t.median for name, t in timings.items() if isinstance(t, Timing) and not is_ours(name)]
             for name, timing in timings.items():
                 row = where | {"provider": name, "mode": mode, "error": errors[name]}
@@ -220,10 +133,6 @@ def table(rows: list[Row]) -> str:
                 cells.append(f"{row[key]:.{2 if key.startswith(('times', 'best')) else 0}f}" if key in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _line(error: Exception) -> str:
-    return " ".join((str(error).splitlines() or [""])[0].split())[:120]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

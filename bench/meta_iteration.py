@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from device_timing import events
-from timing import environment, interleaved, wall_clock
 from torch import Tensor, nn
 
 from kfo_ext import KFO, MAML
+from kfo_ext.bench.device_timing import events
+from kfo_ext.bench.timing import environment, interleaved, wall_clock
 from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
 from kfo_ext.models import omniglot_cnn
 from kfo_ext.tasks import Glyphs, TaskBatch

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from gpu_bench import GROUPS
-from transform_orders import ORDERS, kfo_packed, random_case
+
+from kfo_ext.bench.cases import ORDERS, random_case
+from kfo_ext.bench.providers import kfo_packed
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The command `kfo`: train, eval, compare, doctor, demo. Every error is one line on stderr and exit code 2."""
+"""The command `kfo`: train, eval, compare, doctor, demo, bench. Every error is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import typer
 
 from kfo_ext import demo as demonstration
 from kfo_ext import doctor as doctoring
+from kfo_ext.bench import command as benchmark
+from kfo_ext.bench.cases import ORDERS
+from kfo_ext.bench.points import AXES, GROUPS
+from kfo_ext.bench.providers import PROVIDERS
 from kfo_ext.trainer import Config, RunFolder, Trainer, compare_runs, evaluate_run
 
 app = typer.Typer(
@@ -135,6 +139,63 @@ def demo(
 ) -> None:
     """Meta-train CNN(2) with MAML and with KFO on glyphs, and compare them on the same unseen tasks."""
     demonstration.run(folder or _new_folder("demo"), time_budget=time_budget, tasks=tasks, echo=typer.echo)
+
+
+def _several(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(item.strip() for item in text.split(","))
+
+
+def _names(known, default: str = "all") -> str:
+    return f"comma-separated, of: {', '.join(known)}  [default: {default}]"
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="a few points of every axis in two minutes")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of results and pictures  [default: runs/bench-...]", show_default=False),
+    ] = None,
+    axes: Annotated[str | None, typer.Option(help=_names(AXES), show_default=False)] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help=f"of the axes tasks, hidden, psd; {_names(GROUPS, 'CNN(2)')}", show_default=False),
+    ] = None,
+    providers: Annotated[str | None, typer.Option(help=_names(PROVIDERS), show_default=False)] = None,
+    orders: Annotated[str | None, typer.Option(help=_names(ORDERS), show_default=False)] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="samples of each, at most  [default: 15, quick: 5]", show_default=False)
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="seconds to sample each order of a point  [default: 20, quick: 1.5]", show_default=False),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="seconds after which no point is begun  [default: none, quick: 120]", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="torch threads  [default: torch's]", show_default=False)] = None,
+) -> None:
+    """Time the transform and its updates against learn2learn, plain torch and JAX.
+
+    Each is compared with float64 before it is timed; a star marks ours. Exit code 1 if one of ours is wrong.
+    """
+    quickly = {"repeats": 5, "seconds": 0.004, "budget": 1.5, "limit": 120.0} if quick else {}
+    given = {
+        "axes": _several(axes),
+        "groups": _several(groups),
+        "providers": _several(providers),
+        "orders": _several(orders),
+        "repeats": repeats,
+        "budget": budget,
+        "limit": limit,
+        "threads": threads,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = benchmark.Settings(quick=quick, device=device, **{**quickly, **given})
+    right = benchmark.run(settings, out or _new_folder("bench"), typer.echo)
+    raise typer.Exit(0 if right else 1)
 
 
 def _new_folder(name: str) -> Path:

@@ -123,6 +123,16 @@ ERRORS = {
     "eval": (["eval", "nowhere"], "nowhere: there is no such run folder"),
     "compare": (["compare", "nowhere", "nowhere"], "nowhere: there is no such run folder"),
     "nonfinite": (["train", *options(fast_lr=1e30, steps=3)], "iteration 1: "),
+    "bench-axis": (
+        ["bench", "--axes", "depth"],
+        "axes: expected some of tasks, layers, width, hidden, psd, got 'depth'",
+    ),
+    "bench-provider": (["bench", "--providers", "native,ours"], "providers: expected some of native, lists"),
+    "bench-order": (["bench", "--orders", "third"], "orders: expected some of forward, backward, double_backward"),
+    "bench-group": (["bench", "--groups", "CNN(3)"], "groups: expected some of CNN(2), CNN(4)"),
+    "bench-device": (["bench", "--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
+    "bench-repeats": (["bench", "--repeats", "0"], "repeats: expected at least 1, got 0"),
+    "bench-budget": (["bench", "--budget", "0"], "budget: expected seconds above 0, got 0"),
     "demo": (["demo", "--time-budget", "0"], "time_budget: expected seconds above 0, got 0"),
 }
 
@@ -166,7 +176,7 @@ def test_help_names_every_option(kfo):
         assert f"--{name.replace('_', '-')}" in out
     code, out, _ = kfo()
     assert code == 0
-    assert all(command in out for command in ("train", "eval", "compare", "doctor", "demo"))
+    assert all(command in out for command in ("train", "eval", "compare", "doctor", "demo", "bench"))
 
 
 def endless(run) -> list[str]:

@@ -23,7 +23,8 @@ ALLOWED = {
     "interop": {"updates", "transform"},
     "doctor": {"transform", "trainer"},
     "demo": {"trainer", "tasks"},
-    "cli": {"trainer", "tasks", "doctor", "demo", "transform"},
+    "bench": {"trainer", "updates", "transform", "models", "testing", "interop"},
+    "cli": {"trainer", "tasks", "doctor", "demo", "bench", "transform"},
 }
 # Outside packages that importing a room may need at module level; None stands for any.
 LIGHT = {

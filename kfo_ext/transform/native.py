@@ -87,6 +87,16 @@ def cpu_isa() -> str:
     return name.decode()
 
 
+def cpu_multiply_adds(steps: int) -> float:
+    """Run so many steps of float32 multiply-adds on this thread, without memory; for benchmarks.
+
+    out: the operations done, 2 for each multiply-add. Other Python threads run meanwhile.
+    """
+    function = ctypes.CDLL(str(CPU_LIBRARY)).kfo_cpu_fma
+    function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int64]
+    return function(steps)
+
+
 def supported_isas() -> list[str]:
     """The instruction sets this machine can run, best first."""
     capability = torch.backends.cpu.get_cpu_capability()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timing import Timing, interleaved, wall_clock
+
+from kfo_ext.bench.timing import Timing, interleaved, wall_clock
 
 # Bytes of the copied tensor: far more than any cache holds.
 COPIED = {"cuda": 2**30, "cpu": 2**26}

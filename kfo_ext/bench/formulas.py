@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transform_orders import Case, Orders, Outputs
+
+from kfo_ext.bench.cases import Case, parameter_leaves
+from kfo_ext.bench.orders import LeftOut, Orders, Outputs, as_matrices
 
 
 def forward(R: Tensor, G: Tensor, L: Tensor) -> tuple[Tensor, ...]:
@@ -40,17 +42,20 @@ FORMULAS = {"forward": forward, "backward": backward, "double_backward": double_
 
 
 def operands_of(case: Case) -> dict[str, list[tuple[Tensor, ...]]]:
-    """Per order, the operands of its formula for each parameter, matrices as (tasks, B, p, q)."""
-    G, dY, ddG = (
-        [X.reshape(len(X), *shape) for X, shape in zip(operand, case.problems.shapes, strict=True)]
-        for operand in (case.G, case.dY, case.ddG)
-    )
-    first = (case.R, G, case.L)
-    return {
-        "forward": list(zip(*first, strict=True)),
-        "backward": list(zip(*first, dY, strict=True)),
-        "double_backward": list(zip(*first, dY, case.ddR, ddG, case.ddL, strict=True)),
+    """Per order, the operands of its formula for each parameter, matrices as (tasks, B, p, q).
+
+    Raises:
+        LeftOut: the case is not the plain transform.
+    """
+    if not case.plain:
+        raise LeftOut("written for the plain transform alone")
+    (R, L), G, dY, (ddR, ddL), ddG = as_matrices(parameter_leaves(case), case)
+    operands = {
+        "forward": (R, G, L),
+        "backward": (R, G, L, dY),
+        "double_backward": (R, G, L, dY, ddR, ddG, ddL),
     }
+    return {order: list(zip(*forms, strict=True)) for order, forms in operands.items()}
 
 
 def _orders(case: Case, wrap: Callable[[Callable], Callable]) -> Orders:
@@ -59,8 +64,15 @@ def _orders(case: Case, wrap: Callable[[Callable], Callable]) -> Orders:
             return [formula(*operands) for operands in layers]
 
         function = wrap(whole)
-        # The outputs of one kind for all parameters, then those of the next kind.
-        return lambda: [X for outputs in zip(*function(layers), strict=True) for X in outputs]
+
+        def run() -> Outputs:
+            # The outputs of one kind for all parameters, then those of the next kind: dR, dL, dG, ddY.
+            kinds = list(zip(*function(layers), strict=True))
+            if len(kinds) > 1:
+                kinds[1], kinds[2] = kinds[2], kinds[1]
+            return [X for kind in kinds for X in kind]
+
+        return run
 
     return {name: order(FORMULAS[name], layers) for name, layers in operands_of(case).items()}
 
@@ -70,7 +82,7 @@ def torch_formulas(case: Case) -> Orders:
     return _orders(case, lambda function: function)
 
 
-def torch_compiled(case: Case) -> Orders:
+def torch_formulas_compiled(case: Case) -> Orders:
     """The same, all layers of one order in one compiled graph."""
     torch.compiler.reset()
     return _orders(case, lambda function: torch.compile(function, fullgraph=True, dynamic=False))

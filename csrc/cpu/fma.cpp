@@ -1,0 +1,18 @@
+#include <stdexcept>
+
+#include "fma_kernels.h"
+#include "isa.h"
+
+// Runs so many steps of float32 multiply-adds on the calling thread and returns the operations done, 2 for each; 0 when
+// KFO_CPU_ISA asks for an instruction set that is not available.
+extern "C" __attribute__((visibility("default"))) double kfo_cpu_fma(int64_t steps) {
+  using namespace kfo::cpu;
+  try {
+    const FmaKernel& kernel = chosen(avx512::fma_kernel, avx2::fma_kernel, baseline::fma_kernel);
+    static volatile float sink;
+    sink = kernel.run(steps);
+    return static_cast<double>(steps) * kernel.flops_per_step;
+  } catch (const std::invalid_argument&) {
+    return 0;
+  }
+}

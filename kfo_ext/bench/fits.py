@@ -1,0 +1,60 @@
+"""How time grows with size: the exponent of a power law."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+Row = dict[str, object]
+# What makes a curve of rows, besides the axis.
+CURVE = ("axis", "group", "order", "provider", "mode")
+
+
+def upper_half(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of the larger sizes: half of them, rounded up, and two at least."""
+    ordered = sorted(points)
+    return ordered[-max(2, math.ceil(len(ordered) / 2)) :]
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """The slope of log y over log x by least squares.
+
+    points: two or more (x, y), positive, with different x
+
+    Raises:
+        ValueError: fewer points, or a size or time that is not positive.
+    """
+    if len({x for x, _ in points}) < 2 or min(min(point) for point in points) <= 0:
+        raise ValueError(f"points: expected positive sizes and times of at least 2 sizes, got {list(points)}")
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs))
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def fits(rows: Sequence[Row]) -> list[Row]:
+    """One row per measured curve: its exponent over the upper half of its sizes.
+
+    The size along `hidden` is the number of Kronecker layers; `psd` has none; along `layers` the groups are one curve.
+    """
+    curves: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["status"] != "ok" or row["axis"] == "psd":
+            continue
+        key = {name: row[name] for name in CURVE}
+        if row["axis"] == "layers":
+            key["group"] = "CNN"
+        size = row["x"] + 1 if row["axis"] == "hidden" else row["x"]
+        curves[tuple(key.values())].append((size, row["median_s"]))
+    return [
+        {
+            **dict(zip(CURVE, key)),
+            "exponent": exponent(used),
+            "from": used[0][0],
+            "to": used[-1][0],
+            "points": len(used),
+        }
+        for key, points in curves.items()
+        if len(points) > 1
+        for used in [upper_half(points)]
+    ]

@@ -1,0 +1,105 @@
+"""The axes of `kfo bench`: along each one size grows and everything else stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kfo_ext.models import omniglot_cnn
+from kfo_ext.transform import Problems
+
+# Parameters of the paper's Omniglot networks, and of large single layers: what learn2learn knows are parameters.
+GROUPS: dict[str, Problems] = {
+    "CNN(2)": Problems.of(omniglot_cnn(2).parameters()),
+    "CNN(4)": Problems.of(omniglot_cnn(4).parameters()),
+    "CNN(6)": Problems.of(omniglot_cnn(6).parameters()),
+    "conv_64": Problems.of([torch.empty(64, 64, 3, 3, device="meta")]),
+    "head_5x1600": Problems.of([torch.empty(5, 1600, device="meta")]),
+}
+LAYERS = {2: "CNN(2)", 4: "CNN(4)", 6: "CNN(6)"}
+# The meta-batch of the axes that do not grow it; along width operands would not fit in memory with 16.
+TASKS = 16
+WIDTH_TASKS = 4
+# axis -> what grows along it.
+AXES = {
+    "tasks": "tasks in the meta-batch",
+    "layers": "convolutions of the network",
+    "width": "p = q of one problem, B = 1",
+    "hidden": "hidden layers of the non-linear update",
+    "psd": "0: R and L as they are, 1: R^T R and L^T L",
+}
+VALUES: dict[str, tuple[int, ...]] = {
+    "tasks": (1, 4, 16, 64, 256),
+    "layers": (2, 4, 6),
+    "width": (1, 4, 16, 64, 256, 784, 1600),
+    "hidden": (0, 1, 2, 3),
+    "psd": (0, 1),
+}
+QUICK_VALUES: dict[str, tuple[int, ...]] = {
+    "tasks": (1, 16, 64),
+    "layers": (2, 4),
+    "width": (1, 32, 256),
+    "hidden": (0, 2),
+    "psd": (0, 1),
+}
+
+
+class Point(NamedTuple):
+    """What is measured at one value of an axis.
+
+    group: name of the problems
+    rule: the update through `KFO.rule`, else the transform's own ops
+    """
+
+    axis: str
+    x: int
+    group: str
+    problems: Problems
+    tasks: int = TASKS
+    psd: bool = False
+    hidden: int = 0
+    rule: bool = False
+
+    @property
+    def same(self) -> tuple:
+        """Equal for points of different axes that are one measurement."""
+        return (self.problems.shapes, self.tasks, self.psd, self.hidden, self.rule)
+
+    @property
+    def label(self) -> str:
+        """As in `tasks=16 CNN(2)`."""
+        return f"{self.axis}={self.x} {self.group}"
+
+    @property
+    def transforms(self) -> int:
+        """Kronecker transforms in a row: one per layer, and one more for each that is psd."""
+        return self.hidden + 1 + (max(1, self.hidden) if self.psd else 0)
+
+
+def points_of(axes: Sequence[str], groups: Sequence[str], values: dict[str, tuple[int, ...]]) -> list[Point]:
+    """The points of some axes.
+
+    groups: for the axes tasks, hidden and psd
+    values: of every axis
+
+    Raises:
+        ValueError: an unknown axis or group.
+    """
+    for name, given, known in (("axes", axes, AXES), ("groups", groups, GROUPS)):
+        for item in given:
+            if item not in known:
+                raise ValueError(f"{name}: expected some of {', '.join(known)}, got {item!r}")
+    points = []
+    for axis in axes:
+        if axis == "layers":
+            points += [Point(axis, x, LAYERS[x], GROUPS[LAYERS[x]]) for x in values[axis]]
+        elif axis == "width":
+            squares = {x: Problems.of([torch.empty(x, x, device="meta")]) for x in values[axis]}
+            points += [Point(axis, x, "square", problems, WIDTH_TASKS) for x, problems in squares.items()]
+        else:
+            for group in groups:
+                start = Point(axis, 0, group, GROUPS[group], rule=axis != "tasks")
+                points += [start._replace(x=x, **{axis: bool(x) if axis == "psd" else x}) for x in values[axis]]
+    return points

@@ -1,0 +1,116 @@
+"""What `kfo bench` prints and writes: a table, results.csv and results.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from kfo_ext.bench.rows import COLUMNS, Row, loses
+from kfo_ext.trainer.files import atomic_write, read_json, write_json
+
+# The first key of a results.json, by which it is known.
+FORMAT = "kfo bench 1"
+HEAD = (
+    f"{'provider':23} {'median':>10} {'20 % .. 80 %':>21} {'GB/s':>7} {'GFLOP/s':>8} {'of floor':>8}"
+    f" {'memory':>9} {'error':>7}  against the fastest other"
+)
+
+
+def seconds_text(seconds: float) -> str:
+    """As in `12.3 us`."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def bytes_text(count: int | None) -> str:
+    """As in `1.2 MB`; nothing for None."""
+    if count is None:
+        return ""
+    return f"{count / 1e6:.3g} MB" if count >= 1e5 else f"{count / 1e3:.3g} kB"
+
+
+def line(row: Row) -> str:
+    """One row of the table; a row of ours that another beats ends in LOSES."""
+    name = f"{'* ' if row['ours'] else '  '}{row['provider']}"
+    if row["status"] != "ok":
+        return f"{name:23} {row['status']}"
+    span = f"{seconds_text(row['low_s'])} .. {seconds_text(row['high_s'])}"
+    share = "" if row["floor_share"] is None else f"{row['floor_share']:.3f}"
+    against = ""
+    if row["best_other"]:
+        against = f"{row['other_over_this']:.2f}x of {row['best_other']}{'  LOSES' if loses(row) else ''}"
+    text = (
+        f"{name:23} {seconds_text(row['median_s']):>10} {span:>21} {row['gb_per_s']:7.3g} {row['gflop_per_s']:8.3g}"
+        f" {share:>8} {bytes_text(row['peak_bytes']):>9} {row['error']:7.0e}  {against}"
+    )
+    return text.rstrip()
+
+
+def table(rows: Sequence[Row]) -> Iterable[str]:
+    """The lines of a table of one point: a head for each order and mode."""
+    heading = None
+    for row in rows:
+        mode = "" if row["mode"] == "eager" else f", {row['mode']}"
+        now = f"{row['axis']}={row['x']}  {row['group']}, {row['tasks']} tasks: {row['order']}{mode}"
+        if now != heading:
+            yield ""
+            yield now
+            yield HEAD
+            heading = now
+        yield line(row)
+
+
+def fit_table(fits: Sequence[Row]) -> Iterable[str]:
+    """The exponents, a line for each axis, group and order."""
+    lines: dict[str, list[str]] = {}
+    for fit in fits:
+        mode = "" if fit["mode"] == "eager" else f", {fit['mode']}"
+        key = f"{fit['axis']} {fit['from']}..{fit['to']}, {fit['group']}, {fit['order']}{mode}"
+        lines.setdefault(key, []).append(f"{fit['provider']} {fit['exponent']:.2f}")
+    if lines:
+        yield ""
+        yield "time ~ size^e, least squares over the upper half of each axis:"
+        yield from (f"  {key}: {', '.join(values)}" for key, values in lines.items())
+
+
+def losses(rows: Sequence[Row]) -> Iterable[str]:
+    """How often each provider of ours is beaten, and where worst."""
+    for name in dict.fromkeys(row["provider"] for row in rows if row["ours"] and row["best_other"]):
+        ours = [row for row in rows if row["provider"] == name and row["best_other"]]
+        lost = [row for row in ours if loses(row)]
+        text = f"{name}: faster than every other in {len(ours) - len(lost)} of {len(ours)}"
+        if lost:
+            worst = min(lost, key=lambda row: row["other_over_this"])
+            text += (
+                f"; loses most at {worst['axis']}={worst['x']} {worst['group']} {worst['order']}, "
+                f"{worst['other_over_this']:.2f}x of {worst['best_other']}"
+            )
+        yield text
+
+
+def write(folder: Path, rows: Sequence[Row], facts: Row) -> None:
+    """results.csv and results.json, each replaced as a whole.
+
+    facts: what goes into the JSON besides the rows
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(folder / "results.csv") as file:
+        file.write(text.getvalue().encode())
+    write_json(folder / "results.json", {"format": FORMAT, **facts, "columns": COLUMNS, "rows": list(rows)})
+
+
+def read(path: Path) -> Row | None:
+    """A results.json, or None for a JSON file of another kind.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    result = read_json(path)
+    return result if isinstance(result, dict) and result.get("format") == FORMAT else None

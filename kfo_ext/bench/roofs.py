@@ -1,0 +1,91 @@
+"""What bounds any implementation on this machine, measured in the same run: multiply-adds, copying, launching."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from kfo_ext.bench.device_timing import Floor, events, measure_floor
+from kfo_ext.bench.timing import interleaved
+from kfo_ext.transform import native
+
+SGEMM = 8192
+SAMPLES = 7
+
+
+class Roofs(NamedTuple):
+    """Rates that no kernel exceeds.
+
+    flops: float32 operations per second, None where nothing measures them
+    flops_from: what measured them
+    floor: copy bandwidth and the time of the smallest operation
+    on_cuda: which floor `seconds` is
+    """
+
+    flops: float | None
+    flops_from: str
+    floor: Floor
+    on_cuda: bool
+
+    def seconds(self, mode: str, work: float, moved: float) -> float | None:
+        """The least time of a call.
+
+        On the CPU its operations at the peak or its bytes at the copy bandwidth, the larger (operands that stay in the
+        cache may do better than that); on CUDA its bytes or the smallest launch, as in bench/gpu_bench.py.
+        """
+        if self.on_cuda:
+            return self.floor.seconds(mode, moved)
+        return None if self.flops is None else max(work / self.flops, moved / self.floor.bandwidth)
+
+    def facts(self) -> dict[str, object]:
+        """As JSON."""
+        floor = self.floor
+        return {
+            "gflop_per_s": None if self.flops is None else self.flops / 1e9,
+            "gflop_per_s_from": self.flops_from,
+            "gb_per_s": floor.bandwidth / 1e9,
+            "smallest_operation_s": floor.launch,
+        }
+
+
+def measure_roofs(device: torch.device, repeats: int, seconds: float) -> Roofs:
+    """Measure them with torch's number of threads, on the current stream."""
+    floor = measure_floor(device, repeats, seconds)
+    if device.type == "cuda":
+        rate = sgemm_rate(device, repeats, seconds)
+        return Roofs(rate, f"torch.matmul of {SGEMM} x {SGEMM} float32", floor, True)
+    if not native.status()["cpu"][0]:
+        return Roofs(None, "not measured: needs the compiled CPU library", floor, False)
+    threads = torch.get_num_threads()
+    return Roofs(fma_rate(threads), f"multiply-adds in registers, {native.cpu_isa()}, {threads} threads", floor, False)
+
+
+def fma_rate(threads: int, seconds: float = 0.03) -> float:
+    """Float32 operations per second of multiply-adds in registers, on so many threads: the best of a few samples.
+
+    seconds: length of one sample
+    """
+    steps = 1 << 16
+    with ThreadPoolExecutor(threads) as pool:
+
+        def sample() -> tuple[float, float]:
+            start = perf_counter()
+            done = sum(pool.map(native.cpu_multiply_adds, [steps] * threads))
+            return perf_counter() - start, done
+
+        elapsed, _ = sample()
+        while elapsed < seconds:
+            steps *= 2
+            elapsed, _ = sample()
+        return max(done / elapsed for elapsed, done in (sample() for _ in range(SAMPLES)))
+
+
+def sgemm_rate(device: torch.device, repeats: int, seconds: float) -> float:
+    """Float32 operations per second of a large product; TF32 stays off, as torch has it."""
+    A = torch.ones(SGEMM, SGEMM, device=device)
+    out = torch.empty_like(A)
+    timing = interleaved({"sgemm": lambda: torch.matmul(A, A, out=out)}, repeats, seconds, events)["sgemm"]
+    return 2 * SGEMM**3 / timing.median

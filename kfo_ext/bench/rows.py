@@ -1,0 +1,151 @@
+"""The rows of one point: every order and provider, with its numbers or the reason why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from kfo_ext.bench import cost
+from kfo_ext.bench.cases import random_case
+from kfo_ext.bench.measure import Contender, affordable, contenders, time_eager, time_graph, verified
+from kfo_ext.bench.memory import peak_extra_bytes
+from kfo_ext.bench.orders import truth
+from kfo_ext.bench.points import Point
+from kfo_ext.bench.providers import Provider, kfo_rule
+from kfo_ext.bench.roofs import Roofs
+from kfo_ext.bench.timing import Timing
+
+Row = dict[str, object]
+# Every column of results.csv; a row of results.json has the same keys.
+COLUMNS = {
+    "axis": "what grows; see `kfo bench --help`",
+    "x": "its value",
+    "group": "the parameters",
+    "tasks": "rows of every packed operand",
+    "psd": "R^T R and L^T L in the place of R and L",
+    "hidden": "hidden layers of the update",
+    "order": "forward, backward or double_backward",
+    "provider": "who computes it",
+    "ours": "whether that is this package",
+    "mode": "eager: called from Python; graph: replayed from a CUDA graph",
+    "status": "ok, or why there are no numbers",
+    "median_s": "seconds of one call, the median over the repeats",
+    "low_s": "20th percentile",
+    "high_s": "80th percentile",
+    "repeats": "samples",
+    "calls_per_repeat": "calls in a row that make one sample",
+    "flops": "operations of the cost model",
+    "bytes": "bytes that must move",
+    "gflop_per_s": "flops / median",
+    "gb_per_s": "bytes / median",
+    "floor_share": "the floor's time / median; 1 is the floor",
+    "launches": "CUDA kernels of one call, where the plan says",
+    "peak_bytes": "the most that tensors take during one call, outputs included",
+    "error": "against float64, relative to the largest magnitude of an output",
+    "best_other": "the fastest of the others here",
+    "other_over_this": "its median / this one's: below 1 we lose",
+}
+
+
+def empty_row(**known: object) -> Row:
+    """A row with None wherever nothing is known."""
+    return {**dict.fromkeys(COLUMNS), **known}
+
+
+def rows_of(
+    point: Point,
+    providers: Mapping[str, Provider],
+    orders: Sequence[str],
+    roofs: Roofs,
+    device: torch.device,
+    *,
+    repeats: int,
+    seconds: float,
+    budget: float,
+) -> list[Row]:
+    """Measure one point.
+
+    providers: those that can run on the device
+    repeats: at most so many samples of each
+    seconds: length of one sample
+    budget: seconds for the samples of one order, see `measure.affordable`
+    """
+    case = random_case(point.problems, point.tasks, torch.float32, device, psd=point.psd, hidden=point.hidden)
+    expected = truth(case)
+    if point.rule and "native" in providers:
+        providers = {**providers, "native": providers["native"]._replace(make=kfo_rule)} if case.plain else providers
+    made, rows = contenders(providers, providers, case), []
+    for order in orders:
+        good, reasons = verified(providers, made, order, case, expected)
+        good, too_slow, fitting = affordable(good, repeats, seconds, budget, device.type == "cuda")
+        modes: dict[str, Mapping[str, Timing | str]] = {
+            "eager": {**reasons, **too_slow, **time_eager(providers, good, device.type == "cuda", fitting, seconds)}
+        }
+        if device.type == "cuda":
+            modes["graph"] = time_graph(providers, good, modes["eager"], fitting, seconds)
+        by_name = {contender.name: contender for contender in good}
+        for mode, timings in modes.items():
+            in_mode = []
+            for name in providers:
+                if name in timings:
+                    row = empty_row(
+                        axis=point.axis, x=point.x, group=point.group, tasks=point.tasks, psd=point.psd,
+                        hidden=point.hidden, order=order, provider=name, ours=providers[name].ours, mode=mode,
+                        status=timings[name] if isinstance(timings[name], str) else "ok",
+                    )  # fmt: skip
+                    if row["status"] == "ok":
+                        row |= _numbers(point, row, timings[name], roofs)
+                        row |= _once(point, row, by_name[name], providers[name], device)
+                    in_mode.append(row)
+            rows += _compared(in_mode)
+    return rows
+
+
+def _numbers(point: Point, row: Row, timing: Timing, roofs: Roofs) -> Row:
+    """What a timing says by the cost model."""
+    work, moved = cost.flops(point, row["order"]), cost.bytes_moved(point, row["order"])
+    floor = roofs.seconds(row["mode"], work, moved)
+    return {
+        "median_s": timing.median,
+        "low_s": timing.low,
+        "high_s": timing.high,
+        "repeats": timing.repeats,
+        "calls_per_repeat": timing.calls_per_repeat,
+        "flops": work,
+        "bytes": moved,
+        "gflop_per_s": work / timing.median / 1e9,
+        "gb_per_s": moved / timing.median / 1e9,
+        "floor_share": None if floor is None else floor / timing.median,
+    }
+
+
+def _once(point: Point, row: Row, contender: Contender, provider: Provider, device: torch.device) -> Row:
+    """What takes one more call: error, memory; and launches, where they are known."""
+    out: Row = {"error": contender.error}
+    if row["mode"] == "eager" and provider.streams:
+        out["peak_bytes"] = peak_extra_bytes(contender.call, device)
+    if contender.name == "native" and device.type == "cuda" and not point.rule:
+        out["launches"] = cost.launches(point, row["order"])
+    return out
+
+
+def _compared(rows: list[Row]) -> list[Row]:
+    """The rows of one order and mode, ours with the fastest of the others beside them."""
+    others = [row for row in rows if row["status"] == "ok" and not row["ours"]]
+    best = min(others, key=lambda row: row["median_s"], default=None)
+    if best:
+        for row in rows:
+            if row["status"] == "ok" and row["ours"]:
+                row |= {"best_other": best["provider"], "other_over_this": best["median_s"] / row["median_s"]}
+    return rows
+
+
+def loses(row: Row) -> bool:
+    """Whether one of the others is faster than this row of ours."""
+    return row["other_over_this"] is not None and row["other_over_this"] < 1
+
+
+def fails(row: Row) -> bool:
+    """Whether this package gave wrong numbers, or none where it said that it would run."""
+    return bool(row["ours"]) and str(row["status"]).startswith(("WRONG", "failed", "does not run"))
