@@ -12,15 +12,15 @@ import argparse
 import json
 from pathlib import Path
 
-import meta_iteration
+import meta_peers
 import torch
+from meta_case import NETWORKS
 
 from kfo_ext.bench.cases import ORDERS, Case, random_case
 from kfo_ext.bench.orders import Orders, error_of, truth
 from kfo_ext.bench.providers import PROVIDERS
 from kfo_ext.bench.timing import Timing, environment, interleaved
 from kfo_ext.models import omniglot_cnn
-from kfo_ext.tasks import Glyphs
 from kfo_ext.transform import Problems, native
 
 WAYS = 5
@@ -81,15 +81,16 @@ def measure_orders(layers: int, options: argparse.Namespace) -> list[Row]:
 
 def measure_meta_iteration(layers: int, options: argparse.Namespace) -> list[Row]:
     """One meta-iteration of the Omniglot CNN with that many layers: 5-way 5-shot, factors adapted, psd."""
-    batch = Glyphs("train", ways=WAYS, shots=5, queries=5).sample(0, options.tasks)
-    settings = {"lr": options.lr, "steps": options.steps}
-
-    def make_model():
-        return omniglot_cnn(layers, WAYS)
-
-    errors = meta_iteration.verify(make_model, batch, **settings)
-    ours, theirs = meta_iteration.contenders(make_model, batch, torch.float32, **settings)
-    timings = interleaved({"kfo": ours.run, "learn2learn": theirs.run}, options.meta_repeats)
+    network = NETWORKS[f"omniglot_cnn{layers}"]
+    settings = {"tasks": options.tasks, "steps": options.steps, "lr": options.lr}
+    truth = meta_peers.find_truth(network, "kfo", **settings)
+    names = {"ours_native": "kfo", "learn2learn": "learn2learn"}
+    functions, checked = meta_peers.verified(network, "kfo", list(names), truth, **settings)
+    for name in names:
+        if name not in functions:
+            raise AssertionError(f"{name}: {checked[name]['status']}")
+    timings = interleaved({names[name]: function for name, function in functions.items()}, options.meta_repeats)
+    errors = {names[name]: row["torch.float32 error"] for name, row in checked.items()}
     rows = rows_of("meta_iteration", f"CNN({layers})", timings)
     return [entry | {"float32_error": errors[entry["contender"]]} for entry in rows]
 

@@ -42,6 +42,12 @@ def test_exponent_is_the_least_squares_one():
             fits.exponent(bad)
 
 
+def test_cliffs_are_steps_of_more_than_three_per_doubling():
+    assert fits.cliffs([(1, 1), (2, 2.9), (4, 8), (8, 25)]) == [(4, 8, 25 / 8)]
+    assert fits.cliffs([(2, 1), (3, 1.8)]) == []
+    assert fits.cliffs([(2, 1), (3, 2)]) == [(2, 3, 2.0)]
+
+
 def test_upper_half():
     curve = [(x, 1.0) for x in (16, 1, 256, 4, 64)]
     assert [x for x, _ in fits.upper_half(curve)] == [16, 64, 256]

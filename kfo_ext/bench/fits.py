@@ -1,14 +1,17 @@
-"""How time grows with size: the exponent of a power law."""
+"""How a cost grows with size: the exponent of a power law, and steps that cost more than they should."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 Row = dict[str, object]
 # What makes a curve of rows, besides the axis.
 CURVE = ("axis", "group", "order", "provider", "mode")
+# A doubled size may double the cost, or make it four times as large over a range; within one step it is a cliff.
+STEEP = 3.0
 
 
 def upper_half(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -30,6 +33,20 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     logs = [(math.log(x), math.log(y)) for x, y in points]
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs))
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def cliffs(points: Sequence[tuple[float, float]], steep: float = STEEP) -> list[tuple[float, float, float]]:
+    """(size before, size after, cost ratio) of every step that costs more than `steep` per doubling of the size.
+
+    A step of another factor f counts by its share: more than steep^log2(f).
+
+    points: (size, cost), positive, sizes ascending
+    """
+    return [
+        (size, larger, more / cost)
+        for (size, cost), (larger, more) in pairwise(points)
+        if more / cost > steep ** math.log2(larger / size)
+    ]
 
 
 def fits(rows: Sequence[Row]) -> list[Row]:

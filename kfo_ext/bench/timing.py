@@ -75,7 +75,7 @@ def environment() -> dict[str, object]:
         "torch_threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        **{package: _version(package) for package in ("learn2learn", "triton", "jax")},
+        **{package: _version(package) for package in ("learn2learn", "triton", "jax", "torchopt", "higher")},
     }
 
 

@@ -1,0 +1,170 @@
+"""One meta-iteration to be computed: network, factors, tasks, and what every contender must give for them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kfo_ext import KFO
+from kfo_ext.models import CNN
+from kfo_ext.tasks import Examples, Glyphs, TaskBatch
+from kfo_ext.tasks.batch import generator_for
+
+METHODS = ("kfo", "maml")
+WAYS, SHOTS, QUERIES = 5, 5, 5
+# Of the images with class structure: the noise around each class's own image.
+NOISE = 0.2
+
+Gradients = list[Tensor]
+
+
+class Contender(Protocol):
+    """One way to compute a case's meta-iteration."""
+
+    def run(self) -> Tensor | float:
+        """Computes the mean query loss and all meta-gradients; returns the loss once everything is there."""
+        ...
+
+    def gradients(self) -> Gradients:
+        """Those of the last run: one per parameter of the network, then with factors dR and dL per parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Network:
+    """A CNN of the paper without pooling, its head on the spatial mean: the arguments of `kfo_ext.models.CNN`."""
+
+    layers: int
+    in_channels: int
+    image_size: int
+    stride: int
+    hidden: int = 32
+    ways: int = WAYS
+    normal_head: bool = False
+
+
+NETWORKS = {
+    f"{name}_cnn{layers}": Network(layers, in_channels, image_size, stride, normal_head=normal_head)
+    for name, in_channels, image_size, stride, normal_head in (
+        ("omniglot", 1, 28, 2, True),
+        ("cifar_fs", 3, 32, 1, False),
+    )
+    for layers in (2, 3, 4, 6)
+}
+
+
+class MetaCase(NamedTuple):
+    """The operands of one meta-iteration; contenders copy what they change.
+
+    network: the sizes of `model`
+    model: the start
+    factors: MAML + linear KFO, psd, adapted: (R (p, p), L (q, q)) per parameter; None: plain MAML
+    batch: images and labels
+    lr, steps: of the inner loop
+    """
+
+    network: Network
+    model: CNN
+    factors: list[tuple[Tensor, Tensor]] | None
+    batch: TaskBatch
+    lr: float
+    steps: int
+
+
+def make_case(
+    network: Network,
+    method: str,
+    *,
+    tasks: int,
+    steps: int,
+    lr: float = 0.1,
+    shots: int = SHOTS,
+    queries: int = QUERIES,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> MetaCase:
+    """The same values whenever it is called, rounded to the dtype.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    torch.manual_seed(0)
+    model = CNN(**asdict(network)).to(device, dtype)
+    if network.in_channels == 1:
+        batch = Glyphs("train", ways=network.ways, shots=shots, queries=queries).sample(0, tasks)
+    else:
+        batch = class_images(network, tasks, shots, queries)
+    factors = random_factors(model) if method == "kfo" else None
+    return MetaCase(network, model, factors, batch.to(device, dtype), lr, steps)
+
+
+def random_factors(model: nn.Module, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Non-symmetric factors near the identity, one (R, L) per parameter."""
+    factors = KFO(model.named_parameters()).factors()
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        tuple(X.detach() + 0.05 * torch.randn(X.shape, generator=generator).to(X) for X in pair) for pair in factors
+    ]
+
+
+def class_images(network: Network, tasks: int, shots: int, queries: int, seed: int = 0) -> TaskBatch:
+    """Tasks of random images in [0, 1]: each class an image of its own with 4x4 patches, and noise around it."""
+    generator = generator_for(seed, "class_images")
+    coarse = (tasks, network.ways, network.in_channels, -(-network.image_size // 4), -(-network.image_size // 4))
+    patches = torch.rand(coarse, generator=generator).repeat_interleave(4, -1).repeat_interleave(4, -2)
+    classes = patches[..., : network.image_size, : network.image_size]
+
+    def examples(each: int) -> Examples:
+        images = classes.repeat_interleave(each, 1)
+        noise = NOISE * torch.randn(images.shape, generator=generator)
+        return Examples(
+            (images + noise).clamp(0, 1), torch.arange(network.ways).repeat_interleave(each).repeat(tasks, 1)
+        )
+
+    return TaskBatch(examples(shots), examples(queries))
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """torch's, on batch statistics."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, track_running_stats=False)
+
+
+class SpatialMean(nn.Module):
+    """(n, channels, h, w) -> (n, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
+def plain_network(case: MetaCase, batch_norm: type[nn.Module] = BatchNorm) -> nn.Sequential:
+    """The case's network from torch.nn alone, its parameters in the same order: none of our operators in a peer's."""
+    network, blocks = case.network, []
+    for layer in range(network.layers):
+        channels = network.hidden if layer else network.in_channels
+        blocks += [
+            nn.Conv2d(channels, network.hidden, 3, stride=network.stride, padding=1),
+            batch_norm(network.hidden),
+            nn.ReLU(),
+        ]
+    model = nn.Sequential(*blocks, SpatialMean(), nn.Linear(network.hidden, network.ways))
+    model.to(case.batch.support.x.device, case.batch.support.x.dtype)
+    with torch.no_grad():
+        for into, parameter in zip(model.parameters(), case.model.parameters(), strict=True):
+            if into.shape != parameter.shape:
+                raise AssertionError(
+                    f"the plain network has {tuple(into.shape)} where ours has {tuple(parameter.shape)}"
+                )
+            into.copy_(parameter)
+    return model
+
+
+def flat(gradients: Gradients) -> Tensor:
+    """All of them as one float64 vector on the CPU."""
+    return torch.cat([gradient.detach().double().reshape(-1).cpu() for gradient in gradients])

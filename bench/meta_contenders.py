@@ -1,0 +1,42 @@
+"""The table of contenders: per method, who computes the meta-iteration, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import meta_task_loops
+from meta_case import Contender, MetaCase
+from meta_jax import Jax
+from meta_ours import Ours
+from meta_torch_func import TorchFunc
+
+from kfo_ext.transform import BACKENDS
+
+Factory = Callable[[MetaCase], Contender]
+
+FUNCTIONAL: dict[str, Factory] = {
+    "jax_vmap": partial(Jax, tasks="vmap"),
+    "jax_map": partial(Jax, tasks="map"),
+    "jax_vmap_patches": partial(Jax, tasks="vmap", patches=True),
+    "jax_map_patches": partial(Jax, tasks="map", patches=True),
+    "torch_func": TorchFunc,
+    "torch_func_compiled": partial(TorchFunc, compiled="inductor"),
+}
+CONTENDERS: dict[str, dict[str, Factory]] = {
+    "kfo": {f"ours_{backend}": partial(Ours, backend=backend) for backend in BACKENDS if backend != "auto"}
+    | {"learn2learn": meta_task_loops.learn2learn}
+    | FUNCTIONAL,
+    "maml": {
+        "ours": Ours,
+        "learn2learn": meta_task_loops.learn2learn,
+        "torchopt": meta_task_loops.torchopt,
+        "higher": meta_task_loops.higher,
+    }
+    | FUNCTIONAL,
+}
+
+
+def trusted(case: MetaCase) -> Ours:
+    """Ours by the plain-torch transform, over torch.nn's own network."""
+    return Ours(case, backend="reference", plain=True)

@@ -1,0 +1,116 @@
+"""Time and peak memory of our meta-iteration against its size: tasks, inner steps, layers, width.
+
+    python bench/meta_cost.py --out meta_cost.json
+
+One size changes at a time, the others stay as given; Omniglot networks. Each axis gets the exponent fitted over the
+upper half of its sizes, and every step that costs more than three times as much per doubling is flagged: a cliff.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from meta_case import METHODS, NETWORKS, Network, make_case
+from meta_contenders import CONTENDERS
+from meta_memory import peak_memory
+from meta_peers import finished
+
+from kfo_ext.bench.fits import cliffs, exponent, upper_half
+from kfo_ext.bench.timing import environment, interleaved
+
+AXES = {
+    "tasks": [1, 2, 4, 8, 16, 32, 64],
+    "steps": [1, 2, 3, 5, 10, 20],
+    "layers": [1, 2, 3, 4, 5, 6],
+    "hidden": [8, 16, 32, 64, 128],
+}
+COSTS = ("seconds", "peak")
+Sizes = dict[str, int]
+
+
+def network_of(sizes: Sizes) -> Network:
+    """The Omniglot network with that many layers and channels."""
+    return replace(NETWORKS["omniglot_cnn2"], layers=sizes["layers"], hidden=sizes["hidden"])
+
+
+def measure_axis(axis: str, sizes: list[int], base: Sizes, options: argparse.Namespace) -> list[dict[str, object]]:
+    """One point per size of the axis, all else as in `base`: seconds, their percentiles, bytes of memory."""
+    points, functions = [{**base, axis: size} for size in sizes], {}
+    for point in points:
+        settings = {"tasks": point["tasks"], "steps": point["steps"], "lr": options.lr}
+        case = make_case(network_of(point), options.method, device=options.device, **settings)
+        functions[str(point[axis])] = CONTENDERS[options.method][options.contender](case).run
+    timings = interleaved(functions, options.repeats, sample=finished)
+    for point, timing in zip(points, timings.values(), strict=True):
+        settings = {"tasks": point["tasks"], "steps": point["steps"], "lr": options.lr}
+        memory = peak_memory(network_of(point), options.method, options.contender, options.device, **settings)
+        point |= {"seconds": timing.median, "timing": timing._asdict(), "peak": memory["peak"], "memory": memory}
+    return points
+
+
+def growth_of(axis: str, points: list[dict[str, object]]) -> dict[str, object]:
+    """Exponents and cliffs of the axis, for time and memory."""
+    # A resident set can be as large as before to the page: half a page stands for nothing.
+    costs = {
+        cost: [(point[axis], max(point[cost], 2048 if cost == "peak" else 0)) for point in points] for cost in COSTS
+    }
+    return {
+        "axis": axis,
+        "exponents": {cost: exponent(upper_half(costs[cost])) if len(points) > 1 else None for cost in COSTS},
+        "cliffs": {cost: cliffs(costs[cost]) for cost in COSTS},
+    }
+
+
+def show(growth: dict[str, object], points: list[dict[str, object]], write: Callable[[str], None] = print) -> None:
+    """Prints one axis: its points, exponents and cliffs."""
+    axis = growth["axis"]
+    write(f"\n{axis:>8} {'median':>12} {'peak':>10}")
+    for point in points:
+        write(f"{point[axis]:8} {1e3 * point['seconds']:9.1f} ms {point['peak'] / 2**20:7.1f} MB")
+    for cost in COSTS:
+        k = growth["exponents"][cost]
+        write(f"{cost} ~ {axis}^{'?' if k is None else format(k, '.2f')}")
+        for before, after, ratio in growth["cliffs"][cost]:
+            write(f"CLIFF: {cost} x {ratio:.2f} from {axis} = {before} to {after}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument("--limit", type=int, help="leave out sizes above it, on every axis")
+    for axis, default in (("tasks", 16), ("steps", 5), ("layers", 2), ("hidden", 32)):
+        parser.add_argument(f"--{axis}", type=int, default=default, help="where it is not the axis")
+    parser.add_argument("--method", choices=METHODS, default="kfo")
+    parser.add_argument("--contender", help="default: ours_native for kfo, ours for maml")
+    parser.add_argument("--lr", type=float, default=0.1, help="inner learning rate; bears on no cost")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    options.contender = options.contender or {"kfo": "ours_native", "maml": "ours"}[options.method]
+    if options.contender not in CONTENDERS[options.method]:
+        parser.error(f"--contender: expected one of {', '.join(CONTENDERS[options.method])}, got {options.contender!r}")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    base, axes = {axis: getattr(options, axis) for axis in AXES}, []
+    for axis in options.axes:
+        sizes = [size for size in AXES[axis] if options.limit is None or size <= options.limit]
+        points = measure_axis(axis, sizes, base, options)
+        growth = growth_of(axis, points)
+        show(growth, points)
+        axes.append(growth | {"points": points})
+    found = [f"{growth['axis']} ({cost})" for growth in axes for cost in COSTS if growth["cliffs"][cost]]
+    print(f"\ncliffs: {', '.join(found) or 'none'}")
+    if options.out:
+        settings = {name: value for name, value in vars(options).items() if name != "out"}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(environment() | {"settings": settings, "axes": axes}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

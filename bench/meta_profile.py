@@ -1,0 +1,125 @@
+"""Where the time of our meta-iteration goes, stage by stage, by torch's profiler.
+
+    python bench/meta_profile.py --out meta_profile.json
+
+writes that file and the table beside it as Markdown. Every op's own time counts for the stage that `stages.py` finds by
+its name and by the backward node around it; what is left of the wall clock is Python and the autograd engine. On a CUDA
+device a second column holds the kernels' time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from meta_case import METHODS, NETWORKS, Contender, make_case
+from meta_contenders import CONTENDERS
+from meta_peers import finished
+from stages import STAGES, is_operation, stage_of
+from torch.profiler import ProfilerActivity, profile
+
+from kfo_ext.bench.timing import environment, interleaved
+
+OVERHEAD = "Python and autograd"
+Row = dict[str, object]
+
+
+def profile_stages(contender: Contender, repeats: int, device: str) -> tuple[float, list[Row]]:
+    """Seconds of one profiled run, and a row per stage: its seconds on the host (and device), calls, largest ops."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    contender.run()
+    with profile(activities=activities) as profiler:
+        start = perf_counter()
+        for _ in range(repeats):
+            contender.run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        wall = (perf_counter() - start) / repeats
+    totals = {stage: {"host": 0.0, "device": 0.0, "calls": 0, "ops": {}} for stage in STAGES}
+    for event in profiler.events():
+        # The profiler lists kernels as events of their own too, and again as part of the ops that launch them.
+        if event.device_type != torch.autograd.DeviceType.CPU or not is_operation(event.name):
+            continue
+        total = totals[stage_of(lineage(event))]
+        host, on_device = event.self_cpu_time_total / 1e6, event.self_device_time_total / 1e6
+        total["host"] += host
+        total["device"] += on_device
+        total["calls"] += 1
+        total["ops"][event.name] = total["ops"].get(event.name, 0.0) + (on_device if device == "cuda" else host)
+    rows = []
+    for stage, total in totals.items():
+        largest = sorted(total["ops"], key=total["ops"].get, reverse=True)[:3]
+        rows.append(
+            {"stage": stage, "host": total["host"] / repeats, "calls": total["calls"] / repeats, "largest": largest}
+            | ({"device": total["device"] / repeats} if device == "cuda" else {})
+        )
+    rest = wall - sum(row["host"] for row in rows)
+    rows.append(
+        {"stage": OVERHEAD, "host": rest, "calls": 0, "largest": []} | ({"device": 0.0} if device == "cuda" else {})
+    )
+    return wall, rows
+
+
+def lineage(event) -> list[str]:
+    """The names of a profiler's event and of all it runs within, the outermost first."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return names[::-1]
+
+
+def table(title: str, wall: float, rows: list[Row]) -> str:
+    """Markdown: one line per stage that took any time."""
+    on_device = "device" in rows[0]
+    head = ["stage", "host, ms", "share of the wall clock", *(["device, ms"] if on_device else []), "ops", "largest"]
+    lines = [f"### {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        if not row["calls"] and row["stage"] != OVERHEAD:
+            continue
+        cells = [row["stage"], f"{1e3 * row['host']:.1f}", f"{row['host'] / wall:.0%}"]
+        cells += [f"{1e3 * row['device']:.1f}"] if on_device else []
+        lines.append(f"| {' | '.join([*cells, format(row['calls'], '.0f'), ', '.join(row['largest'])])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=["omniglot_cnn2", "omniglot_cnn4", "cifar_fs_cnn2"]
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tasks", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5, help="inner steps")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON file to write; the table goes beside it, ending in .md")
+    options = parser.parse_args(arguments)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    results, tables = [], []
+    for network in options.networks:
+        for method in options.methods:
+            case = make_case(NETWORKS[network], method, tasks=options.tasks, steps=options.steps, device=options.device)
+            contender = CONTENDERS[method]["ours_native" if method == "kfo" else "ours"](case)
+            plain = interleaved({"ours": contender.run}, options.repeats, sample=finished)["ours"].median
+            wall, rows = profile_stages(contender, options.repeats, options.device)
+            results.append({"network": network, "method": method, "wall": wall, "unprofiled": plain, "stages": rows})
+            title = f"{network}, {method}: {1e3 * wall:.1f} ms profiled, {1e3 * plain:.1f} ms without the profiler"
+            tables.append(table(title, wall, rows))
+            print(tables[-1], flush=True)
+    if options.out:
+        facts = environment()
+        settings = {name: value for name, value in vars(options).items() if name != "out"}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(facts | {"settings": settings, "profiles": results}, indent=1) + "\n")
+        machine = f"{facts['device'] if options.device == 'cuda' else facts['processor']}, torch {facts['torch']}"
+        intro = f"Made by `python bench/{facts['command']}` on {machine}, {facts['torch_threads']} threads.\n"
+        options.out.with_suffix(".md").write_text("\n".join([intro, *tables]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

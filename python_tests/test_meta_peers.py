@@ -1,0 +1,270 @@
+"""bench/meta_*.py: every contender's meta-gradients are right or it is not timed; costs, stages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kfo_ext.interop.learn2learn import light_import
+from kfo_ext.transform import native
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests")
+needs_library = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+
+SMALL = {"tasks": 2, "steps": 2, "lr": 0.1}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of bench/."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+@pytest.fixture
+def network(script):
+    """Two blocks of six channels, 12x12 images of two channels, three ways."""
+    return script("meta_case").Network(2, in_channels=2, image_size=12, stride=2, hidden=6, ways=3)
+
+
+def require(name):
+    """Skips where the contender's library is not installed."""
+    if "learn2learn" in name:
+        try:
+            light_import()
+        except ImportError as error:
+            pytest.skip(str(error).splitlines()[0])
+    for library in ("jax", "torchopt", "higher"):
+        if name.startswith(library):
+            pytest.importorskip(library, exc_type=ImportError)
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries that are not ours
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        pytest.param("kfo", "ours_native", marks=needs_library),
+        ("kfo", "ours_reference"),
+        ("kfo", "learn2learn"),
+        ("kfo", "jax_vmap"),
+        ("kfo", "torch_func"),
+        ("maml", "ours"),
+        ("maml", "learn2learn"),
+        ("maml", "torchopt"),
+        ("maml", "higher"),
+        ("maml", "jax_map_patches"),
+        ("maml", "torch_func"),
+    ],
+)
+def test_meta_gradients_equal_the_trusted_ones(script, network, method, name):
+    require(name)
+    peers = script("meta_peers")
+    case = peers.make_case(network, method, dtype=torch.float64, **SMALL)
+    truth = peers.find_truth(network, method, **SMALL)
+    contender = peers.CONTENDERS[method][name](case)
+    loss = float(contender.run())
+    assert peers.error_of(loss, peers.flat(contender.gradients()), truth) < 1e-10
+    shapes = [X.shape for X in (*case.model.parameters(), *(X for pair in case.factors or [] for X in pair))]
+    assert [gradient.shape for gradient in contender.gradients()] == shapes
+    # Nothing is left over from one run for the next.
+    assert float(contender.run()) == pytest.approx(loss, rel=1e-12)
+    assert peers.error_of(loss, peers.flat(contender.gradients()), truth) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+def test_torch_func_is_one_graph_for_the_compiler(script, network):
+    peers = script("meta_peers")
+    truth = peers.find_truth(network, "kfo", **SMALL)
+    case = peers.make_case(network, "kfo", dtype=torch.float64, **SMALL)
+    # Generating code would take minutes; the table has "inductor".
+    contender = script("meta_torch_func").TorchFunc(case, compiled="aot_eager")
+    assert peers.error_of(float(contender.run()), peers.flat(contender.gradients()), truth) < 1e-10
+
+
+def test_the_trusted_one_is_itself_checked(script, network, monkeypatch):
+    require("learn2learn")
+    peers = script("meta_peers")
+    assert peers.find_truth(network, "kfo", **SMALL).checked.startswith("against learn2learn: ")
+    assert peers.find_truth(network, "kfo", **SMALL).flops > 0
+    monkeypatch.setattr(peers, "trusted", lambda case: script("meta_ours").Ours(case._replace(lr=0.11), plain=True))
+    with pytest.raises(AssertionError, match="differ from learn2learn's"):
+        peers.find_truth(network, "kfo", **SMALL)
+
+
+def test_the_plain_network_is_the_same(script, network):
+    case = script("meta_case").make_case(network, "maml", dtype=torch.float64, tasks=1, steps=1)
+    x = case.batch.support.x[0]
+    torch.testing.assert_close(script("meta_case").plain_network(case)(x), case.model(x), atol=1e-12, rtol=1e-12)
+    assert x.min() >= 0 and x.max() <= 1
+
+
+def test_one_wrong_gradient_is_a_row_and_not_timed(script, network, monkeypatch, tmp_path, capsys):
+    peers = script("meta_peers")
+    ours = script("meta_ours").Ours
+
+    class Wrong(ours):
+        def gradients(self):
+            *first, last = super().gradients()
+            return [*first, last + 1e-5]
+
+    class Nan(ours):
+        def gradients(self):
+            return [X * float("nan") for X in super().gradients()]
+
+    class Short(ours):
+        def gradients(self):
+            return super().gradients()[:-1]
+
+    class Loss(ours):
+        def run(self):
+            return super().run() + 1e-5
+
+    def absent(case):
+        raise ImportError("not here\nnor there")
+
+    table = {"ours": ours, "wrong": Wrong, "nan": Nan, "short": Short, "loss": Loss, "absent": absent}
+    monkeypatch.setitem(peers.CONTENDERS, "maml", table)
+    monkeypatch.setitem(peers.NETWORKS, "small", network)
+    out = tmp_path / "out" / "peers.json"
+    arguments = ["--networks", "small", "--methods", "maml", "--tasks", "2", "--steps", "2", "--repeats", "2"]
+    assert peers.main([*arguments, "--contenders", *table, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["settings"]["tasks"] == 2 and {"torch", "commit", "command", "torchopt"} <= set(result)
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert rows["absent"]["status"] == "ImportError: not here"
+    for name in ("wrong", "nan", "short", "loss"):
+        assert "WRONG" in rows[name]["status"] and "seconds" not in rows[name], name
+    assert rows["ours"]["over_ours"] == 1 and rows["ours"]["seconds"]["repeats"] == 2
+    assert rows["ours"]["memory"]["peak"] > 0
+    shown = capsys.readouterr().out
+    assert "WRONG" in shown and "not here" in shown
+
+    # Only a wrong one of ours fails the run.
+    monkeypatch.setitem(table, "ours", Wrong)
+    assert peers.main([*arguments, "--contenders", "ours", "--no-memory"]) == 1
+
+
+def test_unknown_method(script, network):
+    with pytest.raises(ValueError, match="method: expected one of kfo, maml, got 'anil'"):
+        script("meta_case").make_case(network, "anil", tasks=1, steps=1)
+
+
+def test_peak_memory_counts_what_lives_at_once(script):
+    class Allocates:
+        blocks = 12
+
+        def run(self):
+            self.blocks //= 2
+            held = [torch.zeros(4 * 2**20) for _ in range(self.blocks)]
+            return sum(float(X[0]) for X in held)
+
+    measured = script("meta_memory").measure(Allocates(), torch.device("cpu"))
+    for name, blocks in (("first", 6), ("peak", 3), ("working", 3)):
+        assert measured[name] / 2**24 == pytest.approx(blocks, abs=0.5), name
+
+
+def test_peak_memory_counts_again_what_was_freed(script):
+    class Allocates:
+        kept = ()
+
+        def run(self):
+            # Small pieces, and a last one that stays: the C library keeps what is freed below it, unless it is asked.
+            held = [torch.zeros(2**14) for _ in range(256)]
+            self.kept = (*self.kept, torch.zeros(2**10))
+            return len(held)
+
+    measured = script("meta_memory").measure(Allocates(), torch.device("cpu"))
+    assert measured["working"] / 2**24 == pytest.approx(1, abs=0.2)
+
+
+def test_peak_memory_reports_why_there_is_none(script, network):
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        script("meta_memory").peak_memory(network, "maml", "nobody", "cpu", **SMALL)
+
+
+def test_cost_writes_points_exponents_and_cliffs(script, monkeypatch, tmp_path, capsys):
+    cost = script("meta_cost")
+    # Of 4 tasks a price that is too high.
+    monkeypatch.setattr(cost, "peak_memory", lambda *what, tasks, **_: {"peak": 2**20 * (100 if tasks == 4 else tasks)})
+    monkeypatch.setitem(cost.AXES, "tasks", [1, 2, 4])
+    out = tmp_path / "cost.json"
+    arguments = ["--method", "maml", "--axes", "tasks", "--layers", "1", "--hidden", "4", "--steps", "1"]
+    assert cost.main([*arguments, "--repeats", "1", "--out", str(out)]) == 0
+    (axis,) = json.loads(out.read_text())["axes"]
+    assert [point["tasks"] for point in axis["points"]] == [1, 2, 4]
+    assert all(point["seconds"] > 0 for point in axis["points"])
+    assert axis["cliffs"]["peak"] == [[2, 4, 50.0]]
+    assert axis["exponents"]["peak"] == pytest.approx(math.log2(50))
+    assert "CLIFF: peak x 50.00 from tasks = 2 to 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "stage"),
+    [
+        (["aten::conv2d", "aten::convolution"], "convolution, forward"),
+        (["autograd::engine::evaluate_function: ConvolutionBackward0", "aten::add_"], "convolution, backward"),
+        (["ConvolutionBackward0", "aten::convolution_backward"], "convolution, backward"),
+        (["ConvolutionBackwardBackward0", "aten::_convolution", "aten::convolution"], "convolution, double backward"),
+        (["kfo_ext::conv2d"], "convolution, forward"),
+        (["kfo_ext::conv2d_cuda"], "convolution, forward"),
+        (["kfo_ext::conv2d_backward"], "convolution, backward"),
+        (["Conv2dBackward", "kfo_ext::conv2d_input"], "convolution, backward"),
+        (["Conv2dWeightBackward", "kfo_ext::conv2d"], "convolution, double backward"),
+        (["kfo_ext::conv2d_double_backward_triton"], "convolution, double backward"),
+        (["aten::batch_norm", "aten::native_batch_norm"], "batch norm + ReLU, forward"),
+        (["aten::relu", "aten::clamp_min"], "batch norm + ReLU, forward"),
+        (["NativeBatchNormBackward0"], "batch norm + ReLU, backward"),
+        (["ReluBackward0", "aten::threshold_backward"], "batch norm + ReLU, backward"),
+        (["NativeBatchNormBackwardBackward0", "aten::mul"], "batch norm + ReLU, double backward"),
+        (["kfo_ext::batch_norm_relu"], "batch norm + ReLU, forward"),
+        (["kfo_ext::batch_norm_relu_backward"], "batch norm + ReLU, backward"),
+        (["kfo_ext::batch_norm_relu_double_backward"], "batch norm + ReLU, double backward"),
+        (["kfo_ext::transform"], "transform, forward"),
+        (["TransformBackward", "kfo_ext::transform_backward_triton"], "transform, backward"),
+        (["kfo_ext::transform_double_backward"], "transform, double backward"),
+        (["aten::linear", "aten::addmm"], "head and loss"),
+        (["NllLossBackward0"], "head and loss"),
+        (["aten::cat"], "other torch operations"),
+    ],
+    ids=lambda value: value[-1].replace("::", ".") if isinstance(value, list) else "",
+)
+def test_stage_of_an_operation(script, names, stage):
+    assert script("stages").stage_of(names) == stage
+
+
+def test_lineage_starts_at_the_outermost_range(script):
+    outer = SimpleNamespace(name="ConvolutionBackwardBackward0", cpu_parent=None)
+    inner = SimpleNamespace(name="aten::convolution", cpu_parent=outer)
+    assert script("meta_profile").lineage(inner) == ["ConvolutionBackwardBackward0", "aten::convolution"]
+
+
+@needs_library
+def test_profile_adds_up_to_the_wall_clock(script, network, monkeypatch, tmp_path, capsys):
+    module = script("meta_profile")
+    monkeypatch.setitem(module.NETWORKS, "small", network)
+    out = tmp_path / "profile.json"
+    sizes = ["--networks", "small", "--tasks", "2", "--steps", "2", "--repeats", "1"]
+    assert module.main([*sizes, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [(entry["network"], entry["method"]) for entry in result["profiles"]] == [
+        ("small", "kfo"),
+        ("small", "maml"),
+    ]
+    kfo, maml = ({row["stage"]: row for row in entry["stages"]} for entry in result["profiles"])
+    for entry in result["profiles"]:
+        assert sum(row["host"] for row in entry["stages"]) == pytest.approx(entry["wall"])
+    for stage in script("stages").STAGES:
+        if stage.startswith(("convolution", "transform")):
+            assert kfo[stage]["calls"] > 0, stage
+        assert maml[stage]["calls"] == 0 or not stage.startswith("transform")
+    assert kfo[module.OVERHEAD]["host"] > 0
+    table = out.with_suffix(".md").read_text()
+    assert "Made by `python bench/" in table and table.count("| Python and autograd |") == 2
