@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import meta_peers
@@ -81,7 +82,7 @@ def measure_orders(layers: int, options: argparse.Namespace) -> list[Row]:
 
 def measure_meta_iteration(layers: int, options: argparse.Namespace) -> list[Row]:
     """One meta-iteration of the Omniglot CNN with that many layers: 5-way 5-shot, factors adapted, psd."""
-    network = NETWORKS[f"omniglot_cnn{layers}"]
+    network = replace(NETWORKS["omniglot_cnn2"], layers=layers)
     settings = {"tasks": options.tasks, "steps": options.steps, "lr": options.lr}
     truth = meta_peers.find_truth(network, "kfo", **settings)
     names = {"ours_native": "kfo", "learn2learn": "learn2learn"}

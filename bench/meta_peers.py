@@ -170,6 +170,14 @@ def show(rows: list[Row]) -> None:
         )
 
 
+def write(options: argparse.Namespace, rows: list[Row]) -> None:
+    """Writes the rows so far, with the machine, versions, commit, command and settings."""
+    facts = environment() | {"backends": native.status()}
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(facts | {"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """1 if a contender of ours gave a wrong loss or wrong meta-gradients, else 0."""
     every = sorted({name for table in CONTENDERS.values() for name in table})
@@ -196,11 +204,9 @@ def main(arguments: list[str] | None = None) -> int:
             measured = measure(network, method, names, options)
             show(measured)
             rows += measured
-    if options.out:
-        facts = environment() | {"backends": native.status()}
-        settings = {name: value for name, value in vars(options).items() if name != "out"}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(facts | {"settings": settings, "rows": rows}, indent=1) + "\n")
+            # After each table: what is measured is kept if a later one takes too long.
+            if options.out:
+                write(options, rows)
     return int(any("WRONG" in row["status"] for row in rows if row["contender"].startswith("ours")))
 
 

@@ -31,11 +31,11 @@ class TaskLoop:
 
     def run(self) -> Tensor:
         self.module.zero_grad()
-        tasks, total = len(self.batch.support.x), torch.zeros(())
+        tasks, total = len(self.batch.support.x), 0.0
         for task in zip(*self.batch.support, *self.batch.query, strict=True):
             loss = self.query_loss(*task) / tasks
             loss.backward()
-            total = total + loss.detach().to(total.device)
+            total = total + loss.detach()
         return total
 
 

@@ -39,8 +39,8 @@ _ORDERED = {
     "transform": _of_op("transform"),
 }
 _HEAD = (
-    r"aten::(linear|addmm|mean|cross_entropy_loss|log_softmax|nll_loss(_nd)?)"
-    r"|(Addmm|Mm|Mean|LogSoftmax|NllLoss)Backward\d+|(LogSoftmaxBackwardData|NllLossBackward)Backward\d+"
+    r"aten::(linear|addmm|baddbmm|mean|cross_entropy_loss|log_softmax|nll_loss(_nd)?)"
+    r"|(Addmm|Mm|Baddbmm|Bmm|Mean|LogSoftmax|NllLoss)Backward\d+|(LogSoftmaxBackwardData|NllLossBackward)Backward\d+"
 )
 STAGES = (*(f"{name}, {order}" for name in _ORDERED for order in ORDERS), "head and loss", OTHER)
 _RULES = [

@@ -147,9 +147,29 @@ def test_one_wrong_gradient_is_a_row_and_not_timed(script, network, monkeypatch,
     shown = capsys.readouterr().out
     assert "WRONG" in shown and "not here" in shown
 
+    # A run that is cut off has written the tables before.
+    out.unlink()
+    monkeypatch.setitem(peers.NETWORKS, "later", network)
+    monkeypatch.setattr(peers, "measure", cut_off_at("later", peers.measure))
+    cut = ["--networks", "small", "later", *arguments[2:], "--contenders", "ours", "--no-memory", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        peers.main(cut)
+    assert {row["network"] for row in json.loads(out.read_text())["rows"]} == {"small"}
+
     # Only a wrong one of ours fails the run.
     monkeypatch.setitem(table, "ours", Wrong)
     assert peers.main([*arguments, "--contenders", "ours", "--no-memory"]) == 1
+
+
+def cut_off_at(network, measure):
+    """`meta_peers.measure`, interrupted at one network."""
+
+    def measure_or_stop(name, *rest):
+        if name == network:
+            raise KeyboardInterrupt
+        return measure(name, *rest)
+
+    return measure_or_stop
 
 
 def test_unknown_method(script, network):
