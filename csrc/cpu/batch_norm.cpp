@@ -7,6 +7,7 @@
 #include "../check_batch_norm.h"
 #include "batch_norm_kernels.h"
 #include "isa.h"
+#include "parts.h"
 
 namespace kfo::cpu {
 
@@ -109,34 +110,20 @@ const BatchNormKernels& chosen_kernels() {
   return chosen(avx512::batch_norm_kernels, avx2::batch_norm_kernels, baseline::batch_norm_kernels);
 }
 
-// f(T()) with the C++ type of a checked dtype.
-template <class F>
-void with_type(const Tensor& x, F f) {
-  if (x.scalar_type() == ScalarType::Float)
-    f(float());
-  else
-    f(double());
-}
-
 // kernel(fill(job, task, channel)) for every task and every few channels.
 template <class T, class Fill>
 void for_jobs(const Sizes& sizes, void (*kernel)(const BatchNormJob<T>&), Fill fill) {
   const int64_t width = unit_channels(sizes.tasks, sizes.channels, sizeof(T));
   const int64_t groups = (sizes.channels + width - 1) / width, jobs = sizes.tasks * groups;
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t task = i / groups, channel = i % groups * width;
-      BatchNormJob<T> job;
-      job.rows = sizes.rows, job.stride = sizes.channels;
-      job.channels = std::min(width, sizes.channels - channel);
-      fill(job, task, channel);
-      kernel(job);
-    }
-  };
-  if (sizes.tasks * sizes.rows * sizes.channels < kParallelElements)
-    run(0, jobs);
-  else
-    torch::stable::parallel_for(0, jobs, 1, run);
+  const bool worth_threads = sizes.tasks * sizes.rows * sizes.channels >= kParallelElements;
+  run_parts(jobs, worth_threads, [&](int64_t i) {
+    const int64_t task = i / groups, channel = i % groups * width;
+    BatchNormJob<T> job;
+    job.rows = sizes.rows, job.stride = sizes.channels;
+    job.channels = std::min(width, sizes.channels - channel);
+    fill(job, task, channel);
+    kernel(job);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias,

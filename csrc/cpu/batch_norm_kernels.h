@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "by_type.h"
+
 namespace kfo::cpu {
 
 // Some channels of one task, at most kBatchNormChannels of them: element (row, channel) of x and of what is shaped like
@@ -29,18 +31,7 @@ struct BatchNormOrders {
   void (*double_backward)(const BatchNormJob<T>&);
 };
 
-struct BatchNormKernels {
-  BatchNormOrders<float> float32;
-  BatchNormOrders<double> float64;
-
-  template <class T>
-  const BatchNormOrders<T>& of() const {
-    if constexpr (sizeof(T) == sizeof(float))
-      return float32;
-    else
-      return float64;
-  }
-};
+using BatchNormKernels = ByType<BatchNormOrders>;
 
 namespace avx512 {
 extern const BatchNormKernels batch_norm_kernels;

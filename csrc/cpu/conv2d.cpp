@@ -94,37 +94,41 @@ Tensor contiguous_tasks(const Tensor& tensor) {
   return tensor;
 }
 
+// Points to a task's elements.
 template <class T>
-const T* task(const Tensor& tensor, int64_t index) {
-  return static_cast<const T*>(tensor.const_data_ptr()) + index * tensor.stride(0);
+void set(const T*& pointer, const Tensor& tensor, int64_t task) {
+  pointer = static_cast<const T*>(tensor.const_data_ptr()) + task * tensor.stride(0);
 }
 template <class T>
-T* task_out(const Tensor& tensor, int64_t index) {
-  return static_cast<T*>(tensor.mutable_data_ptr()) + index * tensor.stride(0);
-}
-
-// Calls run(task, begin, end) for parts of `count` items of each task. How they are cut depends on sizes alone.
-template <class Run>
-void over_parts(int64_t tasks, int64_t count, const Conv2dShape& s, Run run) {
-  constexpr int64_t kParts = 8;  // of a call, where there are fewer tasks
-  if (tasks == 0 || count == 0) return;
-  const double flops =
-      2.0 * static_cast<double>(tasks * s.N * s.Ho() * s.Wo()) * static_cast<double>(s.O * s.C * s.KH * s.KW);
-  const int64_t parts = flops < kParallelFlops ? 1 : std::min(count, (kParts + tasks - 1) / tasks);
-  run_parts(tasks * parts, flops,
-            [&](int64_t i) { run(i / parts, count * (i % parts) / parts, count * (i % parts + 1) / parts); });
+void set(T*& pointer, const Tensor& tensor, int64_t task) {
+  pointer = static_cast<T*>(tensor.mutable_data_ptr()) + task * tensor.stride(0);
 }
 
 const Conv2dKernels& kernels() {
   return chosen(avx512::conv2d_kernels, avx2::conv2d_kernels, baseline::conv2d_kernels);
 }
 
-template <class Run>
-void with_type(const Tensor& tensor, Run run) {
-  if (tensor.scalar_type() == ScalarType::Float)
-    run(float{});
-  else
-    run(double{});
+// Calls a kernel for parts of `count` items of each task of `like`: kernel_of(ops of T), fill(job, task). How they are
+// cut depends on sizes alone.
+template <class KernelOf, class Fill>
+void run(const Tensor& like, int64_t count, const Conv2dShape& s, KernelOf kernel_of, Fill fill) {
+  constexpr int64_t kParts = 8;  // of a call, where there are fewer tasks
+  const int64_t tasks = like.size(0);
+  if (tasks == 0 || count == 0) return;
+  const double flops =
+      2.0 * static_cast<double>(tasks * s.N * s.Ho() * s.Wo()) * static_cast<double>(s.O * s.C * s.KH * s.KW);
+  const bool worth_threads = flops >= kParallelFlops;
+  const int64_t parts = worth_threads ? std::min(count, (kParts + tasks - 1) / tasks) : 1;
+  with_type(like, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = kernel_of(kernels().of<T>());
+    run_parts(tasks * parts, worth_threads, [&](int64_t i) {
+      Conv2dJob<T> job;
+      job.shape = s, job.begin = count * (i % parts) / parts, job.end = count * (i % parts + 1) / parts;
+      fill(job, i / parts);
+      kernel(job);
+    });
+  });
 }
 
 Tensor conv2d(const Tensor& x_, const Tensor& weight_, int64_t stride, int64_t padding) {
@@ -138,16 +142,13 @@ Tensor conv2d(const Tensor& x_, const Tensor& weight_, int64_t stride, int64_t p
   operands.kernel_fits();
   const Tensor x = contiguous_tasks(x_), weight = contiguous_tasks(weight_);
   Tensor y = torch::stable::new_empty(x, {x.size(0), s.N, s.Ho(), s.Wo(), s.O});
-  with_type(x, [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = kernels().of<T>().forward;
-    over_parts(x.size(0), s.N, s, [&](int64_t t, int64_t begin, int64_t end) {
-      Conv2dJob<T> job;
-      job.shape = s, job.begin = begin, job.end = end;
-      job.x = task<T>(x, t), job.weight = task<T>(weight, t), job.y = task_out<T>(y, t);
-      kernel(job);
-    });
-  });
+  run(
+      x, s.N, s, [](const auto& ops) { return ops.forward; },
+      [&](auto& job, int64_t t) {
+        set(job.x, x, t);
+        set(job.weight, weight, t);
+        set(job.y, y, t);
+      });
   return y;
 }
 
@@ -165,16 +166,13 @@ Tensor conv2d_input(const Tensor& dy_, const Tensor& weight_, const std::vector<
   operands.results(dy_);
   const Tensor dy = contiguous_tasks(dy_), weight = contiguous_tasks(weight_);
   Tensor dx = torch::stable::new_empty(dy, {dy.size(0), s.N, s.H, s.W, s.C});
-  with_type(dy, [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = kernels().of<T>().input;
-    over_parts(dy.size(0), s.N, s, [&](int64_t t, int64_t begin, int64_t end) {
-      Conv2dJob<T> job;
-      job.shape = s, job.begin = begin, job.end = end;
-      job.dy = task<T>(dy, t), job.weight = task<T>(weight, t), job.dx = task_out<T>(dx, t);
-      kernel(job);
-    });
-  });
+  run(
+      dy, s.N, s, [](const auto& ops) { return ops.input; },
+      [&](auto& job, int64_t t) {
+        set(job.dy, dy, t);
+        set(job.weight, weight, t);
+        set(job.dx, dx, t);
+      });
   return dx;
 }
 
@@ -192,16 +190,13 @@ Tensor conv2d_weight(const Tensor& x_, const Tensor& dy_, const std::vector<int6
   operands.results(dy_);
   const Tensor x = contiguous_tasks(x_), dy = contiguous_tasks(dy_);
   Tensor dweight = torch::stable::new_empty(x, {x.size(0), s.O, s.C, s.KH, s.KW});
-  with_type(x, [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = kernels().of<T>().weight;
-    over_parts(x.size(0), s.KH * s.KW * s.C, s, [&](int64_t t, int64_t begin, int64_t end) {
-      Conv2dJob<T> job;
-      job.shape = s, job.begin = begin, job.end = end;
-      job.x = task<T>(x, t), job.dy = task<T>(dy, t), job.dweight = task_out<T>(dweight, t);
-      kernel(job);
-    });
-  });
+  run(
+      x, s.KH * s.KW * s.C, s, [](const auto& ops) { return ops.weight; },
+      [&](auto& job, int64_t t) {
+        set(job.x, x, t);
+        set(job.dy, dy, t);
+        set(job.dweight, dweight, t);
+      });
   return dweight;
 }
 

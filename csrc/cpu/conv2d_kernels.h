@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "by_type.h"
+
 namespace kfo::cpu {
 
 // y (N, Ho, Wo, O) is the convolution of x (N, H, W, C) with weight (O, C, KH, KW); all contiguous.
@@ -29,18 +31,7 @@ struct Conv2dOps {
   void (*weight)(const Conv2dJob<T>&);
 };
 
-struct Conv2dKernels {
-  Conv2dOps<float> float32;
-  Conv2dOps<double> float64;
-
-  template <class T>
-  const Conv2dOps<T>& of() const {
-    if constexpr (sizeof(T) == sizeof(float))
-      return float32;
-    else
-      return float64;
-  }
-};
+using Conv2dKernels = ByType<Conv2dOps>;
 
 namespace avx512 {
 extern const Conv2dKernels conv2d_kernels;

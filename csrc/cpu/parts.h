@@ -1,7 +1,8 @@
-// Parts of a call, over the threads of torch.
+// What the calls of all ops share: parts over the threads of torch, and the type of their elements.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
@@ -12,11 +13,11 @@ namespace kfo::cpu {
 
 constexpr double kParallelFlops = 4e5;  // below, starting the threads costs more than they save
 
-// Calls run(0) to run(count - 1), each once, on several threads if `flops` of work are worth it. Whoever is free takes
-// the next part, so that what a part computes must not depend on who computes it.
+// Calls run(0) to run(count - 1), each once, on several threads if that is worth it. Whoever is free takes the next
+// part, so that what a part computes must not depend on who computes it.
 template <class Run>
-void run_parts(int64_t count, double flops, Run run) {
-  if (flops < kParallelFlops) {
+void run_parts(int64_t count, bool worth_threads, Run run) {
+  if (!worth_threads) {
     for (int64_t i = 0; i < count; ++i) run(i);
   } else {
     std::atomic<int64_t> next{0};
@@ -26,6 +27,15 @@ void run_parts(int64_t count, double flops, Run run) {
     });
   }
   trim_scratch();
+}
+
+// Calls run(T{}) with the C++ type of a checked tensor's elements.
+template <class Run>
+void with_type(const torch::stable::Tensor& tensor, Run run) {
+  if (tensor.scalar_type() == torch::headeronly::ScalarType::Float)
+    run(float{});
+  else
+    run(double{});
 }
 
 }  // namespace kfo::cpu

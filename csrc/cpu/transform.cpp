@@ -62,7 +62,7 @@ Job<T> job_of(const Call<T>& call, const Schedule& schedule, const Chunk& chunk,
 
 template <class T>
 void run_chunks(const Call<T>& call, const Schedule& schedule, void (*kernel)(const Job<T>&), T* partials) {
-  run_parts(static_cast<int64_t>(schedule.batches.size()) - 1, schedule.flops, [&](int64_t batch) {
+  run_parts(static_cast<int64_t>(schedule.batches.size()) - 1, schedule.flops >= kParallelFlops, [&](int64_t batch) {
     const int64_t end = schedule.batches[static_cast<size_t>(batch + 1)];
     for (int64_t i = schedule.batches[static_cast<size_t>(batch)]; i < end; ++i)
       kernel(job_of(call, schedule, schedule.chunks[static_cast<size_t>(i)], partials));
@@ -136,15 +136,6 @@ Packed<T> packed_of(const std::optional<Tensor>& tensor) {
 
 const TransformKernels& chosen_kernels() {
   return chosen(avx512::transform_kernels, avx2::transform_kernels, baseline::transform_kernels);
-}
-
-// Calls run(T{}) with the C++ type of the operands.
-template <class Run>
-void with_type(const Tensor& G, Run run) {
-  if (G.scalar_type() == ScalarType::Float)
-    run(float{});
-  else
-    run(double{});
 }
 
 Tensor transform(const Tensor& R_, const Tensor& G_, const Tensor& L_, const std::vector<int64_t>& shapes,

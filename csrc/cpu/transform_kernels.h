@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "by_type.h"
+
 namespace kfo::cpu {
 
 // The matrices of one problem in a packed operand: row r of B is data + (r / B) * task_stride + (r % B) * p * q, so
@@ -33,18 +35,7 @@ struct OrderKernels {
   void (*double_backward)(const Job<T>&);
 };
 
-struct TransformKernels {
-  OrderKernels<float> float32;
-  OrderKernels<double> float64;
-
-  template <class T>
-  const OrderKernels<T>& of() const {
-    if constexpr (sizeof(T) == sizeof(float))
-      return float32;
-    else
-      return float64;
-  }
-};
+using TransformKernels = ByType<OrderKernels>;
 
 namespace avx512 {
 extern const TransformKernels transform_kernels;
