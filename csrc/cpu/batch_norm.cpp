@@ -116,7 +116,7 @@ void for_jobs(const Sizes& sizes, void (*kernel)(const BatchNormJob<T>&), Fill f
   const int64_t width = unit_channels(sizes.tasks, sizes.channels, sizeof(T));
   const int64_t groups = (sizes.channels + width - 1) / width, jobs = sizes.tasks * groups;
   const bool worth_threads = sizes.tasks * sizes.rows * sizes.channels >= kParallelElements;
-  run_parts(jobs, worth_threads, [&](int64_t i) {
+  run_parts(jobs, worth_threads, [&](int64_t i, int64_t) {
     const int64_t task = i / groups, channel = i % groups * width;
     BatchNormJob<T> job;
     job.rows = sizes.rows, job.stride = sizes.channels;

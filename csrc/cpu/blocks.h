@@ -121,22 +121,23 @@ class LaneBlock {
 
   void left(Factor<T> F, Matrix X, Matrix out, bool add = false) {
     const int64_t row = job_.q * width_;
-    product<T>(job_.p, row, job_.p, F, {X, row}, {out, row}, add);
+    product<T>(job_.ahead, job_.p, row, job_.p, F, {X, row}, {out, row}, add);
   }
 
   void right(Factor<T> F, Matrix X, Matrix out, bool add = false) {
     const int64_t step = job_.q * width_;
-    product<T>(job_.q, width_, job_.q, {F.data, F.column, F.row}, {X, width_}, {out, width_}, add, job_.p, step, step);
+    product<T>(job_.ahead, job_.q, width_, job_.q, {F.data, F.column, F.row}, {X, width_}, {out, width_}, add, job_.p,
+               step, step);
   }
 
   // Sums over the rows that exist only: what lies in the lanes that complete a vector never reaches a result.
   void left_gradient(Matrix X, Matrix Y, T* out, bool add) {
     const int64_t row = job_.q * width_;
-    dots<T>(job_.p, job_.p, {X, row}, {Y, row}, {out, job_.p}, {job_.q, rows_, width_}, add);
+    dots<T>(job_.ahead, job_.p, job_.p, {X, row}, {Y, row}, {out, job_.p}, {job_.q, rows_, width_}, add);
   }
 
   void right_gradient(Matrix X, Matrix Y, T* out, bool add) {
-    dots<T>(job_.q, job_.q, {X, width_}, {Y, width_}, {out, job_.q}, {job_.p, rows_, job_.q * width_}, add);
+    dots<T>(job_.ahead, job_.q, job_.q, {X, width_}, {Y, width_}, {out, job_.q}, {job_.p, rows_, job_.q * width_}, add);
   }
 
   void clear(Matrix X) { __builtin_memset(X, 0, static_cast<size_t>(job_.p * job_.q * width_) * sizeof(T)); }
@@ -191,22 +192,22 @@ class RowBlock {
   }
 
   void left(Factor<T> F, Matrix X, Matrix out, bool add = false) {
-    product<T>(job_.p, job_.q, job_.p, F, {X.data, X.row}, out, add);
+    product<T>(job_.ahead, job_.p, job_.q, job_.p, F, {X.data, X.row}, out, add);
   }
 
   void right(Factor<T> F, Matrix X, Matrix out, bool add = false) {
     if (F.column == 1)
-      product<T>(job_.p, job_.q, job_.q, {X.data, X.row, 1}, {F.data, F.row}, out, add);
+      product<T>(job_.ahead, job_.p, job_.q, job_.q, {X.data, X.row, 1}, {F.data, F.row}, out, add);
     else
-      dots<T>(job_.p, job_.q, {X.data, X.row}, {F.data, F.column}, out, {1, job_.q, 0}, add);
+      dots<T>(job_.ahead, job_.p, job_.q, {X.data, X.row}, {F.data, F.column}, out, {1, job_.q, 0}, add);
   }
 
   void left_gradient(Matrix X, Matrix Y, T* out, bool add) {
-    dots<T>(job_.p, job_.p, {X.data, X.row}, {Y.data, Y.row}, {out, job_.p}, {1, job_.q, 0}, add);
+    dots<T>(job_.ahead, job_.p, job_.p, {X.data, X.row}, {Y.data, Y.row}, {out, job_.p}, {1, job_.q, 0}, add);
   }
 
   void right_gradient(Matrix X, Matrix Y, T* out, bool add) {
-    product<T>(job_.q, job_.q, job_.p, {X.data, 1, X.row}, {Y.data, Y.row}, {out, job_.q}, add);
+    product<T>(job_.ahead, job_.q, job_.q, job_.p, {X.data, 1, X.row}, {Y.data, Y.row}, {out, job_.q}, add);
   }
 
   void clear(Matrix X) {

@@ -122,7 +122,7 @@ void run(const Tensor& like, int64_t count, const Conv2dShape& s, KernelOf kerne
   with_type(like, [&](auto type) {
     using T = decltype(type);
     const auto kernel = kernel_of(kernels().of<T>());
-    run_parts(tasks * parts, worth_threads, [&](int64_t i) {
+    run_parts(tasks * parts, worth_threads, [&](int64_t i, int64_t) {
       Conv2dJob<T> job;
       job.shape = s, job.begin = count * (i % parts) / parts, job.end = count * (i % parts + 1) / parts;
       fill(job, i / parts);

@@ -1,9 +1,12 @@
 // The two small matrix products every order is made of. Both accumulate in a fixed order that depends on sizes only.
 #pragma once
 
+#include "ahead.h"
 #include "vec.h"
 
 namespace {
+
+using kfo::cpu::Ahead;
 
 // Element (m, k) is data[m * row + k * column].
 template <class T>
@@ -100,12 +103,13 @@ ProductTile<T> product_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
 
 // All tiles of a strip of C that is N vectors wide.
 template <class T, int N, bool kPartial>
-void product_strip(int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, int lanes, bool add, int64_t count,
+void product_strip(Ahead* ahead, int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, int lanes, bool add, int64_t count,
                    int64_t x_step, int64_t c_step) {
   constexpr int kRows = tile_rows(N);
   const int64_t tiles = ceil_div(M, kRows);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = M * t / tiles, end = M * (t + 1) / tiles;
+    fetch_ahead(ahead);
     product_tile_of<T, N, kPartial>(end - begin, std::make_integer_sequence<int, kRows>{})(
         {A.data + begin * A.row, A.row, A.column}, X, {C.data + begin * C.row, C.row}, K, lanes, add, count, x_step,
         c_step);
@@ -114,7 +118,7 @@ void product_strip(int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C
 
 // C (M, N) = A (M, K) X (K, N), or C += A X, `count` times over: X and C move on by x_step and c_step, A stays.
 template <class T>
-void product(int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, bool add = false,
+void product(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, bool add = false,
              int64_t count = 1, int64_t x_step = 0, int64_t c_step = 0) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kDepth = 256;  // rows of X that a strip keeps in the first-level cache
@@ -130,21 +134,21 @@ void product(int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows
       const bool keep = add || k > 0;
       switch (end - begin) {
         case 1:
-          product_strip<T, 1, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          product_strip<T, 1, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
           break;
         case 2:
-          product_strip<T, 2, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          product_strip<T, 2, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
           break;
         case 3:
-          product_strip<T, 3, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          product_strip<T, 3, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
           break;
         case 4:
-          product_strip<T, 4, false>(M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          product_strip<T, 4, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
           break;
       }
     }
     if (const int lanes = static_cast<int>(N % W))
-      product_strip<T, 1, true>(M, depth, a, {x + vectors * W, X.row}, {C.data + vectors * W, C.row}, lanes,
+      product_strip<T, 1, true>(ahead, M, depth, a, {x + vectors * W, X.row}, {C.data + vectors * W, C.row}, lanes,
                                 add || k > 0, count, x_step, c_step);
   }
 }
@@ -203,11 +207,12 @@ DotsTile<T> dots_tile_of(int64_t columns, std::integer_sequence<int, N...>) {
 
 // All tiles of a strip of C that is M rows high.
 template <class T, int M>
-void dots_strip(int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
+void dots_strip(Ahead* ahead, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
   constexpr int kColumns = dots_columns(M);
   const int64_t tiles = ceil_div(N, kColumns);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t n = N * t / tiles, end = N * (t + 1) / tiles;
+    fetch_ahead(ahead);
     dots_tile_of<T, M>(end - n, std::make_integer_sequence<int, kColumns>{})(A, {X.data + n * X.row, X.row},
                                                                              {C.data + n, C.row}, runs, add);
   }
@@ -215,7 +220,7 @@ void dots_strip(int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs run
 
 // C (M, N) = A (M, K) X^T (K, N), or C += A X^T, with K running over `runs` of both operands.
 template <class T>
-void dots(int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add = false) {
+void dots(Ahead* ahead, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add = false) {
   constexpr int64_t kCached = 131072 / sizeof(T);  // elements of X that stay cached while all of A passes by
   if (runs.count > 1 && runs.step == runs.length) runs = {1, runs.count * runs.length, 0};
   const int64_t block = ceil_div(kCached / (runs.count * runs.length) + 1, 16) * 16;
@@ -228,16 +233,16 @@ void dots(int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Run
       const int64_t columns = smaller(block, N - n);
       switch (end - m) {
         case 1:
-          dots_strip<T, 1>(columns, a, x, c, runs, add);
+          dots_strip<T, 1>(ahead, columns, a, x, c, runs, add);
           break;
         case 2:
-          dots_strip<T, 2>(columns, a, x, c, runs, add);
+          dots_strip<T, 2>(ahead, columns, a, x, c, runs, add);
           break;
         case 3:
-          dots_strip<T, 3>(columns, a, x, c, runs, add);
+          dots_strip<T, 3>(ahead, columns, a, x, c, runs, add);
           break;
         case 4:
-          dots_strip<T, 4>(columns, a, x, c, runs, add);
+          dots_strip<T, 4>(ahead, columns, a, x, c, runs, add);
           break;
       }
     }

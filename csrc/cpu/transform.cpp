@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "ahead.h"
 #include "isa.h"
 #include "parts.h"
 #include "schedule.h"
@@ -60,12 +61,51 @@ Job<T> job_of(const Call<T>& call, const Schedule& schedule, const Chunk& chunk,
   return job;
 }
 
+// What a job still has to write, and what the one after it will read.
+template <class T>
+Ahead plan_ahead(const Job<T>& job, const Job<T>& following) {
+  constexpr int64_t kLeast = 2048, kMost = 65536;  // bytes: fewer come quickly enough, more would push each other out
+  Ahead ahead;
+  const auto plan = [&](const T* data, int64_t elements) {
+    const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
+    if (data && bytes >= kLeast) ahead.plan(data, std::min(bytes, kMost));
+  };
+  const auto plan_rows = [&](const Job<T>& of, const auto& matrices) {
+    if (!matrices.data) return;
+    const int64_t size = of.p * of.q, first = of.begin % of.B;
+    plan(matrices.data + of.begin / of.B * matrices.task_stride + first * size,
+         std::min(of.end - of.begin, of.B - first) * size);
+  };
+  for (const auto& result : {job.Y, job.dG, job.ddY}) plan_rows(job, result);
+  plan(job.dR, job.p * job.p);
+  plan(job.dL, job.q * job.q);
+  for (const auto& operand : {following.G, following.dY, following.ddG}) plan_rows(following, operand);
+  for (const T* left : {following.R, following.ddR}) plan(left, following.p * following.p);
+  for (const T* right : {following.L, following.ddL}) plan(right, following.q * following.q);
+  return ahead;
+}
+
 template <class T>
 void run_chunks(const Call<T>& call, const Schedule& schedule, void (*kernel)(const Job<T>&), T* partials) {
-  run_parts(static_cast<int64_t>(schedule.batches.size()) - 1, schedule.flops >= kParallelFlops, [&](int64_t batch) {
-    const int64_t end = schedule.batches[static_cast<size_t>(batch + 1)];
-    for (int64_t i = schedule.batches[static_cast<size_t>(batch)]; i < end; ++i)
-      kernel(job_of(call, schedule, schedule.chunks[static_cast<size_t>(i)], partials));
+  const auto first_of = [&](int64_t batch) {
+    return schedule.batches[std::min(static_cast<size_t>(batch), schedule.batches.size() - 1)];
+  };
+  const auto chunk_job = [&](int64_t i) {
+    return i < static_cast<int64_t>(schedule.chunks.size())
+               ? job_of(call, schedule, schedule.chunks[static_cast<size_t>(i)], partials)
+               : Job<T>{};
+  };
+  const int64_t batches = static_cast<int64_t>(schedule.batches.size()) - 1;
+  run_parts(batches, schedule.flops >= kParallelFlops, [&](int64_t batch, int64_t following) {
+    const int64_t end = first_of(batch + 1);
+    Job<T> job = chunk_job(first_of(batch));
+    for (int64_t i = first_of(batch); i < end; ++i) {
+      const Job<T> next = chunk_job(i + 1 < end ? i + 1 : first_of(following));
+      Ahead ahead = plan_ahead(job, next);
+      job.ahead = &ahead;
+      kernel(job);
+      job = next;
+    }
   });
 }
 

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ahead.h"
 #include "by_type.h"
 
 namespace kfo::cpu {
@@ -26,6 +27,7 @@ struct Job {
   Matrices<const T> bias;  // p * q elements a task
   Matrices<T> Y, dG, ddY;
   T *dR = nullptr, *dL = nullptr;
+  Ahead* ahead = nullptr;  // what to ask for meanwhile
 };
 
 template <class T>
