@@ -1,33 +1,85 @@
-"""What one call costs before any arithmetic: the orders on tiny operands, gradients on, for pytest-benchmark.
+"""What one call costs before any arithmetic: tiny operands that require gradients, for pytest-benchmark; medians count.
 
-Meant to stay below 12, 18 and 22 us for the three orders; read the median.
+operator              a call of the operator of each order: meant to stay below 12, 18 and 22 us
+through autograd      `transform()`, and `torch.autograd.grad` through it, engine included: for information
+empty Function        the least that torch asks for either, on the same machine at the same moment
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import Function
 
 from kfo_ext.bench.cases import ORDERS, random_case
 from kfo_ext.bench.measure import TOLERANCE
-from kfo_ext.bench.orders import error_of, packed_already, truth
+from kfo_ext.bench.orders import error_of, packed_already
+from kfo_ext.bench.orders import truth as truth_of_case
 from kfo_ext.bench.providers import kfo_gradients_on
 from kfo_ext.bench.timing import environment
-from kfo_ext.testing import CASES
+from kfo_ext.testing import CASES, OUTPUTS, family_of, random_operands, relative_error, truth
 from kfo_ext.transform import Problems
 
 TARGET_US = {"forward": 12, "backward": 18, "double_backward": 22}
+SHAPES = CASES["bias"]
+OPERATOR = "host time of one call: operator"
+THROUGH_AUTOGRAD = "host time of one call: through autograd"
+
+
+class Empty(Function):
+    @staticmethod
+    def forward(ctx, R, G, L):
+        ctx.save_for_backward(R, G, L)
+        return G.view_as(G)
+
+    @staticmethod
+    def backward(ctx, dY):
+        return ctx.saved_tensors
+
+
+def leaves():
+    return [X.requires_grad_() for X in random_operands(SHAPES, 1, dtype=torch.float32)]
+
+
+def run(benchmark, call, group: str, error: float, **extra) -> None:
+    assert error <= TOLERANCE
+    benchmark.group = group
+    benchmark.extra_info.update(shapes=SHAPES, tasks=1, error=error, machine=environment(), **extra)
+    benchmark(call)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_host_overhead(benchmark, order):
-    problems = Problems(CASES["bias"])
-    case = random_case(problems, 1, torch.float32)
+def test_operator(benchmark, order):
+    family, flat = family_of("native", "cpu"), Problems(SHAPES).flat
+    operands = random_operands(SHAPES, 1, dtype=torch.float32)
+    R, G, L, dY, ddR, ddG, ddL, _ = leaves()
+    calls = {
+        "forward": lambda: family.transform(R, G, L, flat),
+        "backward": lambda: family.backward(R, G, L, dY, flat, [True] * 3),
+        "double_backward": lambda: family.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, [True] * 4),
+    }
+    outputs = calls[order]()
+    outputs = [outputs] if order == "forward" else outputs
+    assert all(output.requires_grad for output in outputs)
+    expected = truth(operands, SHAPES)
+    error = max(relative_error(output, expected[name]) for output, name in zip(outputs, OUTPUTS[order], strict=True))
+    run(benchmark, calls[order], OPERATOR, error, target_us=TARGET_US[order])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_through_autograd(benchmark, order):
+    case = random_case(Problems(SHAPES), 1, torch.float32)
     call = kfo_gradients_on(case)[order]
-    error = error_of(packed_already, order, call(), case, truth(case))
-    assert error <= TOLERANCE
-    benchmark.group = "host time of one call"
-    benchmark.extra_info.update(
-        target_us=TARGET_US[order], shapes=CASES["bias"], tasks=1, error=error, machine=environment()
-    )
-    benchmark(call)
+    run(benchmark, call, THROUGH_AUTOGRAD, error_of(packed_already, order, call(), case, truth_of_case(case)))
+
+
+def test_empty_function(benchmark):
+    R, G, L, *_ = leaves()
+    run(benchmark, lambda: Empty.apply(R, G, L), OPERATOR, 0.0)
+
+
+def test_empty_function_through_autograd(benchmark):
+    R, G, L, dY, *_ = leaves()
+    Y = Empty.apply(R, G, L)
+    call = lambda: torch.autograd.grad(Y, (R, G, L), dY, create_graph=True)  # noqa: E731
+    run(benchmark, call, THROUGH_AUTOGRAD, 0.0)

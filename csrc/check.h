@@ -32,29 +32,78 @@ inline std::string dtype_name(ScalarType dtype) {
 
 }  // namespace detail
 
-// Checks the operands of one op against its group. Messages name the op, the operand, what was expected and what came.
-class Operands {
+// What the checks of every op share. Messages name the op, the operand, what was expected and what came.
+class OpChecks {
+ public:
+  // like: the operand that fixes dtype and device. Both it and the names must outlive this.
+  OpChecks(const char* op, const char* like_name, const Tensor& like)
+      : like_(like), op_(op), like_name_(like_name), dtype_(like.scalar_type()) {
+    if (dtype_ != ScalarType::Float && dtype_ != ScalarType::Double)
+      fail(std::string(like_name) + " has " + detail::dtype_name(dtype_) + ", expected float32 or float64");
+  }
+
+  void alike(const char* name, const Tensor& tensor) const {
+    if (tensor.scalar_type() != dtype_)
+      fail(std::string(name) + " has " + detail::dtype_name(tensor.scalar_type()) + ", but " + like_name_ + " has " +
+           detail::dtype_name(dtype_) + ": expected one dtype");
+    if (tensor.is_cpu() != like_.is_cpu() || tensor.get_device_index() != like_.get_device_index())
+      fail(std::string(name) + " is on " + detail::device_name(tensor) + ", but " + like_name_ + " is on " +
+           detail::device_name(like_) + ": expected one device");
+  }
+
+  void dimensions(const char* name, const Tensor& tensor, int64_t expected, const char* layout) const {
+    if (tensor.dim() != expected)
+      fail(std::string(name) + " has " + std::to_string(tensor.dim()) + " dimensions, expected " +
+           std::to_string(expected) + ": " + layout);
+  }
+
+  void rows(const char* name, const Tensor& tensor, int64_t expected, const char* other_name) const {
+    if (tensor.size(0) != expected)
+      fail(std::string(name) + " has " + std::to_string(tensor.size(0)) + " rows, but " + other_name + " has " +
+           std::to_string(expected));
+  }
+
+  // One row for each task, or one that all tasks share.
+  void rows_or_one(const char* name, const Tensor& tensor, int64_t tasks) const {
+    const int64_t rows = tensor.size(0);
+    if (rows != 1 && rows != tasks)
+      fail(std::string(name) + " has " + std::to_string(rows) + " rows, but " + like_name_ + " has " +
+           std::to_string(tasks) + " tasks: expected 1 or that many");
+  }
+
+  void need(const std::vector<bool>& flags, size_t expected) const {
+    if (flags.size() != expected)
+      fail("need has " + std::to_string(flags.size()) + " flags, expected " + std::to_string(expected));
+  }
+
+ protected:
+  [[noreturn]] void fail(const std::string& message) const { throw std::invalid_argument(op_ + (": " + message)); }
+
+  const Tensor& like_;
+
+ private:
+  const char* op_;
+  const char* like_name_;
+  ScalarType dtype_;
+};
+
+// Checks the operands of one op against its group.
+class Operands : public OpChecks {
  public:
   // G: (T, sum B*p*q), the operand that fixes tasks, dtype and device.
   Operands(const char* op, const std::vector<int64_t>& shapes, const Group& group, const Tensor& G)
-      : op_(op), shapes_(shapes), group_(group), G_(G), dtype_(G.scalar_type()) {
-    if (dtype_ != ScalarType::Float && dtype_ != ScalarType::Double)
-      fail("G has " + detail::dtype_name(dtype_) + ", expected float32 or float64");
+      : OpChecks(op, "G", G), shapes_(shapes), group_(group) {
     columns("G", G, group.G);
     tasks_ = G.size(0);
   }
 
   int64_t tasks() const { return tasks_; }
-  ScalarType dtype() const { return dtype_; }
 
   // A factor or bias: (T, columns), or (1, columns) shared by all tasks.
   void factor(const char* name, const Tensor& tensor, int64_t expected_columns) const {
     alike(name, tensor);
     columns(name, tensor, expected_columns);
-    const int64_t rows = tensor.size(0);
-    if (rows != 1 && rows != tasks_)
-      fail(std::string(name) + " has " + std::to_string(rows) + " rows, but G has " + std::to_string(tasks_) +
-           " tasks: expected 1 or that many");
+    rows_or_one(name, tensor, tasks_);
   }
 
   // A tensor laid out like G: (T, sum B*p*q).
@@ -72,42 +121,16 @@ class Operands {
     rows(name, tensor, other.size(0), other_name);
   }
 
-  void need(const std::vector<bool>& flags, size_t expected) const {
-    if (flags.size() != expected)
-      fail("need has " + std::to_string(flags.size()) + " flags, expected " + std::to_string(expected));
-  }
-
  private:
-  [[noreturn]] void fail(const std::string& message) const { throw std::invalid_argument(op_ + (": " + message)); }
-
-  void alike(const char* name, const Tensor& tensor) const {
-    if (tensor.scalar_type() != dtype_)
-      fail(std::string(name) + " has " + detail::dtype_name(tensor.scalar_type()) + ", but G has " +
-           detail::dtype_name(dtype_) + ": expected one dtype");
-    if (tensor.is_cpu() != G_.is_cpu() || tensor.get_device_index() != G_.get_device_index())
-      fail(std::string(name) + " is on " + detail::device_name(tensor) + ", but G is on " + detail::device_name(G_) +
-           ": expected one device");
-  }
-
   void columns(const char* name, const Tensor& tensor, int64_t expected) const {
-    if (tensor.dim() != 2)
-      fail(std::string(name) + " has " + std::to_string(tensor.dim()) + " dimensions, expected 2: (tasks, columns)");
+    dimensions(name, tensor, 2, "(tasks, columns)");
     if (tensor.size(1) != expected)
       fail(std::string(name) + " has " + std::to_string(tensor.size(1)) + " columns, but shapes " +
            shape_text(shapes_) + " need " + std::to_string(expected));
   }
 
-  void rows(const char* name, const Tensor& tensor, int64_t expected, const char* other_name) const {
-    if (tensor.size(0) != expected)
-      fail(std::string(name) + " has " + std::to_string(tensor.size(0)) + " rows, but " + other_name + " has " +
-           std::to_string(expected));
-  }
-
-  const char* op_;
   const std::vector<int64_t>& shapes_;
   const Group& group_;
-  const Tensor& G_;
-  ScalarType dtype_;
   int64_t tasks_ = 0;
 };
 

@@ -5,29 +5,25 @@
 
 namespace kfo {
 
-// Checks the operands of one op. Messages name the op, the operand, what was expected and what came.
-class BatchNormOperands {
+// Checks the operands of one op.
+class BatchNormOperands : public OpChecks {
  public:
   // x: (T, N, C), the operand that fixes sizes, dtype and device.
-  BatchNormOperands(const char* op, const Tensor& x) : op_(op), x_(x), dtype_(x.scalar_type()) {
-    if (dtype_ != ScalarType::Float && dtype_ != ScalarType::Double)
-      fail("x has " + detail::dtype_name(dtype_) + ", expected float32 or float64");
-    if (x.dim() != 3) fail("x has " + std::to_string(x.dim()) + " dimensions, expected 3: (tasks, rows, channels)");
+  BatchNormOperands(const char* op, const Tensor& x) : OpChecks(op, "x", x) {
+    dimensions("x", x, 3, "(tasks, rows, channels)");
     if (x.size(1) == 0) fail("x has no rows, expected at least 1: statistics are those of the rows");
   }
 
   // weight, bias: (T, C), or (1, C) shared by all tasks.
   void parameter(const char* name, const Tensor& tensor) const {
     columns(name, tensor);
-    if (tensor.size(0) != 1 && tensor.size(0) != x_.size(0))
-      fail(std::string(name) + " has " + std::to_string(tensor.size(0)) + " rows, but x has " +
-           std::to_string(x_.size(0)) + " tasks: expected 1 or that many");
+    rows_or_one(name, tensor, like_.size(0));
   }
 
   // mean, rstd: (T, C).
   void statistic(const char* name, const Tensor& tensor) const {
     columns(name, tensor);
-    rows(name, tensor, x_.size(0), "x");
+    rows(name, tensor, like_.size(0), "x");
   }
 
   // A cotangent of the gradient of `other`, a parameter: exactly its shape.
@@ -39,57 +35,30 @@ class BatchNormOperands {
   // A tensor of the shape of x.
   void images(const char* name, const Tensor& tensor) const {
     alike(name, tensor);
-    if (tensor.dim() != 3) fail(std::string(name) + " has " + std::to_string(tensor.dim()) + " dimensions, expected 3");
+    dimensions(name, tensor, 3, "(tasks, rows, channels)");
     for (int64_t i = 0; i < 3; ++i)
-      if (tensor.size(i) != x_.size(i))
-        fail(std::string(name) + " has shape " + shape(tensor) + ", but x has " + shape(x_));
+      if (tensor.size(i) != like_.size(i))
+        fail(std::string(name) + " has shape " + shape(tensor) + ", but x has " + shape(like_));
   }
 
   void eps(double value) const {
     if (!(value > 0)) fail("eps is " + std::to_string(value) + ", expected a positive number");
   }
 
-  void need(const std::vector<bool>& flags, size_t expected) const {
-    if (flags.size() != expected)
-      fail("need has " + std::to_string(flags.size()) + " flags, expected " + std::to_string(expected));
-  }
-
  private:
-  [[noreturn]] void fail(const std::string& message) const { throw std::invalid_argument(op_ + (": " + message)); }
-
   static std::string shape(const Tensor& tensor) {
     std::string text = "(";
     for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
     return text + ")";
   }
 
-  void alike(const char* name, const Tensor& tensor) const {
-    if (tensor.scalar_type() != dtype_)
-      fail(std::string(name) + " has " + detail::dtype_name(tensor.scalar_type()) + ", but x has " +
-           detail::dtype_name(dtype_) + ": expected one dtype");
-    if (tensor.is_cpu() != x_.is_cpu() || tensor.get_device_index() != x_.get_device_index())
-      fail(std::string(name) + " is on " + detail::device_name(tensor) + ", but x is on " + detail::device_name(x_) +
-           ": expected one device");
-  }
-
   void columns(const char* name, const Tensor& tensor) const {
     alike(name, tensor);
-    if (tensor.dim() != 2)
-      fail(std::string(name) + " has " + std::to_string(tensor.dim()) + " dimensions, expected 2: (tasks, channels)");
-    if (tensor.size(1) != x_.size(2))
+    dimensions(name, tensor, 2, "(tasks, channels)");
+    if (tensor.size(1) != like_.size(2))
       fail(std::string(name) + " has " + std::to_string(tensor.size(1)) + " channels, but x has " +
-           std::to_string(x_.size(2)));
+           std::to_string(like_.size(2)));
   }
-
-  void rows(const char* name, const Tensor& tensor, int64_t expected, const char* other_name) const {
-    if (tensor.size(0) != expected)
-      fail(std::string(name) + " has " + std::to_string(tensor.size(0)) + " rows, but " + other_name + " has " +
-           std::to_string(expected));
-  }
-
-  const char* op_;
-  const Tensor& x_;
-  ScalarType dtype_;
 };
 
 inline void check_batch_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {

@@ -386,7 +386,8 @@ def test_benchmarks_for_pytest_run(tmp_path):
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert {item["group"] for item in found} == {
-        "forward CNN(2), 16 tasks", "forward CNN(4), 16 tasks", "host time of one call",
+        "forward CNN(2), 16 tasks", "forward CNN(4), 16 tasks",
+        "host time of one call: operator", "host time of one call: through autograd",
     }  # fmt: skip
     for item in found:
         assert item["extra_info"]["error"] <= 1e-4 and item["extra_info"]["machine"]["torch"] == torch.__version__

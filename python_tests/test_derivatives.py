@@ -172,6 +172,42 @@ def test_raw_operators_raise_where_they_have_no_rule():
         raw(forward_ad.make_dual(X[0], X[0]), *X[1:])
 
 
+@needs_native
+def test_an_absent_cotangent_has_no_tangent():
+    R, G, L, dY, ddR, _, _, _ = random_operands(SHAPES, 2)
+    call = lambda R: NATIVE.double_backward(R, G, L, dY, ddR, None, None, FLAT, [True] * 4)  # noqa: E731
+    with forward_ad.dual_level():
+        torch.testing.assert_close(call(R), call(R.clone()))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            call(forward_ad.make_dual(R, R))
+
+
+@needs_native
+def test_what_a_finished_transform_leaves_behind_is_differentiated():
+    """A tensor that outlives its torch.func transform is wrapped still: it is what it wraps."""
+    R, G, L = leaves()[:3]
+    kept = []
+    torch.func.grad(lambda X: (kept.append(X), X.sum())[1])(G.detach())
+    Y = NATIVE.transform(R, kept[0], L, FLAT)
+    assert torch.equal(Y, NATIVE.transform(R, G, L, FLAT))
+    for actual, expected in zip(
+        torch.autograd.grad(Y.sum(), (R, L)), torch.autograd.grad(plain(R, G, L).sum(), (R, L))
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("need", [(True, True, True), (True, False, True), (False, False, False)], ids=str)
+def test_outputs_require_gradients_where_they_are_needed(need):
+    R, G, L, dY, ddR, ddG, ddL, _ = leaves()
+    first = NATIVE.backward(R, G, L, dY, FLAT, need)
+    assert tuple(output.requires_grad for output in first) == need
+    second = NATIVE.double_backward(R, G, L, dY, ddR, ddG, ddL, FLAT, [*need, False])
+    assert tuple(output.requires_grad for output in second) == (*need, False)
+    with torch.no_grad():
+        assert not any(output.requires_grad for output in NATIVE.backward(R, G, L, dY, FLAT, need))
+
+
 COMPILED = {"aot_eager": {}, "inductor": {}}
 
 
@@ -231,6 +267,14 @@ def test_autocast_computes_in_float32():
     assert torch.autograd.grad(Y.sum(), R)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_leaves_float32_as_it_is(backend):
+    R, G, L, *_, bias = (X.float() for X in random_operands(SHAPES, 2))
+    expected = transform(R, G, L, PROBLEMS, bias=bias, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(transform(R, G, L, PROBLEMS, bias=bias, backend=backend), expected)
+
+
 @needs_native
 def test_raw_operators_under_autocast():
     R, G, L = random_operands(SHAPES, 2)[:3]
@@ -253,12 +297,21 @@ def test_half_types_are_converted_around_the_operator(dtype):
     [
         ({"R": lambda X: X.float()}, TypeError, "R: expected torch.float64 as G has, got torch.float32"),
         ({"L": lambda X: X.to(torch.int64)}, TypeError, "L: expected a floating-point tensor"),
+        (
+            {"L": lambda X: X.to(torch.float8_e5m2)},
+            TypeError,
+            "L: expected float32, float64, float16 or bfloat16, got torch.float8",
+        ),
+        ({"bias": lambda X: X.half()}, TypeError, "bias: expected torch.float64 as G has, got torch.float16"),
+        ({"bias": lambda X: X[0]}, ValueError, "bias: expected 2 dimensions"),
+        ({"G": lambda X: X.tolist()}, TypeError, "G: expected a tensor, got list"),
         ({"R": lambda X: X.tolist()}, TypeError, "R: expected a tensor, got list"),
         ({"R": lambda X: X.to("meta")}, ValueError, "R: expected device cpu"),
         ({"G": lambda X: X[0]}, ValueError, "G: expected 2 dimensions"),
-        ({"L": lambda X: X[:, :-1]}, ValueError, "L"),
-        ({"bias": lambda X: X[:, :-1]}, ValueError, "bias"),
-        ({"R": lambda X: torch.cat([X, X])}, ValueError, "R"),
+        ({"L": lambda X: X[:, :-1]}, ValueError, r"transform: L has 48 columns, but shapes \[\(1, 5, 7\)\] need 49"),
+        ({"G": lambda X: X[:, :-1]}, ValueError, r"transform: G has 34 columns, but shapes \[\(1, 5, 7\)\] need 35"),
+        ({"bias": lambda X: X[:, :-1]}, ValueError, "transform: bias has 34 columns"),
+        ({"R": lambda X: torch.cat([X, X])}, ValueError, "transform: R has 6 rows, but G has 3 tasks"),
     ],
 )
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../check_batch_norm.h"
+#include "../outputs.h"
 #include "batch_norm_kernels.h"
 #include "isa.h"
 #include "parts.h"
@@ -51,7 +52,7 @@ class Input {
 class Output {
  public:
   Output(const Tensor& x, bool needed) : needed_(needed) {
-    tensor = needed ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}) : torch::stable::new_empty(x, {0});
+    tensor = new_output(x, needed, {x.size(0), x.size(1), x.size(2)});
   }
 
   template <class T>
@@ -71,7 +72,7 @@ class Gradient {
  public:
   Gradient(const Tensor& x, const Tensor& parameter, bool needed)
       : needed_(needed), shared_(parameter.size(0) != x.size(0)), tasks_(x.size(0)), channels_(x.size(2)) {
-    tensor = needed ? torch::stable::new_empty(x, {parameter.size(0), channels_}) : torch::stable::new_empty(x, {0});
+    tensor = new_output(x, needed, {parameter.size(0), channels_});
     if (needed && shared_) rows_.resize(static_cast<size_t>(tasks_ * channels_ * x.element_size()));
   }
 
@@ -133,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& x, const Tensor
   const Sizes sizes(x);
   const Input in_x(x), in_weight(weight), in_bias(bias);
   const Output y(x, true);
-  const Tensor mean = torch::stable::new_empty(x, {sizes.tasks, sizes.channels});
-  const Tensor rstd = torch::stable::new_empty(x, {sizes.tasks, sizes.channels});
+  const Tensor mean = new_tensor(x, {sizes.tasks, sizes.channels});
+  const Tensor rstd = new_tensor(x, {sizes.tasks, sizes.channels});
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     T *means = static_cast<T*>(mean.mutable_data_ptr()), *rstds = static_cast<T*>(rstd.mutable_data_ptr());

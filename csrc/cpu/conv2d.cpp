@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../outputs.h"
 #include "conv2d_kernels.h"
 #include "isa.h"
 #include "parts.h"
@@ -17,13 +18,26 @@ namespace kfo::cpu {
 
 namespace {
 
-// Checks one op's operands. Messages name the op, the operand, what was expected and what came.
-class Conv2dOperands {
+constexpr const char* kImages = "(tasks, images, height, width, channels)";
+constexpr const char* kResults = "(tasks, images, height, width, out channels)";
+constexpr const char* kWeights = "(tasks, out channels, in channels, height, width)";
+
+// Checks the two operands of one op.
+class Conv2dOperands : public OpChecks {
  public:
-  Conv2dOperands(const char* op, int64_t stride, int64_t padding) : op_(op) {
+  Conv2dOperands(const char* op, const char* like_name, const Tensor& like, const char* layout, int64_t stride,
+                 int64_t padding)
+      : OpChecks(op, like_name, like) {
     if (stride < 1) fail("stride: expected at least 1, got " + std::to_string(stride));
     if (padding < 0) fail("padding: expected at least 0, got " + std::to_string(padding));
     shape_.stride = stride, shape_.padding = padding;
+    dimensions(like_name, like, 5, layout);
+  }
+
+  void other(const char* name, const Tensor& tensor, const char* layout) const {
+    dimensions(name, tensor, 5, layout);
+    alike(name, tensor);
+    same(name, "tasks", tensor.size(0), like_.size(0));
   }
 
   void kernel_fits() const {
@@ -33,32 +47,19 @@ class Conv2dOperands {
            " with padding " + std::to_string(s.padding));
   }
 
-  void dimensions(const char* name, const Tensor& tensor, const char* layout) const {
-    if (tensor.dim() != 5)
-      fail(std::string(name) + " has " + std::to_string(tensor.dim()) + " dimensions, expected 5: " + layout);
-  }
-
-  void alike(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) const {
-    const ScalarType dtype = other.scalar_type();
-    if (dtype != ScalarType::Float && dtype != ScalarType::Double)
-      fail(std::string(other_name) + " has " + detail::dtype_name(dtype) + ", expected float32 or float64");
-    if (tensor.scalar_type() != dtype)
-      fail(std::string(name) + " has " + detail::dtype_name(tensor.scalar_type()) + ", but " + other_name + " has " +
-           detail::dtype_name(dtype) + ": expected one dtype");
-    if (!tensor.is_cpu() || !other.is_cpu())
-      fail(std::string(name) + " is on " + detail::device_name(tensor) + ", but " + other_name + " is on " +
-           detail::device_name(other) + ": expected one device");
-    same(name, "tasks", tensor.size(0), other.size(0));
-  }
-
   void same(const char* name, const char* what, int64_t got, int64_t expected) const {
     if (got != expected)
       fail(std::string(name) + " has " + std::to_string(got) + " " + what + ", expected " + std::to_string(expected));
   }
 
+  // Height and width, from a list.
+  void pair(const char* name, const std::vector<int64_t>& numbers) const {
+    if (numbers.size() != 2)
+      fail(std::string(name) + " has " + std::to_string(numbers.size()) + " numbers, expected height, width");
+  }
+
   // x (T, N, H, W, C)
   void images(const Tensor& x) {
-    dimensions("x", x, "(tasks, images, height, width, channels)");
     shape_.N = x.size(1), shape_.H = x.size(2), shape_.W = x.size(3), shape_.C = x.size(4);
   }
 
@@ -70,18 +71,12 @@ class Conv2dOperands {
     same("dy", "channels", dy.size(4), shape_.O);
   }
 
-  [[noreturn]] void fail(const std::string& message) const {
-    throw std::invalid_argument(std::string(op_) + ": " + message);
-  }
-
   Conv2dShape shape_{};
 
  private:
   static std::string size_text(int64_t rows, int64_t columns) {
     return std::to_string(rows) + " x " + std::to_string(columns);
   }
-
-  const char* op_;
 };
 
 // The tensor itself where each task's elements are contiguous, at whatever distance the tasks lie; else a copy.
@@ -132,16 +127,15 @@ void run(const Tensor& like, int64_t count, const Conv2dShape& s, KernelOf kerne
 }
 
 Tensor conv2d(const Tensor& x_, const Tensor& weight_, int64_t stride, int64_t padding) {
-  Conv2dOperands operands("conv2d", stride, padding);
+  Conv2dOperands operands("conv2d", "x", x_, kImages, stride, padding);
+  operands.other("weight", weight_, kWeights);
   Conv2dShape& s = operands.shape_;
   operands.images(x_);
-  operands.dimensions("weight", weight_, "(tasks, out channels, in channels, height, width)");
-  operands.alike("weight", weight_, "x", x_);
   operands.same("weight", "in channels", weight_.size(2), s.C);
   s.O = weight_.size(1), s.KH = weight_.size(3), s.KW = weight_.size(4);
   operands.kernel_fits();
   const Tensor x = contiguous_tasks(x_), weight = contiguous_tasks(weight_);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), s.N, s.Ho(), s.Wo(), s.O});
+  Tensor y = new_tensor(x, {x.size(0), s.N, s.Ho(), s.Wo(), s.O});
   run(
       x, s.N, s, [](const auto& ops) { return ops.forward; },
       [&](auto& job, int64_t t) {
@@ -154,18 +148,16 @@ Tensor conv2d(const Tensor& x_, const Tensor& weight_, int64_t stride, int64_t p
 
 Tensor conv2d_input(const Tensor& dy_, const Tensor& weight_, const std::vector<int64_t>& size, int64_t stride,
                     int64_t padding) {
-  Conv2dOperands operands("conv2d_input", stride, padding);
+  Conv2dOperands operands("conv2d_input", "dy", dy_, kResults, stride, padding);
+  operands.other("weight", weight_, kWeights);
   Conv2dShape& s = operands.shape_;
-  operands.dimensions("dy", dy_, "(tasks, images, height, width, out channels)");
-  operands.dimensions("weight", weight_, "(tasks, out channels, in channels, height, width)");
-  operands.alike("weight", weight_, "dy", dy_);
-  if (size.size() != 2) operands.fail("size has " + std::to_string(size.size()) + " numbers, expected height, width");
+  operands.pair("size", size);
   s = {dy_.size(1),     size[0],         size[1],  weight_.size(2), weight_.size(1),
        weight_.size(3), weight_.size(4), s.stride, s.padding};
   operands.kernel_fits();
   operands.results(dy_);
   const Tensor dy = contiguous_tasks(dy_), weight = contiguous_tasks(weight_);
-  Tensor dx = torch::stable::new_empty(dy, {dy.size(0), s.N, s.H, s.W, s.C});
+  Tensor dx = new_tensor(dy, {dy.size(0), s.N, s.H, s.W, s.C});
   run(
       dy, s.N, s, [](const auto& ops) { return ops.input; },
       [&](auto& job, int64_t t) {
@@ -178,18 +170,16 @@ Tensor conv2d_input(const Tensor& dy_, const Tensor& weight_, const std::vector<
 
 Tensor conv2d_weight(const Tensor& x_, const Tensor& dy_, const std::vector<int64_t>& kernel_size, int64_t stride,
                      int64_t padding) {
-  Conv2dOperands operands("conv2d_weight", stride, padding);
+  Conv2dOperands operands("conv2d_weight", "x", x_, kImages, stride, padding);
+  operands.other("dy", dy_, kResults);
   Conv2dShape& s = operands.shape_;
   operands.images(x_);
-  operands.dimensions("dy", dy_, "(tasks, images, height, width, out channels)");
-  operands.alike("dy", dy_, "x", x_);
-  if (kernel_size.size() != 2)
-    operands.fail("kernel_size has " + std::to_string(kernel_size.size()) + " numbers, expected height, width");
+  operands.pair("kernel_size", kernel_size);
   s.O = dy_.size(4), s.KH = kernel_size[0], s.KW = kernel_size[1];
   operands.kernel_fits();
   operands.results(dy_);
   const Tensor x = contiguous_tasks(x_), dy = contiguous_tasks(dy_);
-  Tensor dweight = torch::stable::new_empty(x, {x.size(0), s.O, s.C, s.KH, s.KW});
+  Tensor dweight = new_tensor(x, {x.size(0), s.O, s.C, s.KH, s.KW});
   run(
       x, s.KH * s.KW * s.C, s, [](const auto& ops) { return ops.weight; },
       [&](auto& job, int64_t t) {

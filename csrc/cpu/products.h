@@ -103,8 +103,8 @@ ProductTile<T> product_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
 
 // All tiles of a strip of C that is N vectors wide.
 template <class T, int N, bool kPartial>
-void product_strip(Ahead* ahead, int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, int lanes, bool add, int64_t count,
-                   int64_t x_step, int64_t c_step) {
+void product_strip(Ahead* ahead, int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, int lanes, bool add,
+                   int64_t count, int64_t x_step, int64_t c_step) {
   constexpr int kRows = tile_rows(N);
   const int64_t tiles = ceil_div(M, kRows);
   for (int64_t t = 0; t < tiles; ++t) {
@@ -220,7 +220,8 @@ void dots_strip(Ahead* ahead, int64_t N, Rows<const T> A, Rows<const T> X, Rows<
 
 // C (M, N) = A (M, K) X^T (K, N), or C += A X^T, with K running over `runs` of both operands.
 template <class T>
-void dots(Ahead* ahead, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add = false) {
+void dots(Ahead* ahead, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs,
+          bool add = false) {
   constexpr int64_t kCached = 131072 / sizeof(T);  // elements of X that stay cached while all of A passes by
   if (runs.count > 1 && runs.step == runs.length) runs = {1, runs.count * runs.length, 0};
   const int64_t block = ceil_div(kCached / (runs.count * runs.length) + 1, 16) * 16;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../outputs.h"
 #include "ahead.h"
 #include "isa.h"
 #include "parts.h"
@@ -147,15 +148,9 @@ void execute(const Call<T>& call, const Schedule& schedule, void (*kernel)(const
   partial_memory.trim(kKeptBytes);
 }
 
-// A new (rows, columns) tensor, or one of shape (0,) where it is not needed.
-Tensor output(const Tensor& like, bool need, int64_t rows, int64_t columns) {
-  if (!need) return torch::stable::new_empty(like, {0});
-  return torch::stable::new_empty(like, {rows, columns});
-}
-
-// The same for the gradient of a factor, which is zero when it is shared by no tasks at all.
+// The gradient of a factor, which is zero when it is shared by no tasks at all.
 Tensor gradient_output(const Tensor& factor, bool need, int64_t tasks) {
-  Tensor out = output(factor, need, factor.size(0), factor.size(1));
+  Tensor out = new_output(factor, need, {factor.size(0), factor.size(1)});
   if (need && tasks == 0) torch::stable::zero_(out);
   return out;
 }
@@ -185,7 +180,7 @@ Tensor transform(const Tensor& R_, const Tensor& G_, const Tensor& L_, const std
   const auto schedule = schedule_of(shapes, tasks, Order::forward, R_.size(0) == 1, L_.size(0) == 1);
   const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_);
   const std::optional<Tensor> bias = contiguous_rows_of(bias_);
-  Tensor Y = output(G, true, tasks, schedule->group.G);
+  Tensor Y = new_tensor(G, {tasks, schedule->group.G});
   with_type(G, [&](auto type) {
     using T = decltype(type);
     Call<T> call;
@@ -204,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> transform_backward(const Tensor& R_, const Te
   const auto schedule = schedule_of(shapes, tasks, Order::backward, R_.size(0) == 1, L_.size(0) == 1);
   const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_), dY = contiguous_rows(dY_);
   Tensor dR = gradient_output(R, need[0], tasks);
-  Tensor dG = output(G, need[1], tasks, schedule->group.G);
+  Tensor dG = new_output(G, need[1], {tasks, schedule->group.G});
   Tensor dL = gradient_output(L, need[2], tasks);
   with_type(G, [&](auto type) {
     using T = decltype(type);
@@ -229,9 +224,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(
   const std::optional<Tensor> ddR = contiguous_rows_of(ddR_), ddG = contiguous_rows_of(ddG_),
                               ddL = contiguous_rows_of(ddL_);
   Tensor dR = gradient_output(R, need[0], tasks);
-  Tensor dG = output(G, need[1], tasks, schedule->group.G);
+  Tensor dG = new_output(G, need[1], {tasks, schedule->group.G});
   Tensor dL = gradient_output(L, need[2], tasks);
-  Tensor ddY = output(G, need[3], tasks, schedule->group.G);
+  Tensor ddY = new_output(G, need[3], {tasks, schedule->group.G});
   with_type(G, [&](auto type) {
     using T = decltype(type);
     Call<T> call;

@@ -27,13 +27,11 @@ class Contiguous {
 };
 
 Tensor new_output(const Tensor& x, bool needed) {
-  if (!needed) return torch::stable::new_empty(x, {0});
-  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  return kfo::new_output(x, needed, {x.size(0), x.size(1), x.size(2)});
 }
 
 Tensor new_gradient(const Tensor& x, const Tensor& parameter, bool needed) {
-  if (!needed) return torch::stable::new_empty(x, {0});
-  return torch::stable::new_empty(x, {parameter.size(0), x.size(2)});
+  return kfo::new_output(x, needed, {parameter.size(0), x.size(2)});
 }
 
 template <typename T>
@@ -81,7 +79,7 @@ void run_batch_norm(const char* op, const Tensor& x, BatchNormArguments<T> args,
       size += row;
     }
   // Freed on return but safe: torch's allocator reuses it on this stream only.
-  const Tensor scratch = torch::stable::new_empty(x, {size});
+  const Tensor scratch = new_tensor(x, {size});
   args.partials = static_cast<T*>(scratch.mutable_data_ptr());
   for (int i = 0; i < 2; ++i)
     if (over_tasks.to[i]) over_tasks.from[i] = *gradients[i] = args.partials + offsets[i];
@@ -104,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_cuda(const Tensor& x, const T
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Contiguous in_x(x), in_weight(weight), in_bias(bias);
   const Tensor y = new_output(x, true);
-  const Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(2)});
-  const Tensor rstd = torch::stable::new_empty(x, {x.size(0), x.size(2)});
+  const Tensor mean = new_tensor(x, {x.size(0), x.size(2)});
+  const Tensor rstd = new_tensor(x, {x.size(0), x.size(2)});
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     BatchNormArguments<T> args = arguments<T>(x, weight, bias, relu);

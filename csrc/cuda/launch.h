@@ -23,6 +23,7 @@
 #include "../check.h"
 #include "../check_batch_norm.h"
 #include "../memo.h"
+#include "../outputs.h"
 #include "schedule.h"
 
 namespace kfo::cuda {
@@ -47,12 +48,6 @@ class Input {
  private:
   std::optional<Tensor> tensor_;
 };
-
-// A new (rows, columns) tensor like `like`, or one of shape (0,) if it is not needed.
-inline Tensor new_output(const Tensor& like, bool needed, int64_t rows, int64_t columns) {
-  if (!needed) return torch::stable::new_empty(like, {0});
-  return torch::stable::new_empty(like, {rows, columns});
-}
 
 template <typename T>
 Output<T> output(const Tensor& tensor) {
@@ -133,7 +128,7 @@ void run(const char* op, const Schedule& schedule, const Tensor& like, Data<T> d
   const Launcher launcher(op, like.get_device_index());
   // Freed on return but safe: torch's allocator reuses it on this stream only.
   std::optional<Tensor> scratch;
-  if (schedule.scratch) scratch = torch::stable::new_empty(like, {schedule.scratch});
+  if (schedule.scratch) scratch = new_tensor(like, {schedule.scratch});
   T* memory = scratch ? static_cast<T*>(scratch->mutable_data_ptr()) : nullptr;
   data[kIntermediates] = {memory, schedule.scratch_columns};
   data[kScratch] = {memory, schedule.scratch_columns};

@@ -9,7 +9,7 @@ Tensor transform_cuda(const Tensor& R, const Tensor& G, const Tensor& L, const s
   const int64_t tasks = check_transform(group, shapes, R, G, L, bias);
   const torch::stable::accelerator::DeviceGuard guard(G.get_device_index());
   const Input in_R(R), in_G(G), in_L(L), in_bias(bias);
-  const Tensor Y = new_output(G, true, tasks, group.G);
+  const Tensor Y = new_tensor(G, {tasks, group.G});
   const auto schedule = schedule_of(shapes, group, {Order::forward, tasks, static_cast<int64_t>(G.element_size())});
   with_type(G.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

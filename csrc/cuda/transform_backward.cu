@@ -12,9 +12,9 @@ std::tuple<Tensor, Tensor, Tensor> transform_backward_cuda(const Tensor& R, cons
   const int64_t tasks = check_transform_backward(group, shapes, R, G, L, dY, need);
   const torch::stable::accelerator::DeviceGuard guard(G.get_device_index());
   const Input in_R(R), in_G(G), in_L(L), in_dY(dY);
-  const Tensor dR = new_output(G, need[0], R.size(0), group.R);
-  const Tensor dG = new_output(G, need[1], tasks, group.G);
-  const Tensor dL = new_output(G, need[2], L.size(0), group.L);
+  const Tensor dR = new_output(G, need[0], {R.size(0), group.R});
+  const Tensor dG = new_output(G, need[1], {tasks, group.G});
+  const Tensor dL = new_output(G, need[2], {L.size(0), group.L});
   Request request{Order::backward, tasks, static_cast<int64_t>(G.element_size()), dR.size(0), dL.size(0)};
   request.need_G = need[1];
   const auto schedule = schedule_of(shapes, group, request);

@@ -13,10 +13,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward_cuda(
   const int64_t tasks = check_transform_double_backward(group, shapes, R, G, L, dY, ddR, ddG, ddL, need);
   const torch::stable::accelerator::DeviceGuard guard(G.get_device_index());
   const Input in_R(R), in_G(G), in_L(L), in_dY(dY), in_ddR(ddR), in_ddG(ddG), in_ddL(ddL);
-  const Tensor dR = new_output(G, need[0], R.size(0), group.R);
-  const Tensor dG = new_output(G, need[1], tasks, group.G);
-  const Tensor dL = new_output(G, need[2], L.size(0), group.L);
-  const Tensor ddY = new_output(G, need[3], tasks, group.G);
+  const Tensor dR = new_output(G, need[0], {R.size(0), group.R});
+  const Tensor dG = new_output(G, need[1], {tasks, group.G});
+  const Tensor dL = new_output(G, need[2], {L.size(0), group.L});
+  const Tensor ddY = new_output(G, need[3], {tasks, group.G});
   Request request{Order::double_backward, tasks, static_cast<int64_t>(G.element_size()), dR.size(0), dL.size(0)};
   request.need_G = need[1];
   request.need_Y = need[3];

@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from kfo_ext.functional import reference
-from kfo_ext.functional.backends import check_tensors, in_one_dtype, runs_plain_torch
+from kfo_ext.functional.backends import runs_plain_torch
 from kfo_ext.functional.batch_norm_autograd import BATCH_NORM
+from kfo_ext.transform.operands import check_dimensions, check_tensors, in_one_dtype, ready
 
 _KERNELS = ("cpu", "cuda")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> None:
-    check_tensors({"x": x, "weight": weight, "bias": bias}, ("tasks", "rows", "channels"))
+    check_dimensions("x", x, ("tasks", "rows", "channels"))
     tasks, rows, channels = x.shape
     if rows == 0:
         raise ValueError(f"x: expected at least 1 row, got shape {tuple(x.shape)}")
@@ -56,6 +57,10 @@ def batch_norm_relu(
 
     Source: Ioffe and Szegedy 2015, algorithm 1, with the batch's statistics always (paper, section 5).
     """
+    operands = {"x": x, "weight": weight, "bias": bias}
+    usual = ready((x, weight, bias))
+    if not usual:
+        check_tensors(operands)
     _check(x, weight, bias, eps, relu)
     plain = runs_plain_torch(backend, x.device, _KERNELS)
 
@@ -64,4 +69,4 @@ def batch_norm_relu(
             return reference.batch_norm_relu(x, weight, bias, eps, relu)
         return BATCH_NORM.forward(x, weight, bias, eps, relu)[0]
 
-    return in_one_dtype(compute, {"x": x, "weight": weight, "bias": bias})
+    return compute(x, weight, bias) if usual else in_one_dtype(compute, operands)

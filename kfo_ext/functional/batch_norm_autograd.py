@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from kfo_ext.functional import reference
 from kfo_ext.transform import native
-from kfo_ext.transform.autograd import below_autograd, pick, register_operator
+from kfo_ext.transform.autograd import mark_not_needed, pick, register_operator
 
 
 class BatchNormFamily(NamedTuple):
@@ -38,10 +38,9 @@ def _refuse_derivatives_of_statistics(needed: tuple[bool, bool]) -> None:
 def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function], type[Function]]:
     class BatchNormRelu(Function):
         @staticmethod
-        def forward(ctx, x, weight, bias, eps, relu):
+        def forward(ctx, x, weight, bias, eps, relu, below):
             ctx.set_materialize_grads(False)
-            with below_autograd():
-                y, mean, rstd = family.forward(x, weight, bias, eps, relu)
+            y, mean, rstd = family.forward.redispatch(below, x, weight, bias, eps, relu)
             ctx.save_for_backward(x, weight, bias, mean, rstd)
             ctx.mark_non_differentiable(mean, rstd)
             ctx.relu = relu
@@ -50,29 +49,28 @@ def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function],
         @staticmethod
         def backward(ctx, dy, _dmean, _drstd):
             if dy is None:
-                return None, None, None, None, None
+                return (None,) * 6
             need = list(ctx.needs_input_grad[:3])
             gradients = family.backward(*ctx.saved_tensors, dy, ctx.relu, need)
-            return *map(pick, need, gradients), None, None
+            return *map(pick, need, gradients), None, None, None
 
     class BatchNormReluBackward(Function):
         @staticmethod
-        def forward(ctx, x, weight, bias, mean, rstd, dy, relu, need):
+        def forward(ctx, x, weight, bias, mean, rstd, dy, relu, need, below):
             _refuse_derivatives_of_statistics(ctx.needs_input_grad[3:5])
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(x, weight, bias, mean, rstd, dy)
             ctx.relu = relu
-            with below_autograd():
-                outputs = family.backward(x, weight, bias, mean, rstd, dy, relu, need)
-            ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+            outputs = family.backward.redispatch(below, x, weight, bias, mean, rstd, dy, relu, need)
+            mark_not_needed(ctx, outputs, need)
             return outputs
 
         @staticmethod
         def backward(ctx, ddx, ddweight, ddbias):
             if ddx is None and ddweight is None and ddbias is None:
-                return (None,) * 8
+                return (None,) * 9
             x, weight, bias, mean, rstd, dy = ctx.saved_tensors
-            need_x, need_weight, need_bias, _, _, need_dy, _, _ = ctx.needs_input_grad
+            need_x, need_weight, need_bias, _, _, need_dy, _, _, _ = ctx.needs_input_grad
             need = [need_x, need_weight, need_dy]
             dx = dweight = ddy = None
             if any(need):
@@ -81,28 +79,29 @@ def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function],
                 )
             # The bias moves where the ReLU cuts, and nothing else: a derivative of zero almost everywhere.
             dbias = torch.zeros_like(bias) if need_bias else None
-            return pick(need_x, dx), pick(need_weight, dweight), dbias, None, None, pick(need_dy, ddy), None, None
+            return pick(need_x, dx), pick(need_weight, dweight), dbias, None, None, pick(need_dy, ddy), None, None, None
 
     class BatchNormReluDoubleBackward(Function):
         @staticmethod
-        def forward(ctx, x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need):
+        def forward(ctx, x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need, below):
             _refuse_derivatives_of_statistics(ctx.needs_input_grad[3:5])
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(x, weight, bias, rstd, dy, ddx, ddweight, ddbias)
             ctx.relu = relu
-            with below_autograd():
-                outputs = family.double_backward(x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need)
-            ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+            outputs = family.double_backward.redispatch(
+                below, x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need
+            )
+            mark_not_needed(ctx, outputs, need)
             return outputs
 
         @staticmethod
         def backward(ctx, ex, eweight, ey):
             if ex is None and eweight is None and ey is None:
-                return (None,) * 11
+                return (None,) * 12
             x, weight, bias, rstd, *cotangents = ctx.saved_tensors
             needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:9]]
             gradients = _third_order((x, weight, bias, *cotangents), rstd, ctx.relu, (ex, eweight, ey), needed)
-            return *gradients[:3], None, None, *gradients[3:], None, None
+            return *gradients[:3], None, None, *gradients[3:], None, None, None
 
     return BatchNormRelu, BatchNormReluBackward, BatchNormReluDoubleBackward
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from kfo_ext.functional import reference
-from kfo_ext.functional.backends import check_tensors, in_one_dtype, runs_plain_torch
+from kfo_ext.functional.backends import runs_plain_torch
 from kfo_ext.functional.conv_autograd import CONV
+from kfo_ext.transform.operands import check_dimensions, check_tensors, in_one_dtype, ready
 
 # torch's convolution serves the rest: a grouped one, with a group of channels for each task.
 _KERNELS = ("cpu",)
 
 
 def _check(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
-    check_tensors({"x": x, "weight": weight}, ("tasks", "images", "height", "width", "channels"))
-    if weight.dim() != 5:
-        raise ValueError(f"weight: expected 5 dimensions, got shape {tuple(weight.shape)}")
+    check_dimensions("x", x, ("tasks", "images", "height", "width", "channels"))
+    check_dimensions("weight", weight, ("tasks", "out channels", "in channels", "height", "width"))
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
@@ -56,6 +56,10 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, back
 
     Source: paper, appendix D (the networks); torch.nn.functional.conv2d, for each task.
     """
+    operands = {"x": x, "weight": weight}
+    usual = ready((x, weight))
+    if not usual:
+        check_tensors(operands)
     _check(x, weight, stride, padding)
     plain = runs_plain_torch(backend, x.device, _KERNELS)
 
@@ -64,4 +68,4 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, back
             return reference.conv2d(x, weight, stride, padding)
         return CONV.conv2d(x, weight, stride, padding)
 
-    return in_one_dtype(compute, {"x": x, "weight": weight})
+    return compute(x, weight) if usual else in_one_dtype(compute, operands)

@@ -17,7 +17,7 @@ import torch
 from torch.autograd import Function
 
 from kfo_ext.transform import native
-from kfo_ext.transform.autograd import below_autograd, register_operator
+from kfo_ext.transform.autograd import register_operator
 
 
 class ConvFamily(NamedTuple):
@@ -29,14 +29,13 @@ class ConvFamily(NamedTuple):
 
 
 def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type[Function]]:
-    # `fixed` is (stride, padding).
+    # `fixed` is (stride, padding); `below` the keyset to redispatch with.
     class Conv2d(Function):
         @staticmethod
-        def forward(ctx, x, weight, *fixed):
+        def forward(ctx, x, weight, stride, padding, below):
             ctx.save_for_backward(x, weight)
-            ctx.fixed = fixed
-            with below_autograd():
-                return family.conv2d(x, weight, *fixed)
+            ctx.fixed = stride, padding
+            return family.conv2d.redispatch(below, x, weight, stride, padding)
 
         @staticmethod
         def backward(ctx, dy):
@@ -44,15 +43,14 @@ def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type
             need_x, need_weight = ctx.needs_input_grad[:2]
             dx = family.input(dy, weight, list(x.shape[2:4]), *ctx.fixed) if need_x else None
             dweight = family.weight(x, dy, list(weight.shape[3:]), *ctx.fixed) if need_weight else None
-            return dx, dweight, None, None
+            return dx, dweight, None, None, None
 
     class Conv2dInput(Function):
         @staticmethod
-        def forward(ctx, dy, weight, size, *fixed):
+        def forward(ctx, dy, weight, size, stride, padding, below):
             ctx.save_for_backward(dy, weight)
-            ctx.fixed = fixed
-            with below_autograd():
-                return family.input(dy, weight, size, *fixed)
+            ctx.fixed = stride, padding
+            return family.input.redispatch(below, dy, weight, size, stride, padding)
 
         @staticmethod
         def backward(ctx, ddx):
@@ -60,15 +58,14 @@ def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type
             need_dy, need_weight = ctx.needs_input_grad[:2]
             ddy = family.conv2d(ddx, weight, *ctx.fixed) if need_dy else None
             dweight = family.weight(ddx, dy, list(weight.shape[3:]), *ctx.fixed) if need_weight else None
-            return ddy, dweight, None, None, None
+            return ddy, dweight, None, None, None, None
 
     class Conv2dWeight(Function):
         @staticmethod
-        def forward(ctx, x, dy, kernel_size, *fixed):
+        def forward(ctx, x, dy, kernel_size, stride, padding, below):
             ctx.save_for_backward(x, dy)
-            ctx.fixed = fixed
-            with below_autograd():
-                return family.weight(x, dy, kernel_size, *fixed)
+            ctx.fixed = stride, padding
+            return family.weight.redispatch(below, x, dy, kernel_size, stride, padding)
 
         @staticmethod
         def backward(ctx, ddweight):
@@ -76,7 +73,7 @@ def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type
             need_x, need_dy = ctx.needs_input_grad[:2]
             dx = family.input(dy, ddweight, list(x.shape[2:4]), *ctx.fixed) if need_x else None
             ddy = family.conv2d(x, ddweight, *ctx.fixed) if need_dy else None
-            return dx, ddy, None, None, None
+            return dx, ddy, None, None, None, None
 
     return Conv2d, Conv2dInput, Conv2dWeight
 

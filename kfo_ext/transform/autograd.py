@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.autograd.function import FunctionCtx
 
 from kfo_ext.transform.reference import sum_over_B
 
@@ -30,7 +31,6 @@ def _private(owner: object, name: str):
 
 
 in_functorch = _private(torch._C, "_are_functorch_transforms_active")
-below_autograd = _private(torch._C, "_AutoDispatchBelowAutograd")
 _after_autograd = _private(torch._C, "_after_autograd_keyset")
 _private(forward_ad, "_current_level")
 
@@ -93,45 +93,50 @@ def pick(needed: bool, gradient: Tensor | None) -> Tensor | None:
     return gradient if needed else None
 
 
+def mark_not_needed(ctx: FunctionCtx, outputs: Sequence[Tensor], need: Sequence[bool]) -> None:
+    """Tells autograd that the empty tensors in the place of outputs that are not needed have no derivative."""
+    if False in need:
+        ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+
+
 def _functions(family: Family) -> tuple[type[Function], type[Function], type[Function]]:
     class Transform(Function):
         @staticmethod
-        def forward(ctx, R, G, L, shapes, bias):
+        def forward(ctx, R, G, L, shapes, bias, below):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L)
             ctx.shapes = shapes
-            ctx.bias_rows = None if bias is None else bias.shape[0]
-            with below_autograd():
-                return family.transform(R, G, L, shapes, bias)
+            if bias is not None:
+                ctx.bias_rows = bias.shape[0]
+            return family.transform.redispatch(below, R, G, L, shapes, bias)
 
         @staticmethod
         def backward(ctx, dY):
             if dY is None:
-                return None, None, None, None, None
+                return (None,) * 6
             R, G, L = ctx.saved_tensors
-            need_R, need_G, need_L, _, need_bias = ctx.needs_input_grad
+            need_R, need_G, need_L, _, need_bias, _ = ctx.needs_input_grad
             dR = dG = dL = dbias = None
             if need_R or need_G or need_L:
                 dR, dG, dL = family.backward(R, G, L, dY, ctx.shapes, [need_R, need_G, need_L])
             if need_bias:
                 dbias = sum_over_B(dY, ctx.shapes, ctx.bias_rows)
-            return pick(need_R, dR), pick(need_G, dG), pick(need_L, dL), None, dbias
+            return pick(need_R, dR), pick(need_G, dG), pick(need_L, dL), None, dbias, None
 
     class TransformBackward(Function):
         @staticmethod
-        def forward(ctx, R, G, L, dY, shapes, need):
+        def forward(ctx, R, G, L, dY, shapes, need, below):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L, dY)
             ctx.shapes = shapes
-            with below_autograd():
-                outputs = family.backward(R, G, L, dY, shapes, need)
-            ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+            outputs = family.backward.redispatch(below, R, G, L, dY, shapes, need)
+            mark_not_needed(ctx, outputs, need)
             return outputs
 
         @staticmethod
         def backward(ctx, ddR, ddG, ddL):
             if ddR is None and ddG is None and ddL is None:
-                return None, None, None, None, None, None
+                return (None,) * 7
             R, G, L, dY = ctx.saved_tensors
             need = list(ctx.needs_input_grad[:SLOTS])
             if ddR is None and ddL is None and torch.is_grad_enabled():
@@ -139,19 +144,18 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
                 R, L, dY = distinct(R, L, dY)
                 wanted = [operand if needed else None for operand, needed in zip((R, None, L, dY), need)]
                 gradients = form_gradients(family, ctx.shapes, [(R, ddG, L, dY)], wanted)
-                return *gradients, None, None
+                return *gradients, None, None, None
             gradients = family.double_backward(R, G, L, dY, ddR, ddG, ddL, ctx.shapes, need)
-            return *(pick(needed, gradient) for needed, gradient in zip(need, gradients)), None, None
+            return *map(pick, need, gradients), None, None, None
 
     class TransformDoubleBackward(Function):
         @staticmethod
-        def forward(ctx, R, G, L, dY, ddR, ddG, ddL, shapes, need):
+        def forward(ctx, R, G, L, dY, ddR, ddG, ddL, shapes, need, below):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L, dY, ddR, ddG, ddL)
             ctx.shapes = shapes
-            with below_autograd():
-                outputs = family.double_backward(R, G, L, dY, ddR, ddG, ddL, shapes, need)
-            ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
+            outputs = family.double_backward.redispatch(below, R, G, L, dY, ddR, ddG, ddL, shapes, need)
+            mark_not_needed(ctx, outputs, need)
             return outputs
 
         @staticmethod
@@ -166,40 +170,51 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ]  # fmt: skip
             operands = (R, G, L, Y, A, C, D)
             wanted = [operand if needed else None for operand, needed in zip(operands, ctx.needs_input_grad)]
-            return *form_gradients(family, ctx.shapes, terms, wanted), None, None
+            return *form_gradients(family, ctx.shapes, terms, wanted), None, None, None
 
     return Transform, TransformBackward, TransformDoubleBackward
 
 
 def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: str) -> Callable:
     """The kernel under the Autograd key: differentiates by `function`, and refuses what it has no rule for."""
-    count = len(overload._schema.arguments)
+    schema = overload._schema.arguments
+    defaults = (None,) * len(schema)
+    tensors = [i for i, argument in enumerate(schema) if "Tensor" in str(argument.type)]
+    # Function.apply itself first looks for what functorch left behind, which the dispatcher has dealt with already.
+    apply = super(Function, function).apply
 
     def kernel(keyset, *arguments):
         # The dispatcher leaves out trailing arguments that have their default, here always None.
-        arguments += (None,) * (count - len(arguments))
-        operands = [argument for argument in arguments if isinstance(argument, Tensor)]
+        arguments += defaults[len(arguments) :]
         if in_functorch():
             raise NotImplementedError(
                 f"{overload.name()} has no rule for torch.func transforms: call {public}, which runs plain torch there"
             )
-        if in_forward_mode() and any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
+        if in_forward_mode() and any(_has_tangent(arguments[i]) for i in tensors):
             raise NotImplementedError(
                 f"{overload.name()} has no rule for forward-mode AD: call {public}, which runs plain torch there"
             )
+        below = keyset & _after_autograd
         try:
-            if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-                return function.apply(*arguments)
-            return overload.redispatch(keyset & _after_autograd, *arguments)
+            if torch.is_grad_enabled():
+                for i in tensors:
+                    operand = arguments[i]
+                    if operand is not None and operand.requires_grad:
+                        return apply(*arguments, below)
+            return overload.redispatch(below, *arguments)
         except RuntimeError as error:
             # The allocator's own error does not pass torch's stable ABI: what arrives names a call that failed.
             if "aten::new_empty" not in str(error):
                 raise
             raise torch.OutOfMemoryError(
-                f"{overload.name()}: no memory left on {operands[0].device} for its outputs or its scratch memory"
+                f"{overload.name()}: no memory left on {arguments[0].device} for its outputs or its scratch memory"
             ) from error
 
     return kernel
+
+
+def _has_tangent(operand: Tensor | None) -> bool:
+    return operand is not None and forward_ad.unpack_dual(operand).tangent is not None
 
 
 def _empty(like: Tensor, needed: bool, columns: int, rows: int) -> Tensor:
@@ -233,7 +248,7 @@ def register_operator(
     Args:
         library: where the registrations belong.
         overload: the operator.
-        function: its derivative; takes the operator's arguments.
+        function: its derivative; takes the operator's arguments, and last the keyset to redispatch it with.
         fake: its outputs without data.
         public: the function that messages name, for what the operator has no rule for.
     """

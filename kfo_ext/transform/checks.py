@@ -1,23 +1,28 @@
-"""Checks of the operands of the three operators in Python, for kernels that are not C++: what `csrc/check.h` checks."""
+"""Checks of the operands of the three operators in Python, for what is not C++: what `csrc/check.h` checks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfo_ext.transform.triton_plan import Plan
+from kfo_ext.transform.operands import KERNEL_DTYPES
 
-_DTYPES = (torch.float32, torch.float64)
+
+class Columns(NamedTuple):
+    """Elements of one packed row of each operand of a group."""
+
+    shapes: tuple[tuple[int, int, int], ...]
+    R: int
+    G: int
+    L: int
+    bias: int
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _shape_text(plan: Plan) -> str:
-    return str([(part.B, part.p, part.q) for part in plan.parts])
 
 
 class Operands:
@@ -25,20 +30,20 @@ class Operands:
 
     Args:
         op: named first in every message.
-        plan: the group.
+        columns: the group's.
         G: (tasks, sum B*p*q), the operand that fixes tasks, dtype and device.
 
     Raises:
         ValueError: as every method, when an operand does not fit.
     """
 
-    def __init__(self, op: str, plan: Plan, G: Tensor) -> None:
+    def __init__(self, op: str, columns: Columns, G: Tensor) -> None:
         self.op = op
-        self.plan = plan
+        self.group = columns
         self.G = G
-        if G.dtype not in _DTYPES:
+        if G.dtype not in KERNEL_DTYPES:
             self._fail(f"G has {_name(G.dtype)}, expected float32 or float64")
-        self._columns("G", G, plan.G)
+        self._columns("G", G, columns.G)
         self.tasks = G.shape[0]
 
     def factor(self, name: str, X: Tensor, columns: int) -> None:
@@ -51,7 +56,7 @@ class Operands:
     def matrices(self, name: str, X: Tensor) -> None:
         """X: (tasks, sum B*p*q)."""
         self._alike(name, X)
-        self._columns(name, X, self.plan.G)
+        self._columns(name, X, self.group.G)
         self._rows(name, X, self.tasks, "G")
 
     def like(self, name: str, X: Tensor, other_name: str, other: Tensor) -> None:
@@ -78,7 +83,7 @@ class Operands:
         if X.dim() != 2:
             self._fail(f"{name} has {X.dim()} dimensions, expected 2: (tasks, columns)")
         if X.shape[1] != expected:
-            self._fail(f"{name} has {X.shape[1]} columns, but shapes {_shape_text(self.plan)} need {expected}")
+            self._fail(f"{name} has {X.shape[1]} columns, but shapes {list(self.group.shapes)} need {expected}")
 
     def _rows(self, name: str, X: Tensor, expected: int, other_name: str) -> None:
         if X.shape[0] != expected:
@@ -87,7 +92,7 @@ class Operands:
 
 def check(
     op: str,
-    plan: Plan,
+    columns: Columns,
     R: Tensor,
     G: Tensor,
     L: Tensor,
@@ -106,11 +111,11 @@ def check(
     Raises:
         ValueError: an operand that does not fit.
     """
-    operands = Operands(op, plan, G)
-    operands.factor("R", R, plan.R)
-    operands.factor("L", L, plan.L)
+    operands = Operands(op, columns, G)
+    operands.factor("R", R, columns.R)
+    operands.factor("L", L, columns.L)
     if bias is not None:
-        operands.factor("bias", bias, plan.bias)
+        operands.factor("bias", bias, columns.bias)
     if dY is not None:
         operands.matrices("dY", dY)
     if ddR is not None:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from kfo_ext.transform import autograd, native, reference, triton_launch
+from kfo_ext.transform.checks import check
+from kfo_ext.transform.operands import check_dimensions, check_tensors, in_one_dtype, ready
 from kfo_ext.transform.problems import Problems
 
 BACKENDS = ("auto", "native", "triton", "reference")
-HALF = (torch.float16, torch.bfloat16)
-# Devices with native kernels; torch.compile before 2.12 cannot trace the question which devices know autocast.
-AUTOCAST = ("cpu", "cuda")
 
 native.load()
 _LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
@@ -67,40 +66,6 @@ def _warn_plain_torch() -> None:
         )
 
 
-def _check_kinds(operands: dict[str, Tensor], problems: Problems) -> None:
-    if not isinstance(problems, Problems):
-        raise TypeError(f"problems: expected Problems, got {type(problems).__name__}")
-    for name, operand in operands.items():
-        if not isinstance(operand, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
-        if not operand.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {operand.dtype}")
-        if operand.device != operands["G"].device:
-            raise ValueError(f"{name}: expected device {operands['G'].device} as G has, got {operand.device}")
-        if operand.dim() != 2:
-            raise ValueError(f"{name}: expected 2 dimensions (tasks, elements), got shape {tuple(operand.shape)}")
-
-
-def _checked_dtype(operands: dict[str, Tensor]) -> torch.dtype:
-    dtype = operands["G"].dtype
-    for name, operand in operands.items():
-        if operand.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype} as G has, got {operand.dtype}")
-    return dtype
-
-
-def _checked_sizes(problems: Problems, operands: dict[str, Tensor]) -> None:
-    tasks = operands["G"].shape[0]
-    for name, operand in operands.items():
-        columns = (problems.packing if name == "G" else getattr(problems, name)).numel
-        if operand.shape[1] != columns:
-            raise ValueError(
-                f"{name}: expected {columns} columns for shapes {list(problems.shapes)}, got {operand.shape[1]}"
-            )
-        if operand.shape[0] not in (1, tasks):
-            raise ValueError(f"{name}: expected 1 row or {tasks}, one per row of G, got {operand.shape[0]}")
-
-
 def transform(
     R: Tensor, G: Tensor, L: Tensor, problems: Problems, *, bias: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -128,20 +93,21 @@ def transform(
 
     Source: paper, appendix C.1 (W = R^T (x) L, the factorised weight of equation 21).
     """
-    operands = {"G": G, "R": R, "L": L} | ({} if bias is None else {"bias": bias})
-    _check_kinds(operands, problems)
-    device = G.device.type
-    if device in AUTOCAST and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            wide = {name: X if X.dtype == torch.float64 else X.float() for name, X in operands.items()}
-            return transform(wide["R"], wide["G"], wide["L"], problems, bias=wide.get("bias"), backend=backend)
-    dtype = _checked_dtype(operands)
+    if not isinstance(problems, Problems):
+        raise TypeError(f"problems: expected Problems, got {type(problems).__name__}")
+    given = (G, R, L) if bias is None else (G, R, L, bias)
+    usual = ready(given) and G.dim() == R.dim() == L.dim() == 2 and (bias is None or bias.dim() == 2)
+    if not usual:
+        operands = dict(zip(("G", "R", "L", "bias"), given))
+        check_tensors(operands)
+        for name, operand in operands.items():
+            check_dimensions(name, operand, ("tasks", "elements"))
     family = resolve(backend, G.device)
-    if dtype in HALF:
-        wide = {name: X.float() for name, X in operands.items()}
-        return transform(wide["R"], wide["G"], wide["L"], problems, bias=wide.get("bias"), backend=backend).to(dtype)
-    if family == "reference" or autograd.transformed():
-        _checked_sizes(problems, operands)
-        return reference.transform(R, G, L, problems.flat, bias)
-    operators = TRITON if family == "triton" else NATIVE
-    return operators.transform(R, G, L, problems.flat, bias)
+
+    def compute(G: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
+        if family == "reference" or autograd.transformed():
+            check("transform", problems.columns, R, G, L, bias=bias)
+            return reference.transform(R, G, L, problems.flat, bias)
+        return (TRITON if family == "triton" else NATIVE).transform(R, G, L, problems.flat, bias)
+
+    return compute(*given) if usual else in_one_dtype(compute, operands)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kfo_ext.transform.checks import Columns
 from kfo_ext.transform.packing import Packing, name_parameters
 
 
@@ -66,6 +67,7 @@ class Problems:
         self.R = Packing(packing.names, [torch.Size((p, p)) for _, p, _ in self.shapes])
         self.L = Packing(packing.names, [torch.Size((q, q)) for _, _, q in self.shapes])
         self.bias = Packing(packing.names, [torch.Size((p, q)) for _, p, q in self.shapes])
+        self.columns = Columns(self.shapes, self.R.numel, packing.numel, self.L.numel, self.bias.numel)
 
     @classmethod
     def of(cls, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> Problems:

@@ -250,7 +250,7 @@ def _partials(part: Part, part_R: Tensor, part_L: Tensor, need_R: bool, need_L: 
 def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tensor | None = None) -> Tensor:
     """Y = R^T G L (+ bias): the operator `transform_triton`; shapes and errors as `kfo_ext.transform.transform`."""
     kernels, plan = _require(G.device), plan_of(shapes)
-    tasks = check("transform_triton", plan, R, G, L, bias=bias)
+    tasks = check("transform_triton", plan.columns, R, G, L, bias=bias)
     launch = _Launch(kernels, plan, G, tasks)
     Y = launch.out(True, tasks, plan.G)
     if launch.work_for_none:
@@ -275,7 +275,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dR, dG, dL of `transform`: the operator `transform_backward_triton`; an output not needed has shape (0,)."""
     kernels, plan = _require(G.device), plan_of(shapes)
-    tasks = check("transform_backward_triton", plan, R, G, L, dY=dY, need=(need, 3))
+    tasks = check("transform_backward_triton", plan.columns, R, G, L, dY=dY, need=(need, 3))
     need_R, need_G, need_L = need
     launch = _Launch(kernels, plan, G, tasks)
     dR = launch.out(need_R, R.shape[0], plan.R)
@@ -321,7 +321,9 @@ def double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dR, dG, dL, ddY of `backward`: the operator `transform_double_backward_triton`; an absent cotangent is zero."""
     kernels, plan = _require(G.device), plan_of(shapes)
-    tasks = check("transform_double_backward_triton", plan, R, G, L, dY=dY, ddR=ddR, ddG=ddG, ddL=ddL, need=(need, 4))
+    tasks = check(
+        "transform_double_backward_triton", plan.columns, R, G, L, dY=dY, ddR=ddR, ddG=ddG, ddL=ddL, need=(need, 4)
+    )
     need_R, need_G, need_L, need_Y = need
     launch = _Launch(kernels, plan, G, tasks)
     dR = launch.out(need_R, R.shape[0], plan.R)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfo_ext.transform.checks import Columns
+
 # The smallest side of a block that tl.dot takes on every GPU.
 MIN_BLOCK = 16
 # The largest padded p * q of a problem that a program holds whole (64 x 16, 32 x 32, 16 x 64): beyond, registers spill.
@@ -81,6 +83,7 @@ class Plan:
         if max(self.G, self.part_R, self.part_L) > _INT64_MAX:
             raise ValueError("shapes: the group is too large to address with 64 bits")
         self.parts = tuple(parts)
+        self.columns = Columns(tuple(part[:3] for part in parts), self.R, self.G, self.L, self.bias)
         small = [part for part in parts if part.small]
         self.large = tuple(part for part in parts if not part.small)
         self.classes = tuple(sorted({(pad(part.p), pad(part.q)) for part in small}, reverse=True))

@@ -1,0 +1,76 @@
+"""What the layers ask of their operands, and the dtype they compute in: the same rules for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# The dtypes that kernels have; the half types are converted around them.
+KERNEL_DTYPES = (torch.float32, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+# Devices with native kernels; torch.compile before 2.12 cannot trace the question which devices know autocast.
+AUTOCAST = ("cpu", "cuda")
+
+
+def _under_autocast(device_type: str) -> bool:
+    return device_type in AUTOCAST and torch.is_autocast_enabled(device_type)
+
+
+def ready(operands: Sequence[object]) -> bool:
+    """Whether all are tensors of one dtype that kernels have, on one device, outside autocast.
+
+    That is the usual call, which `check_tensors` and `in_one_dtype` would leave as it is: this asks for less time.
+    """
+    first = operands[0]
+    if not isinstance(first, Tensor):
+        return False
+    dtype, device = first.dtype, first.device
+    if dtype not in KERNEL_DTYPES or _under_autocast(device.type):
+        return False
+    for operand in operands[1:]:
+        if not isinstance(operand, Tensor) or operand.dtype != dtype or operand.device != device:
+            return False
+    return True
+
+
+def check_tensors(operands: dict[str, Tensor]) -> None:
+    """Raises TypeError or ValueError for an operand that is no floating-point tensor on the device of the first."""
+    first, like = next(iter(operands.items()))
+    for name, operand in operands.items():
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+        if not operand.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {operand.dtype}")
+        if operand.dtype not in KERNEL_DTYPES + HALF:
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
+        if operand.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device} as {first} has, got {operand.device}")
+
+
+def check_dimensions(name: str, operand: Tensor, layout: Sequence[str]) -> None:
+    """Raises ValueError unless the operand has the dimensions that `layout` names."""
+    if operand.dim() != len(layout):
+        expected = f"{len(layout)} dimensions ({', '.join(layout)})"
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(operand.shape)}")
+
+
+def in_one_dtype(compute: Callable[..., Tensor], operands: dict[str, Tensor]) -> Tensor:
+    """compute(*operands), in float32 under autocast and, converted around it, for half types.
+
+    Raises:
+        TypeError: operands of several dtypes outside autocast.
+    """
+    first, like = next(iter(operands.items()))
+    device = like.device.type
+    if _under_autocast(device):
+        wide = {name: X if X.dtype == torch.float64 else X.float() for name, X in operands.items()}
+        with torch.autocast(device, enabled=False):
+            return in_one_dtype(compute, wide)
+    for name, operand in operands.items():
+        if operand.dtype != like.dtype:
+            raise TypeError(f"{name}: expected {like.dtype} as {first} has, got {operand.dtype}")
+    if like.dtype in HALF:
+        return compute(*(X.float() for X in operands.values())).to(like.dtype)
+    return compute(*operands.values())
