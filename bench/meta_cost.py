@@ -3,7 +3,8 @@
     python bench/meta_cost.py --out meta_cost.json
 
 One size changes at a time, the others stay as given; Omniglot networks. Each axis gets the exponent fitted over the
-upper half of its sizes, and every step that costs more than three times as much per doubling is flagged: a cliff.
+upper half of its sizes, what ten times the size costs where both were measured, and a flag for every step that costs
+more than three times as much per doubling: a cliff. A table goes beside the JSON file as Markdown.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from kfo_ext.bench.fits import cliffs, exponent, upper_half
 from kfo_ext.bench.timing import environment, interleaved
 
 AXES = {
-    "tasks": [1, 2, 4, 8, 16, 32, 64],
-    "steps": [1, 2, 3, 5, 10, 20],
+    "tasks": [1, 2, 4, 8, 16, 32, 64, 160],
+    "steps": [1, 2, 3, 5, 10, 20, 50],
     "layers": [1, 2, 3, 4, 5, 6],
     "hidden": [8, 16, 32, 64, 128],
 }
@@ -59,8 +60,13 @@ def growth_of(axis: str, points: list[dict[str, object]]) -> dict[str, object]:
     costs = {
         cost: [(point[axis], max(point[cost], 2048 if cost == "peak" else 0)) for point in points] for cost in COSTS
     }
+    tenfold = {
+        cost: [(size, 10 * size, of[10 * size] / of[size]) for size in of if 10 * size in of]
+        for cost, of in ((cost, dict(points)) for cost, points in costs.items())
+    }
     return {
         "axis": axis,
+        "tenfold": tenfold,
         "exponents": {cost: exponent(upper_half(costs[cost])) if len(points) > 1 else None for cost in COSTS},
         "cliffs": {cost: cliffs(costs[cost]) for cost in COSTS},
     }
@@ -75,8 +81,38 @@ def show(growth: dict[str, object], points: list[dict[str, object]], write: Call
     for cost in COSTS:
         k = growth["exponents"][cost]
         write(f"{cost} ~ {axis}^{'?' if k is None else format(k, '.2f')}")
+        for size, larger, ratio in growth["tenfold"][cost]:
+            write(f"{cost} x {ratio:.1f} from {axis} = {size} to {larger}")
         for before, after, ratio in growth["cliffs"][cost]:
             write(f"CLIFF: {cost} x {ratio:.2f} from {axis} = {before} to {after}")
+
+
+def markdown(result: dict[str, object]) -> str:
+    """One line per axis and cost: from the smallest to the largest size, exponent, ten times the size, cliffs."""
+    settings = result["settings"]
+    base = ", ".join(f"{axis} {settings[axis]}" for axis in AXES)
+    lines = [
+        f"Made by `python bench/{result['command']}` on {result['processor']}, torch {result['torch']}, "
+        f"{result['torch_threads']} threads; medians of {settings['repeats']} interleaved repeats; "
+        f"{settings['method']}; where it is not the axis: {base}.",
+        "",
+        "| axis | cost | sizes | from .. to | exponent | ten times the size | cliffs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    units = {"seconds": (1e3, "ms"), "peak": (2**-20, "MB")}
+    for axis in result["axes"]:
+        points, name = axis["points"], axis["axis"]
+        for cost in COSTS:
+            factor, unit = units[cost]
+            span = f"{factor * points[0][cost]:.0f} .. {factor * points[-1][cost]:.0f} {unit}"
+            power = axis["exponents"][cost]
+            tenfold = ", ".join(f"{a} to {b}: {ratio:.1f}x" for a, b, ratio in axis["tenfold"][cost])
+            steep = ", ".join(f"{a} to {b}: {ratio:.1f}x" for a, b, ratio in axis["cliffs"][cost])
+            lines.append(
+                f"| {name} | {cost} | {points[0][name]} .. {points[-1][name]} | {span} | "
+                f"{'' if power is None else format(power, '.2f')} | {tenfold} | {steep or 'none'} |"
+            )
+    return "\n".join([*lines, ""])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,7 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         settings = {name: value for name, value in vars(options).items() if name != "out"}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(environment() | {"settings": settings, "axes": axes}, indent=1) + "\n")
+        result = environment() | {"settings": settings, "axes": axes}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(markdown(result))
     return 0
 
 
