@@ -288,3 +288,17 @@ def test_profile_adds_up_to_the_wall_clock(script, network, monkeypatch, tmp_pat
     assert kfo[module.OVERHEAD]["host"] > 0
     table = out.with_suffix(".md").read_text()
     assert "Made by `python bench/" in table and table.count("| Python and autograd |") == 2
+
+
+def test_data_cost_times_sampling_the_iteration_and_the_streams(script, tmp_path, capsys):
+    out = tmp_path / "data_cost.json"
+    command = ["--tasks", "2", "--steps", "1", "--classes", "6", "--workers", "0", "1", "--repeats", "1"]
+    assert script("data_cost").main([*command, "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert {"processor", "torch", "command", "settings"} <= content.keys()
+    names = ["draw", "batch", "sample", "iteration", "stream, workers 0", "stream, workers 1"]
+    assert list(content["timings"]) == names
+    assert all(timing["median"] > 0 for timing in content["timings"].values())
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in names)
+    assert printed.count("  iteration ") == 2

@@ -92,6 +92,14 @@ def test_splits_are_disjoint_and_do_not_follow_the_seed(root):
     assert load(root, "train", seed=9).names == names["train"]
 
 
+def test_images_lie_on_the_device(root):
+    here, there = load(root), load(root, device="meta")
+    assert there.classes.images.device.type == there.sample(0, 2).query.x.device.type == "meta"
+    assert torch.equal(there.draw(0, 2), here.draw(0, 2))
+    drawn, sampled = here.batch(here.draw(0, 2)), here.sample(0, 2)
+    assert torch.equal(drawn.support.x, sampled.support.x) and torch.equal(drawn.query.x, sampled.query.x)
+
+
 def test_a_repacked_archive_gives_the_same_tasks(root):
     expected = load(root).sample(0, 2).support.x
     for stem in FAKE:

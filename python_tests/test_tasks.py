@@ -1,15 +1,26 @@
-"""Task families and their streams: purity, what a task holds, and messages for bad options."""
+"""Task families and their streams: purity, what a task holds, devices, workers, and messages for bad options."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import threading
+from contextlib import closing
 
 import pytest
 import torch
 
-from kfo_ext.tasks import FAMILIES, Examples, ImageClasses, Sinusoid, TaskBatch, batches, generator_for, make_family
+from kfo_ext.tasks import (
+    FAMILIES,
+    Examples,
+    Glyphs,
+    ImageClasses,
+    Sinusoid,
+    TaskBatch,
+    batches,
+    generator_for,
+    make_family,
+)
 from kfo_ext.tasks import glyphs as glyphs_module
 
 SIZES = (12, 10, 15, 11, 10, 13, 20, 10)
@@ -27,6 +38,13 @@ def corner_classes(**options) -> ImageClasses:
     images = torch.zeros(600, 1, 2, 2, dtype=torch.uint8)
     images[:, :, 0, 0] = 255
     return ImageClasses(images, torch.arange(61) * 10, "train", rotations=True, **options)
+
+
+def noisy_classes(**options) -> ImageClasses:
+    """Classes of SIZES images 5x5 with three channels, every level of brightness."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (sum(SIZES), 3, 5, 5), dtype=torch.uint8, generator=generator)
+    return ImageClasses(images, offsets(SIZES), "train", **options)
 
 
 def offsets(sizes) -> torch.Tensor:
@@ -62,6 +80,67 @@ class Failing:
         if index == 3:
             raise RuntimeError("no such meta-batch")
         return Sinusoid("train").sample(index, tasks)
+
+
+class FailingHalf:
+    """Raises at the meta-batch number 3 in one of the halves."""
+
+    def __init__(self, half: str) -> None:
+        self.half = half
+
+    def sample(self, index: int, tasks: int) -> TaskBatch:
+        return self.batch(self.draw(index, tasks))
+
+    def draw(self, index: int, tasks: int) -> tuple[int, int]:
+        self.fail_at(index, "draw")
+        return index, tasks
+
+    def batch(self, drawn: tuple[int, int]) -> TaskBatch:
+        self.fail_at(drawn[0], "batch")
+        return Sinusoid("train").sample(*drawn)
+
+    def fail_at(self, index: int, half: str) -> None:
+        if index == 3 and half == self.half:
+            raise RuntimeError("no such meta-batch")
+
+
+class Watched:
+    """Records which half runs in which thread, with how many threads of torch."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, set[tuple[str, int]]] = {"sample": set(), "draw": set(), "batch": set()}
+
+    def sample(self, index: int, tasks: int) -> TaskBatch:
+        self.see("sample")
+        return self.batch(self.draw(index, tasks))
+
+    def draw(self, index: int, tasks: int) -> tuple[int, int]:
+        self.see("draw")
+        return index, tasks
+
+    def batch(self, drawn: tuple[int, int]) -> TaskBatch:
+        self.see("batch")
+        return Sinusoid("train").sample(*drawn)
+
+    def see(self, half: str) -> None:
+        self.seen[half].add((threading.current_thread().name.split("_")[0], torch.get_num_threads()))
+
+
+class Whole:
+    """A family of the sample of another one alone."""
+
+    def __init__(self, family) -> None:
+        self.family = family
+
+    def sample(self, index: int, tasks: int) -> TaskBatch:
+        return self.family.sample(index, tasks)
+
+
+class Inverted(Glyphs):
+    """Glyphs with the ink at 0, by a change of `sample` alone."""
+
+    def sample(self, index: int, tasks: int) -> TaskBatch:
+        return TaskBatch(*(Examples(1 - part.x, part.y) for part in super().sample(index, tasks)))
 
 
 def prefetch_threads() -> list[str]:
@@ -101,9 +180,69 @@ def test_stream_does_not_depend_on_workers(name, workers):
     stream.close()
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_subclass_may_change_sample_alone(workers):
+    plain, inverted = Glyphs("train"), Inverted("train")
+    with closing(batches(inverted, 2, workers=workers)) as stream:
+        assert torch.equal(next(stream).query.x, 1 - plain.sample(0, 2).query.x)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_leaves_no_thread(monkeypatch, two_threads):
+    start = threading.Thread.start
+
+    def start_two(thread):
+        if thread.name == "kfo-tasks_2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        next(batches(Sinusoid("train"), 1, workers=3))
+    monkeypatch.undo()
+    assert not prefetch_threads() and threads_of_a_new_thread() == 2
+
+
+def threads_of_a_new_thread() -> int:
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_draw_with_one_thread_and_the_consumer_makes_the_batch(two_threads, workers):
+    family = Watched()
+    with closing(batches(family, 2, workers=workers)) as stream:
+        for _ in range(5):
+            next(stream)
+            assert torch.get_num_threads() == threads_of_a_new_thread() == 2
+    assert family.seen == {"sample": set(), "draw": {("kfo-tasks", 1)}, "batch": {("MainThread", 2)}}
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 2
+
+
+def test_workers_sample_whole_a_family_without_halves(two_threads):
+    family = Watched()
+    with closing(batches(Whole(family), 2, workers=2)) as stream:
+        for index in range(5):
+            assert_same(next(stream), Sinusoid("train").sample(index, 2))
+    assert set().union(*family.seen.values()) == {("kfo-tasks", 1)}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_of_a_family_reach_the_consumer(workers):
-    stream = batches(Failing(), 1, workers=workers)
+@pytest.mark.parametrize(
+    "family", [Failing(), FailingHalf("draw"), FailingHalf("batch")], ids=["sample", "draw", "batch"]
+)
+def test_errors_of_a_family_reach_the_consumer(family, workers):
+    stream = batches(family, 1, workers=workers)
     for _ in range(3):
         next(stream)
     with pytest.raises(RuntimeError, match="no such meta-batch"):
@@ -199,6 +338,38 @@ def test_each_class_of_a_task_has_its_own_rotation():
     assert (turns.flatten().bincount(minlength=4) - 500).abs().max() < 100
 
 
+@pytest.mark.parametrize("rotations", [False, True])
+@pytest.mark.parametrize(("shots", "queries"), [(1, 1), (3, 5)])
+def test_a_batch_holds_the_images_that_were_drawn(shots, queries, rotations):
+    family = noisy_classes(ways=4, shots=shots, queries=queries, rotations=rotations)
+    drawn = family.draw(2, 30)
+    assert drawn.shape == (30, 4, shots + queries + rotations) and drawn.device.type == "cpu"
+    if rotations:
+        assert drawn[..., -1].unique().tolist() == [0, 1, 2, 3]
+    batch = family.sample(2, 30)
+    assert_same(family.batch(drawn), batch)
+    for task, choices in enumerate(drawn.tolist()):
+        images = [
+            [family.images[n].rot90(numbers[-1] if rotations else 0, (1, 2)) / 255 for n in numbers[: shots + queries]]
+            for numbers in choices
+        ]
+        support, query = ([x for each in images for x in each[part]] for part in (slice(shots), slice(shots, None)))
+        assert torch.equal(batch.support.x[task], torch.stack(support))
+        assert torch.equal(batch.query.x[task], torch.stack(query))
+        assert batch.support.y[task].tolist() == [label for label in range(4) for _ in range(shots)]
+        assert batch.query.y[task].tolist() == [label for label in range(4) for _ in range(queries)]
+    assert all(tensor.is_contiguous() for tensor in tensors(batch))
+
+
+def test_draws_never_change():
+    # else recorded runs cannot be repeated
+    drawn = corner_classes(ways=3, shots=1, queries=2, seed=4).draw(6, 2)
+    assert drawn.tolist() == [
+        [[315, 312, 313, 2], [470, 475, 474, 3], [267, 264, 263, 0]],
+        [[56, 53, 59, 3], [377, 378, 376, 1], [441, 445, 442, 2]],
+    ]
+
+
 def test_rotations_do_not_change_which_images_are_drawn():
     options = {"split": "test", "seed": 2}
     turned = make_family("glyphs", rotations=True, **options).sample(0, 3).support.x
@@ -243,6 +414,28 @@ def test_image_classes_refuse_images(images, bounds, error, message):
 def test_sample_refuses_a_negative_index(name):
     with pytest.raises(ValueError, match="index: expected at least 0, got -1"):
         family_of(name).sample(-1, 2)
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_a_batch_is_made_on_the_device_without_reading_a_value(rotations):
+    # On meta there is no value to read: what waits for one on a device raises here.
+    options = {"ways": 3, "shots": 2, "queries": 4, "rotations": rotations}
+    here, there = noisy_classes(**options), noisy_classes(**options, device="meta")
+    assert torch.equal(there.draw(1, 2), here.draw(1, 2))
+    for tensor, right in zip(tensors(there.sample(1, 2)), tensors(here.sample(1, 2)), strict=True):
+        assert tensor.device.type == "meta"
+        assert (tensor.shape, tensor.dtype, tensor.stride()) == (right.shape, right.dtype, right.stride())
+
+
+def test_families_of_images_share_them_on_the_cpu_and_take_a_device():
+    assert Glyphs("train").classes.images.data_ptr() == Glyphs("train", seed=1).classes.images.data_ptr()
+    assert make_family("glyphs", "test", device="meta").sample(0, 2).support.x.device.type == "meta"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 2.5, None])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=rf"device: {device!r} is not available here \("):
+        noisy_classes(device=device)
 
 
 def test_glyphs_are_ink_on_zero():

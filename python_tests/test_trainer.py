@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -352,6 +353,15 @@ def test_config_refuses_wrong_types_and_combinations():
         build_learner(Config(device="cuda:99"))
 
 
+def test_the_family_takes_the_runs_device(tmp_path):
+    with pytest.raises(ValueError, match="device: 'cuda:99' is not available here"):
+        build_family(Config(**GLYPHS, device="cuda:99"), "train", seed=0)
+    with pytest.raises(ValueError, match="device: 'cuda:99' is not available here"):
+        Trainer.start(Config(**GLYPHS, device="cuda:99"), tmp_path / "run")
+    # Waves are drawn on the CPU whatever the device, and moved.
+    assert build_family(Config(**WAVES, device="cuda:99"), "train", seed=0).sample(0, 1).support.x.device.type == "cpu"
+
+
 def test_config_round_trip_and_unknown_keys(tmp_path):
     path = tmp_path / "config.json"
     config = Config(**GLYPHS, seed=3)
@@ -397,6 +407,17 @@ def test_evaluation_is_reproducible_and_blind_to_its_batch():
     assert evaluate(learner, family, tasks=7, cancelled=lambda: True) is None
     with pytest.raises(ValueError, match="tasks: expected at least 2, got 1"):
         evaluate(learner, family, tasks=1)
+
+
+def test_the_digest_is_of_the_tasks_one_after_the_other():
+    config = Config(**GLYPHS)
+    family = build_family(config, "test", seed=0)
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(5):
+        task = family.sample(index, 1)
+        for tensor in (*task.support, *task.query):
+            digest.update(tensor.numpy())
+    assert evaluate(build_learner(config), family, tasks=5, batch=3).digest == digest.hexdigest()
 
 
 def test_evaluation_leaves_no_gradient_and_no_graph():

@@ -8,6 +8,7 @@ import operator
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,7 +48,13 @@ class TaskBatch(NamedTuple):
 
 
 class TaskFamily(Protocol):
-    """Where tasks come from: a pure function of its constructor's arguments, `index` and `tasks`."""
+    """Where tasks come from: a pure function of its constructor's arguments, `index` and `tasks`.
+
+    A class may also define, together with sample, two halves of it: sample(index, tasks) == batch(draw(index, tasks)).
+    Workers then call draw alone, which stays on the CPU, and the thread that takes the stream calls batch: what that
+    does on a device goes to this thread's current stream, and no worker disturbs a CUDA graph's capture. Of a family
+    without them workers call sample; on a device that would use the worker's own current stream, the device's default.
+    """
 
     def sample(self, index: int, tasks: int) -> TaskBatch:
         """The meta-batch number `index`, of `tasks` tasks."""
@@ -60,7 +67,7 @@ def batches(family: TaskFamily, tasks: int, start: int = 0, workers: int = 0) ->
     family: the task family
     tasks: tasks per meta-batch
     start: index of the first meta-batch, so that a run resumes where it stopped
-    workers: threads that sample ahead; 0 samples in the caller's thread
+    workers: threads that sample ahead, with one thread of torch each; 0 samples in the caller's thread
     out: a generator; closing it (or an error in a worker, raised here) ends its threads
 
     Raises: ValueError or TypeError for a count out of range.
@@ -77,15 +84,55 @@ def batches(family: TaskFamily, tasks: int, start: int = 0, workers: int = 0) ->
 def _sampled_ahead(
     family: TaskFamily, tasks: int, indices: Iterator[int], workers: int
 ) -> Generator[TaskBatch, None, None]:
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="kfo-tasks")
+    ahead, finish = (family.draw, family.batch) if _has_halves(family) else (family.sample, _as_it_is)
+    pool = _workers(workers)
     try:
-        pending = deque(pool.submit(family.sample, next(indices), tasks) for _ in range(2 * workers))
+        pending = deque(pool.submit(ahead, next(indices), tasks) for _ in range(2 * workers))
         while True:
-            batch = pending.popleft().result()
-            pending.append(pool.submit(family.sample, next(indices), tasks))
-            yield batch
+            drawn = pending.popleft().result()
+            pending.append(pool.submit(ahead, next(indices), tasks))
+            yield finish(drawn)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch's operations run alone: teams of threads would fight with the consumer's for the cores."""
+    threads, started = torch.get_num_threads(), Barrier(count + 1)
+
+    def work_alone() -> None:
+        # Torch sets a thread up when it first asks; a number set before would then be overwritten.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="kfo-tasks", initializer=work_alone)
+    try:
+        for _ in range(count):
+            # Starts a thread, as none is idle before all have started.
+            pool.submit(int)
+        started.wait()
+    except BaseException:
+        started.abort()
+        pool.shutdown()
+        raise
+    finally:
+        # The workers have also set the number for threads to come.
+        torch.set_num_threads(threads)
+    return pool
+
+
+def _has_halves(family: TaskFamily) -> bool:
+    """Whether one class defines sample, draw and batch: in a subclass that changes one of them they may differ."""
+    functions = {name: getattr(getattr(family, name, None), "__func__", None) for name in ("sample", "draw", "batch")}
+    return any(
+        all(function is not None and vars(owner).get(name) is function for name, function in functions.items())
+        for owner in type(family).__mro__
+    )
+
+
+def _as_it_is(batch: TaskBatch) -> TaskBatch:
+    return batch
 
 
 def generator_for(seed: int, *stream: int | str) -> torch.Generator:

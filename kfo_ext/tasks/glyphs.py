@@ -32,12 +32,21 @@ class Glyphs:
     ways, shots, queries: classes per task, support and query images per class
     seed: the run's seed
     rotations: turn each class of each task by its own multiple of 90 degrees
+    device: where the split's images are kept and meta-batches are made, at most 6 MB
 
-    Raises: ValueError or TypeError for options out of range.
+    Raises: ValueError or TypeError for options out of range, ValueError if the device is not there.
     """
 
     def __init__(
-        self, split: str, *, ways: int = 5, shots: int = 5, queries: int = 5, seed: int = 0, rotations: bool = True
+        self,
+        split: str,
+        *,
+        ways: int = 5,
+        shots: int = 5,
+        queries: int = 5,
+        seed: int = 0,
+        rotations: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         check_split(split)
         images = _universe()[split]
@@ -50,11 +59,20 @@ class Glyphs:
             queries=queries,
             seed=seed,
             rotations=rotations,
+            device=device,
         )
 
     def sample(self, index: int, tasks: int) -> TaskBatch:
         """The meta-batch number `index`; see ImageClasses.sample."""
         return self.classes.sample(index, tasks)
+
+    def draw(self, index: int, tasks: int) -> Tensor:
+        """The random choices of the meta-batch number `index`; see ImageClasses.draw."""
+        return self.classes.draw(index, tasks)
+
+    def batch(self, drawn: Tensor) -> TaskBatch:
+        """The meta-batch of what `draw` gave; see ImageClasses.batch."""
+        return self.classes.batch(drawn)
 
 
 @lru_cache(maxsize=1)

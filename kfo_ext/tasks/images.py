@@ -11,7 +11,8 @@ from kfo_ext.tasks.batch import Examples, TaskBatch, check_count, check_split, g
 class ImageClasses:
     """Tasks of `ways` distinct classes, with `shots` + `queries` distinct images of each.
 
-    Which class gets which label is random; a task's examples lie in label order.
+    Which class gets which label is random; a task's examples lie in label order. The CPU draws every random choice and
+    the device that holds the images makes a meta-batch of it without waiting for the CPU: the same bits on any device.
 
     images: (n_images, C, H, W) uint8, the images of a class one after the other
     offsets: (n_classes + 1,) int64, class c has the images offsets[c] to offsets[c + 1]
@@ -19,8 +20,10 @@ class ImageClasses:
     ways, shots, queries: classes per task, support and query images per class
     seed: the run's seed
     rotations: turn each class of each task by its own 0, 90, 180 or 270 degrees
+    device: where all images are kept and meta-batches are made
 
-    Raises: TypeError or ValueError if the images, the offsets or the counts do not fit each other.
+    Raises: TypeError or ValueError if the images, the offsets or the counts do not fit each other, ValueError if the
+    device is not there.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class ImageClasses:
         queries: int = 5,
         seed: int = 0,
         rotations: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         check_split(split)
         _check_images(images, offsets, rotations)
@@ -47,9 +51,12 @@ class ImageClasses:
                 f"shots + queries: expected at most {smallest} (the smallest class of the {split} split), "
                 f"got {shots} + {queries} = {shots + queries}"
             )
-        self.images, self.offsets, self.sizes = images, offsets[:-1], sizes
+        self.images, self.offsets, self.sizes = _moved(images, device), offsets[:-1], sizes
         self.split, self.seed, self.rotations = split, seed, rotations
         self.ways, self.shots, self.queries = ways, shots, queries
+        # A tensor: CUDA divides by a Python number through its reciprocal, which rounds otherwise than the CPU.
+        self._white = torch.tensor(255.0, dtype=torch.float32, device=self.images.device)
+        self._turned_pixels = _turned_pixels(images.shape[-1]).to(self.images.device) if rotations else None
 
     def sample(self, index: int, tasks: int) -> TaskBatch:
         """The meta-batch number `index`: a pure function of the constructor's arguments, `index` and `tasks`.
@@ -57,14 +64,33 @@ class ImageClasses:
         out: x (tasks, ways * shots, C, H, W) float32 in [0, 1] and y (tasks, ways * shots) int64 of the support set;
         the query set alike
         """
+        return self.batch(self.draw(index, tasks))
+
+    def draw(self, index: int, tasks: int) -> Tensor:
+        """The random choices of the meta-batch number `index`, made on the CPU.
+
+        out: (tasks, ways, shots + queries) int64, the numbers of the images; with rotations one more, the quarter turns
+        of the class
+        """
         check_count("index", index, 0)
         check_count("tasks", tasks, 1)
         generator = generator_for(self.seed, self.split, index)
         classes = torch.rand(tasks, len(self.sizes), generator=generator, dtype=torch.float32).topk(self.ways).indices
-        images = self.images[self._draw_images(classes, generator)]  # (tasks, ways, shots + queries, C, H, W)
-        if self.rotations:
-            _rotate(images, torch.randint(4, classes.shape, generator=generator))
-        return TaskBatch(self._examples(images[:, :, : self.shots]), self._examples(images[:, :, self.shots :]))
+        drawn = self._draw_images(classes, generator)
+        if not self.rotations:
+            return drawn
+        return torch.cat([drawn, torch.randint(4, (*classes.shape, 1), generator=generator)], -1)
+
+    def batch(self, drawn: Tensor) -> TaskBatch:
+        """The meta-batch of what `draw` gave, queued on the device's current stream."""
+        if self.images.is_cuda:
+            # Only from pinned memory does the copy wait its turn on the device instead of the CPU.
+            drawn = drawn.pin_memory().to(self.images.device, non_blocking=True)
+        else:
+            drawn = drawn.to(self.images.device)
+        pixels = None if self._turned_pixels is None else self._turned_pixels[drawn[..., -1]]
+        support, query = drawn[..., : self.shots + self.queries].split([self.shots, self.queries], -1)
+        return TaskBatch(self._examples(support, pixels), self._examples(query, pixels))
 
     def _draw_images(self, classes: Tensor, generator: torch.Generator) -> Tensor:
         positions = torch.arange(int(self.sizes.max()))
@@ -72,17 +98,29 @@ class ImageClasses:
         keys.masked_fill_(positions >= self.sizes[classes].unsqueeze(-1), -1.0)
         return self.offsets[classes].unsqueeze(-1) + keys.topk(self.shots + self.queries).indices
 
-    def _examples(self, images: Tensor) -> Examples:
-        tasks, ways, each = images.shape[:3]
-        labels = torch.arange(ways).repeat_interleave(each).repeat(tasks, 1)
-        return Examples(images.flatten(1, 2).to(torch.float32).div_(255), labels)
+    def _examples(self, numbers: Tensor, pixels: Tensor | None) -> Examples:
+        """The images of those numbers (T, ways, each); pixels: (T, ways, H * W), where each pixel comes from."""
+        tasks, ways, each = numbers.shape
+        images = self.images.index_select(0, numbers.flatten())
+        if pixels is not None:
+            flat = images.view(tasks, ways, each, images.shape[1], -1)
+            images = flat.gather(-1, pixels[:, :, None, None].expand_as(flat))
+        x = images.to(torch.float32).div_(self._white).view(tasks, ways * each, *self.images.shape[1:])
+        labels = torch.arange(ways, device=x.device).view(1, ways, 1).repeat(tasks, 1, each)
+        return Examples(x, labels.flatten(1))
 
 
-def _rotate(images: Tensor, quarter_turns: Tensor) -> None:
-    """Turn images (T, ways, n, C, H, W) in place, each class by its own entry of quarter_turns (T, ways)."""
-    for turns in (1, 2, 3):
-        turned = quarter_turns == turns
-        images[turned] = images[turned].rot90(turns, (-2, -1))
+def _turned_pixels(side: int) -> Tensor:
+    """Which pixel of a square image comes to each place after 0, 1, 2 and 3 quarter turns, (4, side * side) int64."""
+    pixels = torch.arange(side * side).view(side, side)
+    return torch.stack([pixels.rot90(turns).flatten() for turns in range(4)])
+
+
+def _moved(images: Tensor, device: torch.device | str) -> Tensor:
+    try:
+        return images.to(torch.device(device))
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"device: {device!r} is not available here ({error})") from None
 
 
 def _check_images(images: Tensor, offsets: Tensor, rotations: bool) -> None:

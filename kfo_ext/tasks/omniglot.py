@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kfo_ext.tasks.archives import Archive, fetch, read_images, sha256_of
 from kfo_ext.tasks.batch import TaskBatch, check_split
@@ -50,10 +51,12 @@ class Omniglot:
     ways, shots, queries: classes per task, support and query images per class
     seed: the run's seed
     rotations: turn each class of each task by its own multiple of 90 degrees
+    device: where the split's images are kept and meta-batches are made, at most 17 MB
     cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home
     download: fetch missing archives into `root`
 
-    Raises: FileNotFoundError for missing archives, ValueError for damaged ones and for options out of range.
+    Raises: FileNotFoundError for missing archives, ValueError for damaged ones, for options out of range and if the
+    device is not there.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Omniglot:
         queries: int = 5,
         seed: int = 0,
         rotations: bool = True,
+        device: torch.device | str = "cpu",
         cache: str | os.PathLike[str] | None = None,
         download: bool = False,
     ) -> None:
@@ -85,11 +89,20 @@ class Omniglot:
             queries=queries,
             seed=seed,
             rotations=rotations,
+            device=device,
         )
 
     def sample(self, index: int, tasks: int) -> TaskBatch:
         """The meta-batch number `index`; see ImageClasses.sample."""
         return self.classes.sample(index, tasks)
+
+    def draw(self, index: int, tasks: int) -> Tensor:
+        """The random choices of the meta-batch number `index`; see ImageClasses.draw."""
+        return self.classes.draw(index, tasks)
+
+    def batch(self, drawn: Tensor) -> TaskBatch:
+        """The meta-batch of what `draw` gave; see ImageClasses.batch."""
+        return self.classes.batch(drawn)
 
 
 def download_omniglot(root: str | os.PathLike[str], source: str = SOURCE) -> None:

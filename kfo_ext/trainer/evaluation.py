@@ -97,15 +97,18 @@ def evaluate(
         for start in tqdm(range(0, tasks, batch), disable=None if progress else True, unit="batch"):
             if cancelled():
                 return None
-            group = list(islice(stream, min(batch, tasks - start)))
-            for task in group:
-                for tensor in (*task.support, *task.query):
+            group = _joined(list(islice(stream, min(batch, tasks - start))))
+            on_cpu = group.to("cpu")
+            result = learner(group.to(like.device, like.dtype))
+            # Here, a device computes meanwhile.
+            for task in zip(*on_cpu.support, *on_cpu.query, strict=True):
+                for tensor in task:
                     digest.update(tensor.contiguous().numpy())
-            result = learner(_joined(group).to(like.device, like.dtype))
             try:
                 result.check_finite()
             except FloatingPointError as error:
-                raise FloatingPointError(f"tasks {start} to {start + len(group) - 1} of the list: {error}") from None
+                last = start + len(on_cpu.support.x) - 1
+                raise FloatingPointError(f"tasks {start} to {last} of the list: {error}") from None
             losses.append(result.query_losses.double().cpu())
             if result.accuracies is not None:
                 accuracies.append(result.accuracies.double().cpu())

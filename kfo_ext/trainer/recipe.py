@@ -18,14 +18,15 @@ EVALUATION_SEED = 0
 
 
 def build_family(config: Config, split: str, *, seed: int) -> TaskFamily:
-    """The tasks of one split.
+    """The tasks of one split, its images on the run's device (waves are drawn on the CPU, and small).
 
     split: train, validation or test.
     seed: of the stream of tasks; the classes of a split do not depend on it.
+    Raises: ValueError if the device is not there, FileNotFoundError if the data is not.
     """
     options = {"shots": config.shots, "queries": config.queries, "seed": seed}
     if config.dataset != "sinusoid":
-        options["ways"] = config.ways
+        options |= {"ways": config.ways, "device": config.device}
     if config.dataset == "omniglot":
         options["root"] = config.data_root
     return make_family(config.dataset, split, **options)
