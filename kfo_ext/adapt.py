@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from kfo_ext.models import TasksForward, tasks_features, tasks_forward
+from kfo_ext.models import TasksForward, tasks_at_once, tasks_features, tasks_forward
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.transform.packing import Packing
 from kfo_ext.updates import KFO
@@ -164,19 +164,33 @@ class MAML(nn.Module):
         tasks = _check_batch(batch)
         _check_modules(self.model)
         outer = torch.is_grad_enabled()
-        support_x, query_x = self.inputs(batch)
         with torch.enable_grad():
             parameters = dict(self.adapted.named_parameters())
             for name in self.packing.names:
                 if not parameters[name].requires_grad:
                     raise ValueError(f"parameter {name!r} was frozen after the learner was built: build it again")
-            theta = self.packing.pack([parameters[name] for name in self.packing.names]).expand(tasks, -1)
+            theta = self.packing.pack([parameters[name] for name in self.packing.names])
+        # Groups of about the same size.
+        groups = -(-tasks // tasks_at_once(self.model, batch.support.x))
+        parts = [self._group(theta, group, outer) for group in batch.split(-(-tasks // groups))]
+        support_losses, losses = (torch.cat([part[i] for part in parts], -1) for i in range(2))
+        accuracies = [part[2] for part in parts]
+        with torch.set_grad_enabled(outer):
+            loss = losses.mean()
+        return MetaResult(
+            loss, support_losses, losses.detach(), None if accuracies[0] is None else torch.cat(accuracies)
+        )
+
+    def _group(self, theta: Tensor, batch: TaskBatch, outer: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Support losses (steps, tasks), query losses (tasks,) and accuracies (tasks,) of tasks in one graph."""
+        support_x, query_x = self.inputs(batch)
+        with torch.enable_grad():
             phi = self.update.phi if self.update is not None else ()
-            theta, support_losses = self._adapt(theta, phi, Examples(support_x, batch.support.y), outer)
+            support = Examples(support_x, batch.support.y)
+            theta, support_losses = self._adapt(theta.expand(len(support_x), -1), phi, support, outer)
         with torch.set_grad_enabled(outer):
             outputs, losses = self._losses(theta, Examples(query_x, batch.query.y))
-            loss = losses.mean()
-        return MetaResult(loss, support_losses, losses.detach(), _accuracies(outputs, batch.query.y))
+        return support_losses, losses, _accuracies(outputs, batch.query.y)
 
     def _adapt(self, theta: Tensor, phi: tuple[Tensor, ...], support: Examples, outer: bool) -> tuple[Tensor, Tensor]:
         # Factors that are frozen are not adapted either, in training as in evaluation.

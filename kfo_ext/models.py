@@ -22,6 +22,10 @@ from kfo_ext.functional import batch_norm_relu, conv2d
 # (parameters, x) -> output, of all tasks at once: parameters by name, (tasks, *shape); x and output (tasks, n, ...).
 TasksForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
+# Bytes of the largest activation that one forward of several tasks makes on a CPU: a larger piece of memory goes back
+# to the system as soon as it is free (glibc's largest mmap threshold), and every page of the next one is zeroed again.
+LARGEST_ACTIVATION = 32 << 20
+
 INITS = ("reference", "zero_head")
 
 
@@ -169,6 +173,18 @@ def tasks_forward(module: nn.Module) -> TasksForward | None:
 def tasks_features(model: nn.Module) -> TasksForward | None:
     """The same for the `features` of a model."""
     return model.features_tasks if _is_plain_cnn(model) else None
+
+
+def tasks_at_once(model: nn.Module, x: Tensor) -> int:
+    """How many of the tasks whose examples x (tasks, n, ...) are to be in one forward, at least 1.
+
+    On a CPU a `CNN` takes as many as keep its largest activation below `LARGEST_ACTIVATION`; else all of them.
+    """
+    if x.device.type != "cpu" or not _is_plain_cnn(model):
+        return len(x)
+    conv = model.blocks[0].conv
+    pixels = x.shape[-2:].numel() // conv.stride[0] ** 2
+    return min(len(x), max(1, LARGEST_ACTIVATION // (x.shape[1] * pixels * conv.out_channels * x.element_size())))
 
 
 def _is_plain_cnn(model: nn.Module) -> bool:

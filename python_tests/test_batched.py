@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfo_ext import ANIL, KFO, MAML
-from kfo_ext.models import CNN, tasks_features, tasks_forward
+from kfo_ext.models import CNN, cifar_fs_cnn, omniglot_cnn, tasks_at_once, tasks_features, tasks_forward
 from kfo_ext.tasks import Examples, TaskBatch
 
 WAYS, TASKS = 3, 3
@@ -178,3 +178,33 @@ def test_a_frozen_parameter_goes_task_by_task():
     assert model.blocks[0].conv.weight.grad is None
     with pytest.raises(ValueError, match="batched: "):
         MAML(model, lr=0.1, steps=1, allow_nograd=True, batched=True)
+
+
+@pytest.mark.parametrize("learner", [MAML, ANIL])
+@pytest.mark.parametrize("limit", [1, 2 * 6 * 5 * 25 * 8], ids=["one task", "two tasks"])
+def test_groups_of_tasks_equal_all_at_once(limit, learner, monkeypatch):
+    model = cnn()
+    batch = random_batch(model)
+    result = {}
+    for name, largest in (("all", 1 << 30), ("groups", limit)):
+        monkeypatch.setattr("kfo_ext.models.LARGEST_ACTIVATION", largest)
+        adapted = model if learner is MAML else model.head
+        maml = learner(model, update=KFO(adapted.named_parameters()), lr=0.1, steps=3, adapt_update=True)
+        maml.zero_grad()
+        outcome = maml(batch)
+        outcome.loss.backward()
+        with torch.no_grad():
+            evaluated = maml(batch)
+        result[name] = [*(X.detach() for X in (*outcome, *evaluated)), *(p.grad.clone() for p in maml.parameters())]
+    assert_same(list(result.values()))
+
+
+def test_tasks_at_once():
+    network = cifar_fs_cnn()
+    x = torch.empty(16, 25, 3, 32, 32)
+    assert tasks_at_once(network, x) == 10, "10 x 25 images x 32 channels x 32 x 32 pixels x 4 bytes"
+    assert tasks_at_once(network, x.double()) == 5
+    assert tasks_at_once(network, torch.empty(3, 400, 3, 32, 32)) == 1
+    assert tasks_at_once(network, x.to("meta")) == 16, "only a CPU's memory comes page by page"
+    assert tasks_at_once(nn.Sequential(network), x) == 16
+    assert tasks_at_once(omniglot_cnn(), torch.empty(16, 25, 1, 28, 28)) == 16

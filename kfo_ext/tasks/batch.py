@@ -46,6 +46,11 @@ class TaskBatch(NamedTuple):
 
         return TaskBatch(*(Examples(move(part.x), move(part.y)) for part in self))
 
+    def split(self, tasks: int) -> list[TaskBatch]:
+        """Batches of so many tasks each, the last of what is left."""
+        tensors = [tensor.split(tasks) for part in self for tensor in part]
+        return [TaskBatch(Examples(*each[:2]), Examples(*each[2:])) for each in zip(*tensors)]
+
 
 class TaskFamily(Protocol):
     """Where tasks come from: a pure function of its constructor's arguments, `index` and `tasks`.
