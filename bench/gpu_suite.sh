@@ -103,7 +103,9 @@ done
 on_device gpu_bench 240 "$PYTHON" bench/gpu_bench.py --budget 120 --out "$OUT/gpu_bench.json"
 without_device bench_on_host 60 "$PYTHON" bench/gpu_bench.py --device cpu --quick --out "$OUT/bench_on_host.json"
 on_device meta 90 "$PYTHON" bench/meta_peers.py --device cuda --networks omniglot_cnn2 omniglot_cnn4 --methods kfo \
-    --contenders ours_native ours_triton ours_reference learn2learn --repeats 7 --no-memory --out "$OUT/meta_peers.json"
+    --contenders ours_native ours_native_graph ours_triton ours_reference learn2learn --repeats 7 --no-memory --out "$OUT/meta_peers.json"
+on_device precision 45 "$PYTHON" bench/precision.py --device cuda --repeats 7 --out "$OUT/precision.json"
+without_device precision_on_host 60 "$PYTHON" bench/precision.py --quick --out "$OUT/precision_on_host.json"
 on_device ncu 60 ncu --profile-from-start off --clock-control none --set full \
     "$PYTHON" bench/one_call.py --worst-of "$OUT/gpu_bench.json"
 

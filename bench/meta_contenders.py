@@ -8,7 +8,7 @@ from functools import partial
 import meta_task_loops
 from meta_case import Contender, MetaCase
 from meta_jax import Jax
-from meta_ours import Ours
+from meta_ours import Ours, OursCaptured
 from meta_torch_func import TorchFunc
 
 from kfo_ext.transform import BACKENDS
@@ -25,6 +25,7 @@ FUNCTIONAL: dict[str, Factory] = {
 }
 CONTENDERS: dict[str, dict[str, Factory]] = {
     "kfo": {f"ours_{backend}": partial(Ours, backend=backend) for backend in BACKENDS if backend != "auto"}
+    | {"ours_native_graph": partial(OursCaptured, backend="native")}
     | {"learn2learn": meta_task_loops.learn2learn}
     | FUNCTIONAL,
     "maml": {

@@ -1,14 +1,18 @@
-"""Our meta-iteration: `MAML(model, update=KFO, adapt_update=True)`, or plain `MAML`."""
+"""Our meta-iteration: `MAML(model, update=KFO, adapt_update=True)`, or plain `MAML`; eager, or as one CUDA graph."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from meta_case import Gradients, MetaCase, plain_network
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfo_ext import KFO, MAML
+from kfo_ext.trainer.captured_step import CapturedMetaStep, Recorder
+from kfo_ext.trainer.meta_step import make_adam
+from kfo_ext.trainer.precision import convolution_precision
 
 
 class Ours:
@@ -16,13 +20,14 @@ class Ours:
 
     backend: of the transform
     plain: take torch.nn's own network in the place of `kfo_ext.models`'
+    bf16: see `MAML`
 
     Raises:
         ValueError: there is no such backend.
         RuntimeError: the backend does not run on the case's device.
     """
 
-    def __init__(self, case: MetaCase, backend: str = "auto", *, plain: bool = False) -> None:
+    def __init__(self, case: MetaCase, backend: str = "auto", *, plain: bool = False, bf16: bool = False) -> None:
         self.model = plain_network(case) if plain else copy.deepcopy(case.model)
         self.kfo = None
         if case.factors is not None:
@@ -32,7 +37,12 @@ class Ours:
                     for X, value in zip(into, values, strict=True):
                         X.copy_(value)
         self.maml = MAML(
-            self.model, update=self.kfo, lr=case.lr, steps=case.steps, adapt_update=case.factors is not None
+            self.model,
+            update=self.kfo,
+            lr=case.lr,
+            steps=case.steps,
+            adapt_update=case.factors is not None,
+            bf16=bf16,
         )
         self.batch = case.batch
 
@@ -52,3 +62,39 @@ class Ours:
                     into.copy_(parameter.grad)
             gradients += [X.detach() for pair in factors.factors() for X in pair]
         return gradients
+
+
+class OursCaptured(Ours):
+    """The whole meta-iteration, Adam's step at a rate of 0 included, replayed as one CUDA graph.
+
+    recorder: of a learner, what `CapturedMetaStep` takes in the place of CUDA graphs
+
+    Raises:
+        ValueError: as `Ours`, and on a device other than CUDA.
+    """
+
+    def __init__(
+        self, case: MetaCase, backend: str = "auto", *, recorder: Callable[[nn.Module], Recorder] | None = None
+    ) -> None:
+        super().__init__(case, backend)
+        adam = make_adam(self.maml.parameters(), 0.0)
+        if recorder is not None:
+            adam.param_groups[0]["lr"] = torch.zeros(())
+        self.step = CapturedMetaStep(self.maml, adam, recorder=recorder and recorder(self.maml))
+
+    def run(self) -> Tensor:
+        # At a rate of 0 every run starts from the same parameters, as those of the others do.
+        return self.step(self.batch, 0.0).loss
+
+
+class OursAtPrecision(Ours):
+    """With the network's convolutions at a precision and in a memory format: see `kfo_ext.trainer.Config`."""
+
+    def __init__(self, case: MetaCase, precision: str = "ieee", channels_last: bool = False) -> None:
+        super().__init__(case, bf16=precision == "bf16")
+        self.model.channels_last = channels_last
+        self.precision = precision
+
+    def run(self) -> Tensor:
+        with convolution_precision(self.precision):
+            return super().run()

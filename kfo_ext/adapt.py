@@ -17,6 +17,7 @@ exactly, because the loss holds phi only through theta_t and the step is plain g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,8 @@ class MAML(nn.Module):
         allow_nograd: parameters that do not require a gradient stay as they are.
         batched: compute all tasks in one forward, which `kfo_ext.models` has for its CNN and for a linear head (several
             times as fast); False: one task after the other by the model's own forward; None: batched where possible.
+        bf16: run the model's forward under torch.autocast in bfloat16, and so its derivatives; parameters, gradients,
+            updates, features for a head and losses stay in float32.
 
     Raises:
         ValueError: a number out of range, a frozen parameter without its flag, an update made for other parameters,
@@ -95,6 +98,7 @@ class MAML(nn.Module):
         allow_unused: bool = False,
         allow_nograd: bool = False,
         batched: bool | None = None,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
         if update is not None and not isinstance(update, KFO):
@@ -115,6 +119,7 @@ class MAML(nn.Module):
         self.checkpoint = checkpoint
         self.allow_unused = allow_unused
         self.batched = batched
+        self.bf16 = bf16
         self.packing = self._adapted_packing(allow_nograd)
         if batched and self._tasks_forward() is None:
             raise ValueError(f"batched: {type(model).__name__} has no forward of all tasks at once that does the same")
@@ -145,6 +150,11 @@ class MAML(nn.Module):
         whole = len(self.packing) == len(list(self.adapted.parameters()))
         return tasks_forward(self.adapted) if self.batched is not False and whole else None
 
+    def _precision(self, x: Tensor) -> AbstractContextManager:
+        """What the model's forward of x runs under."""
+        # Casts are not kept from one forward to the next: a captured graph would replay without them.
+        return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
+
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """What the adapted module sees of the support and query examples, (tasks, n, ...) each."""
         return batch.support.x, batch.query.x
@@ -158,11 +168,14 @@ class MAML(nn.Module):
             batch: support.x (tasks, n, ...), support.y (tasks, n, ...), the same for query.
 
         Raises:
-            ValueError: no task, or support and query of different numbers of tasks.
+            ValueError: no task, support and query of different numbers of tasks, or bf16 for parameters not of float32.
             RuntimeError: called in inference mode, or a batch norm would use running statistics.
         """
         tasks = _check_batch(batch)
         _check_modules(self.model)
+        dtype = next(self.adapted.parameters()).dtype
+        if self.bf16 and dtype != torch.float32:
+            raise ValueError(f"bf16: expected parameters of torch.float32, which autocast rounds, got {dtype}")
         outer = torch.is_grad_enabled()
         with torch.enable_grad():
             parameters = dict(self.adapted.named_parameters())
@@ -270,7 +283,10 @@ class MAML(nn.Module):
         return self._losses_of_rows(self.packing.rows(theta), examples)
 
     def _losses_of_all(self, forward: TasksForward, theta: Tensor, examples: Examples) -> tuple[Tensor, Tensor]:
-        outputs = forward(dict(zip(self.packing.names, self.packing.unpack(theta))), examples.x)
+        with self._precision(theta):
+            outputs = forward(dict(zip(self.packing.names, self.packing.unpack(theta))), examples.x)
+        if self.bf16:
+            outputs = outputs.float()
         if self.loss is nn.functional.cross_entropy and outputs.dim() == 3 and examples.y.dim() == 2:
             losses = self.loss(outputs.flatten(0, 1), examples.y.flatten(), reduction="none")
             return outputs, losses.view(examples.y.shape).mean(1)
@@ -283,9 +299,13 @@ class MAML(nn.Module):
         return torch.stack(losses)
 
     def _losses_of_rows(self, rows: Sequence[Sequence[Tensor]], examples: Examples) -> tuple[list[Tensor], Tensor]:
-        outputs = [
-            functional_call(self.adapted, dict(zip(self.packing.names, row)), (x,)) for row, x in zip(rows, examples.x)
-        ]
+        with self._precision(examples.x):
+            outputs = [
+                functional_call(self.adapted, dict(zip(self.packing.names, row)), (x,))
+                for row, x in zip(rows, examples.x)
+            ]
+        if self.bf16:
+            outputs = [output.float() for output in outputs]
         return outputs, self._stacked(outputs, examples.y)
 
 
@@ -324,9 +344,13 @@ class ANIL(MAML):
             # By way of a packed row, which gives what the features leave out (a bias before batch norm) gradients of 0.
             packing = Packing.of(self.model.named_parameters())
             row = packing.pack(list(self.model.parameters())).expand(len(x), -1)
-            features = forward(dict(zip(packing.names, packing.unpack(row))), x)
+            with self._precision(x):
+                features = forward(dict(zip(packing.names, packing.unpack(row))), x)
         else:
-            features = torch.stack([self.model.features(each) for each in x])
+            with self._precision(x):
+                features = torch.stack([self.model.features(each) for each in x])
+        if self.bf16:
+            features = features.float()
         return features.split([batch.support.x.shape[1], batch.query.x.shape[1]], 1)
 
 
@@ -338,6 +362,8 @@ def _accuracies(outputs: Sequence[Tensor], targets: Tensor) -> Tensor | None:
     if targets.is_floating_point():
         return None
     with torch.no_grad():
+        if isinstance(outputs, Tensor) and outputs.dim() == targets.dim() + 1:
+            return (outputs.argmax(-1) == targets).float().flatten(1).mean(1)
         return torch.stack([(output.argmax(-1) == y).float().mean() for output, y in zip(outputs, targets)])
 
 

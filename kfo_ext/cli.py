@@ -98,9 +98,11 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)] = None,
     data_root: Annotated[Path | None, typer.Option(help="instead of the run's", show_default=False)] = None,
     threads: Annotated[int | None, typer.Option(help="instead of the run's", show_default=False)] = None,
+    precision: Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)] = None,
 ) -> None:
     """Score a run on a fixed list of unseen tasks, with a 95 % interval."""
-    changes = {"device": device, "data_root": None if data_root is None else str(data_root), "threads": threads}
+    root = None if data_root is None else str(data_root)
+    changes = {"device": device, "data_root": root, "threads": threads, "precision": precision}
     changes = {name: value for name, value in changes.items() if value is not None}
     score = evaluate_run(RunFolder.open(run), split=split, name=checkpoint, tasks=tasks, seed=seed, **changes)
     what = f"{score.tasks} {split} tasks, {checkpoint} checkpoint (iteration {score.iteration})"

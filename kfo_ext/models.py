@@ -44,13 +44,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(torch.relu(self.norm(self.conv(x))))
 
-    def forward_tasks(self, parameters: Mapping[str, Tensor], prefix: str, x: Tensor) -> Tensor:
+    def forward_tasks(
+        self, parameters: Mapping[str, Tensor], prefix: str, x: Tensor, channels_last: bool = False
+    ) -> Tensor:
         """The same for all tasks, channels last: (tasks, n, h, w, in_channels) -> (tasks, n, h', w', hidden).
 
         The bias of the convolution is left out: it shifts the mean that batch norm subtracts, and has no gradient.
         """
         weight = parameters[f"{prefix}.conv.weight"]
-        y = conv2d(x, weight, stride=self.conv.stride[0], padding=self.conv.padding[0])
+        stride, padding = self.conv.stride[0], self.conv.padding[0]
+        y = conv2d(x, weight, stride=stride, padding=padding, channels_last=channels_last)
         norm = (parameters[f"{prefix}.norm.weight"], parameters[f"{prefix}.norm.bias"])
         y = batch_norm_relu(y.flatten(1, 3), *norm, eps=self.norm.eps).view(y.shape)
         if isinstance(self.pool, nn.Identity):
@@ -73,6 +76,8 @@ class CNN(nn.Module):
         mean: whether the head sees the spatial mean (else the flattened features).
         normal_head: with the reference start, head weights from N(0, 1) (Omniglot's), else Xavier-uniform.
         init: one of `INITS`.
+        channels_last: whether torch's convolutions compute in that memory format; it changes how fast, not what. The
+            compiled ones on the CPU always do.
 
     Raises:
         ValueError: a number that is not at least 1, an unknown init, or an image that the blocks shrink to nothing.
@@ -93,6 +98,7 @@ class CNN(nn.Module):
         mean: bool = True,
         normal_head: bool = False,
         init: str = "reference",
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         numbers = {
@@ -111,6 +117,7 @@ class CNN(nn.Module):
             *(Block(hidden if i else in_channels, hidden, stride=stride, pool=pool) for i in range(layers))
         )
         self.mean = mean
+        self.channels_last = channels_last
         side = image_size
         for _ in range(layers):
             side = -(-side // stride) // pool
@@ -135,6 +142,8 @@ class CNN(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(n, in_channels, image_size, image_size) -> (n, head.in_features)."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.blocks(x)
         return x.mean(dim=(2, 3)) if self.mean else x.flatten(1)
 
@@ -146,7 +155,7 @@ class CNN(nn.Module):
         """`features` of all tasks: (tasks, n, in_channels, h, w) -> (tasks, n, head.in_features)."""
         x = x.movedim(2, -1).contiguous()
         for i, block in enumerate(self.blocks):
-            x = block.forward_tasks(parameters, f"blocks.{i}", x)
+            x = block.forward_tasks(parameters, f"blocks.{i}", x, self.channels_last)
         return x.mean(dim=(2, 3)) if self.mean else x.movedim(-1, 2).flatten(2)
 
     def forward_tasks(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -225,14 +234,28 @@ def _as_built(module: nn.Module) -> bool:
     return not any(hooks) and "forward" not in vars(module)
 
 
-def omniglot_cnn(layers: int = 2, ways: int = 5, hidden: int = 32, init: str = "reference") -> CNN:
+def omniglot_cnn(
+    layers: int = 2, ways: int = 5, hidden: int = 32, init: str = "reference", channels_last: bool = False
+) -> CNN:
     """CNN(layers) for 1x28x28 images: stride-2 blocks, spatial mean (paper, appendix D)."""
-    return CNN(layers, in_channels=1, hidden=hidden, ways=ways, image_size=28, stride=2, normal_head=True, init=init)
+    return CNN(
+        layers,
+        in_channels=1,
+        hidden=hidden,
+        ways=ways,
+        image_size=28,
+        stride=2,
+        normal_head=True,
+        init=init,
+        channels_last=channels_last,
+    )
 
 
-def cifar_fs_cnn(layers: int = 2, ways: int = 5, hidden: int = 32, init: str = "reference") -> CNN:
+def cifar_fs_cnn(
+    layers: int = 2, ways: int = 5, hidden: int = 32, init: str = "reference", channels_last: bool = False
+) -> CNN:
     """CNN(layers) for 3x32x32 images: stride-1 blocks, spatial mean (paper, appendix D)."""
-    return CNN(layers, in_channels=3, hidden=hidden, ways=ways, image_size=32, init=init)
+    return CNN(layers, in_channels=3, hidden=hidden, ways=ways, image_size=32, init=init, channels_last=channels_last)
 
 
 def sinusoid_mlp(hidden: int = 40) -> nn.Sequential:

@@ -193,8 +193,51 @@ def test_half_types_and_autocast_compute_in_float32():
     x, weight = x.bfloat16(), weight.bfloat16()
     wide = conv2d(x.float(), weight.float(), **fixed)
     assert torch.equal(conv2d(x, weight, **fixed), wide.bfloat16())
-    with torch.autocast("cpu"):
-        assert torch.equal(conv2d(x, weight, **fixed), wide)
+    for backend in ("native", "reference"):
+        with torch.autocast("cpu"):
+            torch.testing.assert_close(conv2d(x, weight, **fixed, backend=backend), wide)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_autocast_means_torchs_own_convolution_in_its_type(channels_last):
+    x, weight, fixed = operands("square", torch.float32)
+    options = {**fixed, "channels_last": channels_last}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv2d(x, weight, **options)
+    assert y.dtype == torch.bfloat16
+    expected = by_task(x.bfloat16(), weight.bfloat16(), **fixed)
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    assert 1e-4 < relative_error(y, by_task(x, weight, **fixed)) < 1e-2
+    # torch leaves float64 alone under autocast.
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv2d(x.double(), weight.double(), **options)
+    torch.testing.assert_close(y, by_task(x.double(), weight.double(), **fixed))
+
+
+@cases
+def test_channels_last_is_the_same_convolution(case):
+    x, weight, fixed = operands(case)
+    fixed = {**fixed, "backend": "reference"}
+    cotangents = [torch.randn_like(X) for X in (conv2d(x, weight, **fixed), x, weight)]
+    expected = derivatives(conv2d, x, weight, cotangents, fixed)
+    actual = derivatives(conv2d, x, weight, cotangents, {**fixed, "channels_last": True})
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_channels_last_reaches_torch_in_that_format(monkeypatch):
+    x, weight, fixed = operands("square")
+    seen = []
+    right = torch.nn.functional.conv2d
+
+    def spy(x, weight, **options):
+        seen.extend(X.is_contiguous(memory_format=torch.channels_last) for X in (x, weight))
+        return right(x, weight, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
+    conv2d(x, weight, **fixed, backend="reference", channels_last=True)
+    conv2d(x, weight, **fixed, backend="reference")
+    assert seen == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,11 @@ def test_without_a_device_its_parts_are_skipped_and_counted(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     assert [line.split()[1] for line in lines if line.startswith("passed")] == [
-        "build", "doctor", "op_tests", "case_on_host", "bench_on_host",
+        "build", "doctor", "op_tests", "case_on_host", "bench_on_host", "precision_on_host",
     ]  # fmt: skip
     skipped = [line for line in lines if line.startswith("skipped")]
-    assert len(skipped) == 10 and all("no CUDA device" in line for line in skipped)
-    assert lines[-1].startswith("== 5 passed, 0 failed, 10 skipped in ")
+    assert len(skipped) == 11 and all("no CUDA device" in line for line in skipped)
+    assert lines[-1].startswith("== 6 passed, 0 failed, 11 skipped in ")
     assert (tmp_path / "out" / "doctor.log").exists()
 
 
@@ -67,7 +67,7 @@ def test_a_failing_part_is_reported_and_the_rest_goes_on(tmp_path):
     done = suite(tmp_path, 'case "$*" in *doctor*) echo of no use; exit 3;; -c*) exit 1;; esac')
     assert done.returncode == 1
     assert "FAILED   doctor" in done.stdout and "status 3" in done.stdout and "    of no use" in done.stdout
-    assert "== 4 passed, 1 failed, 10 skipped" in done.stdout
+    assert "== 5 passed, 1 failed, 11 skipped" in done.stdout
 
 
 def test_a_part_out_of_time_is_cut_and_later_ones_are_left_out(tmp_path):

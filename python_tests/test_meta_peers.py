@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kfo_ext.interop.learn2learn import light_import
+from kfo_ext.testing import EagerRecorder
 from kfo_ext.transform import native
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -77,6 +78,47 @@ def test_meta_gradients_equal_the_trusted_ones(script, network, method, name):
     # Nothing is left over from one run for the next.
     assert float(contender.run()) == pytest.approx(loss, rel=1e-12)
     assert peers.error_of(loss, peers.flat(contender.gradients()), truth) < 1e-10
+
+
+def test_a_replayed_iteration_with_adam_gives_the_same_meta_gradients(script, network):
+    peers, captured = script("meta_peers"), script("meta_ours").OursCaptured
+    truth = peers.find_truth(network, "kfo", **SMALL)
+    case = peers.make_case(network, "kfo", dtype=torch.float64, **SMALL)
+    ours = captured(case, recorder=EagerRecorder)
+    for _ in range(3):
+        loss = float(ours.run())
+        assert peers.error_of(loss, peers.flat(ours.gradients()), truth) < 1e-10
+
+
+def test_the_captured_contender_is_left_out_on_the_cpu(script, network):
+    peers = script("meta_peers")
+    truth = peers.find_truth(network, "kfo", **SMALL)
+    functions, rows = peers.verified(network, "kfo", ["ours_native_graph"], truth, **SMALL)
+    assert not functions
+    reason = "ValueError: cuda_graph: expected a learner on a CUDA device, got one on cpu"
+    assert rows["ours_native_graph"]["status"] == reason
+
+
+@needs_library
+def test_precision_writes_a_row_for_every_option(script, tmp_path, capsys):
+    out = tmp_path / "precision.json"
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    assert script("precision").main(["--quick", "--out", str(out)]) == 0
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    result = json.loads(out.read_text())
+    assert {"torch", "commit", "command", "settings"} <= set(result)
+    rows = {(row["method"], row["option"]): row for row in result["rows"]}
+    options = [f"{name}{layout}" for name in ("ieee", "tf32", "bf16") for layout in ("", ", channels last")]
+    assert list(rows) == [(method, option) for method in ("kfo", "maml") for option in options]
+    for (_, option), row in rows.items():
+        if option == "ieee" or option.startswith("bf16"):
+            assert row["status"] == "ok" and row["seconds"]["median"] > 0
+            low, high = (0, 1e-4) if option == "ieee" else (1e-3, 0.5)
+            assert low <= row["gradients error"] < high and row["loss error"] < 0.05
+        else:
+            assert row["status"].startswith("left out: ") and "has no effect on device 'cpu'" in row["status"]
+            assert "seconds" not in row
+    assert capsys.readouterr().out.count("left out") == 6
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it traces

@@ -46,6 +46,19 @@ def test_training_and_evaluation_normalise_alike():
     assert torch.equal(model.train()(x), model.eval()(x))
 
 
+def test_channels_last_reaches_every_convolution_and_changes_no_number():
+    models = [cifar_fs_cnn(2, hidden=4, channels_last=channels_last).double() for channels_last in (True, False)]
+    models[0].load_state_dict(models[1].state_dict())
+    seen = []
+    for block in models[0].blocks:
+        block.conv.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(models[0](x), models[1](x), rtol=1e-12, atol=1e-12)
+    assert seen == [True, True]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

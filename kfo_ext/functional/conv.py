@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kfo_ext.functional import reference
 from kfo_ext.functional.backends import runs_plain_torch
 from kfo_ext.functional.conv_autograd import CONV
-from kfo_ext.transform.operands import check_dimensions, check_tensors, in_one_dtype, ready
+from kfo_ext.transform.operands import autocasts, check_dimensions, check_tensors, in_one_dtype, ready
 
 # torch's convolution serves the rest: a grouped one, with a group of channels for each task.
 _KERNELS = ("cpu",)
@@ -34,7 +35,15 @@ def _check(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
         )
 
 
-def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, backend: str = "auto") -> Tensor:
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    backend: str = "auto",
+    channels_last: bool = False,
+) -> Tensor:
     """The cross-correlation of each task's images with that task's weights, differentiable to any order.
 
     Args:
@@ -42,12 +51,16 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, back
         weight: (tasks, out_channels, in_channels, kernel_height, kernel_width).
         stride: of both axes.
         padding: zeros on each side of both axes.
-        backend: "auto" (native on the CPU, else reference), "native" (compiled, CPU only) or "reference" (plain torch).
-            Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all their rules.
+        backend: "auto" (under autocast torch's own convolution; else native on the CPU, reference elsewhere), "native"
+            (compiled, CPU only) or "reference" (plain torch). Under torch.func transforms and forward-mode AD every
+            backend runs plain torch, which has all their rules.
+        channels_last: where torch's convolution runs, give it operands in that memory format. The compiled one always
+            computes channels last.
 
     Returns:
         y: (tasks, images, out_height, out_width, out_channels), out_height = (height + 2 padding - kernel_height) //
-            stride + 1. Half types, and everything under autocast, compute in float32.
+            stride + 1. Under autocast "auto" computes in autocast's type and returns that; float64 is left alone, as by
+            torch. Otherwise half types, and everything under autocast, compute in float32.
 
     Raises:
         ValueError: sizes, numbers or devices that do not fit, no task, or an unknown backend.
@@ -61,11 +74,13 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, back
     if not usual:
         check_tensors(operands)
     _check(x, weight, stride, padding)
+    if backend == "auto" and autocasts(x.device) and torch.float64 not in (x.dtype, weight.dtype):
+        return reference.conv2d(x, weight, stride, padding, channels_last)
     plain = runs_plain_torch(backend, x.device, _KERNELS)
 
     def compute(x: Tensor, weight: Tensor) -> Tensor:
         if plain:
-            return reference.conv2d(x, weight, stride, padding)
+            return reference.conv2d(x, weight, stride, padding, channels_last)
         return CONV.conv2d(x, weight, stride, padding)
 
     return compute(x, weight) if usual else in_one_dtype(compute, operands)

@@ -79,13 +79,23 @@ def restore_learner(path: Path, learner: nn.Module, values: Mapping[str, Any]) -
         raise ValueError(f"{path}: {error}") from None
 
 
+def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer with its learning rates as numbers: on a CUDA device they are tensors there."""
+    values = optimizer.state_dict()
+    return {**values, "param_groups": [{**group, "lr": float(group["lr"])} for group in values["param_groups"]]}
+
+
 def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
     """Load the state of an Adam, whose own loader checks the number of parameters but no shape.
+
+    How Adam computes, and where its counters and its rate lie, stays as it is: the file may be of another device.
 
     Raises: ValueError naming the file and the first state that does not fit.
     """
     try:
-        optimizer.load_state_dict(dict(values))
+        pairs = zip(values["param_groups"], optimizer.param_groups, strict=True)
+        groups = [{**theirs, **_implementation(ours, theirs["lr"])} for theirs, ours in pairs]
+        optimizer.load_state_dict({**values, "param_groups": groups})
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the optimizer state does not fit ({error})") from None
     for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
@@ -93,6 +103,11 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, values: Mapp
         for name in ("exp_avg", "exp_avg_sq"):
             if state:
                 _check_tensor(path, f"{name} of parameter {index}", parameter, state.get(name))
+
+
+def _implementation(group: Mapping[str, Any], lr: float) -> dict[str, Any]:
+    rate = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else float(lr)
+    return {"lr": rate} | {name: group[name] for name in ("fused", "foreach", "capturable")}
 
 
 def _check_tensor(path: Path, name: str, ours: Tensor, theirs: Any) -> None:

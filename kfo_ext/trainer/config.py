@@ -14,6 +14,7 @@ from kfo_ext.models import INITS
 from kfo_ext.tasks import FAMILIES
 
 from .files import read_json, write_json
+from .precision import PRECISIONS
 
 METHODS = ("maml", "anil")
 UPDATES = ("none", "kfo")
@@ -21,7 +22,7 @@ DTYPES = ("float32", "float64")
 
 # What may differ between the parts of one run: none of these changes what a given iteration computes, but that another
 # number of threads rounds torch's own sums differently.
-RESUMABLE = ("iterations", "data_root", "workers", "threads")
+RESUMABLE = ("iterations", "data_root", "workers", "threads", "cuda_graph")
 
 
 def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None, positive: bool = False):
@@ -69,6 +70,13 @@ class Config:
     threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0)
     dtype: str = _field("float32", "floating-point type", choices=DTYPES)
     device: str = _field("cpu", "device of torch, such as cpu or cuda:0")
+    precision: str = _field(
+        "ieee",
+        "of the network's convolutions: float32 as it is, tf32 (CUDA), or bf16 for the whole forward",
+        choices=PRECISIONS,
+    )
+    channels_last: bool = _field(False, "torch's convolutions in channels-last memory (CUDA, or bf16)")
+    cuda_graph: bool = _field(False, "capture a whole meta-iteration as one CUDA graph, and replay it")
 
     def __post_init__(self) -> None:
         if self.fast_lr is None:
@@ -87,6 +95,25 @@ class Config:
             known = False
         if not known:
             raise ValueError(f"device: expected a device of torch such as 'cpu' or 'cuda:0', got {self.device!r}")
+        self._check_speed()
+
+    def _check_speed(self) -> None:
+        """Refuse what would have no effect."""
+        on_cpu = torch.device(self.device).type == "cpu"
+        here = f"has no effect on device {self.device!r}"
+        if self.cuda_graph and on_cpu:
+            raise ValueError(f"cuda_graph: expected a CUDA device, got {self.device!r}")
+        if self.cuda_graph and self.checkpoint_inner:
+            raise ValueError("cuda_graph: expected checkpoint_inner off: recomputed inner steps cannot be captured")
+        if self.precision != "ieee" and self.dtype != "float32":
+            raise ValueError(f"precision: {self.precision!r} has no effect on dtype {self.dtype!r}, expected 'float32'")
+        if self.precision == "tf32" and on_cpu:
+            raise ValueError(f"precision: 'tf32' {here}, expected a CUDA device")
+        if self.channels_last and on_cpu and self.precision != "bf16":
+            raise ValueError(f"channels_last: {here}, whose compiled convolution is channels-last already")
+        if self.dataset == "sinusoid" and (self.precision == "tf32" or self.channels_last):
+            name = "channels_last" if self.channels_last else "precision: 'tf32'"
+            raise ValueError(f"{name} has no effect on dataset 'sinusoid', whose network has no convolution")
 
     @property
     def torch_dtype(self) -> torch.dtype:

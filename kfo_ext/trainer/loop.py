@@ -17,10 +17,13 @@ from tqdm import tqdm
 from kfo_ext.tasks import TaskBatch, batches
 
 from . import checkpoint
+from .captured_step import CapturedMetaStep
 from .config import Config, difference
 from .evaluation import Evaluation, evaluate, mean_interval
+from .meta_step import MetaStep, make_adam
 from .metrics import Metrics, Record
 from .plots import plot_runs
+from .precision import convolution_precision
 from .progress import Progress
 from .recipe import EVALUATION_SEED, build_family, build_learner
 from .run_folder import RunFolder
@@ -50,7 +53,9 @@ class Trainer:
         self.tasks = build_family(config, "train", seed=config.seed)
         self.validation_tasks = build_family(config, "validation", seed=EVALUATION_SEED)
         self.learner = build_learner(config)
-        self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=config.meta_lr, betas=(0.9, 0.999))
+        self.optimizer = make_adam(self.learner.parameters(), config.meta_lr)
+        step = CapturedMetaStep if config.cuda_graph else MetaStep
+        self.meta_step = step(self.learner, self.optimizer, clip_norm=config.clip_norm)
 
     @classmethod
     def start(cls, config: Config, path: str | PathLike[str]) -> Trainer:
@@ -101,6 +106,7 @@ class Trainer:
         self._clock = begin - self.progress.elapsed
         stream = batches(self.tasks, self.config.meta_batch, start=self.progress.iteration, workers=self.config.workers)
         with (
+            convolution_precision(self.config.precision),
             stop_requested() as stop,
             Metrics(self.run.metrics, self.progress.iteration, self.progress.validated) as metrics,
             tqdm(total=self.config.iterations, initial=self.progress.iteration, disable=None, unit="it") as bar,
@@ -133,23 +139,17 @@ class Trainer:
 
     def _step(self, batch: TaskBatch, metrics: Metrics, bar: tqdm) -> None:
         iteration = self.progress.iteration + 1
-        self.optimizer.zero_grad()
-        result = self.learner(batch.to(self.config.device, self.config.torch_dtype))
+        rate = self._meta_rate()
+        report = self.meta_step(batch.to(self.config.device, self.config.torch_dtype), rate).on_host()
         try:
-            result.check_finite()
-            result.loss.backward()
-            self._clip_gradient()
+            self.meta_step.check_finite(report)
         except FloatingPointError as error:
             raise FloatingPointError(f"iteration {iteration}: {error}") from None
-        rate = self._meta_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
         self.progress.iteration = iteration
         self.progress.elapsed = time.monotonic() - self._clock
-        record = {"iteration": iteration, "loss": result.loss.item()}
-        if result.accuracies is not None:
-            record["accuracy"] = result.accuracies.mean().item()
+        record = {"iteration": iteration, "loss": report.loss.item()}
+        if report.accuracy is not None:
+            record["accuracy"] = report.accuracy.item()
         self._show(bar, record)
         metrics.append({**record, "learning_rate": rate, "elapsed": self.progress.elapsed})
 
@@ -165,19 +165,6 @@ class Trainer:
         # A function of the iteration alone: a resumed or prolonged run goes on exactly.
         half_life = self.config.meta_lr_half_life
         return self.config.meta_lr * (0.5 ** (self.progress.iteration / half_life) if half_life else 1.0)
-
-    def _clip_gradient(self) -> None:
-        """Raise FloatingPointError where the meta-gradient is not finite; scale it down to `clip_norm`."""
-        gradients = {name: p.grad for name, p in self.learner.named_parameters() if p.grad is not None}
-        # One number to wait for instead of one for each parameter.
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-        if not norm.isfinite():
-            for name, gradient in gradients.items():
-                if not gradient.isfinite().all():
-                    raise FloatingPointError(f"the meta-gradient of {name} is not finite")
-            raise FloatingPointError("the norm of the meta-gradient is not finite")
-        if self.config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.learner.parameters(), self.config.clip_norm, norm)
 
     def _validate(self, metrics: Metrics, bar: tqdm, stop: Callable[[], bool]) -> None:
         bar.set_description("validating")
@@ -214,7 +201,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "progress": asdict(self.progress),
             "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": checkpoint.optimizer_values(self.optimizer),
             "rng": rng,
         }
 

@@ -56,10 +56,13 @@ def build_learner(config: Config) -> MAML:
         first_order=config.first_order,
         loss=F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
         checkpoint=config.checkpoint_inner,
+        bf16=config.precision == "bf16",
     )
 
 
 def _model(config: Config) -> nn.Module:
     if config.dataset == "sinusoid":
         return sinusoid_mlp(hidden=config.hidden)
-    return omniglot_cnn(config.layers, ways=config.ways, hidden=config.hidden, init=config.init)
+    return omniglot_cnn(
+        config.layers, ways=config.ways, hidden=config.hidden, init=config.init, channels_last=config.channels_last
+    )

@@ -13,6 +13,7 @@ from . import checkpoint
 from .config import Config, difference
 from .evaluation import Interval, evaluate, mean_interval, paired_difference
 from .files import read_json, write_json
+from .precision import convolution_precision
 from .progress import Progress
 from .recipe import EVALUATION_SEED, build_family, build_learner
 from .run_folder import RunFolder
@@ -43,7 +44,8 @@ def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, nn.
     config, state = Config.load(run.config), checkpoint.load(path)
     if mismatch := difference(config, Config.from_dict(state["config"], str(path))):
         raise ValueError(f"{path}: the checkpoint is of another configuration ({mismatch})")
-    config = replace(config, **changes)
+    # How training went fast is not how the learner is judged, and may not exist on another device.
+    config = replace(config, **{"cuda_graph": False, "channels_last": False} | changes)
     learner = build_learner(config)
     checkpoint.restore_learner(path, learner, state["learner"])
     return config, learner, Progress.from_dict(state["progress"], str(path))
@@ -70,7 +72,8 @@ def evaluate_run(
     if config.threads:
         torch.set_num_threads(config.threads)
     family = build_family(config, split, seed=seed)
-    scores = evaluate(learner, family, tasks=tasks, batch=config.meta_batch, workers=config.workers, progress=True)
+    with convolution_precision(config.precision):
+        scores = evaluate(learner, family, tasks=tasks, batch=config.meta_batch, workers=config.workers, progress=True)
     interval = mean_interval(scores.scores)
     path = run.evaluation(split, name)
     content = {
@@ -79,6 +82,7 @@ def evaluate_run(
         "interval": interval.half,
         "checkpoint": name,
         "iteration": progress.iteration,
+        "precision": config.precision,
         "task_list": {"dataset": config.dataset, "split": split, "seed": seed, "tasks": tasks, "digest": scores.digest},
         "scores": scores.scores.tolist(),
     }

@@ -14,8 +14,9 @@ HALF = (torch.float16, torch.bfloat16)
 AUTOCAST = ("cpu", "cuda")
 
 
-def _under_autocast(device_type: str) -> bool:
-    return device_type in AUTOCAST and torch.is_autocast_enabled(device_type)
+def autocasts(device: torch.device) -> bool:
+    """Whether torch.autocast is on for a device of this type."""
+    return device.type in AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 def ready(operands: Sequence[object]) -> bool:
@@ -27,7 +28,7 @@ def ready(operands: Sequence[object]) -> bool:
     if not isinstance(first, Tensor):
         return False
     dtype, device = first.dtype, first.device
-    if dtype not in KERNEL_DTYPES or _under_autocast(device.type):
+    if dtype not in KERNEL_DTYPES or autocasts(device):
         return False
     for operand in operands[1:]:
         if not isinstance(operand, Tensor) or operand.dtype != dtype or operand.device != device:
@@ -63,10 +64,9 @@ def in_one_dtype(compute: Callable[..., Tensor], operands: dict[str, Tensor]) ->
         TypeError: operands of several dtypes outside autocast.
     """
     first, like = next(iter(operands.items()))
-    device = like.device.type
-    if _under_autocast(device):
+    if autocasts(like.device):
         wide = {name: X if X.dtype == torch.float64 else X.float() for name, X in operands.items()}
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(like.device.type, enabled=False):
             return in_one_dtype(compute, wide)
     for name, operand in operands.items():
         if operand.dtype != like.dtype:

@@ -1,0 +1,227 @@
+"""A meta-iteration captured as one CUDA graph, and replayed for every batch."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kfo_ext.adapt import MAML
+from kfo_ext.tasks import Examples, TaskBatch
+
+from .meta_step import MetaReport, MetaStep
+
+# The first makes handles, workspaces, scratch memory and Adam's state; two more, as torch's own recipe has them.
+WARMUPS = 3
+
+
+class Recorder(Protocol):
+    """How an iteration is prepared and recorded."""
+
+    def warm_up(self, iterate: Callable[[], object], times: int) -> None:
+        """Run it so many times where it will be recorded."""
+        ...
+
+    def record(self, iterate: Callable[[], MetaReport]) -> tuple[Callable[[], object], MetaReport]:
+        """A replay, and the report that each replay writes anew."""
+        ...
+
+
+class GraphRecorder:
+    """Captures CUDA graphs, on a stream of its own.
+
+    device: whose graphs.
+    Raises: ValueError if it is no CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(f"cuda_graph: expected a learner on a CUDA device, got one on {device}")
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def warm_up(self, iterate: Callable[[], object], times: int) -> None:
+        """Run it on the stream of the capture: autograd ties what it makes for a parameter to a stream."""
+        with torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(self.stream):
+                    for _ in range(times):
+                        iterate()
+            finally:
+                torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, iterate: Callable[[], MetaReport]) -> tuple[Callable[[], object], MetaReport]:
+        """Capture it.
+
+        Raises: RuntimeError with the first reason why it cannot be captured.
+        """
+        # What an uncollected cycle still holds (an autograd graph of another stream) would end the capture.
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        # Threads that prepare tasks may use the device meanwhile: this one alone is held to the capture's rules.
+        mode = "thread_local"
+        first: list[BaseException] = []
+        try:
+            with (
+                torch.cuda.device(self.device),
+                # A capture that fails leaves its stream the current one: this sets the caller's back.
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode),
+            ):
+                try:
+                    report = iterate()
+                except BaseException as error:
+                    # Ending a broken capture raises an error of its own, which says nothing.
+                    first.append(error)
+                    raise
+        except Exception as error:
+            reason = first[0] if first else error
+            raise RuntimeError(f"cuda_graph: the meta-iteration cannot be captured: {reason}") from reason
+        return graph.replay, report
+
+
+class CapturedMetaStep(MetaStep):
+    """A `MetaStep` that the first call captures and every call replays: one launch for a whole meta-iteration.
+
+    The first call warms up on its batch and undoes that in place: the iterations equal those of a `MetaStep`. Shapes,
+    types, the inner rate and everything else but the batch and Adam's rate are fixed from then on. A report and the
+    meta-gradients in `grad` are memory of the graph, and hold until the next call. A batch of another shape is refused,
+    not captured again: a meta-batch has one shape, and every graph keeps the memory of a whole iteration.
+
+    learner, optimizer, clip_norm: as for `MetaStep`; Adam's rate is a tensor, as `make_adam` builds it.
+    recorder: captures; by default a CUDA graph.
+    Raises: ValueError as `MetaStep`, for a learner that is not on a CUDA device, one that recomputes its inner steps
+    (which saves the random state, and a capture cannot read it), or a rate that is no tensor.
+    """
+
+    def __init__(
+        self,
+        learner: MAML,
+        optimizer: torch.optim.Adam,
+        *,
+        clip_norm: float = 0.0,
+        recorder: Recorder | None = None,
+    ) -> None:
+        super().__init__(learner, optimizer, clip_norm=clip_norm)
+        if learner.checkpoint:
+            raise ValueError("cuda_graph: expected a learner with checkpoint=False: recomputation cannot be captured")
+        self.device = next(learner.parameters()).device
+        self._recorder = GraphRecorder(self.device) if recorder is None else recorder
+        if not all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
+            raise ValueError("optimizer: expected a learning rate that is a tensor: a graph would keep a number")
+        self._replay: Callable[[], object] | None = None
+        self._report: MetaReport | None = None
+        self._batch: TaskBatch | None = None
+        # Held so that no other tensor comes to lie at their addresses.
+        self._held: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._gradients: list[Tensor | None] = []
+
+    def __call__(self, batch: TaskBatch, rate: float) -> MetaReport:
+        """As `MetaStep`'s.
+
+        Raises: ValueError for a batch of another shape, type or device than the first one's; RuntimeError if the
+        iteration cannot be captured, or parameters or Adam's state were replaced by other tensors since.
+        """
+        if self._replay is None:
+            self._capture(batch)
+        self._check_tensors()
+        self._load(batch)
+        self._set_rate(rate)
+        self._replay()
+        for parameter, gradient in zip(self.learner.parameters(), self._gradients):
+            parameter.grad = gradient
+        return self._report
+
+    def _capture(self, batch: TaskBatch) -> None:
+        self._batch = TaskBatch(*(Examples(*(_checked_device(X, self.device).clone() for X in part)) for part in batch))
+        with undone(self.learner, self.optimizer):
+            self._recorder.warm_up(self._run, WARMUPS)
+        groups = self.optimizer.param_groups
+        before = [group["capturable"] for group in groups]
+        for group in groups:
+            # A fused Adam is the same either way; torch asks for the word in a capture, and warns of it elsewhere.
+            group["capturable"] = True
+        try:
+            self._replay, self._report = self._recorder.record(self._run)
+        except BaseException:
+            self.optimizer.zero_grad()
+            raise
+        finally:
+            for group, value in zip(groups, before):
+                group["capturable"] = value
+        self._held = self._tensors()
+        self._addresses = [X.data_ptr() for X in self._held]
+        self._gradients = [parameter.grad for parameter in self.learner.parameters()]
+
+    def _run(self) -> MetaReport:
+        return self._iterate(self._batch)
+
+    def _tensors(self) -> list[Tensor]:
+        """All that the graph reads and writes in place by address, but for the batch."""
+        states = self.optimizer.state
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # In the order of the parameters: that of the states is of their first steps.
+        adam = [X for p in parameters for X in states.get(p, {}).values()]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [*self.learner.parameters(), *self.learner.buffers(), *adam, *rates]
+
+    def _check_tensors(self) -> None:
+        if [X.data_ptr() for X in self._tensors()] != self._addresses:
+            raise RuntimeError(
+                "cuda_graph: parameters or Adam's state are other tensors than those captured: "
+                "build a new CapturedMetaStep after loading a state"
+            )
+
+    def _load(self, batch: TaskBatch) -> None:
+        for part, into, values in zip(TaskBatch._fields, self._batch, batch, strict=True):
+            for name, buffer, X in zip(Examples._fields, into, values, strict=True):
+                if (X.shape, X.dtype, X.device) != (buffer.shape, buffer.dtype, buffer.device):
+                    raise ValueError(
+                        f"batch.{part}.{name}: expected {_kind(buffer)} as captured, got {_kind(X)}: "
+                        "another shape needs another CapturedMetaStep"
+                    )
+        for into, values in zip(self._batch, batch, strict=True):
+            for buffer, X in zip(into, values, strict=True):
+                buffer.copy_(X)
+
+
+@contextmanager
+def undone(learner: torch.nn.Module, optimizer: torch.optim.Adam) -> Iterator[None]:
+    """Sets back what the block does to parameters, buffers, Adam's state and random states: in place, to the bit.
+
+    A state that Adam has not had before becomes zeros, which is how Adam starts. Gradients are none afterwards.
+    """
+    tensors = [*learner.parameters(), *learner.buffers()]
+    before = [X.detach().clone() for X in tensors]
+    states = {p: {name: X.clone() for name, X in state.items()} for p, state in optimizer.state.items()}
+    on_cuda = {X.device for X in tensors if X.device.type == "cuda"}
+    with torch.random.fork_rng(devices=on_cuda, device_type="cuda"):
+        try:
+            yield
+        finally:
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for X, value in zip(tensors, before, strict=True):
+                    X.copy_(value)
+                for p, state in optimizer.state.items():
+                    for name, X in state.items():
+                        if p in states:
+                            X.copy_(states[p][name])
+                        else:
+                            X.zero_()
+
+
+def _checked_device(X: Tensor, device: torch.device) -> Tensor:
+    if X.device != device:
+        raise ValueError(f"batch: expected tensors on {device} as the learner is, got one on {X.device}")
+    return X
+
+
+def _kind(X: Tensor) -> str:
+    return f"{tuple(X.shape)} {X.dtype} on {X.device}"

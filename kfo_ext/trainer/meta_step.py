@@ -1,0 +1,119 @@
+"""One meta-iteration as a unit: adaptation, meta-gradients, clipping and Adam, without ever waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from kfo_ext.adapt import MAML, MetaResult
+from kfo_ext.tasks import TaskBatch
+
+
+class MetaReport(NamedTuple):
+    """What one meta-iteration gives, on its device until `on_host`.
+
+    loss: (), the mean query loss.
+    support_losses: (steps, tasks), before each inner step.
+    query_losses: (tasks,).
+    gradient_norm: (), of all meta-gradients, before clipping.
+    accuracy: (), the mean query accuracy, or None for regression.
+    """
+
+    loss: Tensor
+    support_losses: Tensor
+    query_losses: Tensor
+    gradient_norm: Tensor
+    accuracy: Tensor | None
+
+    def on_host(self) -> MetaReport:
+        """The same on the CPU, by one transfer, which waits for the device; in the widest of their types."""
+        present = [value for value in self if value is not None]
+        packed = torch.cat([value.reshape(-1) for value in present]).cpu()
+        pieces = packed.split([value.numel() for value in present])
+        values = [piece.view(value.shape) for piece, value in zip(pieces, present)]
+        return MetaReport(*values, *[None] * (len(self) - len(values)))
+
+
+def make_adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
+    """The outer Adam(0.9, 0.999), fused: it can leave out a step by a flag on the device.
+
+    On CUDA its rate is a tensor of float32, as its kernel reads it: a captured graph follows it.
+    """
+    parameters = list(parameters)
+    device = parameters[0].device
+    rate = torch.tensor(lr, dtype=torch.float32, device=device) if device.type == "cuda" else lr
+    return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), fused=True)
+
+
+class MetaStep:
+    """One whole meta-iteration of a learner and its Adam: nothing is read back, nothing depends on a value.
+
+    Where a loss or the norm of the meta-gradient is not finite, parameters and Adam's state stay as they were, to the
+    bit, and `check_finite` says what it was.
+
+    learner: MAML or ANIL.
+    optimizer: of its parameters, as `make_adam` builds it.
+    clip_norm: longer meta-gradients are scaled to this norm; 0 is no limit.
+    Raises: ValueError for a negative limit, or an Adam that is not fused.
+    """
+
+    def __init__(self, learner: MAML, optimizer: torch.optim.Adam, *, clip_norm: float = 0.0) -> None:
+        if not clip_norm >= 0:
+            raise ValueError(f"clip_norm: expected at least 0, got {clip_norm}")
+        if not isinstance(optimizer, torch.optim.Adam) or not all(group["fused"] for group in optimizer.param_groups):
+            raise ValueError("optimizer: expected an Adam with fused=True, which can leave out a step on the device")
+        self.learner = learner
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+
+    def __call__(self, batch: TaskBatch, rate: float) -> MetaReport:
+        """Takes one meta-step; the meta-gradients stay in `grad`, clipped.
+
+        batch: on the learner's device, in its type.
+        rate: Adam's learning rate.
+        """
+        self._set_rate(rate)
+        return self._iterate(batch)
+
+    def check_finite(self, report: MetaReport) -> None:
+        """Raises FloatingPointError naming the first step and task, or the parameter, that is not finite.
+
+        report: of the last call, on the CPU.
+        """
+        MetaResult(report.loss, report.support_losses, report.query_losses, None).check_finite()
+        if report.gradient_norm.isfinite():
+            return
+        for name, parameter in self.learner.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                raise FloatingPointError(f"the meta-gradient of {name} is not finite")
+        raise FloatingPointError("the norm of the meta-gradient is not finite")
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _iterate(self, batch: TaskBatch) -> MetaReport:
+        self.optimizer.zero_grad()
+        result = self.learner(batch)
+        result.loss.backward()
+        norm = get_total_norm([p.grad for p in self.learner.parameters() if p.grad is not None])
+        if self.clip_norm:
+            # A norm that is not finite would spread to every gradient, and hide where it came from.
+            clip_grads_with_norm_(self.learner.parameters(), self.clip_norm, norm.nan_to_num(posinf=0.0))
+        losses = torch.cat([result.support_losses, result.query_losses[None]])
+        finite = losses.isfinite().all() & norm.isfinite()
+        # As torch's GradScaler does: Adam, its step counter included, stands still where this is 1.
+        self.optimizer.found_inf = finite.logical_not().float()
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.found_inf
+        accuracy = None if result.accuracies is None else result.accuracies.mean()
+        return MetaReport(result.loss.detach(), result.support_losses, result.query_losses, norm, accuracy)
