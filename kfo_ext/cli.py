@@ -18,6 +18,7 @@ from kfo_ext.bench.cases import ORDERS
 from kfo_ext.bench.points import AXES, GROUPS
 from kfo_ext.bench.providers import PROVIDERS
 from kfo_ext.trainer import Config, RunFolder, Trainer, compare_runs, evaluate_run
+from kfo_ext.trainer.allocator import keep_freed_memory
 
 app = typer.Typer(
     help="Meta-learning with Kronecker-factored updates.",
@@ -67,6 +68,7 @@ def train(
     time_budget: Annotated[float, typer.Option(help="stop cleanly after so many seconds; 0 is no limit", min=0)] = 0.0,
 ) -> None:
     """Meta-train a network, and with it a learned update, in a run folder."""
+    keep_freed_memory()
     if resume is None:
         config = Config(**given)
         trainer = Trainer.start(config, run or _new_folder(f"{config.dataset}-{config.method}-{config.update}"))
@@ -140,6 +142,7 @@ def demo(
     tasks: Annotated[int, typer.Option(help="test tasks")] = 1000,
 ) -> None:
     """Meta-train CNN(2) with MAML and with KFO on glyphs, and compare them on the same unseen tasks."""
+    keep_freed_memory()
     demonstration.run(folder or _new_folder("demo"), time_budget=time_budget, tasks=tasks, echo=typer.echo)
 
 
