@@ -41,7 +41,7 @@ def profile_stages(contender: Contender, repeats: int, device: str) -> tuple[flo
     totals = {stage: {"host": 0.0, "device": 0.0, "calls": 0, "ops": {}} for stage in STAGES}
     for event in profiler.events():
         # The profiler lists kernels as events of their own too, and again as part of the ops that launch them.
-        if event.device_type != torch.autograd.DeviceType.CPU or not is_operation(event.name):
+        if event.device_type != torch.autograd.DeviceType.CPU or not is_operation(lineage(event)):
             continue
         total = totals[stage_of(lineage(event))]
         host, on_device = event.self_cpu_time_total / 1e6, event.self_device_time_total / 1e6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 ORDERS = ("forward", "backward", "double backward")
 OTHER = "other torch operations"
@@ -63,6 +63,10 @@ def stage_of(names: Iterable[str]) -> str:
     return OTHER
 
 
-def is_operation(name: str) -> bool:
-    """Whether a range of the profiler is an op: not a node of the graph, nor the engine's own work."""
-    return "::" in name and not name.startswith("autograd::")
+def is_operation(names: Sequence[str]) -> bool:
+    """Whether a range of the profiler is an op: not a node of the graph, nor the engine's own work.
+
+    names: as `stage_of`'s. The autograd Function within an op of ours is part of it: the kernel runs there.
+    """
+    *within, name = names
+    return ("::" in name and not name.startswith("autograd::")) or (bool(within) and within[-1].startswith("kfo_ext::"))

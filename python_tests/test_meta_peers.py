@@ -252,6 +252,20 @@ def test_peak_memory_reports_why_there_is_none(script, network):
         script("meta_memory").peak_memory(network, "maml", "nobody", "cpu", **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("names", "operation"),
+    [
+        (["aten::add"], True),
+        (["AddBackward0", "aten::sum"], True),
+        (["kfo_ext::conv2d", "Conv2d"], True),
+        (["Conv2dBackward"], False),
+        (["autograd::engine::evaluate_function: AddBackward0"], False),
+    ],
+)
+def test_operations_in_a_profile(script, names, operation):
+    assert script("stages").is_operation(names) is operation
+
+
 def test_cost_writes_points_exponents_and_cliffs(script, monkeypatch, tmp_path, capsys):
     cost = script("meta_cost")
     # Of 4 tasks a price that is too high.
