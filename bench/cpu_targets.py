@@ -30,7 +30,7 @@ from kfo_ext.bench.points import GROUPS, TASKS, Point
 from kfo_ext.bench.providers import PROVIDERS
 from kfo_ext.bench.roofs import fma_rate
 from kfo_ext.bench.timing import environment, interleaved, wall_clock
-from kfo_ext.testing import CASES, run_order
+from kfo_ext.testing import CASES
 from kfo_ext.trainer.allocator import keep_freed_memory
 from kfo_ext.trainer.files import read_json, write_json
 from kfo_ext.transform import Problems, native
@@ -43,7 +43,9 @@ AVX2, EMPTY = "native, avx2", "empty Function"
 PACKING, LARGE, SMALL = "packing alone", "native, largest parameters alone", "native, other parameters alone"
 HOST_US = {"forward": 12, "backward": 18, "double_backward": 22}
 FLOOR_SHARE = {"forward": 0.5, "backward": 0.3, "double_backward": 0.3}
-PAUSE = 0.005  # s: threads of this process wait actively for about that long after a parallel region
+PAUSE = (
+    0.02  # s: threads wait actively for some milliseconds after a parallel region, on the core of the next contender
+)
 Row = dict[str, object]
 
 
@@ -60,7 +62,6 @@ class OtherIsa:
 
     def seconds(self, order: str, calls: int) -> float:
         """Seconds of one call, of so many in a row."""
-        time.sleep(PAUSE)
         print(order, calls, file=self.process.stdin, flush=True)
         return float(self._line())
 
@@ -79,9 +80,17 @@ class Remote(NamedTuple):
 
 
 def sample(function: Callable[[], object] | Remote, calls: int) -> float:
-    """Seconds of one call, of so many in a row, here or there."""
+    """Seconds of one call, of so many in a row, here or there; after a pause in which all threads go to sleep."""
+    time.sleep(PAUSE)
     if isinstance(function, Remote):
         return function.isa.seconds(function.order, calls)
+    return awake(function, calls)
+
+
+def awake(function: Callable[[], object], calls: int) -> float:
+    """The same without the pause, once some calls have woken threads and caches."""
+    for _ in range(1 + calls // 4):
+        function()
     return wall_clock(function, calls)
 
 
@@ -99,7 +108,7 @@ def serve(group: str) -> None:
     print(native.cpu_isa(), flush=True)
     for line in sys.stdin:
         order, count = line.split()
-        print(wall_clock(calls[order], int(count)), flush=True)
+        print(awake(calls[order], int(count)), flush=True)
 
 
 def case_of(group: str) -> Case:
@@ -181,11 +190,14 @@ def measure_host(repeats: int) -> list[Row]:
     """The host time of one call of each operator, on tiny operands that require gradients."""
     problems = Problems(CASES["bias"])
     operands = random_case(problems, 1, torch.float32).operands
-    operands = type(operands)(*(X.detach().requires_grad_() for X in operands))
+    R, G, L, dY, ddR, ddG, ddL, _ = (X.detach().requires_grad_() for X in operands)
+    flat = problems.flat
     functions = {
-        order: lambda order=order: run_order(NATIVE, order, operands, problems.flat) for order in ORDERS
-    }  # fmt: skip
-    functions[EMPTY] = lambda: Empty.apply(operands.R, operands.G, operands.L)
+        "forward": lambda: NATIVE.transform(R, G, L, flat),
+        "backward": lambda: NATIVE.backward(R, G, L, dY, flat, [True] * 3),
+        "double_backward": lambda: NATIVE.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, [True] * 4),
+        EMPTY: lambda: Empty.apply(R, G, L),
+    }
     timings = interleaved(functions, repeats)
     return [{"order": name, "seconds": timing._asdict()} for name, timing in timings.items()]
 
