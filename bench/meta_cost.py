@@ -2,7 +2,7 @@
 
     python bench/meta_cost.py --out meta_cost.json
 
-One size changes at a time, the others stay as given; Omniglot networks. Each axis gets the exponent fitted over the
+One size changes at a time, the others stay as given. Each axis gets the exponent fitted over the
 upper half of its sizes, what ten times the size costs where both were measured, and a flag for every step that costs
 more per doubling than it should (see `STEEP`): a cliff. A table goes beside the JSON file as Markdown.
 """
@@ -37,9 +37,9 @@ STEEP = {"tasks": 3.0, "steps": 3.0, "layers": 3.0, "hidden": 8.0}
 Sizes = dict[str, int]
 
 
-def network_of(sizes: Sizes) -> Network:
-    """The Omniglot network with that many layers and channels."""
-    return replace(NETWORKS["omniglot_cnn2"], layers=sizes["layers"], hidden=sizes["hidden"])
+def network_of(name: str, sizes: Sizes) -> Network:
+    """The network of that name with so many layers and channels."""
+    return replace(NETWORKS[name], layers=sizes["layers"], hidden=sizes["hidden"])
 
 
 def measure_axis(axis: str, sizes: list[int], base: Sizes, options: argparse.Namespace) -> list[dict[str, object]]:
@@ -47,12 +47,14 @@ def measure_axis(axis: str, sizes: list[int], base: Sizes, options: argparse.Nam
     points, functions = [{**base, axis: size} for size in sizes], {}
     for point in points:
         settings = {"tasks": point["tasks"], "steps": point["steps"], "lr": options.lr}
-        case = make_case(network_of(point), options.method, device=options.device, **settings)
+        case = make_case(network_of(options.network, point), options.method, device=options.device, **settings)
         functions[str(point[axis])] = CONTENDERS[options.method][options.contender](case).run
     timings = interleaved(functions, options.repeats, sample=finished)
     for point, timing in zip(points, timings.values(), strict=True):
         settings = {"tasks": point["tasks"], "steps": point["steps"], "lr": options.lr}
-        memory = peak_memory(network_of(point), options.method, options.contender, options.device, **settings)
+        memory = peak_memory(
+            network_of(options.network, point), options.method, options.contender, options.device, **settings
+        )
         point |= {"seconds": timing.median, "timing": timing._asdict(), "peak": memory["peak"], "memory": memory}
     return points
 
@@ -97,7 +99,7 @@ def markdown(result: dict[str, object]) -> str:
     lines = [
         f"Made by `python bench/{result['command']}` on {result['processor']}, torch {result['torch']}, "
         f"{result['torch_threads']} threads; medians of {settings['repeats']} interleaved repeats; "
-        f"{settings['method']}; where it is not the axis: {base}.",
+        f"{settings['network']}, {settings['method']}; where it is not the axis: {base}.",
         "",
         "| axis | cost | sizes | from .. to | exponent | ten times the size | cliffs |",
         "|---|---|---|---|---|---|---|",
@@ -121,6 +123,7 @@ def markdown(result: dict[str, object]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument("--network", choices=NETWORKS, default="omniglot_cnn2", help="layers and channels aside")
     parser.add_argument("--limit", type=int, help="leave out sizes above it, on every axis")
     for axis, default in (("tasks", 16), ("steps", 5), ("layers", 2), ("hidden", 32)):
         parser.add_argument(f"--{axis}", type=int, default=default, help="where it is not the axis")
