@@ -15,33 +15,30 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.autograd import Function
 
 from kfo_ext.bench import cost
 from kfo_ext.bench.cases import ORDERS, Case, Form, parameter_leaves, random_case
+from kfo_ext.bench.host import HOST_US, Empty, empty_call, operator_calls
 from kfo_ext.bench.measure import contenders, verified
 from kfo_ext.bench.orders import Orders, composed, through_autograd, truth
 from kfo_ext.bench.points import GROUPS, TASKS, Point
 from kfo_ext.bench.providers import PROVIDERS
 from kfo_ext.bench.roofs import fma_rate
 from kfo_ext.bench.timing import environment, interleaved, wall_clock
-from kfo_ext.testing import CASES
 from kfo_ext.trainer.allocator import keep_freed_memory
 from kfo_ext.trainer.files import read_json, write_json
 from kfo_ext.transform import Problems, native
-from kfo_ext.transform.op import NATIVE
 
 NETWORKS = ("CNN(2)", "CNN(4)")
 PLAIN_TORCH = ("torch-matmul", "torch-einsum", "torch-formulas", "torch-compile", "torch-formulas-compile")
 TIMED = ("native", "lists", *PLAIN_TORCH, "learn2learn")
 AVX2, EMPTY = "native, avx2", "empty Function"
 PACKING, LARGE, SMALL = "packing alone", "native, largest parameters alone", "native, other parameters alone"
-HOST_US = {"forward": 12, "backward": 18, "double_backward": 22}
 FLOOR_SHARE = {"forward": 0.5, "backward": 0.3, "double_backward": 0.3}
 PAUSE = (
     0.02  # s: threads wait actively for some milliseconds after a parallel region, on the core of the next contender
@@ -115,17 +112,11 @@ def case_of(group: str) -> Case:
     return random_case(GROUPS[group], TASKS, torch.float32)
 
 
-class Empty(Function):
-    """The least that torch asks for a differentiable call of three operands."""
-
-    @staticmethod
-    def forward(ctx, R, G, L):
-        ctx.save_for_backward(R, G, L)
-        return G.view_as(G)
+class HandedOn(Empty):
+    """The same, whose backward depends on dY too: all of it can be differentiated again."""
 
     @staticmethod
     def backward(ctx, dY):
-        # Something of every operand, so that all can be differentiated again.
         R, G, L = ctx.saved_tensors
         return R, G + dY, L
 
@@ -135,7 +126,7 @@ def packing(case: Case) -> Orders:
     problems = case.problems
 
     def layer(R: Form, G: Form, L: Form) -> Form:
-        Y = Empty.apply(problems.R.pack(R), problems.packing.pack(G), problems.L.pack(L))
+        Y = HandedOn.apply(problems.R.pack(R), problems.packing.pack(G), problems.L.pack(L))
         return problems.packing.unpack(Y)
 
     return through_autograd(composed(layer, False), parameter_leaves(case))
@@ -188,17 +179,7 @@ def measure_group(group: str, repeats: int) -> list[Row]:
 
 def measure_host(repeats: int) -> list[Row]:
     """The host time of one call of each operator, on tiny operands that require gradients."""
-    problems = Problems(CASES["bias"])
-    operands = random_case(problems, 1, torch.float32).operands
-    R, G, L, dY, ddR, ddG, ddL, _ = (X.detach().requires_grad_() for X in operands)
-    flat = problems.flat
-    functions = {
-        "forward": lambda: NATIVE.transform(R, G, L, flat),
-        "backward": lambda: NATIVE.backward(R, G, L, dY, flat, [True] * 3),
-        "double_backward": lambda: NATIVE.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, [True] * 4),
-        EMPTY: lambda: Empty.apply(R, G, L),
-    }
-    timings = interleaved(functions, repeats)
+    timings = interleaved(operator_calls() | {EMPTY: empty_call()}, repeats)
     return [{"order": name, "seconds": timing._asdict()} for name, timing in timings.items()]
 
 
@@ -256,6 +237,18 @@ def host_lines(rows: list[Row]) -> Iterator[Line]:
         yield Line(target, order, f"{host[order]:.1f} us", host[order] <= most, bound)
 
 
+def meta_results(paths: Sequence[Path]) -> dict[str, object]:
+    """The rows of files of bench/meta_peers.py, each with its number of tasks, and where they come from."""
+    files = [read_json(path) for path in paths]
+    return {
+        "meta": [row | {"tasks": file["settings"]["tasks"]} for file in files for row in file["rows"]],
+        "meta_from": [
+            {"command": file["command"], "commit": file["commit"], "repeats": file["settings"]["repeats"]}
+            for file in files
+        ],
+    }
+
+
 def meta_lines(rows: list[Row]) -> Iterator[Line]:
     """The targets of the meta-iteration, from the rows of bench/meta_peers.py."""
     timed = [row for row in rows if row["method"] == "kfo" and row.get("over_ours")]
@@ -268,9 +261,10 @@ def meta_lines(rows: list[Row]) -> Iterator[Line]:
         if row["contender"] != "learn2learn":
             continue
         yield Line("a meta-iteration, against learn2learn: 3x", network, f"{ratio:.1f}x", ratio >= 3)
-        ours = next((r for r in timed if r["network"] == network and r["over_ours"] == 1 and "memory" in r), None)
-        if ours and "memory" in row:
-            share = ours["memory"]["working"] / TASKS / row["memory"]["working"]
+        ours = next(r for r in timed if r["network"] == network and r["over_ours"] == 1)
+        # In the place of a memory that could not be measured stands why.
+        if isinstance(ours.get("memory"), dict) and isinstance(row.get("memory"), dict):
+            share = ours["memory"]["working"] / row["tasks"] / row["memory"]["working"]
             target = "memory of a meta-iteration per task in flight, against learn2learn's: at most 1"
             yield Line(target, network, f"{share:.2f}", share <= 1)
 
@@ -299,7 +293,14 @@ def markdown(result: dict[str, object]) -> str:
         f"| {line.target} | {line.where} | {line.measured} | {'yes' if line.holds else '**no**'} | {line.bound} |"
         for line in target_lines(result)
     ]
-    return "\n".join([made, "", "| target | where | measured | holds | bound |", "|---|---|---|---|---|", *table, ""])
+    others = [
+        f"The rows of a meta-iteration: `python bench/{file['command']}`, commit {file['commit'][:9]}, medians of "
+        f"{file['repeats']} interleaved repeats."
+        for file in result["meta_from"]
+    ]
+    return "\n".join(
+        [made, *others, "", "| target | where | measured | holds | bound |", "|---|---|---|---|---|", *table, ""]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -326,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         "fma_gflop_per_s": max(before, fma_rate(threads)) / 1e9,
         "rows": rows,
         "host": host,
-        "meta": [row for path in options.meta for row in read_json(path)["rows"]],
+        **meta_results(options.meta),
     }
     print(markdown(result))
     if options.out:

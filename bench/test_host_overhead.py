@@ -9,36 +9,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import Function
 
 from kfo_ext.bench.cases import ORDERS, random_case
+from kfo_ext.bench.host import HOST_US, SHAPES, Empty, empty_call, leaves, operator_calls
 from kfo_ext.bench.measure import TOLERANCE
 from kfo_ext.bench.orders import error_of, packed_already
 from kfo_ext.bench.orders import truth as truth_of_case
 from kfo_ext.bench.providers import kfo_gradients_on
 from kfo_ext.bench.timing import environment
-from kfo_ext.testing import CASES, OUTPUTS, family_of, random_operands, relative_error, truth
+from kfo_ext.testing import OUTPUTS, relative_error, truth
 from kfo_ext.transform import Problems
 
-TARGET_US = {"forward": 12, "backward": 18, "double_backward": 22}
-SHAPES = CASES["bias"]
 OPERATOR = "host time of one call: operator"
 THROUGH_AUTOGRAD = "host time of one call: through autograd"
-
-
-class Empty(Function):
-    @staticmethod
-    def forward(ctx, R, G, L):
-        ctx.save_for_backward(R, G, L)
-        return G.view_as(G)
-
-    @staticmethod
-    def backward(ctx, dY):
-        return ctx.saved_tensors
-
-
-def leaves():
-    return [X.requires_grad_() for X in random_operands(SHAPES, 1, dtype=torch.float32)]
 
 
 def run(benchmark, call, group: str, error: float, **extra) -> None:
@@ -50,20 +33,13 @@ def run(benchmark, call, group: str, error: float, **extra) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_operator(benchmark, order):
-    family, flat = family_of("native", "cpu"), Problems(SHAPES).flat
-    operands = random_operands(SHAPES, 1, dtype=torch.float32)
-    R, G, L, dY, ddR, ddG, ddL, _ = leaves()
-    calls = {
-        "forward": lambda: family.transform(R, G, L, flat),
-        "backward": lambda: family.backward(R, G, L, dY, flat, [True] * 3),
-        "double_backward": lambda: family.double_backward(R, G, L, dY, ddR, ddG, ddL, flat, [True] * 4),
-    }
+    calls, operands = operator_calls(), leaves()
     outputs = calls[order]()
     outputs = [outputs] if order == "forward" else outputs
     assert all(output.requires_grad for output in outputs)
     expected = truth(operands, SHAPES)
     error = max(relative_error(output, expected[name]) for output, name in zip(outputs, OUTPUTS[order], strict=True))
-    run(benchmark, calls[order], OPERATOR, error, target_us=TARGET_US[order])
+    run(benchmark, calls[order], OPERATOR, error, target_us=HOST_US[order])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -74,8 +50,7 @@ def test_through_autograd(benchmark, order):
 
 
 def test_empty_function(benchmark):
-    R, G, L, *_ = leaves()
-    run(benchmark, lambda: Empty.apply(R, G, L), OPERATOR, 0.0)
+    run(benchmark, empty_call(), OPERATOR, 0.0)
 
 
 def test_empty_function_through_autograd(benchmark):

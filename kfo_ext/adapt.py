@@ -155,6 +155,10 @@ class MAML(nn.Module):
         # Casts are not kept from one forward to the next: a captured graph would replay without them.
         return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
 
+    def _examples(self, batch: TaskBatch) -> int:
+        """How many examples of a task the largest forward of the model takes."""
+        return max(part.x.shape[1] for part in batch)
+
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """What the adapted module sees of the support and query examples, (tasks, n, ...) each."""
         return batch.support.x, batch.query.x
@@ -184,7 +188,7 @@ class MAML(nn.Module):
                     raise ValueError(f"parameter {name!r} was frozen after the learner was built: build it again")
             theta = self.packing.pack([parameters[name] for name in self.packing.names])
         # Groups of about the same size.
-        groups = -(-tasks // tasks_at_once(self.model, batch.support.x))
+        groups = -(-tasks // tasks_at_once(self.model, batch.support.x, self._examples(batch)))
         parts = [self._group(theta, group, outer) for group in batch.split(-(-tasks // groups))]
         support_losses, losses = (torch.cat([part[i] for part in parts], -1) for i in range(2))
         accuracies = [part[2] for part in parts]
@@ -335,6 +339,9 @@ class ANIL(MAML):
     def adapted(self) -> nn.Module:
         """The head."""
         return self.model.head
+
+    def _examples(self, batch: TaskBatch) -> int:
+        return sum(part.x.shape[1] for part in batch)
 
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """The features of support and query examples, (tasks, n, features) each."""

@@ -11,6 +11,7 @@ Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -184,16 +185,20 @@ def tasks_features(model: nn.Module) -> TasksForward | None:
     return model.features_tasks if _is_plain_cnn(model) else None
 
 
-def tasks_at_once(model: nn.Module, x: Tensor) -> int:
-    """How many of the tasks whose examples x (tasks, n, ...) are to be in one forward, at least 1.
+def tasks_at_once(model: nn.Module, x: Tensor, examples: int) -> int:
+    """How many of the tasks of a batch are to be in one forward, at least 1.
 
     On a CPU a `CNN` takes as many as keep its largest activation below `LARGEST_ACTIVATION`; else all of them.
+
+    x: (tasks, n, ...), such as the tasks' examples are
+    examples: of a task, in the largest forward
     """
     if x.device.type != "cpu" or not _is_plain_cnn(model):
         return len(x)
     conv = model.blocks[0].conv
-    pixels = x.shape[-2:].numel() // conv.stride[0] ** 2
-    return min(len(x), max(1, LARGEST_ACTIVATION // (x.shape[1] * pixels * conv.out_channels * x.element_size())))
+    pixels = math.prod(-(-side // stride) for side, stride in zip(x.shape[-2:], conv.stride))
+    size = examples * pixels * conv.out_channels * x.element_size()
+    return min(len(x), max(1, LARGEST_ACTIVATION // max(1, size)))
 
 
 def _is_plain_cnn(model: nn.Module) -> bool:

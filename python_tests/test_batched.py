@@ -202,9 +202,21 @@ def test_groups_of_tasks_equal_all_at_once(limit, learner, monkeypatch):
 def test_tasks_at_once():
     network = cifar_fs_cnn()
     x = torch.empty(16, 25, 3, 32, 32)
-    assert tasks_at_once(network, x) == 10, "10 x 25 images x 32 channels x 32 x 32 pixels x 4 bytes"
-    assert tasks_at_once(network, x.double()) == 5
-    assert tasks_at_once(network, torch.empty(3, 400, 3, 32, 32)) == 1
-    assert tasks_at_once(network, x.to("meta")) == 16, "only a CPU's memory comes page by page"
-    assert tasks_at_once(nn.Sequential(network), x) == 16
-    assert tasks_at_once(omniglot_cnn(), torch.empty(16, 25, 1, 28, 28)) == 16
+    assert tasks_at_once(network, x, 25) == 10, "10 x 25 images x 32 channels x 32 x 32 pixels x 4 bytes"
+    assert tasks_at_once(network, x, 50) == 5
+    assert tasks_at_once(network, x.double(), 25) == 5
+    assert tasks_at_once(network, x, 400) == 1
+    assert tasks_at_once(network, x.to("meta"), 25) == 16, "only a CPU's memory comes page by page"
+    assert tasks_at_once(nn.Sequential(network), x, 25) == 16
+    assert tasks_at_once(omniglot_cnn(), torch.empty(16, 25, 1, 28, 28), 25) == 16
+    odd = CNN(1, in_channels=1, hidden=1 << 20, ways=2, image_size=3, stride=2)
+    assert tasks_at_once(odd, torch.empty(9, 1, 1, 3, 3), 1) == 2, "of 3 pixels a stride of 2 leaves 2"
+    assert tasks_at_once(odd, torch.empty(9, 0, 1, 1, 1), 0) == 9
+
+
+@pytest.mark.parametrize(("learner", "examples"), [(MAML, 6), (ANIL, 10)])
+def test_groups_follow_the_largest_forward(learner, examples, monkeypatch):
+    model, asked = cnn(), []
+    monkeypatch.setattr("kfo_ext.adapt.tasks_at_once", lambda model, x, examples: asked.append(examples) or 1)
+    learner(model, lr=0.1, steps=1)(random_batch(model))
+    assert asked == [examples]

@@ -50,18 +50,21 @@ def test_host_times(targets):
 
 
 def test_meta_iterations(targets):
-    facts = {"network": "n", "method": "kfo"}
+    facts = {"network": "n", "method": "kfo", "tasks": 16}
     rows = [
         facts | {"contender": "ours_native", "over_ours": 1.0, "memory": {"working": 160}},
         facts | {"contender": "learn2learn", "over_ours": 2.9, "memory": {"working": 20}},
         facts | {"contender": "jax", "over_ours": 1.1},
         facts | {"contender": "jax_patches", "over_ours": None},
         facts | {"contender": "learn2learn", "over_ours": 9.0, "method": "maml"},
+        facts | {"contender": "ours_native", "over_ours": 1.0, "network": "m", "memory": "TimeoutError: too long"},
+        facts | {"contender": "learn2learn", "over_ours": 3.5, "network": "m", "memory": {"working": 20}},
     ]
     assert [(line.measured, line.holds) for line in targets.meta_lines(rows)] == [
         ("2.9x", False),
         ("0.50", True),
         ("1.1x", True),
+        ("3.5x", True),
     ]
 
 

@@ -74,7 +74,7 @@ def cache_file(tmp_path: Path) -> Path:
 
 def test_images_are_decoded_as_ink_on_zero(root):
     family = load(root, "validation")
-    images = family.classes.images
+    images = family.images
     assert images.shape == (40, 1, 28, 28) and images.dtype == torch.uint8
     for name, drawers in zip(family.names, images.view(2, 20, 28, 28), strict=True):
         row = (int(name[-2:]) - 1) % 3
@@ -94,7 +94,7 @@ def test_splits_are_disjoint_and_do_not_follow_the_seed(root):
 
 def test_images_lie_on_the_device(root):
     here, there = load(root), load(root, device="meta")
-    assert there.classes.images.device.type == there.sample(0, 2).query.x.device.type == "meta"
+    assert there.images.device.type == there.sample(0, 2).query.x.device.type == "meta"
     assert torch.equal(there.draw(0, 2), here.draw(0, 2))
     drawn, sampled = here.batch(here.draw(0, 2)), here.sample(0, 2)
     assert torch.equal(drawn.support.x, sampled.support.x) and torch.equal(drawn.query.x, sampled.query.x)
@@ -244,5 +244,5 @@ def test_the_real_archives(real_cache):
     assert batch.support.x.shape == batch.query.x.shape == (16, 25, 1, 28, 28)
     assert batch.support.x.min() == 0 and batch.support.x.max() == 1
     assert 0.05 < batch.support.x.mean() < 0.12
-    ink = torch.cat([family.classes.images.flatten() for family in families.values()]).float().mean() / 255
+    ink = torch.cat([family.images.flatten() for family in families.values()]).float().mean() / 255
     assert abs(ink - 0.0842) < 0.001

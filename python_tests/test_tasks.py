@@ -428,7 +428,7 @@ def test_a_batch_is_made_on_the_device_without_reading_a_value(rotations):
 
 
 def test_families_of_images_share_them_on_the_cpu_and_take_a_device():
-    assert Glyphs("train").classes.images.data_ptr() == Glyphs("train", seed=1).classes.images.data_ptr()
+    assert Glyphs("train").images.data_ptr() == Glyphs("train", seed=1).images.data_ptr()
     assert make_family("glyphs", "test", device="meta").sample(0, 2).support.x.device.type == "meta"
 
 

@@ -14,20 +14,18 @@ namespace kfo::cpu {
 constexpr double kParallelFlops = 4e5;  // below, starting the threads costs more than they save
 
 // Calls run(part, following) for parts 0 to count - 1, each once, on several threads if that is worth it. Whoever is
-// free takes the next part, so that what a part computes must not depend on who computes it. `following` is the part
-// that the same thread goes on with, or at least `count` where it is done.
+// free takes the next part, so that what a part computes must not depend on who computes it. `following` is a guess at
+// the part that the same thread takes next: parts that last equally long go round the threads. It may be `count` or
+// more.
 template <class Run>
 void run_parts(int64_t count, bool worth_threads, Run run) {
   if (!worth_threads) {
     for (int64_t i = 0; i < count; ++i) run(i, i + 1);
   } else {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, threads{0};
     torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-      for (int64_t i = next++; i < count;) {
-        const int64_t following = next++;
-        run(i, following);
-        i = following;
-      }
+      ++threads;
+      for (int64_t i = next++; i < count; i = next++) run(i, i + threads);
       trim_scratch();
     });
   }

@@ -106,9 +106,13 @@ def _workers(count: int) -> ThreadPoolExecutor:
     threads, started = torch.get_num_threads(), Barrier(count + 1)
 
     def work_alone() -> None:
-        # Torch sets a thread up when it first asks; a number set before would then be overwritten.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
+        try:
+            # Torch sets a thread up when it first asks; a number set before would then be overwritten.
+            torch.get_num_threads()
+            torch.set_num_threads(1)
+        except BaseException:
+            started.abort()
+            raise
         started.wait()
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="kfo-tasks", initializer=work_alone)

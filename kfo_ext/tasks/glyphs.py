@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfo_ext.tasks.batch import TaskBatch, check_split
+from kfo_ext.tasks.batch import check_split
 from kfo_ext.tasks.images import ImageClasses
 
 CLASSES = {"train": 400, "validation": 60, "test": 160}
@@ -23,7 +23,7 @@ CHUNK = 20
 UNIVERSE_SEED = 28
 
 
-class Glyphs:
+class Glyphs(ImageClasses):
     """Few-shot tasks of random characters, 1x28x28, ink = 1 on 0.
 
     A fixed set of 400 / 60 / 160 characters by 20 drawers each, drawn in memory when first used.
@@ -50,7 +50,7 @@ class Glyphs:
     ) -> None:
         check_split(split)
         images = _universe()[split]
-        self.classes = ImageClasses(
+        super().__init__(
             images,
             torch.arange(CLASSES[split] + 1) * DRAWERS,
             split,
@@ -61,18 +61,6 @@ class Glyphs:
             rotations=rotations,
             device=device,
         )
-
-    def sample(self, index: int, tasks: int) -> TaskBatch:
-        """The meta-batch number `index`; see ImageClasses.sample."""
-        return self.classes.sample(index, tasks)
-
-    def draw(self, index: int, tasks: int) -> Tensor:
-        """The random choices of the meta-batch number `index`; see ImageClasses.draw."""
-        return self.classes.draw(index, tasks)
-
-    def batch(self, drawn: Tensor) -> TaskBatch:
-        """The meta-batch of what `draw` gave; see ImageClasses.batch."""
-        return self.classes.batch(drawn)
 
 
 @lru_cache(maxsize=1)

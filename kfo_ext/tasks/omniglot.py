@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kfo_ext.tasks.archives import Archive, fetch, read_images, sha256_of
-from kfo_ext.tasks.batch import TaskBatch, check_split
+from kfo_ext.tasks.batch import check_split
 from kfo_ext.tasks.cache import cache_folder, cached
 from kfo_ext.tasks.images import ImageClasses
 
@@ -41,7 +40,7 @@ SPLIT_SEED = 1623
 CACHE_FORMAT = 1
 
 
-class Omniglot:
+class Omniglot(ImageClasses):
     """Few-shot tasks of handwritten characters, 1x28x28, ink = 1 on 0.
 
     The sorted classes are shuffled by a fixed seed and split 1100 / 100 / 423.
@@ -80,7 +79,7 @@ class Omniglot:
         members = split_classes(len(content["names"]), split)
         images = content["images"][members]
         self.names = tuple(content["names"][member] for member in members)
-        self.classes = ImageClasses(
+        super().__init__(
             images.flatten(0, 1),
             torch.arange(len(members) + 1) * images.shape[1],
             split,
@@ -91,18 +90,6 @@ class Omniglot:
             rotations=rotations,
             device=device,
         )
-
-    def sample(self, index: int, tasks: int) -> TaskBatch:
-        """The meta-batch number `index`; see ImageClasses.sample."""
-        return self.classes.sample(index, tasks)
-
-    def draw(self, index: int, tasks: int) -> Tensor:
-        """The random choices of the meta-batch number `index`; see ImageClasses.draw."""
-        return self.classes.draw(index, tasks)
-
-    def batch(self, drawn: Tensor) -> TaskBatch:
-        """The meta-batch of what `draw` gave; see ImageClasses.batch."""
-        return self.classes.batch(drawn)
 
 
 def download_omniglot(root: str | os.PathLike[str], source: str = SOURCE) -> None:

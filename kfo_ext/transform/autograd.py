@@ -206,8 +206,10 @@ def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: s
             # The allocator's own error does not pass torch's stable ABI: what arrives names a call that failed.
             if "aten::new_empty" not in str(error):
                 raise
+            device = arguments[0].device
+            earlier = "" if device.type == "cpu" else ", or an earlier error of the device"
             raise torch.OutOfMemoryError(
-                f"{overload.name()}: no memory left on {arguments[0].device} for its outputs or its scratch memory"
+                f"{overload.name()}: no memory left on {device} for its outputs or its scratch memory{earlier}"
             ) from error
 
     return kernel
