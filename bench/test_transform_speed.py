@@ -18,6 +18,9 @@ from kfo_ext.bench.points import GROUPS, TASKS, Point
 from kfo_ext.bench.providers import PROVIDERS
 from kfo_ext.bench.timing import environment
 
+# What other libraries warn of, such as inductor of torch itself, ends no benchmark.
+pytestmark = pytest.mark.filterwarnings("default")
+
 
 @cache
 def case_of(group: str):

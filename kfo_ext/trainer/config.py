@@ -108,7 +108,7 @@ class Config:
         if self.precision != "ieee" and self.dtype != "float32":
             raise ValueError(f"precision: {self.precision!r} has no effect on dtype {self.dtype!r}, expected 'float32'")
         if self.precision == "tf32" and on_cpu:
-            raise ValueError(f"precision: 'tf32' {here}, expected a CUDA device")
+            raise ValueError(f"precision: 'tf32' {here}, expected a CUDA device or another precision")
         if self.channels_last and on_cpu and self.precision != "bf16":
             raise ValueError(f"channels_last: {here}, whose compiled convolution is channels-last already")
         if self.dataset == "sinusoid" and (self.precision == "tf32" or self.channels_last):
