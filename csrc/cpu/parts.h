@@ -12,11 +12,12 @@
 namespace kfo::cpu {
 
 constexpr double kParallelFlops = 4e5;  // below, starting the threads costs more than they save
+constexpr int64_t kPlenty = 4;          // parts for each thread
 
 // Calls run(part, following) for parts 0 to count - 1, each once, on several threads if that is worth it. Whoever is
-// free takes the next part, so that what a part computes must not depend on who computes it. `following` is a guess at
-// the part that the same thread takes next: parts that last equally long go round the threads. It may be `count` or
-// more.
+// free takes the next part, so that what a part computes must not depend on who computes it. `following` is the part
+// that the same thread goes on with, which it takes early while plenty are left for the others; after that it is a
+// guess. It may be `count` or more.
 template <class Run>
 void run_parts(int64_t count, bool worth_threads, Run run) {
   if (!worth_threads) {
@@ -25,7 +26,12 @@ void run_parts(int64_t count, bool worth_threads, Run run) {
     std::atomic<int64_t> next{0}, threads{0};
     torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
       ++threads;
-      for (int64_t i = next++; i < count; i = next++) run(i, i + threads);
+      for (int64_t i = next++; i < count;) {
+        const bool plenty = next + kPlenty * threads < count;
+        const int64_t following = plenty ? next++ : i + threads;
+        run(i, following);
+        i = plenty ? following : next++;
+      }
       trim_scratch();
     });
   }
