@@ -40,9 +40,8 @@ TIMED = ("native", "lists", *PLAIN_TORCH, "learn2learn")
 AVX2, EMPTY = "native, avx2", "empty Function"
 PACKING, LARGE, SMALL = "packing alone", "native, largest parameters alone", "native, other parameters alone"
 FLOOR_SHARE = {"forward": 0.5, "backward": 0.3, "double_backward": 0.3}
-PAUSE = (
-    0.02  # s: threads wait actively for some milliseconds after a parallel region, on the core of the next contender
-)
+# Threads wait actively for some milliseconds after a parallel region, on the core of the next contender.
+PAUSE = 0.02  # s
 Row = dict[str, object]
 
 

@@ -26,6 +26,15 @@ class BatchNormOperands : public OpChecks {
     rows(name, tensor, like_.size(0), "x");
   }
 
+  // What both derivatives take.
+  void saved(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd, const Tensor& dy) const {
+    parameter("weight", weight);
+    parameter("bias", bias);
+    statistic("mean", mean);
+    statistic("rstd", rstd);
+    images("dy", dy);
+  }
+
   // A cotangent of the gradient of `other`, a parameter: exactly its shape.
   void like(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) const {
     columns(name, tensor);
@@ -72,11 +81,7 @@ inline void check_batch_norm_relu_backward(const Tensor& x, const Tensor& weight
                                            const Tensor& mean, const Tensor& rstd, const Tensor& dy,
                                            const std::vector<bool>& need) {
   const BatchNormOperands operands("batch_norm_relu_backward", x);
-  operands.parameter("weight", weight);
-  operands.parameter("bias", bias);
-  operands.statistic("mean", mean);
-  operands.statistic("rstd", rstd);
-  operands.images("dy", dy);
+  operands.saved(weight, bias, mean, rstd, dy);
   operands.need(need, 3);
 }
 
@@ -86,11 +91,7 @@ inline void check_batch_norm_relu_double_backward(const Tensor& x, const Tensor&
                                                   const std::optional<Tensor>& ddweight,
                                                   const std::optional<Tensor>& ddbias, const std::vector<bool>& need) {
   const BatchNormOperands operands("batch_norm_relu_double_backward", x);
-  operands.parameter("weight", weight);
-  operands.parameter("bias", bias);
-  operands.statistic("mean", mean);
-  operands.statistic("rstd", rstd);
-  operands.images("dy", dy);
+  operands.saved(weight, bias, mean, rstd, dy);
   if (ddx) operands.images("ddx", *ddx);
   if (ddweight) operands.like("ddweight", *ddweight, "weight", weight);
   if (ddbias) operands.like("ddbias", *ddbias, "bias", bias);

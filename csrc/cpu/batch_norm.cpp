@@ -48,6 +48,19 @@ class Input {
   std::optional<Tensor> tensor_;
 };
 
+// What both derivatives read.
+struct Saved {
+  template <class T>
+  void fill(BatchNormJob<T>& job, int64_t t, int64_t c) const {
+    job.relu = relu;
+    job.x = x.at<T>(t, c), job.weight = weight.at<T>(t, c), job.bias = bias.at<T>(t, c);
+    job.mean = mean.at<T>(t, c), job.rstd = rstd.at<T>(t, c), job.dy = dy.at<T>(t, c);
+  }
+
+  Input x, weight, bias, mean, rstd, dy;
+  bool relu;
+};
+
 // A new tensor of x's shape, or of shape (0,) if it is not needed.
 class Output {
  public:
@@ -154,15 +167,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& x, con
                                                             bool relu, const std::vector<bool>& need) {
   const BatchNormKernels& kernels = chosen_kernels();
   check_batch_norm_relu_backward(x, weight, bias, mean, rstd, dy, need);
-  const Input in_x(x), in_weight(weight), in_bias(bias), in_mean(mean), in_rstd(rstd), in_dy(dy);
+  const Saved saved{Input(x), Input(weight), Input(bias), Input(mean), Input(rstd), Input(dy), relu};
   const Output dx(x, need[0]);
   Gradient dweight(x, weight, need[1]), dbias(x, bias, need[2]);
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     for_jobs<T>(Sizes(x), kernels.of<T>().backward, [&](BatchNormJob<T>& job, int64_t t, int64_t c) {
-      job.relu = relu;
-      job.x = in_x.at<T>(t, c), job.weight = in_weight.at<T>(t, c), job.bias = in_bias.at<T>(t, c);
-      job.mean = in_mean.at<T>(t, c), job.rstd = in_rstd.at<T>(t, c), job.dy = in_dy.at<T>(t, c);
+      saved.fill(job, t, c);
       job.dx = dx.at<T>(t, c), job.dweight = dweight.at<T>(t, c), job.dbias = dbias.at<T>(t, c);
     });
     dweight.sum<T>(), dbias.sum<T>();
@@ -176,16 +187,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_double_backward(
     bool relu, const std::vector<bool>& need) {
   const BatchNormKernels& kernels = chosen_kernels();
   check_batch_norm_relu_double_backward(x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, need);
-  const Input in_x(x), in_weight(weight), in_bias(bias), in_mean(mean), in_rstd(rstd), in_dy(dy);
+  const Saved saved{Input(x), Input(weight), Input(bias), Input(mean), Input(rstd), Input(dy), relu};
   const Input in_ddx(ddx), in_ddweight(ddweight), in_ddbias(ddbias);
   const Output dx(x, need[0]), ddy(x, need[2]);
   Gradient dweight(x, weight, need[1]);
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     for_jobs<T>(Sizes(x), kernels.of<T>().double_backward, [&](BatchNormJob<T>& job, int64_t t, int64_t c) {
-      job.relu = relu;
-      job.x = in_x.at<T>(t, c), job.weight = in_weight.at<T>(t, c), job.bias = in_bias.at<T>(t, c);
-      job.mean = in_mean.at<T>(t, c), job.rstd = in_rstd.at<T>(t, c), job.dy = in_dy.at<T>(t, c);
+      saved.fill(job, t, c);
       job.ddx = in_ddx.at<T>(t, c), job.ddweight = in_ddweight.at<T>(t, c), job.ddbias = in_ddbias.at<T>(t, c);
       job.dx = dx.at<T>(t, c), job.dweight = dweight.at<T>(t, c), job.ddy = ddy.at<T>(t, c);
     });
