@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kfo_ext.transform.packing_autograd import Pack, Unpack, plain
+
 
 def name_parameters(parameters: Iterable[Tensor | tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """Pairs every parameter with a name: its own where pairs are given, its position otherwise.
@@ -71,6 +73,8 @@ class Packing:
         """
         if len(tensors) != len(self):
             raise ValueError(f"{argument}: expected {len(self)} tensors, one per parameter, got {len(tensors)}")
+        if self._usual(tensors):
+            return len(tensors[0])
         first: tuple[str, Tensor, int | None] | None = None
         for name, shape, tensor in zip(self.names, self.shapes, tensors):
             if tensor is None:
@@ -99,6 +103,18 @@ class Packing:
                 raise ValueError(f"{argument}[{name!r}]: expected device {first[1].device}, got {tensor.device}")
         return first[2] if first else None
 
+    def _usual(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether all are tensors with one task dimension, of one dtype on one device: the usual call, in less time."""
+        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            return False
+        rows = tensors[0].shape[:1]
+        return (
+            len(rows) == 1
+            and [tensor.shape for tensor in tensors] == [rows + shape for shape in self.shapes]
+            and len({tensor.dtype for tensor in tensors}) == 1
+            and len({tensor.device for tensor in tensors}) == 1
+        )
+
     def pack(self, tensors: Sequence[Tensor | None], argument: str = "tensors") -> Tensor:
         """One packed tensor (tasks, numel), or (1, numel) without a task dimension; None packs as zeros.
 
@@ -107,10 +123,18 @@ class Packing:
             TypeError: as `tasks`.
         """
         rows = self.tasks(tensors, argument) if len(self) else None
-        count = 1 if rows is None else rows
-        like = next((tensor for tensor in tensors if tensor is not None), None)
-        if like is None:
+        if all(tensor is None for tensor in tensors):
             raise ValueError(f"{argument}: expected at least one tensor that is not None")
+        return self.join(tensors, rows)
+
+    def join(self, tensors: Sequence[Tensor | None], rows: int | None) -> Tensor:
+        """`pack` without its checks: tensors of `rows` tasks, or without a task dimension."""
+        return self.joined(tensors, rows) if plain() else Pack.apply(self, rows, *tensors)
+
+    def joined(self, tensors: Sequence[Tensor | None], rows: int | None) -> Tensor:
+        """`join` in torch's own operations."""
+        count = 1 if rows is None else rows
+        like = next(tensor for tensor in tensors if tensor is not None)
         pieces = [
             like.new_zeros((count, size)) if tensor is None else tensor.reshape(count, size)
             for tensor, size in zip(tensors, self.sizes)
@@ -119,6 +143,10 @@ class Packing:
 
     def unpack(self, packed: Tensor, *, batched: bool = True) -> list[Tensor]:
         """The tensors of a packed (tasks, numel) tensor: (tasks, *shape) each, or shape each when not `batched`."""
+        return self.pieces(packed, batched) if plain() else list(Unpack.apply(self, batched, packed))
+
+    def pieces(self, packed: Tensor, batched: bool) -> list[Tensor]:
+        """`unpack` in torch's own operations."""
         # One split, never slices: backward of a slice fills a full-size zero tensor for each.
         pieces = packed.split(self.sizes, dim=1)
         lead = (packed.shape[0],) if batched else ()

@@ -1,0 +1,113 @@
+"""Packing and unpacking: each other's derivative, to any order, without a row of zeros for each tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfo_ext.transform.packing import Packing
+
+SHAPES = [torch.Size(shape) for shape in ((3, 2, 2), (4,), (1, 1), (2, 3))]
+PACKING = Packing([f"p{i}" for i in range(len(SHAPES))], SHAPES)
+
+
+def tensors(rows: int | None, strided: bool = False) -> list[torch.Tensor]:
+    lead = () if rows is None else (rows,)
+    made = [torch.randn((*lead, *shape, 2), dtype=torch.float64) for shape in SHAPES]
+    return [(X[..., 0] if strided else X[..., 0].contiguous()).requires_grad_() for X in made]
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+@pytest.mark.parametrize("strided", [False, True])
+def test_derivatives_of_both(rows, strided):
+    given = tensors(rows, strided)
+
+    def pack(*X):
+        return PACKING.pack(X).sin()
+
+    def unpack(packed):
+        return tuple(piece.sin() for piece in PACKING.unpack(packed, batched=rows is not None))
+
+    torch.autograd.gradcheck(pack, given)
+    torch.autograd.gradgradcheck(pack, given)
+    packed = PACKING.pack(given).detach().requires_grad_()
+    torch.autograd.gradcheck(unpack, packed)
+    torch.autograd.gradgradcheck(unpack, packed)
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_orders_equal_torch_own(rows):
+    """Four orders of a product of both, against cat and split themselves."""
+    weights = [torch.randn_like(X) for X in tensors(rows)]
+
+    def powers(pack, unpack, given):
+        packed = pack(given)
+        return sum((w * X**4).sum() for w, X in zip(weights, unpack(packed * packed.detach().cos() + packed**2)))
+
+    def orders(pack, unpack) -> list[torch.Tensor]:
+        value, found = powers(pack, unpack, given), []
+        for _ in range(4):
+            grads = torch.autograd.grad(value, given, create_graph=True)
+            found += grads
+            value = sum((w * X**2).sum() for w, X in zip(weights, grads))
+        return found
+
+    given, batched = tensors(rows), rows is not None
+    ours = orders(PACKING.pack, lambda packed: PACKING.unpack(packed, batched=batched))
+    theirs = orders(lambda X: PACKING.joined(X, rows), lambda packed: PACKING.pieces(packed, batched))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_absent_tensors_and_absent_cotangents_are_zeros():
+    given = tensors(3)
+    given[1] = None
+    packed = PACKING.pack(given)
+    assert not packed[:, 12:16].any()
+    packed.sum().backward()
+    assert all(torch.equal(X.grad, torch.ones_like(X)) for X in given if X is not None)
+    whole = torch.randn(3, PACKING.numel, requires_grad=True)
+    PACKING.unpack(whole)[2].sum().backward()
+    assert whole.grad.sum() == 3
+    assert torch.equal(whole.grad[:, 16], torch.ones(3))
+    frozen = [X.detach() for X in tensors(None)]
+    assert not PACKING.pack(frozen).requires_grad
+
+
+def test_differentiating_a_derivative_makes_no_row_for_each_tensor():
+    class Calls(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    given = tensors(3)
+    cotangent = torch.randn(3, PACKING.numel, dtype=torch.float64, requires_grad=True)
+    grads = torch.autograd.grad(PACKING.pack(given), given, cotangent, create_graph=True)
+    with Calls() as calls:
+        (found,) = torch.autograd.grad(grads, cotangent, [torch.ones_like(X) for X in grads])
+    assert torch.equal(found, torch.ones_like(found))
+    assert calls.names.count("aten::cat") == 1
+    assert not [name for name in calls.names if "slice_backward" in name or "zeros" in name]
+
+
+def test_under_torch_func_and_compile():
+    given = [X.detach() for X in tensors(None)]
+    packed = PACKING.pack(given)[0]
+
+    def value(*X):
+        return (PACKING.pack(X) ** 2).sum()
+
+    assert torch.equal(torch.cat([g.reshape(-1) for g in torch.func.grad(value, tuple(range(4)))(*given)]), 2 * packed)
+    _, tangent = torch.func.jvp(value, tuple(given), tuple(given))
+    torch.testing.assert_close(tangent, 2 * (packed**2).sum())
+    mapped = torch.func.vmap(lambda row: torch.cat([X.reshape(-1) for X in PACKING.unpack(row[None])]))
+    assert torch.equal(mapped(packed.expand(5, -1)), packed.expand(5, -1))
+    compiled = torch.compile(value, backend="aot_eager", fullgraph=True)
+    leaves = [X.clone().requires_grad_() for X in given]
+    compiled(*leaves).backward()
+    assert all(torch.equal(X.grad, 2 * X.detach()) for X in leaves)
