@@ -26,7 +26,8 @@ struct Ahead {
 namespace {
 
 // Asks for the next few lines. A prefetch never faults, and of a line that is there already it costs next to nothing.
-inline void fetch_ahead(kfo::cpu::Ahead* ahead) {
+// A function of its own: it stands before the loops of every tile, and would be copied into each of them.
+__attribute__((noinline)) inline void fetch_ahead(kfo::cpu::Ahead* ahead) {
   constexpr int kLines = 16, kLine = 64;
   if (!ahead) return;
   for (int lines = kLines; ahead->first < ahead->count; ++ahead->first) {

@@ -126,8 +126,8 @@ class LaneBlock {
 
   void right(Factor<T> F, Matrix X, Matrix out, bool add = false) {
     const int64_t step = job_.q * width_;
-    product<T>(job_.ahead, job_.q, width_, job_.q, {F.data, F.column, F.row}, {X, width_}, {out, width_}, add, job_.p,
-               step, step);
+    product<T>(job_.ahead, job_.q, width_, job_.q, {F.data, F.column, F.row}, {X, width_}, {out, width_}, add,
+               {job_.p, 0, step, step});
   }
 
   // Sums over the rows that exist only: what lies in the lanes that complete a vector never reaches a result.

@@ -79,27 +79,27 @@ struct Gathered {
   const int64_t *rows, *outs;
 };
 
+// Their offsets have to fit in general registers, beside the addresses that move.
+constexpr int gathered_rows(int vectors) { return tile_rows(vectors) < 8 ? tile_rows(vectors) : 8; }
+
 template <class T, int N, bool kPartial>
 void gathered_strip(const T* A, Gathered results, Steps steps, Rows<const T> X, T* C, int lanes, bool add) {
-  constexpr int kRows = tile_rows(N);
-  const int64_t tiles = ceil_div(results.count, kRows);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = results.count * t / tiles, end = results.count * (t + 1) / tiles;
-    gathered_tile_of<T, N, kPartial>(end - begin, std::make_integer_sequence<int, kRows>{})(
+  constexpr int kRows = gathered_rows(N);
+  Cut(results.count, kRows).each([&](int64_t begin, int64_t rows) {
+    gathered_tile_of<T, N, kPartial>(rows, std::make_integer_sequence<int, kRows>{})(
         A, results.rows + begin, steps, X, C, results.outs + begin, lanes, add);
-  }
+  });
 }
 
 // C (results, N) = A X, or C += A X, with the rows of A gathered: X holds N columns for each k.
 template <class T>
 void gathered_product(const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X, T* C, bool add) {
   constexpr int W = kLanes<T>;
-  const int64_t vectors = N / W, strips = ceil_div(vectors, kTileVectors);
-  for (int64_t s = 0; s < strips; ++s) {
-    const int64_t begin = vectors * s / strips, end = vectors * (s + 1) / strips;
+  const int64_t vectors = N / W;
+  Cut(vectors, kTileVectors).each([&](int64_t begin, int64_t strip) {
     const Rows<const T> x{X.data + begin * W, X.row};
     T* c = C + begin * W;
-    switch (end - begin) {
+    switch (strip) {
       case 1:
         gathered_strip<T, 1, false>(A, results, steps, x, c, W, add);
         break;
@@ -113,7 +113,7 @@ void gathered_product(const T* A, Gathered results, Steps steps, int64_t N, Rows
         gathered_strip<T, 4, false>(A, results, steps, x, c, W, add);
         break;
     }
-  }
+  });
   if (const int lanes = static_cast<int>(N % W))
     gathered_strip<T, 1, true>(A, results, steps, {X.data + vectors * W, X.row}, C + vectors * W, lanes, add);
 }
@@ -183,10 +183,11 @@ void forward(const Conv2dJob<T>& job) {
   for (int64_t o = 0; o < s.O; ++o)
     for (int64_t c = 0; c < s.C; ++c)
       for (int64_t k = 0; k < taps; ++k) weight[(k * s.C + c) * s.O + o] = job.weight[(o * s.C + c) * taps + k];
-  for (int64_t i = 0; i < pixels; ++i) {
-    rows[i] = image.at(i / Wo * s.stride, i % Wo * s.stride);
-    outs[i] = i * s.O;
-  }
+  for (int64_t h = 0, i = 0; h < Ho; ++h)
+    for (int64_t w = 0; w < Wo; ++w, ++i) {
+      rows[i] = image.at(h * s.stride, w * s.stride);
+      outs[i] = i * s.O;
+    }
   const Steps steps{s.KH, image.at(1, 0), s.KW * s.C, 1};
   for (int64_t n = job.begin; n < job.end; ++n) {
     image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W, s.padding);

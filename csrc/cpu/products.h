@@ -24,6 +24,29 @@ struct Rows {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// n in as few parts of about the same size as hold `most` each: first the longer ones, which have one more.
+struct Cut {
+  int64_t parts, size, longer;
+
+  Cut(int64_t n, int64_t most) : parts(ceil_div(n, most)), size(n), longer(0) {
+    if (parts < 2) return;
+    // The only division, and of 32 bits where that will do: of 64 it takes as long as a small tile.
+    size = n >> 32 ? n / parts : static_cast<uint32_t>(n) / static_cast<uint32_t>(parts);
+    longer = n - size * parts;
+  }
+
+  // Calls run(begin, size) for each part.
+  template <class Run>
+  void each(Run run) const {
+    for (int64_t part = 0, begin = 0; part < parts; ++part) {
+      const int64_t length = size + (part < longer);
+      run(begin, length);
+      begin += length;
+    }
+  }
+};
+
 constexpr int power_of_two(int least) {
   int out = 1;
   while (out < least) out *= 2;
@@ -39,19 +62,34 @@ constexpr int tile_rows(int vectors) {
 }
 constexpr int kTileVectors = kRegisters == 16 ? 3 : 4;
 
-// One register tile of C = A X, `count` times over with steps of x_step and c_step. `lanes` of its last vector exist.
+// So often, and so far apart, is the same product taken: the operands and the result each move on by their step.
+struct Times {
+  int64_t count = 1, a_step = 0, x_step = 0, c_step = 0;
+};
+
+// Makes an address that moves the only one: the compiler would keep one for every row, in memory.
+template <class T>
+inline void keep_one(T*& moving) {
+  asm("" : "+r"(moving));
+}
+
+// One register tile of C = A X, several times over. `lanes` of its last vector exist.
 // A tile of few sums takes every kSplit-th k in a sum of its own, since a sum waits for its previous addition.
 template <class T, int M, int N, bool kPartial>
-void product_tile(Factor<T> A, Rows<const T> X, Rows<T> C, int64_t K, int lanes, bool add, int64_t count,
-                  int64_t x_step, int64_t c_step) {
+void product_tile(Ahead* ahead, Factor<T> A, Rows<const T> X, Rows<T> C, int64_t K, int lanes, bool add, Times times) {
   constexpr int W = kLanes<T>, kSplit = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
   const auto load_row = [lanes](const T* x, int n) {
     return kPartial ? load_first(x + n * W, lanes) : load(x + n * W);
   };
-  for (int64_t i = 0; i < count; ++i) {
-    const T* x = X.data + i * x_step;
-    const T* a = A.data;
-    T* c = C.data + i * c_step;
+  for (int64_t i = 0; i < times.count; ++i) {
+    fetch_ahead(ahead);
+    const T* x = X.data + i * times.x_step;
+    // A pointer for each kApart rows of A: the others are within reach of an address, without a register of their own.
+    constexpr int kApart = 3, kPointers = (M + kApart - 1) / kApart;
+    const T* a[kPointers];
+#pragma GCC unroll 16
+    for (int m = 0; m < kPointers; ++m) a[m] = A.data + i * times.a_step + m * kApart * A.row;
+    T* c = C.data + i * times.c_step;
     Vec<T> sums[kSplit][M][N] = {};
     const auto step = [&](int s) {
       Vec<T> row[N];
@@ -59,18 +97,23 @@ void product_tile(Factor<T> A, Rows<const T> X, Rows<T> C, int64_t K, int lanes,
       for (int n = 0; n < N; ++n) row[n] = load_row(x, n);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Vec<T> factor = broadcast(a[m * A.row]);
+        const Vec<T> factor = broadcast(a[m / kApart][m % kApart * A.row]);
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sums[s][m][n] = multiply_add(factor, row[n], sums[s][m][n]);
       }
       x += X.row;
-      a += A.column;
+#pragma GCC unroll 16
+      for (int m = 0; m < kPointers; ++m) a[m] += A.column;
     };
     if (add) {
+      const T* from = c;
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m)
+      for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sums[0][m][n] = load_row(c + m * C.row, n);
+        for (int n = 0; n < N; ++n) sums[0][m][n] = load_row(from, n);
+        from += C.row;
+        keep_one(from);
+      }
     }
     int64_t k = 0;
     for (; k + kSplit <= K; k += kSplit) {
@@ -79,21 +122,24 @@ void product_tile(Factor<T> A, Rows<const T> X, Rows<T> C, int64_t K, int lanes,
     }
     for (; k < K; ++k) step(0);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 16
         for (int s = 1; s < kSplit; ++s) sums[0][m][n] += sums[s][m][n];
         if (kPartial)
-          store_first(c + m * C.row + n * W, sums[0][m][n], lanes);
+          store_first(c + n * W, sums[0][m][n], lanes);
         else
-          store(c + m * C.row + n * W, sums[0][m][n]);
+          store(c + n * W, sums[0][m][n]);
       }
+      c += C.row;
+      keep_one(c);
+    }
   }
 }
 
 template <class T>
-using ProductTile = void (*)(Factor<T>, Rows<const T>, Rows<T>, int64_t, int, bool, int64_t, int64_t, int64_t);
+using ProductTile = void (*)(Ahead*, Factor<T>, Rows<const T>, Rows<T>, int64_t, int, bool, Times);
 
 template <class T, int N, bool kPartial, int... M>
 ProductTile<T> product_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
@@ -101,55 +147,62 @@ ProductTile<T> product_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
   return kTiles[rows - 1];
 }
 
-// All tiles of a strip of C that is N vectors wide.
+// All tiles of a strip of C that is N vectors wide. Those of one size are one call, where the product is taken once.
 template <class T, int N, bool kPartial>
 void product_strip(Ahead* ahead, int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, int lanes, bool add,
-                   int64_t count, int64_t x_step, int64_t c_step) {
+                   Times times) {
   constexpr int kRows = tile_rows(N);
-  const int64_t tiles = ceil_div(M, kRows);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = M * t / tiles, end = M * (t + 1) / tiles;
-    fetch_ahead(ahead);
-    product_tile_of<T, N, kPartial>(end - begin, std::make_integer_sequence<int, kRows>{})(
-        {A.data + begin * A.row, A.row, A.column}, X, {C.data + begin * C.row, C.row}, K, lanes, add, count, x_step,
-        c_step);
+  const auto run = [&](Ahead* meanwhile, int64_t begin, int64_t rows, Times repeated) {
+    product_tile_of<T, N, kPartial>(rows, std::make_integer_sequence<int, kRows>{})(
+        meanwhile, {A.data + begin * A.row, A.row, A.column}, X, {C.data + begin * C.row, C.row}, K, lanes, add,
+        repeated);
+  };
+  const Cut tiles(M, kRows);
+  if (times.count == 1) {
+    const int64_t size = tiles.size, longer = size + 1, rest = tiles.parts - tiles.longer;
+    if (tiles.longer) run(ahead, 0, longer, {tiles.longer, longer * A.row, 0, longer * C.row});
+    run(ahead, tiles.longer * longer, size, {rest, size * A.row, 0, size * C.row});
+  } else {
+    tiles.each([&](int64_t begin, int64_t rows) {
+      fetch_ahead(ahead);
+      run(nullptr, begin, rows, times);
+    });
   }
 }
 
-// C (M, N) = A (M, K) X (K, N), or C += A X, `count` times over: X and C move on by x_step and c_step, A stays.
+// C (M, N) = A (M, K) X (K, N), or C += A X.
 template <class T>
 void product(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, bool add = false,
-             int64_t count = 1, int64_t x_step = 0, int64_t c_step = 0) {
+             Times times = {}) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kDepth = 256;  // rows of X that a strip keeps in the first-level cache
-  const int64_t vectors = N / W, strips = ceil_div(vectors, kTileVectors);
+  const int64_t vectors = N / W;
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = smaller(K - k, kDepth);
     const Factor<T> a{A.data + k * A.column, A.row, A.column};
     const T* x = X.data + k * X.row;
-    for (int64_t s = 0; s < strips; ++s) {
-      const int64_t begin = vectors * s / strips, end = vectors * (s + 1) / strips;
+    const bool keep = add || k > 0;
+    Cut(vectors, kTileVectors).each([&](int64_t begin, int64_t strip) {
       const Rows<const T> x_strip{x + begin * W, X.row};
       const Rows<T> c_strip{C.data + begin * W, C.row};
-      const bool keep = add || k > 0;
-      switch (end - begin) {
+      switch (strip) {
         case 1:
-          product_strip<T, 1, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          product_strip<T, 1, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, times);
           break;
         case 2:
-          product_strip<T, 2, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          product_strip<T, 2, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, times);
           break;
         case 3:
-          product_strip<T, 3, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          product_strip<T, 3, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, times);
           break;
         case 4:
-          product_strip<T, 4, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, count, x_step, c_step);
+          product_strip<T, 4, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, times);
           break;
       }
-    }
+    });
     if (const int lanes = static_cast<int>(N % W))
       product_strip<T, 1, true>(ahead, M, depth, a, {x + vectors * W, X.row}, {C.data + vectors * W, C.row}, lanes,
-                                add || k > 0, count, x_step, c_step);
+                                keep, times);
   }
 }
 
@@ -209,13 +262,11 @@ DotsTile<T> dots_tile_of(int64_t columns, std::integer_sequence<int, N...>) {
 template <class T, int M>
 void dots_strip(Ahead* ahead, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
   constexpr int kColumns = dots_columns(M);
-  const int64_t tiles = ceil_div(N, kColumns);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t n = N * t / tiles, end = N * (t + 1) / tiles;
+  Cut(N, kColumns).each([&](int64_t n, int64_t columns) {
     fetch_ahead(ahead);
-    dots_tile_of<T, M>(end - n, std::make_integer_sequence<int, kColumns>{})(A, {X.data + n * X.row, X.row},
+    dots_tile_of<T, M>(columns, std::make_integer_sequence<int, kColumns>{})(A, {X.data + n * X.row, X.row},
                                                                              {C.data + n, C.row}, runs, add);
-  }
+  });
 }
 
 // C (M, N) = A (M, K) X^T (K, N), or C += A X^T, with K running over `runs` of both operands.
@@ -225,14 +276,12 @@ void dots(Ahead* ahead, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, 
   constexpr int64_t kCached = 131072 / sizeof(T);  // elements of X that stay cached while all of A passes by
   if (runs.count > 1 && runs.step == runs.length) runs = {1, runs.count * runs.length, 0};
   const int64_t block = ceil_div(kCached / (runs.count * runs.length) + 1, 16) * 16;
-  const int64_t strips = ceil_div(M, kDotsRows);
   for (int64_t n = 0; n < N; n += block)
-    for (int64_t s = 0; s < strips; ++s) {
-      const int64_t m = M * s / strips, end = M * (s + 1) / strips;
+    Cut(M, kDotsRows).each([&](int64_t m, int64_t strip) {
       const Rows<const T> a{A.data + m * A.row, A.row}, x{X.data + n * X.row, X.row};
       const Rows<T> c{C.data + m * C.row + n, C.row};
       const int64_t columns = smaller(block, N - n);
-      switch (end - m) {
+      switch (strip) {
         case 1:
           dots_strip<T, 1>(ahead, columns, a, x, c, runs, add);
           break;
@@ -246,7 +295,7 @@ void dots(Ahead* ahead, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, 
           dots_strip<T, 4>(ahead, columns, a, x, c, runs, add);
           break;
       }
-    }
+    });
 }
 
 }  // namespace
