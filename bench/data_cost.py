@@ -11,16 +11,16 @@ stream, per number of workers. The images are random, as many and as large as Om
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
-from meta_case import NETWORKS, QUERIES, SHOTS, WAYS, make_case
+from meta_case import NETWORKS, QUERIES, SHOTS, WAYS, full_float32, make_case
 from meta_ours import Ours
 from meta_peers import finished
 
-from kfo_ext.bench.timing import Timing, environment, interleaved
+from kfo_ext.bench.result import facts_of, write_result
+from kfo_ext.bench.timing import Timing, interleaved
 from kfo_ext.tasks import ImageClasses, TaskBatch, batches
 
 CLASSES, DRAWERS, SIDE = 1100, 20, 28
@@ -85,16 +85,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    full_float32()
+    facts = facts_of(options)
     case = make_case(NETWORKS[options.network], "kfo", tasks=options.tasks, steps=options.steps, device=options.device)
     family = random_images(options.device, options.classes)
     timings = measure(family, Ours(case), options.tasks, options.workers, options.repeats)
     show(timings)
     if options.out:
-        settings = {name: value for name, value in vars(options).items() if name != "out"}
-        times = {name: timing._asdict() for name, timing in timings.items()}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(environment() | {"settings": settings, "timings": times}, indent=1) + "\n")
+        write_result(options.out, facts | {"timings": {name: timing._asdict() for name, timing in timings.items()}})
     return 0
 
 

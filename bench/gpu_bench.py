@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import math
 from pathlib import Path
 from time import perf_counter
 
@@ -25,14 +23,15 @@ from kfo_ext.bench.measure import contenders, time_eager, time_graph, time_host,
 from kfo_ext.bench.orders import packed_already, truth
 from kfo_ext.bench.points import GROUPS as ALL_GROUPS
 from kfo_ext.bench.providers import PROVIDERS, Provider, kfo_gradients_on
-from kfo_ext.bench.timing import Timing, environment
+from kfo_ext.bench.result import facts_of, write_result
+from kfo_ext.bench.timing import Timing
 from kfo_ext.transform import Problems, native
 
 GROUPS = {name: ALL_GROUPS[name] for name in ("CNN(2)", "CNN(4)", "conv_64", "head_5x1600")}
 CONTENDERS = {
     "kfo native packed": PROVIDERS["native"],
     "kfo triton packed": PROVIDERS["triton"],
-    "kfo gradients on": Provider(kfo_gradients_on, packed_already, ours=True),
+    "kfo gradients on": Provider(kfo_gradients_on, packed_already, ours=True, saves=False),
     "kfo lists": PROVIDERS["lists"],
     "torch matmul": PROVIDERS["torch-matmul"],
     "torch formulas": PROVIDERS["torch-formulas"],
@@ -74,7 +73,8 @@ def measure(group: str, tasks: int, floor: Floor, options: argparse.Namespace) -
         for mode, timings in modes.items():
             peers = [t.median for name, t in timings.items() if isinstance(t, Timing) and not is_ours(name)]
             for name, timing in timings.items():
-                row = where | {"provider": name, "mode": mode, "error": errors[name]}
+                saved = CONTENDERS[name].reads_saved(order, case)
+                row = where | {"provider": name, "mode": mode, "saved": saved, "error": errors[name]}
                 if isinstance(timing, str):
                     rows.append(row | {"status": timing})
                 else:
@@ -87,6 +87,8 @@ def measure(group: str, tasks: int, floor: Floor, options: argparse.Namespace) -
 def numbers(problems: Problems, row: Row, timing: Timing, floor: Floor, best_peer: float | None) -> Row:
     """What a timing says, by the cost model of `csrc/plan.h` for float32 and a factor per task.
 
+    Of a row that reads what an order before has saved, the model says no operations and no floor.
+
     best_peer: median seconds of the fastest other library in this mode, if there is one
     """
     plan = importlib.import_module("kfo_ext._plan")
@@ -94,11 +96,10 @@ def numbers(problems: Problems, row: Row, timing: Timing, floor: Floor, best_pee
     moved, work = plan.bytes(problems.flat, tasks, order, tasks, 4), plan.flops(problems.flat, tasks, order)
     out: Row = {"seconds": timing._asdict()}
     if row["mode"] != "host":
-        out |= {
-            "gb_per_s": moved / timing.median / 1e9,
-            "gflop_per_s": work / timing.median / 1e9,
-            "times_floor": timing.median / floor.seconds(row["mode"], moved),
-        }
+        out["gb_per_s"] = moved / timing.median / 1e9
+        if not row["saved"]:
+            out["gflop_per_s"] = work / timing.median / 1e9
+            out["times_floor"] = timing.median / floor.seconds(row["mode"], moved)
         if best_peer:
             out["best_peer_over_this"] = best_peer / timing.median
     return out
@@ -118,12 +119,13 @@ def worst(rows: list[Row]) -> Row | None:
 
 
 def table(rows: list[Row]) -> str:
-    """A markdown table of all rows."""
+    """A markdown table of all rows; `+` marks a provider that reads what an order before has saved."""
     head = ("group", "tasks", "order", "mode", "provider", "median us", "20 % .. 80 %", "GB/s", "GFLOP/s", "x floor")
     head = (*head, "best peer / this")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [str(row[key]) for key in ("group", "tasks", "order", "mode", "provider")]
+        cells[-1] += " +" if row.get("saved") else ""
         if row["status"] != "ok":
             cells += [str(row["status"]).replace("|", "/"), *[""] * 5]
         else:
@@ -144,7 +146,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--providers", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--repeats", type=int, default=15, help="rounds per order")
     parser.add_argument("--seconds", type=float, default=0.004, help="length of one sample")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further group is begun")
+    parser.add_argument("--budget", type=float, help="seconds after which no further group is begun")
     parser.add_argument("--out", type=Path, help="JSON file, rewritten after each group")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -157,25 +159,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Measure, print and write everything; the rows."""
-    started, device = perf_counter(), torch.device(options.device)
+    started, device, facts = perf_counter(), torch.device(options.device), facts_of(options)
     floor = measure_floor(device, options.repeats, options.seconds)
     launches = ", ".join(f"{mode} {1e6 * seconds:.2f} us" for mode, seconds in floor.launch.items())
     print(f"floor: copy {floor.bandwidth / 1e9:.0f} GB/s; smallest operation: {launches}\n")
-    facts = environment() | {"backends": native.status(), "floor": floor._asdict()}
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    facts |= {"backends": native.status(), "floor": floor._asdict()}
     rows: list[Row] = []
     for tasks in options.tasks:
         for group in options.groups:
-            if perf_counter() - started > options.budget:
+            if options.budget is not None and perf_counter() - started > options.budget:
                 rows.append({"group": group, "tasks": tasks, "order": "", "provider": "", "mode": ""})
                 rows[-1]["status"] = f"left out: the budget of {options.budget:.0f} s is spent"
                 continue
             rows += measure(group, tasks, floor, options)
             print(f"{table([row for row in rows if (row['group'], row['tasks']) == (group, tasks)])}\n", flush=True)
             if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                result = facts | {"settings": settings, "worst": worst(rows), "rows": rows}
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                write_result(options.out, facts | {"worst": worst(rows), "rows": rows})
     print(f"{len(rows)} rows, {sum(row['status'] == 'ok' for row in rows)} of them measured")
     return rows
 

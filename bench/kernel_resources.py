@@ -8,7 +8,6 @@ writes the JSON and, beside it, the same as a Markdown table.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +15,8 @@ import cuda_resources
 import triton_resources
 
 from kfo_ext import _plan
+from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.testing import model_case
-from kfo_ext.trainer.run_folder import environment
 from kfo_ext.transform import Problems
 
 TASKS = 16
@@ -86,7 +85,7 @@ def markdown(result: dict) -> str:
     return "\n\n".join(
         [
             "# What the kernels need",
-            f"Made by `python bench/kernel_resources.py` from commit {machine['commit'][:12]}; "
+            f"Made by `python bench/kernel_resources.py` from {provenance(machine)}; "
             f"nvcc {_plan.build_info()['nvcc']}.",
             "## CUDA library\n\nRead from its machine code. Shared memory is dynamic: see the estimates.",
             table(result["cuda"]),
@@ -111,15 +110,14 @@ def main() -> None:
     gpu = Gpu()
     registers = {row.kernel: row.registers for row in cuda if (row.dtype, row.arch) == ("float32", gpu.arch)}
     result = {
-        "environment": environment(),
+        "environment": facts_of(options),
         "nvcc": _plan.build_info()["nvcc"],
         "gpu": gpu._asdict(),
         "cuda": [row._asdict() for row in cuda],
         "estimates": estimates(registers, gpu),
         "triton": [row._asdict() for row in triton_resources.rows()],
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(markdown(result) + "\n")
+    write_result(options.out, result, lambda result: markdown(result) + "\n")
     spilling = [row for kind in ("cuda", "triton") for row in result[kind] if cuda_resources.spills(row)]
     print(f"{len(result['cuda'])} CUDA and {len(result['triton'])} Triton kernels, {len(spilling)} with spills")
 

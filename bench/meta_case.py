@@ -165,6 +165,11 @@ def plain_network(case: MetaCase, batch_norm: type[nn.Module] = BatchNorm) -> nn
     return model
 
 
+def full_float32() -> None:
+    """Switches TF32 off for everybody: on a GPU float32 convolutions and products would round to 10 bits."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def flat(gradients: Gradients) -> Tensor:
     """All of them as one float64 vector on the CPU."""
     return torch.cat([gradient.detach().double().reshape(-1).cpu() for gradient in gradients])

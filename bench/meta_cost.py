@@ -10,19 +10,18 @@ more per doubling than it should (see `STEEP`): a cliff. A table goes beside the
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from meta_case import METHODS, NETWORKS, Network, make_case
+from meta_case import METHODS, NETWORKS, Network, full_float32, make_case
 from meta_contenders import CONTENDERS
 from meta_memory import peak_memory
 from meta_peers import finished
 
 from kfo_ext.bench.fits import cliffs, exponent, upper_half
-from kfo_ext.bench.timing import environment, interleaved
+from kfo_ext.bench.result import facts_of, provenance, write_result
+from kfo_ext.bench.timing import interleaved
 
 AXES = {
     "tasks": [1, 2, 4, 8, 16, 32, 64, 160],
@@ -98,9 +97,9 @@ def markdown(result: dict[str, object]) -> str:
     base = ", ".join(f"{axis} {settings[axis]}" for axis in AXES)
     lines = [
         f"Made by `python bench/{result['command']}` on {result['processor']}, torch {result['torch']}, "
-        f"{result['torch_threads']} threads; medians of {settings['repeats']} interleaved repeats; "
-        f"{settings['network']}, {settings['method']}; where it is not the axis: {base}. A cliff is a step that "
-        f"costs more per doubling than {', '.join(f'{steep} ({axis})' for axis, steep in STEEP.items())}.",
+        f"{result['torch_threads']} threads, {provenance(result)}; medians of {settings['repeats']} interleaved "
+        f"repeats; {settings['network']}, {settings['method']}; where it is not the axis: {base}. A cliff is a step "
+        f"that costs more per doubling than {', '.join(f'{steep} ({axis})' for axis, steep in STEEP.items())}.",
         "",
         "| axis | cost | sizes | from .. to | exponent | ten times the size | cliffs |",
         "|---|---|---|---|---|---|---|",
@@ -138,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.contender = options.contender or {"kfo": "ours_native", "maml": "ours"}[options.method]
     if options.contender not in CONTENDERS[options.method]:
         parser.error(f"--contender: expected one of {', '.join(CONTENDERS[options.method])}, got {options.contender!r}")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    full_float32()
+    facts = facts_of(options)
     base, axes = {axis: getattr(options, axis) for axis in AXES}, []
     for axis in options.axes:
         sizes = [size for size in AXES[axis] if options.limit is None or size <= options.limit]
@@ -149,11 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = [f"{growth['axis']} ({cost})" for growth in axes for cost in COSTS if growth["cliffs"][cost]]
     print(f"\ncliffs: {', '.join(found) or 'none'}")
     if options.out:
-        settings = {name: value for name, value in vars(options).items() if name != "out"}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        result = environment() | {"settings": settings, "axes": axes}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(markdown(result))
+        write_result(options.out, facts | {"axes": axes}, markdown)
     return 0
 
 

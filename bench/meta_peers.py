@@ -12,21 +12,21 @@ says what the memory is. Times are medians of interleaved runs, compilation apar
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from meta_case import METHODS, NETWORKS, Network, flat, make_case
+from meta_case import METHODS, NETWORKS, Network, flat, full_float32, make_case
 from meta_contenders import CONTENDERS, trusted
 from meta_memory import peak_memory
 from meta_task_loops import learn2learn
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfo_ext.bench.timing import environment, interleaved, wall_clock
+from kfo_ext.bench.result import facts_of, finite, write_result
+from kfo_ext.bench.timing import interleaved, rested, wall_clock
 from kfo_ext.transform import native
 
 # Relative errors allowed. In float32 rounding takes some ReLU to the other side of its kink, here or there by chance: a
@@ -100,7 +100,8 @@ def verified(
                 contender = CONTENDERS[method][name](case)
                 loss = float(contender.run())
                 row["first_run"] = perf_counter() - start
-                error = row[f"{dtype} error"] = error_of(loss, flat(contender.gradients()), truth)
+                error = error_of(loss, flat(contender.gradients()), truth)
+                row[f"{dtype} error"] = finite(error)
                 if not error <= allowed:
                     raise AssertionError(f"WRONG: {dtype} loss or meta-gradients are off by {error:.1e}")
             functions[name] = contender.run
@@ -127,7 +128,7 @@ def measure(network: str, method: str, names: Sequence[str], options: argparse.N
     sizes = NETWORKS[network]
     truth = find_truth(sizes, method, **settings)
     functions, rows = verified(sizes, method, names, truth, device=options.device, **settings)
-    timings = interleaved(functions, options.repeats, sample=finished) if functions else {}
+    timings = interleaved(functions, options.repeats, sample=rested(finished)) if functions else {}
     ours = next((timings[name].median for name in timings if name.startswith("ours")), None)
     for name, timing in timings.items():
         rows[name]["seconds"] = timing._asdict()
@@ -170,14 +171,6 @@ def show(rows: list[Row]) -> None:
         )
 
 
-def write(options: argparse.Namespace, rows: list[Row]) -> None:
-    """Writes the rows so far, with the machine, versions, commit, command and settings."""
-    facts = environment() | {"backends": native.status()}
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(facts | {"settings": settings, "rows": rows}, indent=1) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """1 if a contender of ours gave a wrong loss or wrong meta-gradients, else 0."""
     every = sorted({name for table in CONTENDERS.values() for name in table})
@@ -195,8 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the processes for memory")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    # Otherwise convolutions and products of float32 round to 10 bits on a GPU, in everybody's iteration.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    full_float32()
+    facts = facts_of(options) | {"backends": native.status()}
     rows = []
     for network in options.networks:
         for method in options.methods:
@@ -206,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows += measured
             # After each table: what is measured is kept if a later one takes too long.
             if options.out:
-                write(options, rows)
+                write_result(options.out, facts | {"rows": rows})
     return int(any("WRONG" in row["status"] for row in rows if row["contender"].startswith("ours")))
 
 

@@ -10,18 +10,18 @@ device a second column holds the kernels' time.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from meta_case import METHODS, NETWORKS, Contender, make_case
+from meta_case import METHODS, NETWORKS, Contender, full_float32, make_case
 from meta_contenders import CONTENDERS
 from meta_peers import finished
 from stages import STAGES, is_operation, stage_of
 from torch.profiler import ProfilerActivity, profile
 
-from kfo_ext.bench.timing import environment, interleaved
+from kfo_ext.bench.result import facts_of, provenance, write_result
+from kfo_ext.bench.timing import interleaved
 
 OVERHEAD = "Python and autograd"
 Row = dict[str, object]
@@ -72,8 +72,13 @@ def lineage(event) -> list[str]:
     return names[::-1]
 
 
-def table(title: str, wall: float, rows: list[Row]) -> str:
-    """Markdown: one line per stage that took any time."""
+def table(entry: Row) -> str:
+    """Markdown of one profile: one line per stage that took any time."""
+    wall, rows = entry["wall"], entry["stages"]
+    title = (
+        f"{entry['network']}, {entry['method']}: {1e3 * wall:.1f} ms profiled, "
+        f"{1e3 * entry['unprofiled']:.1f} ms without the profiler"
+    )
     on_device = "device" in rows[0]
     head = ["stage", "host, ms", "share of the wall clock", *(["device, ms"] if on_device else []), "ops", "largest"]
     lines = [f"### {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -84,6 +89,16 @@ def table(title: str, wall: float, rows: list[Row]) -> str:
         cells += [f"{1e3 * row['device']:.1f}"] if on_device else []
         lines.append(f"| {' | '.join([*cells, format(row['calls'], '.0f'), ', '.join(row['largest'])])} |")
     return "\n".join(lines) + "\n"
+
+
+def markdown(result: Row) -> str:
+    """Where the profiles come from, and a table for each."""
+    processor = result["device"] if result["settings"]["device"] == "cuda" else result["processor"]
+    intro = (
+        f"Made by `python bench/{result['command']}` on {processor}, torch {result['torch']}, "
+        f"{result['torch_threads']} threads, {provenance(result)}.\n"
+    )
+    return "\n".join([intro, *(table(entry) for entry in result["profiles"])])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,8 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file to write; the table goes beside it, ending in .md")
     options = parser.parse_args(arguments)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    results, tables = [], []
+    full_float32()
+    facts = facts_of(options)
+    results = []
     for network in options.networks:
         for method in options.methods:
             case = make_case(NETWORKS[network], method, tasks=options.tasks, steps=options.steps, device=options.device)
@@ -107,17 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
             plain = interleaved({"ours": contender.run}, options.repeats, sample=finished)["ours"].median
             wall, rows = profile_stages(contender, options.repeats, options.device)
             results.append({"network": network, "method": method, "wall": wall, "unprofiled": plain, "stages": rows})
-            title = f"{network}, {method}: {1e3 * wall:.1f} ms profiled, {1e3 * plain:.1f} ms without the profiler"
-            tables.append(table(title, wall, rows))
-            print(tables[-1], flush=True)
+            print(table(results[-1]), flush=True)
     if options.out:
-        facts = environment()
-        settings = {name: value for name, value in vars(options).items() if name != "out"}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(facts | {"settings": settings, "profiles": results}, indent=1) + "\n")
-        machine = f"{facts['device'] if options.device == 'cuda' else facts['processor']}, torch {facts['torch']}"
-        intro = f"Made by `python bench/{facts['command']}` on {machine}, {facts['torch_threads']} threads.\n"
-        options.out.with_suffix(".md").write_text("\n".join([intro, *tables]))
+        write_result(options.out, facts | {"profiles": results}, markdown)
     return 0
 
 

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
-ORDERS = ("forward", "backward", "double backward")
 OTHER = "other torch operations"
-
-
-def _of_op(name: str) -> list[tuple[str, str]]:
-    """The patterns of our own op's three orders, whatever suffix a backend adds; the most derived first."""
-    return [
-        ("double backward", rf"kfo_ext::{name}\w*_double_backward\w*"),
-        ("backward", rf"kfo_ext::{name}\w*_backward\w*"),
-        ("forward", rf"kfo_ext::{name}\w*"),
-    ]
-
-
-_BATCH_NORM = r"(Native|Cudnn|Miopen)?BatchNorm"
-_ORDERED = {
-    "convolution": [
-        ("double backward", r"ConvolutionBackwardBackward\d+|aten::_convolution_double_backward"),
-        ("backward", r"ConvolutionBackward\d+|aten::convolution_backward"),
-        ("forward", r"aten::_?conv(2d|olution)"),
-        # Ours is closed under differentiation: the gradients of conv2d are ops, and nodes with these names in turn.
-        ("double backward", r"Conv2d(Input|Weight)Backward"),
-        ("backward", r"Conv2dBackward|kfo_ext::conv2d_(input|weight)\w*"),
-        *_of_op("conv2d"),
-    ],
-    "batch norm + ReLU": [
-        ("double backward", rf"{_BATCH_NORM}BackwardBackward\d+|ThresholdBackwardBackward\d+"),
-        ("backward", rf"{_BATCH_NORM}Backward\d+|(Relu|Threshold)Backward\d+"),
-        ("backward", r"aten::(native|cudnn)_batch_norm_backward|aten::threshold_backward"),
-        ("forward", r"aten::(native_|cudnn_)?batch_norm|aten::relu_?"),
-        *_of_op("batch_norm"),
-    ],
-    "transform": _of_op("transform"),
+# The ops of each stage, and the nodes of the graph without the number that torch ends its own in. Convolutions of ours
+# are closed under differentiation: the gradients of conv2d are ops, and nodes of their own in turn.
+NAMES = {
+    "convolution, forward": "aten::conv2d aten::convolution aten::_convolution kfo_ext::conv2d",
+    "convolution, backward": "ConvolutionBackward aten::convolution_backward "
+    "Conv2dBackward kfo_ext::conv2d_input kfo_ext::conv2d_weight",
+    "convolution, double backward": "ConvolutionBackwardBackward aten::_convolution_double_backward "
+    "Conv2dInputBackward Conv2dWeightBackward",
+    "batch norm + ReLU, forward": "aten::batch_norm aten::native_batch_norm aten::cudnn_batch_norm "
+    "aten::relu aten::relu_ kfo_ext::batch_norm_relu",
+    "batch norm + ReLU, backward": "NativeBatchNormBackward CudnnBatchNormBackward MiopenBatchNormBackward "
+    "aten::native_batch_norm_backward aten::cudnn_batch_norm_backward "
+    "ReluBackward ThresholdBackward aten::threshold_backward kfo_ext::batch_norm_relu_backward",
+    "batch norm + ReLU, double backward": "NativeBatchNormBackwardBackward CudnnBatchNormBackwardBackward "
+    "MiopenBatchNormBackwardBackward ThresholdBackwardBackward kfo_ext::batch_norm_relu_double_backward",
+    "transform, forward": "kfo_ext::transform kfo_ext::transform_triton",
+    "transform, backward": "kfo_ext::transform_backward kfo_ext::transform_backward_triton",
+    "transform, double backward": "kfo_ext::transform_double_backward kfo_ext::transform_double_backward_triton",
+    "head and loss": "aten::linear aten::addmm aten::baddbmm aten::mean aten::cross_entropy_loss aten::log_softmax "
+    "aten::nll_loss aten::nll_loss_nd AddmmBackward MmBackward BaddbmmBackward BmmBackward MeanBackward "
+    "LogSoftmaxBackward NllLossBackward LogSoftmaxBackwardDataBackward NllLossBackwardBackward",
 }
-_HEAD = (
-    r"aten::(linear|addmm|baddbmm|mean|cross_entropy_loss|log_softmax|nll_loss(_nd)?)"
-    r"|(Addmm|Mm|Baddbmm|Bmm|Mean|LogSoftmax|NllLoss)Backward\d+|(LogSoftmaxBackwardData|NllLossBackward)Backward\d+"
-)
-STAGES = (*(f"{name}, {order}" for name in _ORDERED for order in ORDERS), "head and loss", OTHER)
-_RULES = [
-    (f"{name}, {order}", re.compile(pattern)) for name, patterns in _ORDERED.items() for order, pattern in patterns
-] + [("head and loss", re.compile(_HEAD))]
+STAGES = (*NAMES, OTHER)
+_STAGE = {name: stage for stage, names in NAMES.items() for name in names.split()}
 
 
 def stage_of(names: Iterable[str]) -> str:
@@ -57,9 +40,9 @@ def stage_of(names: Iterable[str]) -> str:
     for name in names:
         # torch's engine opens a range of its own around each node.
         name = name.rpartition(": ")[2]
-        for stage, pattern in _RULES:
-            if pattern.fullmatch(name):
-                return stage
+        stage = _STAGE.get(name if "::" in name else name.rstrip("0123456789"))
+        if stage:
+            return stage
     return OTHER
 
 

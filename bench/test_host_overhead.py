@@ -16,7 +16,7 @@ from kfo_ext.bench.measure import TOLERANCE
 from kfo_ext.bench.orders import error_of, packed_already
 from kfo_ext.bench.orders import truth as truth_of_case
 from kfo_ext.bench.providers import kfo_gradients_on
-from kfo_ext.bench.timing import environment
+from kfo_ext.bench.result import environment
 from kfo_ext.testing import OUTPUTS, relative_error, truth
 from kfo_ext.transform import Problems
 

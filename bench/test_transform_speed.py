@@ -16,7 +16,7 @@ from kfo_ext.bench.measure import TOLERANCE, one_line
 from kfo_ext.bench.orders import error_of, truth
 from kfo_ext.bench.points import GROUPS, TASKS, Point
 from kfo_ext.bench.providers import PROVIDERS
-from kfo_ext.bench.timing import environment
+from kfo_ext.bench.result import environment
 
 # What other libraries warn of, such as inductor of torch itself, ends no benchmark.
 pytestmark = pytest.mark.filterwarnings("default")

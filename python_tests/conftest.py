@@ -1,4 +1,7 @@
-"""Settings of the whole suite: one thread unless a test asks for more, and NaN in uninitialised memory."""
+"""Settings of the whole suite: one thread unless a test asks for more, and NaN in uninitialised memory.
+
+KFO_TEST_TIMEOUT_SCALE=3 gives the processes that tests start three times as long, for a slow or busy machine.
+"""
 
 from __future__ import annotations
 

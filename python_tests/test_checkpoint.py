@@ -11,6 +11,7 @@ import zipfile
 
 import pytest
 import torch
+from deadlines import seconds
 
 from kfo_ext.trainer import Config, Trainer, load_learner
 from kfo_ext.trainer.files import atomic_write
@@ -91,7 +92,8 @@ print(inside)
 
 
 def test_kill_while_saving_leaves_a_whole_file(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", KILLER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds(120))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0, "no kill fell into a save: the test has shown nothing"
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deadlines import seconds
 
 from kfo_ext.transform import native
 
@@ -19,9 +20,8 @@ pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compi
 
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command], env={**os.environ, "KFO_CPU_ISA": isa}, capture_output=True, text=True, timeout=300
-    )
+    env = {**os.environ, "KFO_CPU_ISA": isa}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=seconds(300))
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from deadlines import seconds
 
 from kfo_ext.interop.learn2learn import light_import
 from kfo_ext.testing import EagerRecorder
@@ -21,6 +24,18 @@ pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside
 needs_library = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 SMALL = {"tasks": 2, "steps": 2, "lr": 0.1}
+
+
+def peaks_start_anew() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+PEAKS = peaks_start_anew()
+needs_peaks = pytest.mark.skipif(not PEAKS, reason="/proc/self/clear_refs is not writable: no peak of memory")
 
 
 @pytest.fixture
@@ -99,8 +114,23 @@ def test_the_captured_contender_is_left_out_on_the_cpu(script, network):
     assert rows["ours_native_graph"]["status"] == reason
 
 
+def away_from_kinks(network):
+    """Makes networks whose ReLUs pass all they get: what batch norm gives is above -10 times its weight."""
+
+    def make(**sizes):
+        model = network(**sizes)
+        with torch.no_grad():
+            for block in model.blocks:
+                block.norm.bias.copy_(10 * block.norm.weight)
+        return model
+
+    return make
+
+
 @needs_library
-def test_precision_writes_a_row_for_every_option(script, tmp_path, capsys):
+def test_precision_writes_a_row_for_every_option(script, monkeypatch, tmp_path, capsys):
+    # At a kink it is by chance whether float32 errs by 1e-6 or by 1e-2.
+    monkeypatch.setattr(script("meta_case"), "CNN", away_from_kinks(script("meta_case").CNN))
     out = tmp_path / "precision.json"
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     assert script("precision").main(["--quick", "--out", str(out)]) == 0
@@ -185,7 +215,8 @@ def test_one_wrong_gradient_is_a_row_and_not_timed(script, network, monkeypatch,
     for name in ("wrong", "nan", "short", "loss"):
         assert "WRONG" in rows[name]["status"] and "seconds" not in rows[name], name
     assert rows["ours"]["over_ours"] == 1 and rows["ours"]["seconds"]["repeats"] == 2
-    assert rows["ours"]["memory"]["peak"] > 0
+    memory = rows["ours"]["memory"]
+    assert memory["peak"] > 0 if PEAKS else "/proc/self/clear_refs" in memory
     shown = capsys.readouterr().out
     assert "WRONG" in shown and "not here" in shown
 
@@ -219,32 +250,36 @@ def test_unknown_method(script, network):
         script("meta_case").make_case(network, "anil", tasks=1, steps=1)
 
 
-def test_peak_memory_counts_what_lives_at_once(script):
-    class Allocates:
-        blocks = 12
+def measured(script: str) -> dict[str, int]:
+    """Memory of the script's `run`, in a process that does nothing else."""
+    code = f"import json, torch\nfrom types import SimpleNamespace\nfrom meta_memory import measure\n{script}\n"
+    code += "print(json.dumps(measure(SimpleNamespace(run=run), torch.device('cpu'))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds(120), cwd=BENCH)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
-        def run(self):
-            self.blocks //= 2
-            held = [torch.zeros(4 * 2**20) for _ in range(self.blocks)]
-            return sum(float(X[0]) for X in held)
 
-    measured = script("meta_memory").measure(Allocates(), torch.device("cpu"))
+@needs_peaks
+def test_peak_memory_counts_what_lives_at_once():
+    memory = measured("""
+blocks = iter((6, 3))
+def run():
+    held = [torch.zeros(4 * 2**20) for _ in range(next(blocks))]
+""")
     for name, blocks in (("first", 6), ("peak", 3), ("working", 3)):
-        assert measured[name] / 2**24 == pytest.approx(blocks, abs=0.5), name
+        assert memory[name] / 2**24 == pytest.approx(blocks, abs=0.5), name
 
 
-def test_peak_memory_counts_again_what_was_freed(script):
-    class Allocates:
-        kept = ()
-
-        def run(self):
-            # Small pieces, and a last one that stays: the C library keeps what is freed below it, unless it is asked.
-            held = [torch.zeros(2**14) for _ in range(256)]
-            self.kept = (*self.kept, torch.zeros(2**10))
-            return len(held)
-
-    measured = script("meta_memory").measure(Allocates(), torch.device("cpu"))
-    assert measured["working"] / 2**24 == pytest.approx(1, abs=0.2)
+@needs_peaks
+def test_peak_memory_counts_again_what_was_freed():
+    memory = measured("""
+kept = []
+def run():
+    # Small pieces, and a last one that stays: the C library keeps what is freed below it, unless it is asked.
+    held = [torch.zeros(2**14) for _ in range(256)]
+    kept.append(torch.zeros(2**10))
+""")
+    assert memory["working"] / 2**24 == pytest.approx(1, abs=0.2)
 
 
 def test_peak_memory_reports_why_there_is_none(script, network):
@@ -290,11 +325,8 @@ def test_cost_writes_points_exponents_and_cliffs(script, monkeypatch, tmp_path, 
         (["ConvolutionBackward0", "aten::convolution_backward"], "convolution, backward"),
         (["ConvolutionBackwardBackward0", "aten::_convolution", "aten::convolution"], "convolution, double backward"),
         (["kfo_ext::conv2d"], "convolution, forward"),
-        (["kfo_ext::conv2d_cuda"], "convolution, forward"),
-        (["kfo_ext::conv2d_backward"], "convolution, backward"),
         (["Conv2dBackward", "kfo_ext::conv2d_input"], "convolution, backward"),
         (["Conv2dWeightBackward", "kfo_ext::conv2d"], "convolution, double backward"),
-        (["kfo_ext::conv2d_double_backward_triton"], "convolution, double backward"),
         (["aten::batch_norm", "aten::native_batch_norm"], "batch norm + ReLU, forward"),
         (["aten::relu", "aten::clamp_min"], "batch norm + ReLU, forward"),
         (["NativeBatchNormBackward0"], "batch norm + ReLU, backward"),

@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from deadlines import seconds
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,7 +261,7 @@ def test_an_installed_wheel_works_from_another_directory(tree, tmp_path):
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
     environment = {**os.environ, "KFO_CUDA": "0", "PYTHONPATH": str(site)}
     command = [sys.executable, "-m", "pip", "install", *options, "--target", site, tree]
-    subprocess.run(command, check=True, env={**environment, "PYTHONPATH": ""}, timeout=400)
+    subprocess.run(command, check=True, env={**environment, "PYTHONPATH": ""}, timeout=seconds(400))
     where = "import kfo_ext; print(kfo_ext.__file__, kfo_ext.__version__)"
     done = subprocess.run(
         [sys.executable, "-c", where], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True

@@ -7,6 +7,7 @@ import json
 import math
 import signal
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from kfo_ext.trainer import (
     evaluate,
     evaluate_run,
     load_learner,
+    loop,
     mean_interval,
     paired_difference,
     plot_runs,
@@ -245,11 +247,13 @@ def test_patience_stops_after_so_many_worse_validations(tmp_path):
     assert outcome.progress.iteration - outcome.progress.best_iteration == 2
 
 
-def test_time_budget_ends_with_a_validation_and_a_save(tmp_path):
+def test_time_budget_ends_with_a_validation_and_a_save(tmp_path, monkeypatch):
     trainer = Trainer.start(Config(**{**WAVES, "iterations": 10**9, "validation_every": 10**9}), tmp_path / "run")
-    outcome = trainer.fit(time_budget=0.3)
+    # A clock by which an iteration takes a second.
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(trainer.progress.iteration)))
+    outcome = trainer.fit(time_budget=2.5)
     assert outcome.reason == "time budget"
-    assert outcome.progress.validated == outcome.progress.iteration > 0
+    assert outcome.progress.validated == outcome.progress.iteration == 3
     assert torch.load(trainer.run.best, weights_only=True)["progress"]["iteration"] == outcome.progress.iteration
     with pytest.raises(ValueError, match="time_budget: expected seconds, at least 0, got -1"):
         trainer.fit(time_budget=-1)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deadlines import seconds
 from torch.autograd import gradcheck, gradgradcheck
 
 from kfo_ext.testing import CASES, OUTPUTS, Operands, assert_close, random_operands, run_all, truth, with_strides
@@ -50,7 +51,7 @@ def test_under_the_interpreter(half):
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", _HALVES[half]],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=seconds(600),
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         cwd=Path(__file__).parent.parent,
     )
@@ -291,7 +292,7 @@ def test_auto_on_cuda_falls_back_with_a_warning(monkeypatch):
 def _python(code: str) -> str:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds(120), env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

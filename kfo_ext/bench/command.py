@@ -15,9 +15,9 @@ from kfo_ext.bench.cases import ORDERS
 from kfo_ext.bench.measure import one_line
 from kfo_ext.bench.points import AXES, QUICK_VALUES, VALUES, Point, points_of
 from kfo_ext.bench.providers import PROVIDERS, Provider
+from kfo_ext.bench.result import environment, warn_unless_committed
 from kfo_ext.bench.roofs import measure_roofs
 from kfo_ext.bench.rows import Row, empty_row, fails, rows_of
-from kfo_ext.bench.timing import environment
 from kfo_ext.transform import native
 
 
@@ -119,6 +119,7 @@ def run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
 def _run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
     start, device = perf_counter(), torch.device(settings.device)
     facts = environment() | {"backends": native.status(), "settings": asdict(settings)}
+    warn_unless_committed(facts)
     if native.status()["cpu"][0]:
         facts["cpu_isa"] = native.cpu_isa()
     roofs = measure_roofs(device, min(settings.repeats, 7), settings.seconds)
@@ -127,15 +128,18 @@ def _run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
          f"{facts['torch_threads']} threads, commit {facts['commit']}")  # fmt: skip
     peak = "not measured" if roofs.flops is None else f"{roofs.flops / 1e9:.0f} GFLOP/s"
     echo(f"roofs: {peak} ({roofs.flops_from}), copy {roofs.floor.bandwidth / 1e9:.0f} GB/s")
+    echo("* ours; + reads intermediates that an order before it saved: less work and more memory than is counted here")
     providers, rows = available(settings)
     for row in rows:
         echo(report.line(row))
     measured: dict[tuple, list[Row]] = {}
+    skipped: dict[tuple, Row] = {}
     for point in settings.points():
         if point.same not in measured and settings.limit and perf_counter() - start > settings.limit:
             reason = f"left out: {settings.limit:g} s were spent before it"
             echo(f"\n{point.label}: {reason}")
             rows.append(empty_row(axis=point.axis, x=point.x, group=point.group, status=reason))
+            skipped.setdefault(point.same, rows[-1])
             continue
         if point.same not in measured:
             measured[point.same] = rows_of(
@@ -147,7 +151,9 @@ def _run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
             echo(text)
         rows += here
         _write(folder, rows, facts, perf_counter() - start)
-    for text in (*report.fit_table(fits.fits(rows)), "", *report.losses(rows)):
+    once = [row for point_rows in measured.values() for row in point_rows]
+    summary = (*report.losses(once), *report.left_out([*skipped.values(), *once]))
+    for text in (*report.fit_table(fits.fits(rows)), "", *summary):
         echo(text)
     _write(folder, rows, facts, perf_counter() - start)
     pictures = plots.draw(report.read(folder / "results.json"), folder)

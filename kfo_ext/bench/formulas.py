@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfo_ext.bench.cases import Case, parameter_leaves
-from kfo_ext.bench.orders import LeftOut, Orders, Outputs, as_matrices
+from kfo_ext.bench.orders import Orders, Outputs, as_matrices, plain_alone
 
 
 def forward(R: Tensor, G: Tensor, L: Tensor) -> tuple[Tensor, ...]:
@@ -47,8 +47,7 @@ def operands_of(case: Case) -> dict[str, list[tuple[Tensor, ...]]]:
     Raises:
         LeftOut: the case is not the plain transform.
     """
-    if not case.plain:
-        raise LeftOut("written for the plain transform alone")
+    plain_alone(case)
     (R, L), G, dY, (ddR, ddL), ddG = as_matrices(parameter_leaves(case), case)
     operands = {
         "forward": (R, G, L),

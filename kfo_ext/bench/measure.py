@@ -13,11 +13,12 @@ from kfo_ext.bench.cases import Case
 from kfo_ext.bench.device_timing import captured, events, host, per_call
 from kfo_ext.bench.orders import LeftOut, Orders, error_of
 from kfo_ext.bench.providers import Provider
-from kfo_ext.bench.timing import Timing, interleaved, wall_clock
+from kfo_ext.bench.timing import CALIBRATIONS, Timing, interleaved, wall_clock
 
 # Error allowed in float32, relative to the largest magnitude of an output in float64.
 TOLERANCE = 1e-4
 MIN_REPEATS = 3
+TOO_SLOW = "left out: one call takes"
 
 
 class Contender(NamedTuple):
@@ -87,12 +88,11 @@ def affordable(
             # Once more: other work on the machine may have made it look slow.
             last = min(last, _seconds(contender, on_cuda))
         if (MIN_REPEATS + 1) * last > budget:
-            reasons[contender.name] = f"left out: one call takes {last:.2g} s, too long for {budget:g} s per order"
+            reasons[contender.name] = f"{TOO_SLOW} {last:.2g} s, too long for {budget:g} s per order"
         else:
             kept.append(contender)
             round_ += max(last, seconds)
-    # Interleaving takes up to two samples of each to find how many calls make one.
-    fitting = math.floor(budget / round_) - 2 if round_ else repeats
+    fitting = math.floor(budget / round_) - CALIBRATIONS if round_ else repeats
     return kept, reasons, max(min(repeats, MIN_REPEATS), min(repeats, fitting))
 
 

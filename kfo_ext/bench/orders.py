@@ -28,6 +28,16 @@ class LeftOut(RuntimeError):
     """A provider is not meant for a case; the message says why."""
 
 
+def plain_alone(case: Case) -> None:
+    """Raises where a provider is written for the plain transform and the case is another update.
+
+    Raises:
+        LeftOut: the case is not the plain transform.
+    """
+    if not case.plain:
+        raise LeftOut("written for the plain transform alone")
+
+
 def composed(transform: Transform, psd: bool, tanh: Callable = torch.tanh) -> Rule:
     """The update that `KFO` computes, over any transform; written apart from it, so that it is a truth to compare with.
 

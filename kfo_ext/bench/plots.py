@@ -104,7 +104,9 @@ def _roofline(rows: Sequence[Row], roofs: Row, title: str):
     """Our kernels and the fastest plain torch, a point for each group of the axes tasks, layers and width."""
     orders = [order for order in ORDERS if any(row["order"] == order for row in rows)]
     figure, panels = _figure(len(orders))
-    kernels = [row for row in rows if row["axis"] in ("tasks", "layers", "width")]
+    # What reads saved intermediates has no rate of its own.
+    rated = [row for row in rows if row["gflop_per_s"] is not None]
+    kernels = [row for row in rated if row["axis"] in ("tasks", "layers", "width")]
     ours = next(
         (name for name in ("native", "triton", "reference") if any(r["provider"] == name for r in kernels)), None
     )
@@ -114,7 +116,10 @@ def _roofline(rows: Sequence[Row], roofs: Row, title: str):
         for at in dict.fromkeys((row["axis"], row["x"], row["group"]) for row in kernels):
             peers = [row for row in torch_alone if (row["axis"], row["x"], row["group"], row["order"]) == (*at, order)]
             points["torch"] += [min(peers, key=lambda row: row["median_s"])] if peers else []
-        looks = {"ours": (f"kfo_ext {ours}", PALETTE[0], "o"), "torch": ("the fastest plain torch", PALETTE[1], "x")}
+        looks = {
+            "ours": (f"kfo_ext {ours}", PALETTE[0], "o"),
+            "torch": ("the fastest plain torch\nthat reads nothing saved", PALETTE[1], "x"),
+        }
         for kind, (label, colour, marker) in looks.items():
             where = [(row["flops"] / row["bytes"], row["gflop_per_s"]) for row in points[kind]]
             if where:

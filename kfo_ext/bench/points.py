@@ -10,11 +10,18 @@ import torch
 from kfo_ext.models import omniglot_cnn
 from kfo_ext.transform import Problems
 
+
+def _omniglot(layers: int) -> Problems:
+    # Without values: importing this module must not draw from anybody's generator.
+    with torch.device("meta"):
+        return Problems.of(omniglot_cnn(layers).parameters())
+
+
 # Parameters of the paper's Omniglot networks, and of large single layers: what learn2learn knows are parameters.
 GROUPS: dict[str, Problems] = {
-    "CNN(2)": Problems.of(omniglot_cnn(2).parameters()),
-    "CNN(4)": Problems.of(omniglot_cnn(4).parameters()),
-    "CNN(6)": Problems.of(omniglot_cnn(6).parameters()),
+    "CNN(2)": _omniglot(2),
+    "CNN(4)": _omniglot(4),
+    "CNN(6)": _omniglot(6),
     "conv_64": Problems.of([torch.empty(64, 64, 3, 3, device="meta")]),
     "head_5x1600": Problems.of([torch.empty(5, 1600, device="meta")]),
 }

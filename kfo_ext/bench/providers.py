@@ -25,6 +25,7 @@ from kfo_ext.bench.orders import (
     packed_already,
     packed_by_parameter,
     packed_by_task,
+    plain_alone,
     task_after_task,
     through_autograd,
 )
@@ -81,7 +82,7 @@ def kfo_gradients_on(case: Case) -> Orders:
     Raises:
         LeftOut: the case is not the plain transform.
     """
-    _plain_alone(case)
+    plain_alone(case)
     return through_autograd(
         lambda phi, G: [transform(*phi[0], *G, *phi[1], case.problems)], packed_leaves(case), create_graph=True
     )
@@ -96,6 +97,30 @@ def kfo_lists(case: Case) -> Orders:
         return problems.packing.unpack(Y)
 
     return through_autograd(composed(layer, case.psd), parameter_leaves(case))
+
+
+def kfo_gradient_lists(case: Case) -> Orders:
+    """As in `KFO.transform`: gradients in lists in and out, the factors packed; derivatives through autograd.
+
+    Raises:
+        LeftOut: the case is not the plain transform.
+    """
+    plain_alone(case)
+    problems, factors = case.problems, packed_leaves(case)
+
+    def layer(R: Form, G: Form, L: Form) -> Form:
+        return problems.packing.unpack(transform(*R, problems.packing.pack(G), *L, problems))
+
+    leaves = parameter_leaves(case)._replace(phi=factors.phi, ddphi=factors.ddphi)
+    return through_autograd(composed(layer, False), leaves)
+
+
+def packed_gradients(order: str, outputs: Outputs, case: Case) -> list[Tensor]:
+    """The packed outputs where the factors' own are packed already."""
+    factors = 0 if order == "forward" else len(case.phi)
+    count = len(case.problems)
+    flat = [X.reshape(len(X), -1) for X in outputs[factors:]]
+    return [*outputs[:factors], *(torch.cat(flat[i : i + count], 1) for i in range(0, len(flat), count))]
 
 
 def einsum(R: Form, G: Form, L: Form) -> Form:
@@ -177,11 +202,6 @@ def packed_learn2learn(order: str, outputs: Outputs, case: Case) -> list[Tensor]
     return packed_by_task(order, outputs, case)
 
 
-def _plain_alone(case: Case) -> None:
-    if not case.plain:
-        raise LeftOut("written for the plain transform alone")
-
-
 def _no_learn2learn(device: torch.device) -> None:
     light_import()
 
@@ -196,6 +216,7 @@ class Provider(NamedTuple):
     compiled: making it takes far longer than timing it
     streams: issues its work on torch's streams (else it is timed by the wall clock everywhere)
     graph: worth capturing in a CUDA graph
+    saves: whether the derivatives of a plain case read what the order before computed and saved besides operands
     """
 
     make: Callable[[Case], Orders]
@@ -205,25 +226,36 @@ class Provider(NamedTuple):
     compiled: bool = False
     streams: bool = True
     graph: bool = True
+    saves: bool = True
+
+    def reads_saved(self, order: str, case: Case) -> bool:
+        """Whether an order does less than the cost model counts, and holds more than is seen of it."""
+        # Our op saves its operands alone, but a row of them what lies in between.
+        return order != "forward" and (self.saves or (self.ours and not case.plain))
 
 
-def _ours(make: Callable[[Case], Orders], backend: str, pack: Callable = packed_already) -> Provider:
-    return Provider(make, pack, check=lambda device: resolve(backend, device), ours=True)
+def _ours(
+    make: Callable[[Case], Orders], backend: str, pack: Callable = packed_already, saves: bool = False
+) -> Provider:
+    return Provider(make, pack, check=lambda device: resolve(backend, device), ours=True, saves=saves)
 
 
 PROVIDERS: dict[str, Provider] = {
     "native": _ours(kfo_packed, "native"),
-    "lists": _ours(kfo_lists, "auto", packed_by_parameter),
-    "reference": _ours(lambda case: kfo_packed(case, "reference"), "reference"),
+    "lists": _ours(kfo_lists, "auto", packed_by_parameter, saves=True),
+    "gradient-lists": _ours(kfo_gradient_lists, "auto", packed_gradients, saves=True),
+    "reference": _ours(lambda case: kfo_packed(case, "reference"), "reference", saves=True),
     "triton": _ours(lambda case: kfo_packed(case, "triton"), "triton"),
     "learn2learn": Provider(learn2learn_loop, packed_learn2learn, check=_no_learn2learn, graph=False),
     "torch-loop-matmul": Provider(lambda case: torch_loop(case, matmul), packed_by_task, graph=False),
     "torch-loop-einsum": Provider(lambda case: torch_loop(case, einsum), packed_by_task, graph=False),
     "torch-matmul": Provider(lambda case: torch_batched(case, matmul)),
     "torch-einsum": Provider(lambda case: torch_batched(case, einsum)),
-    "torch-formulas": Provider(torch_formulas),
+    "torch-formulas": Provider(torch_formulas, saves=False),
     "torch-compile": Provider(torch_compiled, compiled=True),
-    "torch-formulas-compile": Provider(torch_formulas_compiled, compiled=True),
+    "torch-formulas-compile": Provider(torch_formulas_compiled, compiled=True, saves=False),
     "torch-kron": Provider(torch_kron, packed_by_task, graph=False),
-    "jax": Provider(jax_vmap, packed_from_jax, check=jax_missing, compiled=True, streams=False, graph=False),
+    "jax": Provider(
+        jax_vmap, packed_from_jax, check=jax_missing, compiled=True, streams=False, graph=False, saves=False
+    ),
 }

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kfo_ext.bench.measure import TOO_SLOW
 from kfo_ext.bench.rows import COLUMNS, Row, loses
 from kfo_ext.trainer.files import atomic_write, read_json, write_json
 
@@ -34,17 +35,19 @@ def bytes_text(count: int | None) -> str:
 
 
 def line(row: Row) -> str:
-    """One row of the table; a row of ours that another beats ends in LOSES."""
-    name = f"{'* ' if row['ours'] else '  '}{row['provider']}"
+    """One row of the table; `+` marks what reads saved intermediates, LOSES a row of ours that another beats."""
+    name = f"{'* ' if row['ours'] else '  '}{row['provider']}{' +' if row['saved'] else ''}"
     if row["status"] != "ok":
         return f"{name:23} {row['status']}"
     span = f"{seconds_text(row['low_s'])} .. {seconds_text(row['high_s'])}"
+    rate = "" if row["gflop_per_s"] is None else f"{row['gflop_per_s']:.3g}"
     share = "" if row["floor_share"] is None else f"{row['floor_share']:.3f}"
     against = ""
     if row["best_other"]:
-        against = f"{row['other_over_this']:.2f}x of {row['best_other']}{'  LOSES' if loses(row) else ''}"
+        against = f"{row['other_over_this']:.2f}x of {row['best_other']}{' +' if row['other_saved'] else ''}"
+        against += "  LOSES" if loses(row) else ""
     text = (
-        f"{name:23} {seconds_text(row['median_s']):>10} {span:>21} {row['gb_per_s']:7.3g} {row['gflop_per_s']:8.3g}"
+        f"{name:23} {seconds_text(row['median_s']):>10} {span:>21} {row['gb_per_s']:7.3g} {rate:>8}"
         f" {share:>8} {bytes_text(row['peak_bytes']):>9} {row['error']:7.0e}  {against}"
     )
     return text.rstrip()
@@ -78,7 +81,10 @@ def fit_table(fits: Sequence[Row]) -> Iterable[str]:
 
 
 def losses(rows: Sequence[Row]) -> Iterable[str]:
-    """How often each provider of ours is beaten, and where worst."""
+    """How often each provider of ours is beaten, where worst, and by what that read saved intermediates.
+
+    rows: each measurement once, not again for every axis that it lies on
+    """
     for name in dict.fromkeys(row["provider"] for row in rows if row["ours"] and row["best_other"]):
         ours = [row for row in rows if row["provider"] == name and row["best_other"]]
         lost = [row for row in ours if loses(row)]
@@ -86,10 +92,30 @@ def losses(rows: Sequence[Row]) -> Iterable[str]:
         if lost:
             worst = min(lost, key=lambda row: row["other_over_this"])
             text += (
-                f"; loses most at {worst['axis']}={worst['x']} {worst['group']} {worst['order']}, "
+                f"; loses most at {_place(worst)} {worst['order']}, "
                 f"{worst['other_over_this']:.2f}x of {worst['best_other']}"
             )
+        if saved := sum(bool(row["other_saved"]) for row in lost):
+            text += f"; in {saved} of the {len(lost)} to one that reads saved intermediates (+)"
         yield text
+
+
+def left_out(rows: Sequence[Row]) -> Iterable[str]:
+    """What was not measured for want of time, whole points and single providers: how many, and which.
+
+    rows: as `losses` takes them
+    """
+    points = [_place(row) for row in rows if row["provider"] is None and row["status"] != "ok"]
+    if points:
+        yield f"left out, {len(points)} points after the limit: {', '.join(dict.fromkeys(points))}"
+    slow = [row for row in rows if str(row["status"]).startswith(TOO_SLOW)]
+    for name in dict.fromkeys(row["provider"] for row in slow):
+        where = [f"{_place(row)} {row['order']}" for row in slow if row["provider"] == name]
+        yield f"left out, {name}, {len(where)} times too slow for the budget: {', '.join(where)}"
+
+
+def _place(row: Row) -> str:
+    return f"{row['axis']}={row['x']} {row['group']}"
 
 
 def write(folder: Path, rows: Sequence[Row], facts: Row) -> None:

@@ -29,6 +29,7 @@ COLUMNS = {
     "provider": "who computes it",
     "ours": "whether that is this package",
     "mode": "eager: called from Python; graph: replayed from a CUDA graph",
+    "saved": "whether it reads intermediates that an order before it saved: less work, more memory than is counted",
     "status": "ok, or why there are no numbers",
     "median_s": "seconds of one call, the median over the repeats",
     "low_s": "20th percentile",
@@ -37,13 +38,14 @@ COLUMNS = {
     "calls_per_repeat": "calls in a row that make one sample",
     "flops": "operations of the cost model",
     "bytes": "bytes that must move",
-    "gflop_per_s": "flops / median",
+    "gflop_per_s": "flops / median; not of one that is saved",
     "gb_per_s": "bytes / median",
-    "floor_share": "the floor's time / median; 1 is the floor",
+    "floor_share": "the floor's time / median, 1 is the floor; not of one that is saved",
     "launches": "CUDA kernels of one call, where the plan says",
-    "peak_bytes": "the most that tensors take during one call, outputs included",
+    "peak_bytes": "the most that tensors take during one call, outputs included; not of one that is saved",
     "error": "against float64, relative to the largest magnitude of an output",
     "best_other": "the fastest of the others here",
+    "other_saved": "whether that one is saved",
     "other_over_this": "its median / this one's: below 1 we lose",
 }
 
@@ -92,6 +94,7 @@ def rows_of(
                     row = empty_row(
                         axis=point.axis, x=point.x, group=point.group, tasks=point.tasks, psd=point.psd,
                         hidden=point.hidden, order=order, provider=name, ours=providers[name].ours, mode=mode,
+                        saved=providers[name].reads_saved(order, case),
                         status=timings[name] if isinstance(timings[name], str) else "ok",
                     )  # fmt: skip
                     if row["status"] == "ok":
@@ -114,16 +117,16 @@ def _numbers(point: Point, row: Row, timing: Timing, roofs: Roofs) -> Row:
         "calls_per_repeat": timing.calls_per_repeat,
         "flops": work,
         "bytes": moved,
-        "gflop_per_s": work / timing.median / 1e9,
+        "gflop_per_s": None if row["saved"] else work / timing.median / 1e9,
         "gb_per_s": moved / timing.median / 1e9,
-        "floor_share": None if floor is None else floor / timing.median,
+        "floor_share": None if row["saved"] or floor is None else floor / timing.median,
     }
 
 
 def _once(point: Point, row: Row, contender: Contender, provider: Provider, device: torch.device) -> Row:
     """What takes one more call: error, memory; and launches, where they are known."""
     out: Row = {"error": contender.error}
-    if row["mode"] == "eager" and provider.streams:
+    if row["mode"] == "eager" and provider.streams and not row["saved"]:
         out["peak_bytes"] = peak_extra_bytes(contender.call, device)
     if contender.name == "native" and device.type == "cuda" and not point.rule:
         out["launches"] = cost.launches(point, row["order"])
@@ -137,7 +140,8 @@ def _compared(rows: list[Row]) -> list[Row]:
     if best:
         for row in rows:
             if row["status"] == "ok" and row["ours"]:
-                row |= {"best_other": best["provider"], "other_over_this": best["median_s"] / row["median_s"]}
+                row |= {"best_other": best["provider"], "other_saved": best["saved"]}
+                row["other_over_this"] = best["median_s"] / row["median_s"]
     return rows
 
 

@@ -1,18 +1,21 @@
-"""Interleaved timing, and the facts of the machine that go with every number."""
+"""Interleaved timing: every function once per round, so that whatever the machine does hits all alike."""
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+import time
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import NamedTuple
 
-import torch
-
-from kfo_ext.trainer.run_folder import environment as run_environment
+# (function, calls) -> seconds of one call, measured over so many in a row.
+Sample = Callable[[Callable[[], object], int], float]
+# Threads of OpenMP and of XLA wait actively for some milliseconds after their work, on the core of the next contender.
+PAUSE = 0.02  # s
+CALIBRATIONS = 3
+# A call that lasts so many samples is one, without a second look: a first call is slow, but not by that much.
+LONG = 5
 
 
 class Timing(NamedTuple):
@@ -33,20 +36,33 @@ def wall_clock(function: Callable[[], object], calls: int) -> float:
     return (perf_counter() - start) / calls
 
 
+def rested(sample: Sample) -> Sample:
+    """The same sample after a pause in which all threads go to sleep."""
+
+    def sample_rested(function: Callable[[], object], calls: int) -> float:
+        time.sleep(PAUSE)
+        return sample(function, calls)
+
+    return sample_rested
+
+
 def interleaved(
-    functions: dict[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     repeats: int,
     seconds: float = 0.02,
-    sample: Callable[[Callable[[], object], int], float] = wall_clock,
+    sample: Sample = wall_clock,
+    twins: Mapping[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Time every function once per round; each round starts with another one, so that drift hits all alike.
 
     functions: what to time, by name; each is called once before as a warm-up
     repeats: rounds
     seconds: a sample repeats its function until it lasts about that long
-    sample: (function, calls) -> seconds of one call, measured over so many in a row
+    twins: those whose samples have as many calls as another's, by its name
     """
-    calls = {name: _calls_for(function, seconds, sample) for name, function in functions.items()}
+    twins = twins or {}
+    calls = {name: _calls_for(functions[name], seconds, sample) for name in functions if name not in twins}
+    calls |= {name: calls[other] for name, other in twins.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for round_ in range(repeats):
@@ -56,31 +72,18 @@ def interleaved(
     return {name: _summary(values, calls[name]) for name, values in samples.items()}
 
 
-def _calls_for(
-    function: Callable[[], object], seconds: float, sample: Callable[[Callable[[], object], int], float]
-) -> int:
-    first = sample(function, 1)
-    return 1 if first >= seconds else max(1, math.ceil(seconds / sample(function, 1)))
+def _calls_for(function: Callable[[], object], seconds: float, sample: Sample) -> int:
+    # The fastest of several counts, each with the calls found so far: the first, and those after a pause, are slow.
+    calls, fastest = 1, math.inf
+    for _ in range(CALIBRATIONS):
+        fastest = min(fastest, sample(function, calls))
+        if fastest >= LONG * seconds:
+            return 1
+        calls = math.ceil(seconds / fastest)
+    return calls
 
 
 def _summary(values: list[float], calls: int) -> Timing:
     ordered = sorted(values)
     low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
     return Timing(statistics.median(ordered), low, high, len(ordered), calls)
-
-
-def environment() -> dict[str, object]:
-    """The machine, versions, git commit and command line of this run."""
-    return run_environment() | {
-        "torch_threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        **{package: _version(package) for package in ("learn2learn", "triton", "jax", "torchopt", "higher")},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,0 +1,223 @@
+"""One process's share of bench/cpu_targets.py: every contender of the transform's orders, and the host time of a call.
+
+    python bench/cpu_target_run.py --repeats 21
+
+prints one line of JSON. Every contender is compared with float64 before it is timed, and all are timed in turn; kernels
+of other instruction sets run in processes of their own, in the same rounds. The process keeps freed memory, for all
+contenders alike: otherwise what one of them frees decides whether another's outputs are new pages in every call. With
+`--as-glibc-comes` it does not, and times those alone whose ratios are targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.autograd import Function
+
+from kfo_ext.bench import cost
+from kfo_ext.bench.cases import ORDERS, Case, Form, parameter_leaves, random_case
+from kfo_ext.bench.host import Empty, empty_call, operator_calls
+from kfo_ext.bench.measure import contenders, verified
+from kfo_ext.bench.orders import Orders, composed, through_autograd, truth
+from kfo_ext.bench.points import GROUPS, TASKS, Point
+from kfo_ext.bench.providers import PROVIDERS
+from kfo_ext.bench.roofs import fma_rate
+from kfo_ext.bench.timing import interleaved, rested, wall_clock
+from kfo_ext.trainer.allocator import keep_freed_memory
+from kfo_ext.transform import Problems, native
+
+NETWORKS = ("CNN(2)", "CNN(4)")
+PLAIN_TORCH = ("torch-matmul", "torch-einsum", "torch-formulas", "torch-compile", "torch-formulas-compile")
+TIMED = ("native", "gradient-lists", "lists", *PLAIN_TORCH, "learn2learn")
+EMPTY = "empty Function"
+PACKING, LARGE, SMALL = "packing alone", "native, largest parameters alone", "native, other parameters alone"
+Row = dict[str, object]
+
+
+def on(isa: str) -> str:
+    """The contender that our kernels are on another instruction set."""
+    return f"native, {isa}"
+
+
+class OtherIsa:
+    """The packed orders in a process of their own, whose kernels are of another instruction set."""
+
+    def __init__(self, isa: str, group: str) -> None:
+        command = [sys.executable, __file__, "--serve", group]
+        self.process = subprocess.Popen(
+            command, env=os.environ | {"KFO_CPU_ISA": isa}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        if (said := self._line()) != isa:
+            raise RuntimeError(f"the process for {isa} says {said!r}")
+
+    def seconds(self, order: str, calls: int) -> float:
+        """Seconds of one call, of so many in a row."""
+        print(order, calls, file=self.process.stdin, flush=True)
+        return float(self._line())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _line(self) -> str:
+        return self.process.stdout.readline().strip()
+
+
+class Remote(NamedTuple):
+    """One order of another process, in the place of a function to time."""
+
+    isa: OtherIsa
+    order: str
+
+
+def awake(function: Callable[[], object] | Remote, calls: int) -> float:
+    """Seconds of one call, of so many in a row, here or there, once some calls have woken threads and caches."""
+    if isinstance(function, Remote):
+        return function.isa.seconds(function.order, calls)
+    for _ in range(1 + calls // 4):
+        function()
+    return wall_clock(function, calls)
+
+
+def serve(group: str) -> None:
+    """Answers `ORDER CALLS` with the seconds of one call, after the instruction set in use."""
+    keep_freed_memory()
+    providers, case = {"native": PROVIDERS["native"]}, case_of(group)
+    expected, made = truth(case), contenders(providers, providers, case)
+    calls = {}
+    for order in ORDERS:
+        good, reasons = verified(providers, made, order, case, expected)
+        if reasons:
+            raise AssertionError(reasons)
+        calls[order] = good[0].call
+    print(native.cpu_isa(), flush=True)
+    for line in sys.stdin:
+        order, count = line.split()
+        print(awake(calls[order], int(count)), flush=True)
+
+
+def case_of(group: str) -> Case:
+    return random_case(GROUPS[group], TASKS, torch.float32)
+
+
+class HandedOn(Empty):
+    """The same, whose backward hands on dY too: all of it can be differentiated again."""
+
+    @staticmethod
+    def backward(ctx, dY):
+        return HandedBack.apply(*ctx.saved_tensors, dY)
+
+
+class HandedBack(Function):
+    """A differentiable backward without arithmetic: our op has none outside of its kernel, and a sum would be timed."""
+
+    @staticmethod
+    def forward(ctx, R, G, L, dY):
+        return R.view_as(R), G.view_as(G), L.view_as(L)
+
+    @staticmethod
+    def backward(ctx, ddR, ddG, ddL):
+        return ddR, ddG, ddL, ddG
+
+
+def packing(case: Case) -> Orders:
+    """What the lists form does around the transform, which here hands on what it gets."""
+    problems = case.problems
+
+    def layer(R: Form, G: Form, L: Form) -> Form:
+        Y = HandedOn.apply(problems.R.pack(R), problems.packing.pack(G), problems.L.pack(L))
+        return problems.packing.unpack(Y)
+
+    return through_autograd(composed(layer, False), parameter_leaves(case))
+
+
+def parts(case: Case) -> dict[str, Orders]:
+    """The packed orders of the parameters with most of the operations alone, and of all others alone."""
+    p_q = [p * q for _, p, q in case.problems.shapes]
+    pieces = {
+        LARGE: [shape for shape, size in zip(case.problems.shapes, p_q, strict=True) if size == max(p_q)],
+        SMALL: [shape for shape, size in zip(case.problems.shapes, p_q, strict=True) if size < max(p_q)],
+    }
+    return {
+        name: PROVIDERS["native"].make(random_case(Problems(shapes), TASKS, torch.float32))
+        for name, shapes in pieces.items()
+    }
+
+
+def measure_group(group: str, repeats: int, ratios_alone: bool) -> list[Row]:
+    """One row per order and contender.
+
+    ratios_alone: leave out what is no target of its own, and other instruction sets
+
+    Raises:
+        AssertionError: a contender of ours is wrong.
+    """
+    case = case_of(group)
+    providers = {name: PROVIDERS[name] for name in TIMED}
+    expected, made = truth(case), contenders(providers, providers, case)
+    alone = {} if ratios_alone else {PACKING: packing(case), **parts(case)}
+    supported = native.supported_isas()
+    slower = [] if ratios_alone else supported[supported.index(native.cpu_isa()) + 1 :]
+    others = {isa: OtherIsa(isa, group) for isa in slower}
+    point, rows = Point("tasks", TASKS, group, case.problems), []
+    for order in ORDERS:
+        good, reasons = verified(providers, made, order, case, expected)
+        if wrong := [reasons[name] for name in TIMED[:3] if name in reasons]:
+            raise AssertionError(f"{group} {order}: {'; '.join(wrong)}")
+        functions = {contender.name: contender.call for contender in good}
+        functions |= {name: orders[order] for name, orders in alone.items()}
+        functions |= {on(isa): Remote(other, order) for isa, other in others.items()}
+        twins = {on(isa): "native" for isa in others}
+        where = {"group": group, "order": order, "flops": cost.flops(point, order)}
+        for name, timing in interleaved(functions, repeats, sample=rested(awake), twins=twins).items():
+            saved = name in providers and providers[name].reads_saved(order, case)
+            rows.append(where | {"contender": name, "saved": saved, "seconds": timing._asdict()})
+        rows += [where | {"contender": name, "why_not": why} for name, why in reasons.items()]
+    for other in others.values():
+        other.close()
+    return rows
+
+
+def measure_host(repeats: int) -> list[Row]:
+    """The host time of one call of each operator, on tiny operands that require gradients."""
+    timings = interleaved(operator_calls() | {EMPTY: empty_call()}, repeats)
+    return [{"order": name, "seconds": timing._asdict()} for name, timing in timings.items()]
+
+
+def measure(repeats: int, as_glibc_comes: bool) -> Row:
+    """All that one process measures."""
+    kept = not as_glibc_comes and keep_freed_memory()
+    threads = torch.get_num_threads()
+    before = fma_rate(threads)
+    # First, as in a program of one's own: after torch.compile every call costs a microsecond or two more.
+    host = [] if as_glibc_comes else measure_host(repeats)
+    rows = [row for group in NETWORKS for row in measure_group(group, repeats, ratios_alone=as_glibc_comes)]
+    return {
+        "keeps_freed_memory": kept,
+        "fma_gflop_per_s": max(before, fma_rate(threads)) / 1e9,
+        "rows": rows,
+        "host": host,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=21, help="rounds of every order")
+    parser.add_argument("--as-glibc-comes", action="store_true", help="do not keep freed memory")
+    parser.add_argument("--serve", metavar="GROUP", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.serve:
+        serve(options.serve)
+    else:
+        print(json.dumps(measure(options.repeats, options.as_glibc_comes)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

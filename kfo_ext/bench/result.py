@@ -1,0 +1,74 @@
+"""What goes with every number, machine, versions, commit and command; and the files that hold both."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from kfo_ext.trainer.files import atomic_write, write_json
+from kfo_ext.trainer.run_folder import environment as run_environment
+
+Facts = dict[str, object]
+DIRTY = "-dirty"
+
+
+def environment() -> Facts:
+    """The machine, versions, git commit and command line of this run."""
+    return run_environment() | {
+        "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        **{package: _version(package) for package in ("learn2learn", "triton", "jax", "torchopt", "higher")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def provenance(facts: Mapping[str, object]) -> str:
+    """The commit of a result as a table names it: `commit 0123456789ab`, and whether that is all there was."""
+    commit = facts["commit"]
+    if commit is None:
+        return "of no known commit"
+    return f"commit {commit[:12]}{' with uncommitted changes' if commit.endswith(DIRTY) else ''}"
+
+
+def warn_unless_committed(facts: Mapping[str, object]) -> None:
+    """One line on stderr where no commit says what is measured."""
+    if facts["commit"] is None or facts["commit"].endswith(DIRTY):
+        sys.stderr.write(f"WARNING: THESE NUMBERS ARE OF CODE THAT NO COMMIT HOLDS: {provenance(facts)}\n")
+
+
+def facts_of(options: argparse.Namespace) -> Facts:
+    """What a script knows before it measures: `environment` and its settings, `--out` aside."""
+    facts = environment() | {"settings": {name: value for name, value in vars(options).items() if name != "out"}}
+    warn_unless_committed(facts)
+    return facts
+
+
+def write_result(out: Path, result: Facts, markdown: Callable[[Facts], str] | None = None) -> None:
+    """Write a result as JSON and then, beside it, as Markdown; each replaced as a whole.
+
+    markdown: makes the text of the result; None: JSON alone
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    if markdown is not None:
+        with atomic_write(out.with_suffix(".md")) as file:
+            file.write(markdown(result).encode())
+
+
+def finite(value: float) -> float | None:
+    """The value as JSON can hold it: None for what is no number or has no end."""
+    return value if math.isfinite(value) else None

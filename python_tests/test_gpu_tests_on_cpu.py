@@ -1,0 +1,27 @@
+"""The bodies of the tests of a device run on the CPU: an error in one is seen before there is a device."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from deadlines import seconds
+
+from kfo_ext.testing import LARGE_CASES
+from kfo_ext.transform import native
+
+
+@pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+def test_their_bodies_pass():
+    # On a CPU the large cases take as long as all others.
+    small = " and ".join(f"not {name}" for name in LARGE_CASES)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", small, str(Path(__file__).parent / "gpu")]
+    env = {**os.environ, "KFO_TEST_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=seconds(600))
+    assert done.returncode == 0, done.stdout[-6000:]
+    # Of those for Triton and for what CUDA alone has, each is skipped.
+    assert int(re.search("([0-9]+) passed", done.stdout)[1]) > 200

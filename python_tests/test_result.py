@@ -1,0 +1,51 @@
+"""The files of results: what names their commit, and that they are written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import pytest
+
+from kfo_ext.bench import result
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("commit", "name", "warns"),
+    [
+        (COMMIT, "commit 0123456789ab", False),
+        (f"{COMMIT}-dirty", "commit 0123456789ab with uncommitted changes", True),
+        (None, "of no known commit", True),
+    ],
+)
+def test_provenance(commit, name, warns, monkeypatch, capsys):
+    monkeypatch.setattr(result, "run_environment", lambda: {"commit": commit, "command": "c"})
+    facts = result.facts_of(argparse.Namespace(tasks=2, out="o"))
+    assert facts["settings"] == {"tasks": 2} and facts["command"] == "c" and facts["torch_threads"] >= 1
+    assert result.provenance(facts) == name
+    said = capsys.readouterr().err
+    assert (name in said and said.startswith("WARNING")) is warns
+
+
+def test_a_result_is_written_before_its_table(tmp_path):
+    out = tmp_path / "new" / "r.json"
+
+    def fails(content):
+        raise KeyError("no such column")
+
+    with pytest.raises(KeyError):
+        result.write_result(out, {"a": 1}, fails)
+    assert json.loads(out.read_text()) == {"a": 1}
+    result.write_result(out, {"a": 2}, lambda content: f"a is {content['a']}\n")
+    assert out.with_suffix(".md").read_text() == "a is 2\n"
+    with pytest.raises(ValueError, match="JSON"):
+        result.write_result(out, {"a": math.nan}, lambda content: "never")
+    assert json.loads(out.read_text()) == {"a": 2}
+    assert sorted(path.name for path in out.parent.iterdir()) == ["r.json", "r.md"]
+
+
+def test_finite():
+    assert [result.finite(x) for x in (1.5, math.nan, math.inf, -math.inf)] == [1.5, None, None, None]
