@@ -30,7 +30,7 @@ demo: $(STAMPS)/package
 	$(BIN)/kfo demo
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile python_tests
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder python_tests
 
 # The wheel in a fresh environment of its own, from another directory; make test-wheel WHEEL_TORCH=torch==2.11.0 for a torch
 # other than the one that it was built with.

@@ -8,6 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Files whose tests start compilers or whole suites: begun last, they would run on alone.
+LONGEST_FIRST = ("test_isa", "test_cuda_host", "test_packaging", "test_gpu_tests_on_cpu", "test_triton")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the longest files to the front, each file's tests in their order."""
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned():

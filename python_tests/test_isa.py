@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compi
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "KFO_CPU_ISA": isa}
-    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=seconds(300))
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=seconds(900))
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])

@@ -2,8 +2,10 @@
 // operations on them: load, left (F X), right (X F), left_gradient (sum X Y^T), right_gradient (sum X^T Y) and store.
 #pragma once
 
+#include "large.h"
 #include "products.h"
 #include "transform_kernels.h"
+#include "transposition.h"
 
 namespace {
 
@@ -13,77 +15,6 @@ using kfo::cpu::Matrices;
 template <class T>
 T* row_of(const Matrices<T>& matrices, const Job<std::remove_const_t<T>>& job, int64_t row) {
   return matrices.data + row / job.B * matrices.task_stride + row % job.B * job.p * job.q;
-}
-
-// One tile of at most kLanes<T> rows and columns. Loops over its vectors have constant bounds, which keeps them in
-// registers.
-template <class T>
-void gather_tile(const T* const* row, int rows, int64_t column, int columns, T* out, int64_t width) {
-  constexpr int W = kLanes<T>;
-  Vec<T> v[W] = {};
-  if (rows == W && columns == W) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = load(row[i] + column);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      if (i < rows) v[i] = load_first(row[i] + column, columns);
-  }
-  transpose<T>(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if (i < columns) store(out + i * width, v[i]);
-}
-
-template <class T>
-void scatter_tile(const T* in, int64_t width, T* const* row, const T* const* bias, int rows, int64_t column,
-                  int columns) {
-  constexpr int W = kLanes<T>;
-  Vec<T> v[W] = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if (i < columns) v[i] = load(in + i * width);
-  transpose<T>(v);
-  if (bias[0]) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      if (i < rows) v[i] += load_first(bias[i] + column, columns);
-  }
-  if (rows == W && columns == W) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) store(row[i] + column, v[i]);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      if (i < rows) store_first(row[i] + column, v[i], columns);
-  }
-}
-
-// out[c * width + r] = row_at(r)[c], with zeros for the r that complete the last vector.
-template <class T, class RowAt>
-void gather(int64_t rows, int64_t columns, RowAt row_at, T* out, int64_t width) {
-  constexpr int W = kLanes<T>;
-  for (int64_t r = 0; r < rows; r += W) {
-    const int n = static_cast<int>(smaller(rows - r, W));
-    const T* row[W];
-    for (int i = 0; i < n; ++i) row[i] = row_at(r + i);
-    for (int64_t c = 0; c < columns; c += W)
-      gather_tile(row, n, c, static_cast<int>(smaller(columns - c, W)), out + c * width + r, width);
-  }
-}
-
-// row_at(r)[c] = in[c * width + r] + bias_at(r)[c], without the bias where that is null.
-template <class T, class RowAt, class BiasAt>
-void scatter(int64_t rows, int64_t columns, const T* in, int64_t width, RowAt row_at, BiasAt bias_at) {
-  constexpr int W = kLanes<T>;
-  for (int64_t r = 0; r < rows; r += W) {
-    const int n = static_cast<int>(smaller(rows - r, W));
-    T* row[W];
-    const T* bias[W];
-    for (int i = 0; i < n; ++i) row[i] = row_at(r + i), bias[i] = bias_at(r + i);
-    for (int64_t c = 0; c < columns; c += W)
-      scatter_tile(in + c * width + r, width, row, bias, n, c, static_cast<int>(smaller(columns - c, W)));
-  }
 }
 
 // Many small matrices at a time, [i][j][b]: b is innermost, so that every product is a scalar times a vector of b.
@@ -156,7 +87,17 @@ class RowBlock {
   using Matrix = Rows<T>;
 
   RowBlock(const Job<T>& job, int64_t first, bool transposed, T* memory)
-      : job_(job), first_(first), transposed_(transposed && job.p > 1), width_(width(job)), free_(memory) {}
+      : job_(job),
+        first_(first),
+        transposed_(transposed && job.p > 1),
+        width_(width(job)),
+        large_(memory),
+        free_(memory + (has_large(job) ? large_memory<T>() : 0)) {}
+
+  // Elements of working memory, for so many matrices.
+  static int64_t memory(const Job<T>& job, int matrices) {
+    return matrices * matrix_elements(job) + (has_large(job) ? large_memory<T>() : 0);
+  }
 
   static int64_t width(const Job<T>& job) { return ceil_div(job.q, kLanes<T>) * kLanes<T>; }
   static int64_t matrix_elements(const Job<T>& job) { return job.p * width(job); }
@@ -192,22 +133,19 @@ class RowBlock {
   }
 
   void left(Factor<T> F, Matrix X, Matrix out, bool add = false) {
-    product<T>(job_.ahead, job_.p, job_.q, job_.p, F, {X.data, X.row}, out, add);
+    multiply(job_.p, job_.q, job_.p, F, {X.data, 1, X.row}, out, add);
   }
 
   void right(Factor<T> F, Matrix X, Matrix out, bool add = false) {
-    if (F.column == 1)
-      product<T>(job_.ahead, job_.p, job_.q, job_.q, {X.data, X.row, 1}, {F.data, F.row}, out, add);
-    else
-      dots<T>(job_.ahead, job_.p, job_.q, {X.data, X.row}, {F.data, F.column}, out, {1, job_.q, 0}, add);
+    multiply(job_.p, job_.q, job_.q, {X.data, X.row, 1}, {F.data, F.column, F.row}, out, add);
   }
 
   void left_gradient(Matrix X, Matrix Y, T* out, bool add) {
-    dots<T>(job_.ahead, job_.p, job_.p, {X.data, X.row}, {Y.data, Y.row}, {out, job_.p}, {1, job_.q, 0}, add);
+    multiply(job_.p, job_.p, job_.q, {X.data, X.row, 1}, {Y.data, Y.row, 1}, {out, job_.p}, add);
   }
 
   void right_gradient(Matrix X, Matrix Y, T* out, bool add) {
-    product<T>(job_.ahead, job_.q, job_.q, job_.p, {X.data, 1, X.row}, {Y.data, Y.row}, {out, job_.q}, add);
+    multiply(job_.q, job_.q, job_.p, {X.data, 1, X.row}, {Y.data, 1, Y.row}, {out, job_.q}, add);
   }
 
   void clear(Matrix X) {
@@ -216,10 +154,27 @@ class RowBlock {
   }
 
  private:
+  // C (M, N) = A (M, K) X^T (K, N), or C += A X^T; the rows or the columns of X are contiguous.
+  void multiply(int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Matrix C, bool add) {
+    if (is_large(M, N, K))
+      large_product<T>(job_.ahead, M, N, K, A, X, C, add, large_);
+    else if (X.row == 1)
+      product<T>(job_.ahead, M, N, K, A, {X.data, X.column}, C, add);
+    else
+      dots<T>(job_.ahead, M, N, {A.data, A.row}, {X.data, X.row}, C, {1, K, 0}, add);
+  }
+
   const Job<T>& job_;
+  // Whether some product of the job is large.
+  static bool has_large(const Job<T>& job) {
+    const int64_t most = job.p > job.q ? job.p : job.q;
+    return is_large(job.p, job.q, most);
+  }
+
   const int64_t first_;
   const bool transposed_;
   const int64_t width_;
+  T* const large_;
   T* free_;
 };
 

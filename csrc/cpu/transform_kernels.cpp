@@ -56,7 +56,7 @@ void run(const Job<T>& job) {
     const bool turn = job.q < kLanes<T> && job.p > job.q;
     const Job<T> turned = turn ? transposed_job(job) : job;
     const int matrices = turn ? kMemory.all : kMemory.intermediates;
-    T* memory = working_memory<T>(matrices * RowBlock<T>::matrix_elements(turned));
+    T* memory = working_memory<T>(RowBlock<T>::memory(turned, matrices));
     for (int64_t b = job.begin; b < job.end; ++b) rows(RowBlock<T>(turned, b, turn, memory), turned, b == job.begin);
   }
 }

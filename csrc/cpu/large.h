@@ -1,0 +1,60 @@
+// Products of large matrices: both operands are copied, a block at a time, so that a tile reads them in order whatever
+// their layout. The sums are those of `product`, in the same order.
+#pragma once
+
+#include "products.h"
+#include "transposition.h"
+
+namespace {
+
+constexpr int64_t kLargeDepth = 256;             // k of a block
+constexpr int64_t kLargeRows = 192;              // rows of A of a block, which stays in the second-level cache
+constexpr int64_t kLargeVectors = kTileVectors;  // of a row of a block of X: one strip
+
+// Elements of memory that `large_product` needs.
+template <class T>
+constexpr int64_t large_memory() {
+  return kLargeDepth * (kLargeRows + kLargeVectors * kLanes<T>);
+}
+
+// Whether copies of the operands cost little beside the product, and their strides much.
+inline bool is_large(int64_t M, int64_t N, int64_t K) {
+  constexpr int64_t kLeast = 64, kWork = int64_t{1} << 21;
+  return M >= kLeast && N >= kLeast && K >= kLeast && M * N * K >= kWork;
+}
+
+// out[k * width + m] = A(m, k), where either the rows or the columns of A are contiguous.
+template <class T>
+void pack(Factor<T> A, int64_t rows, int64_t depth, T* out, int64_t width) {
+  if (A.row == 1) {
+    for (int64_t k = 0; k < depth; ++k)
+      __builtin_memcpy(out + k * width, A.data + k * A.column, static_cast<size_t>(rows) * sizeof(T));
+  } else {
+    gather(rows, depth, [&](int64_t m) { return A.data + m * A.row; }, out, width);
+  }
+}
+
+// C (M, N) = A (M, K) X^T (K, N), or C += A X^T.
+template <class T>
+void large_product(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Rows<T> C, bool add,
+                   T* memory) {
+  constexpr int W = kLanes<T>;
+  T* rows_of_A = memory;
+  T* strip_of_X = memory + kLargeDepth * kLargeRows;
+  for (int64_t k = 0; k < K; k += kLargeDepth) {
+    const int64_t depth = smaller(K - k, kLargeDepth);
+    const bool keep = add || k > 0;
+    Cut(M, kLargeRows).each([&](int64_t m, int64_t rows) {
+      const int64_t width = ceil_div(rows, W) * W;
+      pack<T>({A.data + m * A.row + k * A.column, A.row, A.column}, rows, depth, rows_of_A, width);
+      const Factor<T> a{rows_of_A, 1, width};
+      for (int64_t n = 0; n < N; n += kLargeVectors * W) {
+        const int64_t columns = smaller(N - n, kLargeVectors * W), stride = ceil_div(columns, W) * W;
+        pack<T>({X.data + n * X.row + k * X.column, X.row, X.column}, columns, depth, strip_of_X, stride);
+        product<T>(ahead, rows, columns, depth, a, {strip_of_X, stride}, {C.data + m * C.row + n, C.row}, keep);
+      }
+    });
+  }
+}
+
+}  // namespace
