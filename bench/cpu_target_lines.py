@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from cpu_target_run import EMPTY, LARGE, NETWORKS, PACKING, PLAIN_TORCH, SMALL, Row, on
+from cpu_target_run import EMPTY, FMA, LARGE, NETWORKS, PACKING, PLAIN_TORCH, SMALL, Row, on
 
 from kfo_ext.bench.cases import ORDERS
 from kfo_ext.bench.host import HOST_US
@@ -70,13 +70,17 @@ def transform_lines(
     """The targets of one order of one network.
 
     rows, as_glibc_comes: its contenders
-    peaks: multiply-adds per second in each run, counted as two operations each
+    peaks: multiply-adds per second in each run, counted as two operations each, where rows do not time them
     isa: the instruction set of our kernels
     """
     seconds, other = seconds_of(rows), seconds_of(as_glibc_comes)
     us = {name: 1e6 * median(numbers) for name, numbers in seconds.items()}
     where, ours = f"{order}, {group}", seconds["native"]
-    floor = [rows[0]["flops"] / peak for peak in peaks]
+    (flops,) = {row["flops"] for row in rows if row["contender"] != FMA}
+    if FMA in seconds:
+        (operations,) = (row["flops"] for row in rows if row["contender"] == FMA)
+        peaks = [operations / each for each in seconds[FMA]]
+    floor = [flops / peak for peak in peaks]
     for form, what in LISTS.items() if "learn2learn" in seconds else ():
         times = ratio(seconds["learn2learn"], seconds[form])
         there = spread(ratio(other["learn2learn"], other[form]), 1, "x") if "learn2learn" in other else ""
@@ -155,8 +159,9 @@ def markdown(result: Row) -> str:
     made = (
         f"Made by `python bench/{result['command']}` on {result['processor']}, {result['torch_threads']} threads, "
         f"torch {result['torch']}, {provenance(result)}; {spread(result['fma_gflop_per_s'], 0)} GFLOP/s of "
-        f"multiply-adds measured in the same runs; {TASKS} tasks. Medians over {settings['runs']} processes of medians "
-        f"of {settings['repeats']} interleaved repeats, and in brackets the least and the most of the processes; "
+        f"multiply-adds at best; the floor is reckoned with their median in the same rounds; {TASKS} tasks. "
+        f"Medians over {settings['runs']} processes of medians of {settings['repeats']} interleaved repeats, "
+        "and in brackets the least and the most of the processes; "
         "`as glibc comes`: in others that do not keep freed memory."
     )
     others = [

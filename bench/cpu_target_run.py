@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,9 @@ NETWORKS = ("CNN(2)", "CNN(4)")
 PLAIN_TORCH = ("torch-matmul", "torch-einsum", "torch-formulas", "torch-compile", "torch-formulas-compile")
 TIMED = ("native", "gradient-lists", "lists", *PLAIN_TORCH, "learn2learn")
 EMPTY = "empty Function"
+# Beside the contenders, since neighbours on a shared machine slow both: the rate that the floor is reckoned with.
+FMA = "multiply-adds in registers"
+FMA_STEPS = 1 << 20
 PACKING, LARGE, SMALL = "packing alone", "native, largest parameters alone", "native, other parameters alone"
 Row = dict[str, object]
 
@@ -137,6 +141,16 @@ def packing(case: Case) -> Orders:
     return through_autograd(composed(layer, False), parameter_leaves(case))
 
 
+def multiply_adds(threads: int) -> tuple[Callable[[], object], float]:
+    """A call that does nothing but multiply-adds on so many threads, and its operations."""
+    pool = ThreadPoolExecutor(threads)
+
+    def call() -> float:
+        return sum(pool.map(native.cpu_multiply_adds, [FMA_STEPS] * threads))
+
+    return call, call()
+
+
 def parts(case: Case) -> dict[str, Orders]:
     """The packed orders of the parameters with most of the operations alone, and of all others alone."""
     p_q = [p * q for _, p, q in case.problems.shapes]
@@ -166,18 +180,20 @@ def measure_group(group: str, repeats: int, ratios_alone: bool) -> list[Row]:
     slower = [] if ratios_alone else supported[supported.index(native.cpu_isa()) + 1 :]
     others = {isa: OtherIsa(isa, group) for isa in slower}
     point, rows = Point("tasks", TASKS, group, case.problems), []
+    multiply_add, operations = multiply_adds(torch.get_num_threads())
     for order in ORDERS:
         good, reasons = verified(providers, made, order, case, expected)
         if wrong := [reasons[name] for name in TIMED[:3] if name in reasons]:
             raise AssertionError(f"{group} {order}: {'; '.join(wrong)}")
         functions = {contender.name: contender.call for contender in good}
         functions |= {name: orders[order] for name, orders in alone.items()}
-        functions |= {on(isa): Remote(other, order) for isa, other in others.items()}
+        functions |= {on(isa): Remote(other, order) for isa, other in others.items()} | {FMA: multiply_add}
         twins = {on(isa): "native" for isa in others}
         where = {"group": group, "order": order, "flops": cost.flops(point, order)}
         for name, timing in interleaved(functions, repeats, sample=rested(awake), twins=twins).items():
             saved = name in providers and providers[name].reads_saved(order, case)
-            rows.append(where | {"contender": name, "saved": saved, "seconds": timing._asdict()})
+            row = where | {"contender": name, "saved": saved, "seconds": timing._asdict()}
+            rows.append(row | {"flops": operations} if name == FMA else row)
         rows += [where | {"contender": name, "why_not": why} for name, why in reasons.items()]
     for other in others.values():
         other.close()

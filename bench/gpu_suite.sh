@@ -100,6 +100,8 @@ on_device meta 90 "$PYTHON" bench/meta_peers.py --device cuda --networks omniglo
 on_device meta_jax 90 "$PYTHON" bench/meta_peers.py --device cuda --networks omniglot_cnn2 --methods kfo \
     --contenders ours_native_graph jax_vmap jax_vmap_patches --repeats 7 --no-memory --out "$OUT/meta_jax.json"
 on_device precision 45 "$PYTHON" bench/precision.py --device cuda --repeats 7 --out "$OUT/precision.json"
+on_device conv_forms 60 "$PYTHON" bench/conv_forms.py --device cuda --networks omniglot_cnn2 cifar_fs_cnn2 --repeats 5 \
+    --out "$OUT/conv_forms.json"
 on_device ncu 60 ncu --profile-from-start off --clock-control none --set full \
     "$PYTHON" bench/one_call.py --worst-of "$OUT/gpu_bench.json"
 # Apart: it takes a process for each contender.

@@ -73,6 +73,19 @@ def test_ratios_of_an_order(script, run, lines):
     assert "| 0.20 |  |  |  |" in found[5].text() and "**no**" in found[2].text()
 
 
+def test_the_floor_is_that_of_the_same_rounds(script, run, lines):
+    rows = rows_of(run, native=2e-5, torch_matmul=1e-4, lists=1.0, gradient_lists=1.0)
+    busy = {**rows[0], "contender": run.FMA, "flops": 3e6, "seconds": timed(6e-5)}
+    share = {line.target: line.measured for line in lines_of(script, lines, [*rows, busy])}
+    assert share["share of the FMA floor: 0.5"] == "1.00"
+
+
+def test_multiply_adds_count_their_operations(run, monkeypatch):
+    monkeypatch.setattr(run, "FMA_STEPS", 1 << 8)
+    call, operations = run.multiply_adds(2)
+    assert call() == operations == 2 * native.cpu_multiply_adds(1 << 8)
+
+
 def test_the_median_over_the_runs_decides(script, run, lines):
     def of(native, torch_matmul):
         return rows_of(
