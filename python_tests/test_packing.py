@@ -95,6 +95,21 @@ def test_differentiating_a_derivative_makes_no_row_for_each_tensor():
     assert not [name for name in calls.names if "slice_backward" in name or "zeros" in name]
 
 
+def test_batched_cotangents():
+    given = tensors(3)
+    packed = PACKING.pack(given)
+    cotangents = torch.randn(5, *packed.shape, dtype=packed.dtype)
+    batched = torch.autograd.grad(packed, given, cotangents, is_grads_batched=True, create_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        for X, row in zip(torch.autograd.grad(packed, given, cotangent, retain_graph=True), batched, strict=True):
+            assert torch.equal(X, row[i])
+
+
+def test_any_collection_of_tensors_is_packed():
+    given = dict(enumerate(tensors(2)))
+    assert torch.equal(PACKING.pack(given.values()), PACKING.pack(list(given.values())))
+
+
 def test_under_torch_func_and_compile():
     given = [X.detach() for X in tensors(None)]
     packed = PACKING.pack(given)[0]

@@ -73,7 +73,7 @@ class Packing:
         """
         if len(tensors) != len(self):
             raise ValueError(f"{argument}: expected {len(self)} tensors, one per parameter, got {len(tensors)}")
-        if self._usual(tensors):
+        if isinstance(tensors, (list, tuple)) and self._usual(tensors):
             return len(tensors[0])
         first: tuple[str, Tensor, int | None] | None = None
         for name, shape, tensor in zip(self.names, self.shapes, tensors):
