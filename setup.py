@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 import kfo_toolchain as toolchain  # noqa: E402  it lies in the directory of the in-tree backend
 
 ARCHITECTURES = [80, 90, 100, 120]
+HOST = "-O3 -g0 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off"  # of the C++ that runs on the CPU
 ISAS = {
     "avx512": "-mavx512f -mavx2 -mfma",
     "avx2": "-mavx2 -mfma",
@@ -78,7 +79,7 @@ def build_graph(package: Path, version: str, torch: tuple[Path, str], nvcc: tupl
     flags_of = {"build_id": identity}
 
     graph = Graph()
-    host = f"-O3 -g0 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra {' '.join(portable)}"
+    host = f"{HOST} -Wall -Wextra {' '.join(portable)}"
     graph.rule("cxx", f"{cxx} -MMD -MF $out.d {host} $flags -c $in -o $out")
     graph.rule("link", f"{cxx} -shared -Wl,--as-needed,-z,relro,-z,now $in $flags -o $out")
 

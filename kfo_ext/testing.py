@@ -26,12 +26,14 @@ CASES: dict[str, list[tuple[int, int, int]]] = {
     "tile_edges": [(1, 31, 33), (1, 32, 32), (1, 33, 31), (2, 16, 65)],
     "mixed": [(8, 1, 9), (1, 8, 1), (1, 8, 1), (8, 8, 9), (1, 8, 1), (1, 5, 8), (1, 5, 1)],
 }
-# Large factors: the paper's mini-ImageNet head and softmax regression, and a product in unequal blocks.
+# Large factors: the paper's mini-ImageNet head and softmax regression, a product in unequal blocks, and sums that are
+# short beside their result.
 LARGE_CASES: dict[str, list[tuple[int, int, int]]] = {
     "head_5x1600": [(1, 5, 1600)],
     "square_784": [(1, 784, 784)],
     "blocks_197x300": [(1, 197, 300)],
     "conv_64": [(64, 64, 9)],
+    "short_sums": [(1, 40, 17), (2, 20, 40), (3, 40, 9), (17, 32, 32)],
 }
 
 # The orders, and the names of their outputs in `truth`.

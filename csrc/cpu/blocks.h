@@ -156,7 +156,7 @@ class RowBlock {
  private:
   // C (M, N) = A (M, K) X^T (K, N), or C += A X^T; the rows or the columns of X are contiguous.
   void multiply(int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Matrix C, bool add) {
-    if (is_large(M, N, K))
+    if (is_large(M, N, K) || (X.row != 1 && are_dots_slow(M, N, K)))
       large_product<T>(job_.ahead, M, N, K, A, X, C, add, large_);
     else if (X.row == 1)
       product<T>(job_.ahead, M, N, K, A, {X.data, X.column}, C, add);
@@ -165,10 +165,10 @@ class RowBlock {
   }
 
   const Job<T>& job_;
-  // Whether some product of the job is large.
+  // Whether some product of the job needs copies of its operands.
   static bool has_large(const Job<T>& job) {
-    const int64_t most = job.p > job.q ? job.p : job.q;
-    return is_large(job.p, job.q, most);
+    const int64_t most = job.p > job.q ? job.p : job.q, least = job.p > job.q ? job.q : job.p;
+    return is_large(job.p, job.q, most) || are_dots_slow(most, most, least);
   }
 
   const int64_t first_;

@@ -4,6 +4,7 @@
 #include "conv2d_kernels.h"
 
 #include "products.h"
+#include "transposition.h"
 #include "working_memory.h"
 
 namespace {
@@ -176,13 +177,14 @@ void forward(const Conv2dJob<T>& job) {
   const int64_t Ho = s.Ho(), Wo = s.Wo(), taps = s.KH * s.KW, pixels = Ho * Wo;
   Padded<T> image = reached<T>(s);
   Pieces memory(Pieces::bytes<T>(taps * s.C * s.O) + Pieces::bytes<T>(image.elements()) +
-                2 * Pieces::bytes<int64_t>(pixels));
+                2 * Pieces::bytes<int64_t>(pixels) + Pieces::bytes<int64_t>(taps * s.C));
   T* weight = memory.take<T>(taps * s.C * s.O);  // (KH, KW, C, O)
   image.data = memory.take<T>(image.elements());
   int64_t *rows = memory.take<int64_t>(pixels), *outs = memory.take<int64_t>(pixels);
-  for (int64_t o = 0; o < s.O; ++o)
-    for (int64_t c = 0; c < s.C; ++c)
-      for (int64_t k = 0; k < taps; ++k) weight[(k * s.C + c) * s.O + o] = job.weight[(o * s.C + c) * taps + k];
+  int64_t* places = memory.take<int64_t>(taps * s.C);  // of a row of job.weight in `weight`
+  for (int64_t c = 0, i = 0; c < s.C; ++c)
+    for (int64_t k = 0; k < taps; ++k, ++i) places[i] = (k * s.C + c) * s.O;
+  gather_to(s.O, taps * s.C, [&](int64_t o) { return job.weight + o * s.C * taps; }, weight, places);
   for (int64_t h = 0, i = 0; h < Ho; ++h)
     for (int64_t w = 0; w < Wo; ++w, ++i) {
       rows[i] = image.at(h * s.stride, w * s.stride);
@@ -220,11 +222,13 @@ void input(const Conv2dJob<T>& job) {
                   s.O};
   const int64_t phases = s.stride * s.stride, taps = s.KH * s.KW;
   Pieces memory(Pieces::bytes<T>(taps * s.O * s.C) + Pieces::bytes<T>(image.elements()) +
-                2 * Pieces::bytes<int64_t>(pixels) + Pieces::bytes<int64_t>(2 * (phases + 1)));
+                2 * Pieces::bytes<int64_t>(pixels) + Pieces::bytes<int64_t>(2 * (phases + 1)) +
+                Pieces::bytes<int64_t>(taps));
   T* weight = memory.take<T>(taps * s.O * s.C);  // per phase: (its taps backwards, O, C)
   image.data = memory.take<T>(image.elements());
   int64_t *rows = memory.take<int64_t>(pixels), *outs = memory.take<int64_t>(pixels);
   int64_t* starts = memory.take<int64_t>(2 * (phases + 1));  // of each phase in `rows`, and in `weight`
+  int64_t* places = memory.take<int64_t>(taps);              // of a tap in `weight`
   starts[0] = starts[1] = 0;
   for (int64_t phase = 0; phase < phases; ++phase) {
     const Phase v(phase / s.stride, s.H, s.KH, s.stride, s.padding),
@@ -238,14 +242,13 @@ void input(const Conv2dJob<T>& job) {
             s.C;
       }
     starts[2 * phase + 2] = i;
-    T* out = weight + starts[2 * phase + 1];
+    int64_t place = starts[2 * phase + 1];
     for (int64_t kh = v.taps - 1; kh >= 0; --kh)
-      for (int64_t kw = h.taps - 1; kw >= 0; --kw) {
-        const T* tap = job.weight + (v.phase + kh * s.stride) * s.KW + h.phase + kw * s.stride;
-        for (int64_t i = 0; i < s.O * s.C; ++i) *out++ = tap[i * taps];
-      }
-    starts[2 * phase + 3] = out - weight;
+      for (int64_t kw = h.taps - 1; kw >= 0; --kw, place += s.O * s.C)
+        places[(v.phase + kh * s.stride) * s.KW + h.phase + kw * s.stride] = place;
+    starts[2 * phase + 3] = place;
   }
+  gather_to(s.O * s.C, taps, [&](int64_t i) { return job.weight + i * taps; }, weight, places);
   for (int64_t n = job.begin; n < job.end; ++n) {
     image.fill(job.dy + n * Ho * Wo * s.O, Ho, Wo, before);
     for (int64_t phase = 0; phase < phases; ++phase) {
@@ -263,12 +266,15 @@ void weight(const Conv2dJob<T>& job) {
   const Conv2dShape& s = job.shape;
   const int64_t Ho = s.Ho(), Wo = s.Wo(), taps = s.KH * s.KW, count = job.end - job.begin;
   Padded<T> image = reached<T>(s);
-  Pieces memory(Pieces::bytes<T>(count * s.O) + Pieces::bytes<T>(image.elements()) + 2 * Pieces::bytes<int64_t>(count));
-  T* sums = memory.take<T>(count * s.O);  // (taps of this job, O)
+  // The sums and what the last vector of them reads besides.
+  const int64_t sums_and_more = count * s.O + kLanes<T>;
+  Pieces memory(Pieces::bytes<T>(sums_and_more) + Pieces::bytes<T>(image.elements()) +
+                2 * Pieces::bytes<int64_t>(count));
+  T* sums = memory.take<T>(sums_and_more);  // (taps of this job, O)
   image.data = memory.take<T>(image.elements());
   int64_t *rows = memory.take<int64_t>(count), *outs = memory.take<int64_t>(count);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t tap = (job.begin + i) / s.C, c = (job.begin + i) % s.C;
+    const int64_t c = (job.begin + i) / taps, tap = (job.begin + i) % taps;
     rows[i] = image.at(tap / s.KW, tap % s.KW) + c;
     outs[i] = i * s.O;
   }
@@ -283,10 +289,9 @@ void weight(const Conv2dJob<T>& job) {
                           {smaller(step, Ho - h), image.at(s.stride, 0), Wo, s.stride * s.C}, s.O,
                           {dy + h * Wo * s.O, s.O}, sums, true);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t tap = (job.begin + i) / s.C, c = (job.begin + i) % s.C;
-    for (int64_t o = 0; o < s.O; ++o) job.dweight[(o * s.C + c) * taps + tap] = sums[i * s.O + o];
-  }
+  scatter(
+      s.O, count, sums, s.O, [&](int64_t o) { return job.dweight + o * s.C * taps + job.begin; },
+      [](int64_t) -> const T* { return nullptr; });
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ struct Conv2dShape {
   int64_t Wo() const { return (W + 2 * padding - KW) / stride + 1; }
 };
 
-// Part of one task's work: images begin to end of y or of dx; of dweight, taps (row of KH, column of KW, channel).
+// Part of one task's work: images begin to end of y or of dx; of dweight, columns (channel, row of KH, column of KW).
 template <class T>
 struct Conv2dJob {
   Conv2dShape shape;

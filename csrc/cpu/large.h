@@ -23,6 +23,12 @@ inline bool is_large(int64_t M, int64_t N, int64_t K) {
   return M >= kLeast && N >= kLeast && K >= kLeast && M * N * K >= kWork;
 }
 
+// Whether dot products, which add up lanes for each element of the result, cost more than copies of their operands.
+inline bool are_dots_slow(int64_t M, int64_t N, int64_t K) {
+  constexpr int64_t kLeast = 16, kShortest = 8;
+  return M >= kLeast && N >= kLeast && K >= kShortest && K <= M + N;
+}
+
 // out[k * width + m] = A(m, k), where either the rows or the columns of A are contiguous.
 template <class T>
 void pack(Factor<T> A, int64_t rows, int64_t depth, T* out, int64_t width) {

@@ -73,6 +73,12 @@ inline void keep_one(T*& moving) {
   asm("" : "+r"(moving));
 }
 
+// The compiler would rather read it again from memory, at each use.
+template <class V>
+inline void keep_in_register(V& vector) {
+  asm("" : "+v"(vector));
+}
+
 // One register tile of C = A X, several times over. `lanes` of its last vector exist.
 // A tile of few sums takes every kSplit-th k in a sum of its own, since a sum waits for its previous addition.
 template <class T, int M, int N, bool kPartial>
@@ -212,42 +218,52 @@ struct Runs {
   int64_t count, length, step;
 };
 
+// One register tile of C, and so many more of its size beside it.
 template <class T, int M, int N>
-void dots_tile(Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
+void dots_tile(Ahead* ahead, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add, int64_t times) {
   constexpr int W = kLanes<T>, kSums = M * N;
   constexpr int kGroup = kSums >= W ? W : power_of_two(kSums), kPadded = (kSums + kGroup - 1) / kGroup * kGroup;
-  Vec<T> sums[kPadded] = {};
   const int64_t whole = runs.length / W * W;
   const int rest = static_cast<int>(runs.length - whole);
-  const auto step = [&](const T* a, const T* x, auto load_vector) {
-    Vec<T> column[M];
+  for (int64_t i = 0; i < times; ++i) {
+    fetch_ahead(ahead);
+    Vec<T> sums[kPadded] = {};
+    const auto step = [&](const T* a, const T* x, auto load_vector) {
+      Vec<T> column[M];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) column[m] = load_vector(a + m * A.row);
+      for (int m = 0; m < M; ++m) column[m] = load_vector(a + m * A.row);
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      const Vec<T> other = load_vector(x + n * X.row);
+      for (int n = 0; n < N; ++n) {
+        Vec<T> other = load_vector(x + n * X.row);
+        keep_in_register(other);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sums[m * N + n] = multiply_add(column[m], other, sums[m * N + n]);
+        for (int m = 0; m < M; ++m) sums[m * N + n] = multiply_add(column[m], other, sums[m * N + n]);
+      }
+    };
+    for (int64_t r = 0; r < runs.count; ++r) {
+      const T* a = A.data + r * runs.step;
+      const T* x = X.data + i * N * X.row + r * runs.step;
+      for (int64_t k = 0; k < whole; k += W) step(a + k, x + k, [](const T* p) { return load(p); });
+      if (rest) step(a + whole, x + whole, [rest](const T* p) { return load_first(p, rest); });
     }
-  };
-  for (int64_t r = 0; r < runs.count; ++r) {
-    const T* a = A.data + r * runs.step;
-    const T* x = X.data + r * runs.step;
-    for (int64_t k = 0; k < whole; k += W) step(a + k, x + k, [](const T* p) { return load(p); });
-    if (rest) step(a + whole, x + whole, [rest](const T* p) { return load_first(p, rest); });
+    alignas(64) T totals[(kPadded + W - 1) / W * W];
+#pragma GCC unroll 16
+    for (int i = 0; i < kPadded; i += kGroup) store(totals + i, lane_sums<T, kGroup>(sums + i));
+    T* c = C.data + i * N;
+    if (add) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) c[m * C.row + n] += totals[m * N + n];
+    } else {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) __builtin_memcpy(c + m * C.row, totals + m * N, N * sizeof(T));
+    }
   }
-  alignas(64) T totals[(kPadded + W - 1) / W * W];
-#pragma GCC unroll 16
-  for (int i = 0; i < kPadded; i += kGroup) store(totals + i, lane_sums<T, kGroup>(sums + i));
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) {
-      T& c = C.data[m * C.row + n];
-      c = add ? c + totals[m * N + n] : totals[m * N + n];
-    }
 }
 
 template <class T>
-using DotsTile = void (*)(Rows<const T>, Rows<const T>, Rows<T>, Runs, bool);
+using DotsTile = void (*)(Ahead*, Rows<const T>, Rows<const T>, Rows<T>, Runs, bool, int64_t);
 
 // Of a tile with M rows: as many columns as registers hold sums.
 constexpr int dots_columns(int M) { return (kRegisters == 16 ? 12 : 16) / M; }
@@ -259,15 +275,17 @@ DotsTile<T> dots_tile_of(int64_t columns, std::integer_sequence<int, N...>) {
   return kTiles[columns - 1];
 }
 
-// All tiles of a strip of C that is M rows high.
+// All tiles of a strip of C that is M rows high. Those of one size are one call.
 template <class T, int M>
 void dots_strip(Ahead* ahead, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
   constexpr int kColumns = dots_columns(M);
-  Cut(N, kColumns).each([&](int64_t n, int64_t columns) {
-    fetch_ahead(ahead);
-    dots_tile_of<T, M>(columns, std::make_integer_sequence<int, kColumns>{})(A, {X.data + n * X.row, X.row},
-                                                                             {C.data + n, C.row}, runs, add);
-  });
+  const auto run = [&](int64_t n, int64_t columns, int64_t times) {
+    dots_tile_of<T, M>(columns, std::make_integer_sequence<int, kColumns>{})(ahead, A, {X.data + n * X.row, X.row},
+                                                                             {C.data + n, C.row}, runs, add, times);
+  };
+  const Cut tiles(N, kColumns);
+  if (tiles.longer) run(0, tiles.size + 1, tiles.longer);
+  run(tiles.longer * (tiles.size + 1), tiles.size, tiles.parts - tiles.longer);
 }
 
 // C (M, N) = A (M, K) X^T (K, N), or C += A X^T, with K running over `runs` of both operands.

@@ -36,7 +36,7 @@ bool prefers_lanes(const Job<T>& job) {
   constexpr int64_t kLargest =
       262144 / kVectorBytes;  // elements of a matrix whose block still fits the second-level cache
   return 2 * (job.end - job.begin) >= kLanes<T> && job.p * job.q <= kLargest &&
-         (smaller(job.p, job.q) < 2 * kLanes<T> || job.p * job.q <= 1024);
+         (smaller(job.p, job.q) < 2 * kLanes<T> || job.p * job.q < 1024);
 }
 
 template <class T>

@@ -1,0 +1,178 @@
+"""What each piece of a CPU kernel takes, against the multiply-adds of one core; or the kernels of two commits in turn.
+
+    python bench/cpu_pieces.py --out cpu_pieces.json
+    python bench/cpu_pieces.py --against COMMIT --out cpu_pieces_against.json
+
+compiles bench/cpu_pieces.cpp with csrc/cpu as it lies here, and as it lay at that commit. One thread; the pieces take
+turns, and the least time of each counts: on a shared machine that is what it takes when nobody disturbs it. Operands
+stay in the cache. A table goes beside the JSON file as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+from kfo_ext.bench.result import facts_of, provenance, write_result
+from kfo_ext.transform import native
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import setup as build  # noqa: E402  its flags; it lies beside bench/
+
+SOURCES = ("conv2d_kernels.cpp", "fma_kernels.cpp", "working_memory.cpp")  # transform_kernels.cpp is included
+SAMPLE = 2e-4  # s
+PEAK = "multiply-adds in registers"
+Row = dict[str, object]
+
+
+class Piece(NamedTuple):
+    """One thing to time: run(calls)."""
+
+    name: str
+    multiply_adds: float  # of one call; 0: it only moves data
+    run: Callable[[int], None]
+
+
+def numbers(count: int, what: str) -> Callable[[str], tuple[int, ...]]:
+    """A command line's argument of so many positive integers with commas between them."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        fields = text.split(",")
+        if len(fields) != count or not all(field.isdecimal() and int(field) for field in fields):
+            raise argparse.ArgumentTypeError(f"expected {what}, {count} positive integers, got {text!r}")
+        return tuple(int(field) for field in fields)
+
+    return parse
+
+
+def compiled(isa: str, csrc: Path, out: Path) -> ctypes.CDLL:
+    """The pieces of that csrc as a library, compiled as setup.py would."""
+    cpu = csrc / "cpu"
+    sources = [Path(__file__).with_suffix(".cpp"), *(cpu / name for name in SOURCES)]
+    flags = f"{build.HOST} {build.ISAS[isa]} -DKFO_ISA={isa} -I{shlex.quote(str(cpu))} -I{shlex.quote(str(csrc))}"
+    command = [build.toolchain.compiler()[0], *shlex.split(flags), "-shared", *map(str, sources), "-o", str(out)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(out))
+    library.kfo_piece_name.restype = ctypes.c_char_p
+    library.kfo_piece_multiply_adds.restype = ctypes.c_double
+    library.kfo_piece_run.argtypes = ctypes.c_int, ctypes.c_int64
+    return library
+
+
+def csrc_of(commit: str, folder: Path) -> Path:
+    """csrc as it lay at that commit, unpacked into the folder."""
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit, "csrc"], check=True, stdout=subprocess.PIPE)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder / "csrc"
+
+
+def pieces_of(library: ctypes.CDLL, case: tuple[int, ...]) -> list[Piece]:
+    """The pieces of a problem (B, p, q) or of a layer (images, size, channels, out channels, stride)."""
+    prepare = library.kfo_transform_pieces if len(case) == 3 else library.kfo_conv2d_pieces
+    prepare(*map(ctypes.c_int64, case))
+
+    def run(number: int) -> Callable[[int], None]:
+        return lambda calls: library.kfo_piece_run(number, calls)
+
+    return [
+        Piece(library.kfo_piece_name(i).decode(), library.kfo_piece_multiply_adds(i), run(i))
+        for i in range(library.kfo_pieces())
+    ]
+
+
+def seconds(piece: Piece, calls: int) -> float:
+    """Seconds of one call, of so many in a row."""
+    start = perf_counter()
+    piece.run(calls)
+    return (perf_counter() - start) / calls
+
+
+def least_times(pieces: list[Piece], rounds: int) -> list[float]:
+    """Seconds of each piece: the least of so many rounds, in each of which every piece has its turn."""
+    calls = [max(1, round(SAMPLE / min(seconds(piece, 1) for _ in range(3)))) for piece in pieces]
+    least = [float("inf")] * len(pieces)
+    for _ in range(rounds):
+        for i, piece in enumerate(pieces):
+            least[i] = min(least[i], seconds(piece, calls[i]))
+    return least
+
+
+def measure(case: tuple[int, ...], libraries: list[ctypes.CDLL], rounds: int) -> Iterator[Row]:
+    """A row for each piece: microseconds, share of the peak, and how many times as long the other commit's takes."""
+    pieces = [pieces_of(library, case) for library in libraries]
+    times = iter(least_times([piece for of_one in pieces for piece in of_one], rounds))
+    of = [{piece.name: (piece.multiply_adds, next(times)) for piece in of_one} for of_one in pieces]
+    peak = max(found[PEAK][0] / found[PEAK][1] for found in of)
+    for name, (multiply_adds, time) in of[0].items():
+        row: Row = {"piece": name, "microseconds": 1e6 * time, "gflop_per_s": 2e-9 * multiply_adds / time}
+        row["share_of_peak"] = multiply_adds / time / peak
+        if len(of) > 1 and name in of[1]:
+            row["of_the_other"] = time / of[1][name][1]
+        yield row
+
+
+def markdown(result: dict[str, object]) -> str:
+    """A table for each problem and layer."""
+    settings = result["settings"]
+    against = settings["against"]
+    lines = [
+        f"Made by `python bench/{result['command']}` on {result['processor']}, {provenance(result)}; "
+        f"{settings['isa']}, float32, one thread, operands in the cache; the least of {settings['rounds']} rounds. The "
+        "share is that of the multiply-adds in registers in the same rounds; what has no rate only moves data."
+        + (f" The last column: the time as a share of that at commit {against}." if against else ""),
+    ]
+    for case in result["cases"]:
+        lines += ["", f"## {case['name']}", ""]
+        lines += [f"| piece | time | GFLOP/s | share of the peak |{' of the other' + ' |' if against else ''}"]
+        lines += [f"|---|---|---|---|{'---|' if against else ''}"]
+        for row in case["pieces"]:
+            rate = f"{row['gflop_per_s']:.0f} | {row['share_of_peak']:.2f}" if row["gflop_per_s"] else " | "
+            other = f" {row['of_the_other']:.2f} |" if "of_the_other" in row else " |" if against else ""
+            lines.append(f"| {row['piece']} | {row['microseconds']:.2f} us | {rate} |{other}")
+    return "\n".join([*lines, ""])
+
+
+def name_of(case: tuple[int, ...]) -> str:
+    if len(case) == 3:
+        B, p, q = case
+        return f"Transform, (B, p, q) = ({B}, {p}, {q})"
+    images, size, channels, out, stride = case
+    return f"Convolution, {images} images of {size} x {size} x {channels}, {out} channels out, stride {stride}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    problem, layer = numbers(3, "B,p,q"), numbers(5, "images,size,channels,out channels,stride")
+    parser.add_argument("--problems", nargs="*", type=problem, default=[(32, 32, 9), (1, 32, 1), (1, 5, 32)])
+    parser.add_argument("--layers", nargs="*", type=layer, default=[(10, 14, 32, 32, 2), (10, 32, 32, 32, 1)])
+    parser.add_argument("--isa", choices=build.ISAS, default=native.cpu_isa(), help="default: the best one here")
+    parser.add_argument("--against", metavar="COMMIT", help="whose csrc to time in the same rounds")
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    facts, cases = facts_of(options), []
+    with tempfile.TemporaryDirectory() as scratch:
+        libraries = [compiled(options.isa, ROOT / "csrc", Path(scratch, "here.so"))]
+        if options.against:
+            libraries.append(compiled(options.isa, csrc_of(options.against, Path(scratch)), Path(scratch, "other.so")))
+        for case in [*options.problems, *options.layers]:
+            rows = list(measure(case, libraries, options.rounds))
+            cases.append({"name": name_of(case), "case": case, "pieces": rows})
+    result = facts | {"cases": cases}
+    print(markdown(result))
+    if options.out:
+        write_result(options.out, result, markdown)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
