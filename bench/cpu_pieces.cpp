@@ -21,7 +21,7 @@ struct Piece {
 
 std::vector<Piece> pieces;
 std::vector<std::vector<float>> memory;  // of the operands and results
-Job<float> job, block_job;  // a block's may be that of the transposed problem
+Job<float> job, block_job;               // a block's may be that of the transposed problem
 kfo::cpu::Conv2dJob<float> conv;
 
 float* numbers(int64_t count) {
@@ -85,7 +85,9 @@ EXPORT void kfo_transform_pieces(int64_t B, int64_t p, int64_t q) {
   } else {
     const bool turn = q < kLanes<float> && p > q;
     block_job = turn ? transposed_job(job) : job;
-    add_block(RowBlock<float>(block_job, 0, turn, numbers(RowBlock<float>::memory(block_job, 4))), 1);
+    // With room for what a block keeps beside its matrices, whichever commit's it is.
+    float* working = numbers(4 * RowBlock<float>::matrix_elements(block_job) + (1 << 17));
+    add_block(RowBlock<float>(block_job, 0, turn, working), 1);
   }
   const auto add = [&](const char* name, kfo::Order order, void (*run)(const Job<float>&)) {
     const double flops = kfo::flops_per_matrix({B, p, q, 0, 0, 0, 0}, order);
