@@ -14,6 +14,7 @@ struct Ahead {
   };
   Range ranges[kRanges];
   int first = 0, count = 0;
+  int64_t lines = 16;  // of the cache, at a time
 
   void plan(const void* data, int64_t bytes) {
     const auto* begin = static_cast<const char*>(data);
@@ -28,9 +29,9 @@ namespace {
 // Asks for the next few lines. A prefetch never faults, and of a line that is there already it costs next to nothing.
 // A function of its own: it stands before the loops of every tile, and would be copied into each of them.
 __attribute__((noinline)) inline void fetch_ahead(kfo::cpu::Ahead* ahead) {
-  constexpr int kLines = 16, kLine = 64;
+  constexpr int kLine = 64;
   if (!ahead) return;
-  for (int lines = kLines; ahead->first < ahead->count; ++ahead->first) {
+  for (int64_t lines = ahead->lines; ahead->first < ahead->count; ++ahead->first) {
     auto& range = ahead->ranges[ahead->first];
     for (; lines > 0 && range.next < range.end; range.next += kLine, --lines) __builtin_prefetch(range.next, 0, 2);
     if (range.next < range.end) return;

@@ -84,9 +84,11 @@ struct Gathered {
 constexpr int gathered_rows(int vectors) { return tile_rows(vectors) < 8 ? tile_rows(vectors) : 8; }
 
 template <class T, int N, bool kPartial>
-void gathered_strip(const T* A, Gathered results, Steps steps, Rows<const T> X, T* C, int lanes, bool add) {
+void gathered_strip(Ahead* ahead, const T* A, Gathered results, Steps steps, Rows<const T> X, T* C, int lanes,
+                    bool add) {
   constexpr int kRows = gathered_rows(N);
   Cut(results.count, kRows).each([&](int64_t begin, int64_t rows) {
+    fetch_ahead(ahead);
     gathered_tile_of<T, N, kPartial>(rows, std::make_integer_sequence<int, kRows>{})(
         A, results.rows + begin, steps, X, C, results.outs + begin, lanes, add);
   });
@@ -94,7 +96,8 @@ void gathered_strip(const T* A, Gathered results, Steps steps, Rows<const T> X, 
 
 // C (results, N) = A X, or C += A X, with the rows of A gathered: X holds N columns for each k.
 template <class T>
-void gathered_product(const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X, T* C, bool add) {
+void gathered_product(Ahead* ahead, const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X, T* C,
+                      bool add) {
   constexpr int W = kLanes<T>;
   const int64_t vectors = N / W;
   Cut(vectors, kTileVectors).each([&](int64_t begin, int64_t strip) {
@@ -102,21 +105,21 @@ void gathered_product(const T* A, Gathered results, Steps steps, int64_t N, Rows
     T* c = C + begin * W;
     switch (strip) {
       case 1:
-        gathered_strip<T, 1, false>(A, results, steps, x, c, W, add);
+        gathered_strip<T, 1, false>(ahead, A, results, steps, x, c, W, add);
         break;
       case 2:
-        gathered_strip<T, 2, false>(A, results, steps, x, c, W, add);
+        gathered_strip<T, 2, false>(ahead, A, results, steps, x, c, W, add);
         break;
       case 3:
-        gathered_strip<T, 3, false>(A, results, steps, x, c, W, add);
+        gathered_strip<T, 3, false>(ahead, A, results, steps, x, c, W, add);
         break;
       case 4:
-        gathered_strip<T, 4, false>(A, results, steps, x, c, W, add);
+        gathered_strip<T, 4, false>(ahead, A, results, steps, x, c, W, add);
         break;
     }
   });
   if (const int lanes = static_cast<int>(N % W))
-    gathered_strip<T, 1, true>(A, results, steps, {X.data + vectors * W, X.row}, C + vectors * W, lanes, add);
+    gathered_strip<T, 1, true>(ahead, A, results, steps, {X.data + vectors * W, X.row}, C + vectors * W, lanes, add);
 }
 
 // An image (height, width, channels) inside zeros; or as much of it as fits.
@@ -145,6 +148,22 @@ struct Padded {
     }
   }
 };
+
+// What the next image reads and writes, so many elements each: to be asked for by the tiles that compute this one.
+template <class T>
+Ahead next_image(const T* read, int64_t reads, const T* written, int64_t writes, int64_t tiles) {
+  constexpr int64_t kMost = 131072, kLine = 64;  // bytes
+  reads = smaller(reads * static_cast<int64_t>(sizeof(T)), kMost);
+  writes = smaller(writes * static_cast<int64_t>(sizeof(T)), kMost);
+  Ahead ahead;
+  ahead.plan(read, reads);
+  ahead.plan(written, writes);
+  ahead.lines = (reads + writes) / (kLine * tiles) + 1;
+  return ahead;
+}
+
+// Tiles of so many results: as few as they may be.
+inline int64_t least_tiles(int64_t results) { return results / 8 + 1; }
 
 // Hands out pieces of a thread's working memory, each at the start of a cache line.
 class Pieces {
@@ -193,7 +212,9 @@ void forward(const Conv2dJob<T>& job) {
   const Steps steps{s.KH, image.at(1, 0), s.KW * s.C, 1};
   for (int64_t n = job.begin; n < job.end; ++n) {
     image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W, s.padding);
-    gathered_product<T>(image.data, {pixels, rows, outs}, steps, s.O, {weight, s.O}, job.y + n * pixels * s.O, false);
+    // It goes through memory in order, which the processor foresees.
+    gathered_product<T>(nullptr, image.data, {pixels, rows, outs}, steps, s.O, {weight, s.O}, job.y + n * pixels * s.O,
+                        false);
   }
 }
 
@@ -249,14 +270,18 @@ void input(const Conv2dJob<T>& job) {
     starts[2 * phase + 3] = place;
   }
   gather_to(s.O * s.C, taps, [&](int64_t i) { return job.weight + i * taps; }, weight, places);
+  const int64_t read = Ho * Wo * s.O, written = pixels * s.C;
   for (int64_t n = job.begin; n < job.end; ++n) {
-    image.fill(job.dy + n * Ho * Wo * s.O, Ho, Wo, before);
+    const T *dy = job.dy + n * read, *dx = job.dx + n * written;
+    Ahead ahead = next_image(dy + read, read, dx + written, written, least_tiles(pixels));
+    image.fill(dy, Ho, Wo, before);
     for (int64_t phase = 0; phase < phases; ++phase) {
       const Phase v(phase / s.stride, s.H, s.KH, s.stride, s.padding),
           h(phase % s.stride, s.W, s.KW, s.stride, s.padding);
       const int64_t first = starts[2 * phase], count = starts[2 * phase + 2] - first;
-      gathered_product<T>(image.data, {count, rows + first, outs + first}, {v.taps, image.at(1, 0), h.taps * s.O, 1},
-                          s.C, {weight + starts[2 * phase + 1], s.C}, job.dx + n * pixels * s.C, false);
+      gathered_product<T>(&ahead, image.data, {count, rows + first, outs + first},
+                          {v.taps, image.at(1, 0), h.taps * s.O, 1}, s.C, {weight + starts[2 * phase + 1], s.C},
+                          job.dx + n * pixels * s.C, false);
     }
   }
 }
@@ -281,11 +306,13 @@ void weight(const Conv2dJob<T>& job) {
   // So many rows of results at a time stay in the first-level cache while all taps pass by.
   const int64_t step = 128 / Wo < 1 ? 1 : 128 / Wo;
   __builtin_memset(sums, 0, static_cast<size_t>(count * s.O) * sizeof(T));
+  const int64_t read = s.H * s.W * s.C, other = Ho * Wo * s.O;
   for (int64_t n = 0; n < s.N; ++n) {
-    image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W, s.padding);
-    const T* dy = job.dy + n * Ho * Wo * s.O;
+    const T *x = job.x + n * read, *dy = job.dy + n * other;
+    Ahead ahead = next_image(x + read, read, dy + other, other, least_tiles(count) * ceil_div(Ho, step));
+    image.fill(x, s.H, s.W, s.padding);
     for (int64_t h = 0; h < Ho; h += step)
-      gathered_product<T>(image.data + image.at(h * s.stride, 0), {count, rows, outs},
+      gathered_product<T>(&ahead, image.data + image.at(h * s.stride, 0), {count, rows, outs},
                           {smaller(step, Ho - h), image.at(s.stride, 0), Wo, s.stride * s.C}, s.O,
                           {dy + h * Wo * s.O, s.O}, sums, true);
   }
