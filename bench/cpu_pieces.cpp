@@ -21,7 +21,9 @@ struct Piece {
 
 std::vector<Piece> pieces;
 std::vector<std::vector<float>> memory;  // of the operands and results
-Job<float> job, block_job;               // a block's may be that of the transposed problem
+std::vector<Job<float>> jobs;
+Job<float> block_job;      // may be that of the transposed problem
+constexpr int kTasks = 8;  // a thread's share of 16
 kfo::cpu::Conv2dJob<float> conv;
 
 float* numbers(int64_t count) {
@@ -67,16 +69,20 @@ void add_block(Block block, int64_t rows) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The pieces of B matrices of p x q, and the three orders with every output. The others are no longer there.
+// The pieces of B matrices of p x q, and the three orders with every output: of one task again and again, and of
+// several in turn, whose operands and results do not stay in the nearest cache. The pieces of an earlier call are gone.
 EXPORT void kfo_transform_pieces(int64_t B, int64_t p, int64_t q) {
   start();
   const int64_t n = B * p * q;
-  job = {};
-  job.B = job.end = B, job.p = p, job.q = q;
-  job.R = numbers(p * p), job.L = numbers(q * q), job.ddR = numbers(p * p), job.ddL = numbers(q * q);
-  job.G = {numbers(n), n}, job.dY = {numbers(n), n}, job.ddG = {numbers(n), n};
-  job.Y = {numbers(n), n}, job.dG = {numbers(n), n}, job.ddY = {numbers(n), n};
-  job.dR = numbers(p * p), job.dL = numbers(q * q);
+  jobs.assign(kTasks, {});
+  for (Job<float>& job : jobs) {
+    job.B = job.end = B, job.p = p, job.q = q;
+    job.R = numbers(p * p), job.L = numbers(q * q), job.ddR = numbers(p * p), job.ddL = numbers(q * q);
+    job.G = {numbers(n), n}, job.dY = {numbers(n), n}, job.ddG = {numbers(n), n};
+    job.Y = {numbers(n), n}, job.dG = {numbers(n), n}, job.ddY = {numbers(n), n};
+    job.dR = numbers(p * p), job.dL = numbers(q * q);
+  }
+  const Job<float>& job = jobs[0];
   if (prefers_lanes(job)) {
     block_job = job;
     const int64_t step = lane_rows(job);
@@ -89,9 +95,12 @@ EXPORT void kfo_transform_pieces(int64_t B, int64_t p, int64_t q) {
     float* working = numbers(4 * RowBlock<float>::matrix_elements(block_job) + (1 << 17));
     add_block(RowBlock<float>(block_job, 0, turn, working), 1);
   }
-  const auto add = [&](const char* name, kfo::Order order, void (*run)(const Job<float>&)) {
-    const double flops = kfo::flops_per_matrix({B, p, q, 0, 0, 0, 0}, order);
-    pieces.push_back({name, static_cast<double>(B) * flops / 2, [run] { run(job); }});
+  const auto add = [&](const std::string& name, kfo::Order order, void (*run)(const Job<float>&)) {
+    const double multiply_adds = static_cast<double>(B) * kfo::flops_per_matrix({B, p, q, 0, 0, 0, 0}, order) / 2;
+    pieces.push_back({name, multiply_adds, [run] { run(jobs[0]); }});
+    pieces.push_back({name + ", " + std::to_string(kTasks) + " tasks in turn", kTasks * multiply_adds, [run] {
+                        for (const Job<float>& job : jobs) run(job);
+                      }});
   };
   const auto& orders = table::transform_kernels.float32;
   add("forward", kfo::Order::forward, orders.forward);

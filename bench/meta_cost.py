@@ -22,6 +22,7 @@ from meta_peers import finished
 from kfo_ext.bench.fits import cliffs, exponent, upper_half
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved
+from kfo_ext.trainer.allocator import keep_freed_memory
 
 AXES = {
     "tasks": [1, 2, 4, 8, 16, 32, 64, 160],
@@ -98,7 +99,8 @@ def markdown(result: dict[str, object]) -> str:
     lines = [
         f"Made by `python bench/{result['command']}` on {result['processor']}, torch {result['torch']}, "
         f"{result['torch_threads']} threads, {provenance(result)}; medians of {settings['repeats']} interleaved "
-        f"repeats; {settings['network']}, {settings['method']}; where it is not the axis: {base}. A cliff is a step "
+        f"repeats, freed memory {'kept' if result['keeps_freed_memory'] else 'given back'}; "
+        f"{settings['network']}, {settings['method']}; where it is not the axis: {base}. A cliff is a step "
         f"that costs more per doubling than {', '.join(f'{steep} ({axis})' for axis, steep in STEEP.items())}.",
         "",
         "| axis | cost | sizes | from .. to | exponent | ten times the size | cliffs |",
@@ -138,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.contender not in CONTENDERS[options.method]:
         parser.error(f"--contender: expected one of {', '.join(CONTENDERS[options.method])}, got {options.contender!r}")
     full_float32()
-    facts = facts_of(options)
+    facts = facts_of(options) | {"keeps_freed_memory": keep_freed_memory()}
     base, axes = {axis: getattr(options, axis) for axis in AXES}, []
     for axis in options.axes:
         sizes = [size for size in AXES[axis] if options.limit is None or size <= options.limit]
