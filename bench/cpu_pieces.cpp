@@ -51,10 +51,11 @@ template <class Block>
 void add_block(Block block, int64_t rows) {
   const Job<float>& of = block_job;
   const double right = static_cast<double>(rows * of.p * of.q * of.q), left = right / of.q * of.p;
+  const std::string of_what = (rows == 1 ? ", a matrix" : ", " + std::to_string(rows) + " matrices") +
+                              std::string(of.R == jobs[0].R ? "" : " (transposed)");
   const auto X = block.load(of.G), N = block.matrix(), O = block.matrix();
   const auto add = [&](const char* piece, double multiply_adds, std::function<void()> run) {
-    pieces.push_back({piece + std::string(rows == 1 ? ", a matrix" : ", " + std::to_string(rows) + " matrices"),
-                      multiply_adds, std::move(run)});
+    pieces.push_back({piece + of_what, multiply_adds, std::move(run)});
   };
   add("load", 0, [=, &of] { Block(block).load(of.G); });
   add("right", right, [=, &of]() mutable { block.right(plain(of.L, of.q), X, N); });
@@ -118,17 +119,19 @@ EXPORT void kfo_conv2d_pieces(int64_t N, int64_t size, int64_t channels, int64_t
   const int64_t taps = 9 * channels, pixels = N * s.Ho() * s.Wo();
   conv.x = numbers(N * size * size * channels), conv.weight = numbers(out * taps), conv.dy = numbers(pixels * out);
   conv.y = numbers(pixels * out), conv.dx = numbers(N * size * size * channels), conv.dweight = numbers(out * taps);
-  const double work = static_cast<double>(pixels * out * taps);
-  const auto add = [work](const char* name, void (*run)(const kfo::cpu::Conv2dJob<float>&), int64_t items) {
-    pieces.push_back({name, work, [run, items] {
+  // Of one row of the images: an input meets every stride-th tap, from its own on.
+  int64_t met = 0;
+  for (int64_t i = 0; i < size; ++i) met += (3 - (i + 1) % stride + stride - 1) / stride;
+  const auto add = [](const char* name, int64_t work, void (*run)(const kfo::cpu::Conv2dJob<float>&), int64_t items) {
+    pieces.push_back({name, static_cast<double>(work), [run, items] {
                         conv.begin = 0, conv.end = items;
                         run(conv);
                       }});
   };
   const auto& ops = table::conv2d_kernels.float32;
-  add("conv2d", ops.forward, N);
-  add("conv2d_input", ops.input, N);
-  add("conv2d_weight", ops.weight, taps);
+  add("conv2d", pixels * out * taps, ops.forward, N);
+  add("conv2d_input", N * met * met * channels * out, ops.input, N);
+  add("conv2d_weight", pixels * out * taps, ops.weight, taps);
 }
 
 EXPORT int kfo_pieces() { return static_cast<int>(pieces.size()); }

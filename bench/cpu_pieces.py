@@ -4,8 +4,9 @@
     python bench/cpu_pieces.py --against COMMIT --out cpu_pieces_against.json
 
 compiles bench/cpu_pieces.cpp with csrc/cpu as it lies here, and as it lay at that commit. One thread; the pieces take
-turns, and the least time of each counts: on a shared machine that is what it takes when nobody disturbs it. Operands
-stay in the cache. A table goes beside the JSON file as Markdown.
+turns, a piece and its twin of the other commit one after the other, and the least time of each counts: on a shared
+machine that is what it takes when nobody disturbs it. Operands lie in whatever cache the turns leave them in. A table
+goes beside the JSON file as Markdown.
 """
 
 from __future__ import annotations
@@ -59,7 +60,14 @@ def compiled(isa: str, csrc: Path, out: Path) -> ctypes.CDLL:
     cpu = csrc / "cpu"
     sources = [Path(__file__).with_suffix(".cpp"), *(cpu / name for name in SOURCES)]
     flags = f"{build.HOST} {build.ISAS[isa]} -DKFO_ISA={isa} -I{shlex.quote(str(cpu))} -I{shlex.quote(str(csrc))}"
-    command = [build.toolchain.compiler()[0], *shlex.split(flags), "-shared", *map(str, sources), "-o", str(out)]
+    command = [
+        *shlex.split(build.toolchain.compiler()[0]),
+        *shlex.split(flags),
+        "-shared",
+        *map(str, sources),
+        "-o",
+        str(out),
+    ]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(out))
     library.kfo_piece_name.restype = ctypes.c_char_p
@@ -73,6 +81,15 @@ def csrc_of(commit: str, folder: Path) -> Path:
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit, "csrc"], check=True, stdout=subprocess.PIPE)
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     return folder / "csrc"
+
+
+def full_name(commit: str) -> str:
+    """A command line's argument of a commit: its full name, whatever it was called."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--quiet", "--verify", f"{commit}^{{commit}}"]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if found.returncode:
+        raise argparse.ArgumentTypeError(f"expected a commit of this repository, got {commit!r}")
+    return found.stdout.strip()
 
 
 def pieces_of(library: ctypes.CDLL, case: tuple[int, ...]) -> list[Piece]:
@@ -97,7 +114,7 @@ def seconds(piece: Piece, calls: int) -> float:
 
 
 def least_times(pieces: list[Piece], rounds: int) -> list[float]:
-    """Seconds of each piece: the least of so many rounds, in each of which every piece has its turn."""
+    """Seconds of each piece: the least of so many rounds, in each of which every piece has its turn, in that order."""
     calls = [max(1, round(SAMPLE / min(seconds(piece, 1) for _ in range(3)))) for piece in pieces]
     least = [float("inf")] * len(pieces)
     for _ in range(rounds):
@@ -108,15 +125,17 @@ def least_times(pieces: list[Piece], rounds: int) -> list[float]:
 
 def measure(case: tuple[int, ...], libraries: list[ctypes.CDLL], rounds: int) -> Iterator[Row]:
     """A row for each piece: microseconds, share of the peak, and how many times as long the other commit's takes."""
-    pieces = [pieces_of(library, case) for library in libraries]
-    times = iter(least_times([piece for of_one in pieces for piece in of_one], rounds))
-    of = [{piece.name: (piece.multiply_adds, next(times)) for piece in of_one} for of_one in pieces]
-    peak = max(found[PEAK][0] / found[PEAK][1] for found in of)
-    for name, (multiply_adds, time) in of[0].items():
-        row: Row = {"piece": name, "microseconds": 1e6 * time, "gflop_per_s": 2e-9 * multiply_adds / time}
-        row["share_of_peak"] = multiply_adds / time / peak
-        if len(of) > 1 and name in of[1]:
-            row["of_the_other"] = time / of[1][name][1]
+    here, *other = ({piece.name: piece for piece in pieces_of(library, case)} for library in libraries)
+    turns = [(name, of) for name in here for of in (here, *other) if name in of]
+    least = least_times([of[name] for name, of in turns], rounds)
+    times = {(name, of is here): time for (name, of), time in zip(turns, least, strict=True)}
+    peak = here[PEAK].multiply_adds / min(time for (name, _), time in times.items() if name == PEAK)
+    for name, piece in here.items():
+        time = times[name, True]
+        row: Row = {"piece": name, "microseconds": 1e6 * time, "gflop_per_s": 2e-9 * piece.multiply_adds / time}
+        row["share_of_peak"] = piece.multiply_adds / time / peak
+        if (name, False) in times:
+            row["of_the_other"] = time / times[name, False]
         yield row
 
 
@@ -126,13 +145,14 @@ def markdown(result: dict[str, object]) -> str:
     against = settings["against"]
     lines = [
         f"Made by `python bench/{result['command']}` on {result['processor']}, {provenance(result)}; "
-        f"{settings['isa']}, float32, one thread, operands in the cache; the least of {settings['rounds']} rounds. The "
-        "share is that of the multiply-adds in registers in the same rounds; what has no rate only moves data."
-        + (f" The last column: the time as a share of that at commit {against}." if against else ""),
+        f"{settings['isa']}, float32, one thread; the least of {settings['rounds']} rounds. The "
+        "share is that of the multiply-adds in registers in the same rounds; what has no rate only moves data; "
+        "(transposed): of the problem Y^T = L^T G^T R."
+        + (f" The last column: the time as a share of that at commit {against[:12]}." if against else ""),
     ]
     for case in result["cases"]:
         lines += ["", f"## {case['name']}", ""]
-        lines += [f"| piece | time | GFLOP/s | share of the peak |{' of the other' + ' |' if against else ''}"]
+        lines += [f"| piece | time | GFLOP/s | share of the peak |{' of the other |' if against else ''}"]
         lines += [f"|---|---|---|---|{'---|' if against else ''}"]
         for row in case["pieces"]:
             rate = f"{row['gflop_per_s']:.0f} | {row['share_of_peak']:.2f}" if row["gflop_per_s"] else " | "
@@ -154,11 +174,12 @@ def main(arguments: list[str] | None = None) -> int:
     problem, layer = numbers(3, "B,p,q"), numbers(5, "images,size,channels,out channels,stride")
     parser.add_argument("--problems", nargs="*", type=problem, default=[(32, 32, 9), (1, 32, 1), (1, 5, 32)])
     parser.add_argument("--layers", nargs="*", type=layer, default=[(10, 14, 32, 32, 2), (10, 32, 32, 32, 1)])
-    parser.add_argument("--isa", choices=build.ISAS, default=native.cpu_isa(), help="default: the best one here")
-    parser.add_argument("--against", metavar="COMMIT", help="whose csrc to time in the same rounds")
+    parser.add_argument("--isa", choices=native.supported_isas(), help="default: the best one here")
+    parser.add_argument("--against", metavar="COMMIT", type=full_name, help="whose csrc to time in the same rounds")
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
+    options.isa = options.isa or native.cpu_isa()
     facts, cases = facts_of(options), []
     with tempfile.TemporaryDirectory() as scratch:
         libraries = [compiled(options.isa, ROOT / "csrc", Path(scratch, "here.so"))]

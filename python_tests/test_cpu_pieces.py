@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench/ is not beside the tests"),
     pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built"),
-    pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler"),
+    pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++").split()[0]), reason="no C++ compiler"),
 ]
 
 
@@ -41,10 +42,16 @@ def test_work_rows_and_table(script, library, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SAMPLE", 1e-5)
     monkeypatch.setattr(script, "compiled", lambda *_: library)
     out = tmp_path / "pieces.json"
-    cases = ["--problems", "20,4,9", "1,3,1", "1,20,2", "--layers", "2,6,3,4,2"]
+    cases = ["--problems", "20,4,9", "1,3,1", "1,20,2", "--layers", "2,6,3,4,2", "2,5,3,4,2"]
     assert script.main([*cases, "--isa", "baseline", "--rounds", "2", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert [case["case"] for case in result["cases"]] == [[20, 4, 9], [1, 3, 1], [1, 20, 2], [2, 6, 3, 4, 2]]
+    assert [case["case"] for case in result["cases"]] == [
+        [20, 4, 9],
+        [1, 3, 1],
+        [1, 20, 2],
+        [2, 6, 3, 4, 2],
+        [2, 5, 3, 4, 2],
+    ]
     for case in result["cases"]:
         rows = {row["piece"]: row for row in case["pieces"]}
         flops = {name: 1e3 * row["gflop_per_s"] * row["microseconds"] for name, row in rows.items()}
@@ -55,15 +62,17 @@ def test_work_rows_and_table(script, library, tmp_path, monkeypatch):
                 assert flops[name] == pytest.approx(_plan.flops(case["case"], 1, order))
             # The pieces are of one block: left and right are all of the forward's work there.
             block = [name for name in rows if name.startswith(("left, ", "right, ")) and "R^T" not in name]
-            matrices = next(name for name in rows if name.startswith("load, ")).removeprefix("load, ").split()[0]
+            matrices = next(name for name in rows if name.startswith("load, ")).split()[1]
             share = (1 if matrices == "a" else int(matrices)) / case["case"][0]
             assert sum(flops[name] for name in block) == pytest.approx(share * flops["forward"])
         else:
-            for name in ("conv2d", "conv2d_input", "conv2d_weight"):
-                assert flops[name] == pytest.approx(2 * 2 * 3 * 3 * 4 * 3 * 9)
+            # Along one axis: inputs meet the middle tap, or both others, in turn.
+            met = {6: 1 + 2 + 1 + 2 + 1 + 2, 5: 1 + 2 + 1 + 2 + 1}[case["case"][1]]
+            for name, along in (("conv2d", 9), ("conv2d_input", met), ("conv2d_weight", 9)):
+                assert flops[name] == pytest.approx(2 * 2 * along * along * 4 * 3)
     text = out.with_suffix(".md").read_text()
     assert "## Transform, (B, p, q) = (20, 4, 9)" in text
-    assert "| load, a matrix |" in text
+    assert "| load, a matrix (transposed) |" in text
     assert "## Convolution, 2 images of 6 x 6 x 3, 4 channels out, stride 2" in text
 
 
@@ -71,7 +80,11 @@ def test_two_commits_in_turn(script, library):
     """The same library in the place of both: a time is compared with that of its name."""
     rows = list(script.measure((4, 3, 5), [library, library], 2))
     assert all(row["of_the_other"] > 0 for row in rows)
-    result = {"settings": {"against": "abc", "isa": "baseline", "rounds": 2}, "command": "x", "processor": "y"}
+    result = {
+        "settings": {"against": "0123456789abcdef", "isa": "baseline", "rounds": 2},
+        "command": "x",
+        "processor": "y",
+    }
     text = script.markdown(result | {"commit": "0" * 40, "cases": [{"name": "z", "pieces": rows}]})
     head, rule, *lines = [line for line in text.splitlines() if line.startswith("|")]
     assert head.endswith("| share of the peak | of the other |")
@@ -79,8 +92,13 @@ def test_two_commits_in_turn(script, library):
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
-def test_csrc_of_a_commit(script, tmp_path):
-    assert (script.csrc_of("HEAD", tmp_path) / "plan.h").is_file()
+def test_csrc_of_a_commit(script, tmp_path, capsys):
+    name = script.full_name("HEAD")
+    assert len(name) == 40
+    assert (script.csrc_of(name, tmp_path) / "plan.h").is_file()
+    with pytest.raises(SystemExit):
+        script.main(["--against", "no such commit"])
+    assert "expected a commit of this repository, got 'no such commit'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argument", ["3,4", "3,4,x", "3,4,0", "3,-4,5", ""])

@@ -65,7 +65,7 @@ def test_tables_name_their_commit(monkeypatch, commit, name):
     cost, profile = (importlib.import_module(script) for script in ("meta_cost", "meta_profile"))
     sizes = {"repeats": 1, "network": "n", "method": "kfo", **dict.fromkeys(cost.AXES, 1)}
     for made, result in (
-        (cost, {"settings": sizes, "axes": []}),
+        (cost, {"settings": sizes, "axes": [], "keeps_freed_memory": True}),
         (profile, {"settings": {"device": "cpu"}, "profiles": []}),
     ):
         assert name in made.markdown(FACTS | {"commit": commit} | result)

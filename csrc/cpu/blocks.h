@@ -91,12 +91,12 @@ class RowBlock {
         first_(first),
         transposed_(transposed && job.p > 1),
         width_(width(job)),
-        large_(memory),
-        free_(memory + (has_large(job) ? large_memory<T>() : 0)) {}
+        copies_(memory),
+        free_(memory + (needs_copies(job) ? copies_memory<T>() : 0)) {}
 
   // Elements of working memory, for so many matrices.
   static int64_t memory(const Job<T>& job, int matrices) {
-    return matrices * matrix_elements(job) + (has_large(job) ? large_memory<T>() : 0);
+    return matrices * matrix_elements(job) + (needs_copies(job) ? copies_memory<T>() : 0);
   }
 
   static int64_t width(const Job<T>& job) { return ceil_div(job.q, kLanes<T>) * kLanes<T>; }
@@ -157,7 +157,7 @@ class RowBlock {
   // C (M, N) = A (M, K) X^T (K, N), or C += A X^T; the rows or the columns of X are contiguous.
   void multiply(int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Matrix C, bool add) {
     if (is_large(M, N, K) || (X.row != 1 && are_dots_slow(M, N, K)))
-      large_product<T>(job_.ahead, M, N, K, A, X, C, add, large_);
+      product_of_copies<T>(job_.ahead, M, N, K, A, X, C, add, copies_);
     else if (X.row == 1)
       product<T>(job_.ahead, M, N, K, A, {X.data, X.column}, C, add);
     else
@@ -166,7 +166,7 @@ class RowBlock {
 
   const Job<T>& job_;
   // Whether some product of the job needs copies of its operands.
-  static bool has_large(const Job<T>& job) {
+  static bool needs_copies(const Job<T>& job) {
     const int64_t most = job.p > job.q ? job.p : job.q, least = job.p > job.q ? job.q : job.p;
     return is_large(job.p, job.q, most) || are_dots_slow(most, most, least);
   }
@@ -174,7 +174,7 @@ class RowBlock {
   const int64_t first_;
   const bool transposed_;
   const int64_t width_;
-  T* const large_;
+  T* const copies_;
   T* free_;
 };
 

@@ -149,16 +149,17 @@ struct Padded {
   }
 };
 
-// What the next image reads and writes, so many elements each: to be asked for by the tiles that compute this one.
+// What the next image will read and write, two ranges of so many elements: asked for by the tiles that compute this
+// one.
 template <class T>
-Ahead next_image(const T* read, int64_t reads, const T* written, int64_t writes, int64_t tiles) {
+Ahead next_image(const T* x, int64_t x_size, const T* y, int64_t y_size, int64_t tiles) {
   constexpr int64_t kMost = 131072, kLine = 64;  // bytes
-  reads = smaller(reads * static_cast<int64_t>(sizeof(T)), kMost);
-  writes = smaller(writes * static_cast<int64_t>(sizeof(T)), kMost);
+  x_size = smaller(x_size * static_cast<int64_t>(sizeof(T)), kMost);
+  y_size = smaller(y_size * static_cast<int64_t>(sizeof(T)), kMost);
   Ahead ahead;
-  ahead.plan(read, reads);
-  ahead.plan(written, writes);
-  ahead.lines = (reads + writes) / (kLine * tiles) + 1;
+  ahead.plan(x, x_size);
+  ahead.plan(y, y_size);
+  ahead.lines = (x_size + y_size) / (kLine * tiles) + 1;
   return ahead;
 }
 
@@ -270,18 +271,19 @@ void input(const Conv2dJob<T>& job) {
     starts[2 * phase + 3] = place;
   }
   gather_to(s.O * s.C, taps, [&](int64_t i) { return job.weight + i * taps; }, weight, places);
-  const int64_t read = Ho * Wo * s.O, written = pixels * s.C;
+  const int64_t dy_size = Ho * Wo * s.O, dx_size = pixels * s.C;
   for (int64_t n = job.begin; n < job.end; ++n) {
-    const T *dy = job.dy + n * read, *dx = job.dx + n * written;
-    Ahead ahead = next_image(dy + read, read, dx + written, written, least_tiles(pixels));
+    const T* dy = job.dy + n * dy_size;
+    T* dx = job.dx + n * dx_size;
+    Ahead ahead = next_image<T>(dy + dy_size, dy_size, dx + dx_size, dx_size, least_tiles(pixels));
     image.fill(dy, Ho, Wo, before);
     for (int64_t phase = 0; phase < phases; ++phase) {
       const Phase v(phase / s.stride, s.H, s.KH, s.stride, s.padding),
           h(phase % s.stride, s.W, s.KW, s.stride, s.padding);
       const int64_t first = starts[2 * phase], count = starts[2 * phase + 2] - first;
       gathered_product<T>(&ahead, image.data, {count, rows + first, outs + first},
-                          {v.taps, image.at(1, 0), h.taps * s.O, 1}, s.C, {weight + starts[2 * phase + 1], s.C},
-                          job.dx + n * pixels * s.C, false);
+                          {v.taps, image.at(1, 0), h.taps * s.O, 1}, s.C, {weight + starts[2 * phase + 1], s.C}, dx,
+                          false);
     }
   }
 }
@@ -306,10 +308,10 @@ void weight(const Conv2dJob<T>& job) {
   // So many rows of results at a time stay in the first-level cache while all taps pass by.
   const int64_t step = 128 / Wo < 1 ? 1 : 128 / Wo;
   __builtin_memset(sums, 0, static_cast<size_t>(count * s.O) * sizeof(T));
-  const int64_t read = s.H * s.W * s.C, other = Ho * Wo * s.O;
+  const int64_t x_size = s.H * s.W * s.C, dy_size = Ho * Wo * s.O;
   for (int64_t n = 0; n < s.N; ++n) {
-    const T *x = job.x + n * read, *dy = job.dy + n * other;
-    Ahead ahead = next_image(x + read, read, dy + other, other, least_tiles(count) * ceil_div(Ho, step));
+    const T *x = job.x + n * x_size, *dy = job.dy + n * dy_size;
+    Ahead ahead = next_image(x + x_size, x_size, dy + dy_size, dy_size, least_tiles(count) * ceil_div(Ho, step));
     image.fill(x, s.H, s.W, s.padding);
     for (int64_t h = 0; h < Ho; h += step)
       gathered_product<T>(&ahead, image.data + image.at(h * s.stride, 0), {count, rows, outs},

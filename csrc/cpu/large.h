@@ -1,5 +1,5 @@
-// Products of large matrices: both operands are copied, a block at a time, so that a tile reads them in order whatever
-// their layout. The sums are those of `product`, in the same order.
+// Products from copies of their operands, a block at a time, so that a tile reads them in order whatever their layout.
+// The sums are those of `product`, in the same order.
 #pragma once
 
 #include "products.h"
@@ -11,9 +11,9 @@ constexpr int64_t kLargeDepth = 256;             // k of a block
 constexpr int64_t kLargeRows = 192;              // rows of A of a block, which stays in the second-level cache
 constexpr int64_t kLargeVectors = kTileVectors;  // of a row of a block of X: one strip
 
-// Elements of memory that `large_product` needs.
+// Elements of memory that `product_of_copies` needs.
 template <class T>
-constexpr int64_t large_memory() {
+constexpr int64_t copies_memory() {
   return kLargeDepth * (kLargeRows + kLargeVectors * kLanes<T>);
 }
 
@@ -25,8 +25,8 @@ inline bool is_large(int64_t M, int64_t N, int64_t K) {
 
 // Whether dot products, which add up lanes for each element of the result, cost more than copies of their operands.
 inline bool are_dots_slow(int64_t M, int64_t N, int64_t K) {
-  constexpr int64_t kLeast = 16, kShortest = 8;
-  return M >= kLeast && N >= kLeast && K >= kShortest && K <= M + N;
+  constexpr int64_t kLeast = 16, kShortest = 8, kLanesAgainstCopies = 4;
+  return M >= kLeast && N >= kLeast && K >= kShortest && K * (M + N) <= kLanesAgainstCopies * M * N;
 }
 
 // out[k * width + m] = A(m, k), where either the rows or the columns of A are contiguous.
@@ -42,8 +42,8 @@ void pack(Factor<T> A, int64_t rows, int64_t depth, T* out, int64_t width) {
 
 // C (M, N) = A (M, K) X^T (K, N), or C += A X^T.
 template <class T>
-void large_product(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Rows<T> C, bool add,
-                   T* memory) {
+void product_of_copies(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Rows<T> C, bool add,
+                       T* memory) {
   constexpr int W = kLanes<T>;
   T* rows_of_A = memory;
   T* strip_of_X = memory + kLargeDepth * kLargeRows;

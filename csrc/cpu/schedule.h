@@ -44,9 +44,9 @@ constexpr double kChunkFlops = 1.5e6;
 constexpr double kBatchFlops = 1e5;
 constexpr double kCallFlops = 3e3;  // what starting on a chunk costs
 constexpr int64_t kRowsMultiple = 32;
-constexpr int64_t kRowMajorElements = 4096;             // from this size on a matrix is worked on by itself
-constexpr int64_t kPartialElements = int64_t{1} << 23;  // of one problem
-constexpr double kFlopsPerPartial = 128;                // below, a chunk's partial results cost more than it computes
+constexpr int64_t kRowMajorSide = 32, kRowMajorElements = 4096;  // from either on a matrix is worked on by itself
+constexpr int64_t kPartialElements = int64_t{1} << 23;           // of one problem
+constexpr double kFlopsPerPartial = 128;  // below, a chunk's partial results cost more than it computes
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -54,7 +54,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t chunk_rows(const Problem& problem, int64_t rows, Order order) {
   const double wanted = kChunkFlops / flops_per_matrix(problem, order);
   int64_t size = std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, rows);
-  if (problem.p * problem.q < kRowMajorElements) size = ceil_div(size, kRowsMultiple) * kRowsMultiple;
+  const bool row_major = std::min(problem.p, problem.q) >= kRowMajorSide || problem.p * problem.q >= kRowMajorElements;
+  if (!row_major) size = ceil_div(size, kRowsMultiple) * kRowsMultiple;
   if (order != Order::forward) {
     const int64_t partial = problem.p * problem.p + problem.q * problem.q;
     const double worthwhile = kFlopsPerPartial * static_cast<double>(partial) / flops_per_matrix(problem, order);
