@@ -114,12 +114,15 @@ def seconds(piece: Piece, calls: int) -> float:
 
 
 def least_times(pieces: list[Piece], rounds: int) -> list[float]:
-    """Seconds of each piece: the least of so many rounds, in each of which every piece has its turn, in that order."""
+    """Seconds of each piece: the least of so many rounds, in each of which every piece has its turn.
+
+    Every other round goes backwards: after long vector work a processor is slower for a while, which may hit no twin more.
+    """
     calls = [max(1, round(SAMPLE / min(seconds(piece, 1) for _ in range(3)))) for piece in pieces]
     least = [float("inf")] * len(pieces)
-    for _ in range(rounds):
-        for i, piece in enumerate(pieces):
-            least[i] = min(least[i], seconds(piece, calls[i]))
+    for round_ in range(rounds):
+        for i in range(len(pieces))[:: -1 if round_ % 2 else 1]:
+            least[i] = min(least[i], seconds(pieces[i], calls[i]))
     return least
 
 
