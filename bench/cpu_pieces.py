@@ -116,7 +116,7 @@ def seconds(piece: Piece, calls: int) -> float:
 def least_times(pieces: list[Piece], rounds: int) -> list[float]:
     """Seconds of each piece: the least of so many rounds, in each of which every piece has its turn.
 
-    Every other round goes backwards: after long vector work a processor is slower for a while, which may hit no twin more.
+    Every other round goes backwards: after long vector work a processor is slower for a while, for both twins alike.
     """
     calls = [max(1, round(SAMPLE / min(seconds(piece, 1) for _ in range(3)))) for piece in pieces]
     least = [float("inf")] * len(pieces)
