@@ -8,13 +8,14 @@ namespace kfo::cpu {
 
 // Ranges still to be asked for, first to last. Data alone: what works on it belongs to each instruction set.
 struct Ahead {
+  static constexpr int kLine = 64;    // bytes of a line of the cache
   static constexpr int kRanges = 12;  // five results of a job, seven operands of the next
   struct Range {
     const char *next, *end;
   };
   Range ranges[kRanges];
   int first = 0, count = 0;
-  int64_t lines = 16;  // of the cache, at a time
+  int64_t lines = 16;  // at a time
 
   void plan(const void* data, int64_t bytes) {
     const auto* begin = static_cast<const char*>(data);
@@ -29,11 +30,11 @@ namespace {
 // Asks for the next few lines. A prefetch never faults, and of a line that is there already it costs next to nothing.
 // A function of its own: it stands before the loops of every tile, and would be copied into each of them.
 __attribute__((noinline)) inline void fetch_ahead(kfo::cpu::Ahead* ahead) {
-  constexpr int kLine = 64;
   if (!ahead) return;
   for (int64_t lines = ahead->lines; ahead->first < ahead->count; ++ahead->first) {
     auto& range = ahead->ranges[ahead->first];
-    for (; lines > 0 && range.next < range.end; range.next += kLine, --lines) __builtin_prefetch(range.next, 0, 2);
+    for (; lines > 0 && range.next < range.end; range.next += kfo::cpu::Ahead::kLine, --lines)
+      __builtin_prefetch(range.next, 0, 2);
     if (range.next < range.end) return;
   }
 }

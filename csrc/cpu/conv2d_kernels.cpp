@@ -81,7 +81,10 @@ struct Gathered {
 };
 
 // Their offsets have to fit in general registers, beside the addresses that move.
-constexpr int gathered_rows(int vectors) { return tile_rows(vectors) < 8 ? tile_rows(vectors) : 8; }
+constexpr int kGatheredRows = 8;
+constexpr int gathered_rows(int vectors) {
+  return tile_rows(vectors) < kGatheredRows ? tile_rows(vectors) : kGatheredRows;
+}
 
 template <class T, int N, bool kPartial>
 void gathered_strip(Ahead* ahead, const T* A, Gathered results, Steps steps, Rows<const T> X, T* C, int lanes,
@@ -153,18 +156,18 @@ struct Padded {
 // one.
 template <class T>
 Ahead next_image(const T* x, int64_t x_size, const T* y, int64_t y_size, int64_t tiles) {
-  constexpr int64_t kMost = 131072, kLine = 64;  // bytes
+  constexpr int64_t kMost = 131072;  // bytes
   x_size = smaller(x_size * static_cast<int64_t>(sizeof(T)), kMost);
   y_size = smaller(y_size * static_cast<int64_t>(sizeof(T)), kMost);
   Ahead ahead;
   ahead.plan(x, x_size);
   ahead.plan(y, y_size);
-  ahead.lines = (x_size + y_size) / (kLine * tiles) + 1;
+  ahead.lines = (x_size + y_size) / (Ahead::kLine * tiles) + 1;
   return ahead;
 }
 
 // Tiles of so many results: as few as they may be.
-inline int64_t least_tiles(int64_t results) { return results / 8 + 1; }
+inline int64_t least_tiles(int64_t results) { return results / kGatheredRows + 1; }
 
 // Hands out pieces of a thread's working memory, each at the start of a cache line.
 class Pieces {
