@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as _modules
 
 from kfo_ext.functional import batch_norm_relu, conv2d
 
@@ -165,15 +166,17 @@ class CNN(nn.Module):
 
 
 def linear_tasks(parameters: Mapping[str, Tensor], x: Tensor, *, prefix: str = "") -> Tensor:
-    """A linear layer of all tasks: weight (tasks, out, in), bias (tasks, out), x (tasks, n, in) -> (tasks, n, out)."""
-    return torch.baddbmm(parameters[f"{prefix}bias"].unsqueeze(1), x, parameters[f"{prefix}weight"].mT)
+    """A linear layer of all tasks: x (tasks, ..., in), weight (tasks, out, in), bias (tasks, out) -> (tasks, ..., out)."""
+    weight, bias = parameters[f"{prefix}weight"], parameters[f"{prefix}bias"]
+    rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+    return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT).view(*x.shape[:-1], weight.shape[1])
 
 
 def tasks_forward(module: nn.Module) -> TasksForward | None:
     """The forward of `module` for all tasks at once, or None where there is none that does exactly what it does.
 
     There is one for `CNN` and for `nn.Linear` with a bias, as their constructors leave them: a subclass, a submodule
-    that was exchanged and a hook are seen and mean None.
+    that was exchanged, a shared parameter, a method that was replaced and a hook are seen and mean None.
     """
     if _is_plain_linear(module):
         return linear_tasks
@@ -207,6 +210,7 @@ def _is_plain_cnn(model: nn.Module) -> bool:
         and _is_plain_linear(model.head)
         and all(_as_built(module) for module in model.modules())
         and all(type(block) is Block and _is_plain_block(block) for block in model.blocks)
+        and len(list(model.parameters())) == len(list(model.named_parameters(remove_duplicate=False)))
     )
 
 
@@ -220,8 +224,9 @@ def _is_plain_block(block: Block) -> bool:
         and isinstance(conv.padding, tuple)
         and len(set(conv.padding)) == len(set(conv.stride)) == 1
         and type(norm) is nn.BatchNorm2d
-        and norm.affine
-        and not norm.track_running_stats
+        and norm.weight is not None
+        and norm.bias is not None
+        and norm.running_mean is None
         and (type(block.pool) is nn.Identity or _is_plain_pool(block.pool))
     )
 
@@ -235,8 +240,38 @@ def _is_plain_pool(pool: nn.Module) -> bool:
 
 
 def _as_built(module: nn.Module) -> bool:
+    """Whether the module computes what its class says, and its class what it said when this file was imported."""
+    kind = type(module)
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(module)
+    return (
+        not any(hooks)
+        and not any(getattr(_modules, name) for name in _GLOBAL_HOOKS)
+        and not any(callable(getattr(kind, name, None)) for name in vars(module))
+        and all(getattr(kind, name) is method for name, method in _METHODS.get(kind, {}).items())
+    )
+
+
+# Hooks of every module, of torch.nn.modules.module.
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+# The methods that the forward of all tasks stands for, as they are when this file is imported.
+_METHODS: dict[type, dict[str, object]] = {
+    kind: {name: getattr(kind, name) for name in ("__call__", "forward", *own)}
+    for kind, own in {
+        CNN: ("features", "features_tasks", "forward_tasks"),
+        Block: ("forward_tasks",),
+        nn.Conv2d: ("_conv_forward",),
+        nn.BatchNorm2d: ("_check_input_dim",),
+        nn.Linear: (),
+        nn.MaxPool2d: (),
+        nn.Identity: (),
+        nn.Sequential: (),
+    }.items()
+}
 
 
 def omniglot_cnn(

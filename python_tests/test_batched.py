@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from plain_maml import assert_equal_truth, plain_maml
 from torch import nn
 
 from kfo_ext import ANIL, KFO, MAML
@@ -142,6 +143,41 @@ def _parametrized(model: CNN) -> CNN:
     return model
 
 
+def _shared(first: str, second: str):
+    """The second module or parameter is the first one."""
+
+    def change(model: CNN) -> CNN:
+        value = model
+        for name in first.split("."):
+            value = getattr(value, name)
+        return _set(second, value)(model)
+
+    return change
+
+
+def _three_blocks() -> CNN:
+    torch.manual_seed(0)
+    return CNN(3, hidden=5, ways=WAYS, **NETWORKS["mean"])
+
+
+def _without_bias(model: CNN) -> CNN:
+    model.blocks[0].norm.register_parameter("bias", None)
+    return model
+
+
+def _doubled(path: str):
+    """The method gives twice its value, on the instance."""
+
+    def change(model: CNN) -> CNN:
+        owner, _, name = path.rpartition(".")
+        owner = model.get_submodule(owner)
+        method = getattr(owner, name)
+        setattr(owner, name, lambda *args: 2 * method(*args))
+        return model
+
+    return change
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -161,14 +197,83 @@ def _parametrized(model: CNN) -> CNN:
         _set("head", nn.Sequential(nn.Linear(5, WAYS))),
         _hooked,
         _parametrized,
+        lambda _: _shared("blocks.1", "blocks.2")(_three_blocks()),
+        lambda _: _shared("blocks.1.conv", "blocks.2.conv")(_three_blocks()),
+        lambda _: _shared("blocks.1.conv.weight", "blocks.2.conv.weight")(_three_blocks()),
+        _shared("blocks.0.norm", "blocks.1.norm"),
+        _shared("blocks.0.norm.bias", "blocks.1.norm.bias"),
+        _shared("blocks.0.norm.bias", "blocks.0.norm.weight"),
+        _without_bias,
+        _doubled("features"),
+        _doubled("blocks.1.forward"),
+        _doubled("blocks.0.conv._conv_forward"),
+        _doubled("blocks.0.norm.forward"),
     ],
-    ids=range(16),
+    ids=range(27),
 )
 def test_a_network_that_was_changed_goes_task_by_task(change):
-    model = change(cnn())
+    model = change(cnn()).double()
+    batch = random_batch(model)
     assert tasks_forward(model) is None
     with pytest.raises(ValueError, match=r"batched: .* has no forward of all tasks at once"):
         MAML(model, lr=0.1, steps=1, batched=True, allow_nograd=True)
+    for learner, head in ((MAML, False), (ANIL, True)):
+        truth = plain_maml(model, batch, nn.functional.cross_entropy, lr=0.1, steps=2, head=head)
+        assert_equal_truth(learner(model, lr=0.1, steps=2, allow_unused=True), batch, truth)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (CNN, "features"),
+        (CNN, "forward"),
+        (nn.Conv2d, "_conv_forward"),
+        (nn.Conv2d, "forward"),
+        (nn.BatchNorm2d, "forward"),
+        (nn.Linear, "forward"),
+        (nn.Sequential, "forward"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize(("learner", "head"), [(MAML, False), (ANIL, True)], ids=["maml", "anil"])
+def test_a_class_that_was_changed_goes_task_by_task(learner, head, kind, name, monkeypatch):
+    model = cnn()
+    batch, method = random_batch(model), getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, *args: 1.5 * method(self, *args))
+    truth = plain_maml(model, batch, nn.functional.cross_entropy, lr=0.1, steps=2, head=head)
+    assert_equal_truth(learner(model, lr=0.1, steps=2), batch, truth)
+
+
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+@pytest.mark.parametrize(("learner", "head"), [(MAML, False), (ANIL, True)], ids=["maml", "anil"])
+def test_hooks_of_all_modules_are_called(learner, head, register):
+    model = cnn()
+    batch = random_batch(model)
+
+    def double(module, inputs, *output):
+        return 2 * (output or inputs)[0] if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+
+    handle = getattr(nn.modules.module, register)(double)
+    try:
+        truth = plain_maml(model, batch, nn.functional.cross_entropy, lr=0.1, steps=2, head=head)
+        assert_equal_truth(learner(model, lr=0.1, steps=2), batch, truth)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)], ids=str)
+def test_a_linear_layer_takes_what_torch_takes(shape):
+    """One example without its own dimension, sequences, grids."""
+    torch.manual_seed(0)
+    linear = nn.Linear(4, WAYS).double()
+    x = torch.randn(TASKS, *shape, dtype=torch.float64)
+    y = torch.randn(TASKS, *shape[:-1], WAYS, dtype=torch.float64)
+    batch = TaskBatch(Examples(x, y), Examples(x + 1, y))
+    mse = nn.functional.mse_loss
+    learner = MAML(linear, loss=mse, batched=True, lr=0.1, steps=2)
+    assert_equal_truth(learner, batch, plain_maml(linear, batch, mse, lr=0.1, steps=2))
+    with pytest.raises(RuntimeError, match="size"):
+        learner(TaskBatch(Examples(x.repeat_interleave(2, -1), y), Examples(x, y)))
 
 
 def test_a_frozen_parameter_goes_task_by_task():
@@ -217,6 +322,6 @@ def test_tasks_at_once():
 @pytest.mark.parametrize(("learner", "examples"), [(MAML, 6), (ANIL, 10)])
 def test_groups_follow_the_largest_forward(learner, examples, monkeypatch):
     model, asked = cnn(), []
-    monkeypatch.setattr("kfo_ext.adapt.tasks_at_once", lambda model, x, examples: asked.append(examples) or 1)
+    monkeypatch.setattr("kfo_ext.adapt.learner.tasks_at_once", lambda model, x, examples: asked.append(examples) or 1)
     learner(model, lr=0.1, steps=1)(random_batch(model))
     assert asked == [examples]

@@ -1,0 +1,7 @@
+"""Adaptation: the inner loop of a whole meta-batch, for MAML and ANIL with any learned update."""
+
+from .anil import ANIL
+from .learner import MAML
+from .result import MetaResult
+
+__all__ = ["ANIL", "MAML", "MetaResult"]

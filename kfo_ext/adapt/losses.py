@@ -1,0 +1,59 @@
+"""The losses of all tasks, each what the loss function gives for that task alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# (output, target) -> the loss of one task, ().
+Loss = Callable[[Any, Tensor], Tensor]
+# The target that torch's cross-entropy leaves out by default.
+IGNORED = -100
+
+
+def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) -> Tensor:
+    """(tasks,), the loss of each task's output and target.
+
+    outputs: of all tasks, or one output per task.
+    targets: (tasks, n, ...).
+
+    Raises:
+        ValueError: a loss that is no scalar, or torch's cross-entropy over a single class, which is 0 for any output.
+        TypeError: a loss that is no tensor.
+    """
+    if loss is F.cross_entropy and isinstance(outputs, Tensor) and outputs.dim() == 3 and targets.dim() == 2:
+        _check_classes(outputs[0])
+        each = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        # The mean of a task is over the targets that count.
+        return each.sum(1) / (targets != IGNORED).sum(1)
+    losses = []
+    for output, target in zip(outputs, targets):
+        if loss is F.cross_entropy and isinstance(output, Tensor):
+            _check_classes(output)
+        losses.append(loss(output, target))
+        if not isinstance(losses[-1], Tensor):
+            raise TypeError(f"loss: expected a scalar tensor per task, got {type(losses[-1]).__name__}")
+        if losses[-1].dim() != 0:
+            raise ValueError(f"loss: expected a scalar per task, got shape {tuple(losses[-1].shape)}")
+    return torch.stack(losses)
+
+
+def ignored_target(loss: Loss) -> int:
+    """The target that the loss leaves out: its own `ignore_index` where it has one, else that of cross-entropy."""
+    if isinstance(loss, partial):
+        return loss.keywords.get("ignore_index", ignored_target(loss.func))
+    index = getattr(loss, "ignore_index", IGNORED)
+    return index if isinstance(index, int) else IGNORED
+
+
+def _check_classes(output: Tensor) -> None:
+    if output.dim() > 1 and output.shape[1] == 1:
+        raise ValueError(
+            "loss: cross-entropy over a single class is 0 for any output, got an output of shape "
+            f"{tuple(output.shape)}; pass another loss, such as mse_loss or binary_cross_entropy_with_logits"
+        )

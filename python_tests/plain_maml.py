@@ -1,0 +1,139 @@
+"""MAML and ANIL in plain torch, task by task: the ground truth of the learners.
+
+Nothing here is of kfo_ext: a module is called with other parameters by putting them into its slots, and the factors of
+a learned update are differentiated the long way, by a second pass through the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# (phi, [(name, gradient)]) -> updates, phi a list of tensors.
+Rule = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+
+
+class Truth(NamedTuple):
+    """loss (), query losses (tasks,), the outputs of each task's query, and gradients by all that is meta-learned."""
+
+    loss: Tensor
+    query_losses: Tensor
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+
+
+def call(module: nn.Module, values: Mapping[Tensor, Tensor], x: Tensor):
+    """module(x) with `values[parameter]` wherever any of its modules holds that parameter."""
+    held = [
+        (owner, slot, parameter)
+        for owner in module.modules()
+        for slot, parameter in owner._parameters.items()
+        if parameter is not None and parameter in values
+    ]
+    for owner, slot, parameter in held:
+        owner._parameters[slot] = values[parameter]
+    try:
+        return module(x)
+    finally:
+        for owner, slot, parameter in held:
+            owner._parameters[slot] = parameter
+
+
+def plain_maml(
+    model: nn.Module,
+    batch,
+    loss: Callable,
+    *,
+    lr: float,
+    steps: int,
+    first_order: bool = False,
+    head: bool = False,
+    rule: Rule | None = None,
+    phi: list[Tensor] = (),
+    adapt_update: bool = False,
+) -> Truth:
+    """The meta-loss of a batch and its gradients by the model's trainable parameters, then by phi.
+
+    head: adapt `model.head` alone, on features of support and query together.
+    """
+    adapted = model.head if head else model
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    losses, outputs = [], []
+    for sx, sy, qx, qy in zip(*batch.support, *batch.query):
+        if head:
+            sx, qx = model.features(torch.cat([sx, qx])).split([len(sx), len(qx)])
+        theta, own = list(parameters), list(phi)
+        for step in range(steps):
+            value = loss(call(adapted, dict(zip(parameters, theta)), sx), sy)
+            grads = torch.autograd.grad(value, theta, create_graph=True, materialize_grads=True, allow_unused=True)
+            if adapt_update and step:
+                inner = torch.autograd.grad(value, own, create_graph=True, materialize_grads=True, allow_unused=True)
+                own = [row - lr * grad for row, grad in zip(own, inner)]
+            if first_order:
+                grads = [grad.detach() for grad in grads]
+            updates = grads if rule is None else rule(own, list(grads))
+            theta = [value - lr * update for value, update in zip(theta, updates)]
+        outputs.append(call(adapted, dict(zip(parameters, theta)), qx))
+        losses.append(loss(outputs[-1], qy))
+    losses = torch.stack(losses)
+    learned = [p for p in model.parameters() if p.requires_grad] + list(phi)
+    gradients = torch.autograd.grad(losses.mean(), learned, materialize_grads=True, allow_unused=True)
+    return Truth(losses.mean().detach(), losses.detach(), outputs, list(gradients))
+
+
+def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1) -> Rule:
+    """KFO's update of plain gradients, by its packed phi: R, L (and bias) of each layer, tanh between layers."""
+    width = 3 if bias else 2
+
+    def triple(shape):
+        return {1: (1, *shape, 1), 2: (1, *shape), 4: (*shape[:2], shape[2:].numel())}[len(shape)]
+
+    def rule(phi: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        sizes = [triple(g.shape) for g in gradients]
+        hidden = [g.reshape(size) for g, size in zip(gradients, sizes)]
+        for layer in range(layers):
+            R, L, *b = (row[0] for row in phi[layer * width : (layer + 1) * width])
+            Rs = [x.view(p, p) for x, (_, p, _) in zip(R.split([p * p for _, p, _ in sizes]), sizes)]
+            Ls = [x.view(q, q) for x, (_, _, q) in zip(L.split([q * q for _, _, q in sizes]), sizes)]
+            if layer:
+                hidden = [X.tanh() for X in hidden]
+            if psd and (layers == 1 or layer < layers - 1):
+                Rs, Ls = [R.T @ R for R in Rs], [L.T @ L for L in Ls]
+            hidden = [R.T @ X @ L for R, X, L in zip(Rs, hidden, Ls)]
+            if b:
+                terms = b[0].split([p * q for _, p, q in sizes])
+                hidden = [X + term.view(p, q) for X, term, (_, p, q) in zip(hidden, terms, sizes)]
+        updates = [X.reshape(g.shape) for X, g in zip(hidden, gradients)]
+        return updates if layers == 1 else [X + g for X, g in zip(updates, gradients)]
+
+    return rule
+
+
+def measured(learner, batch) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """What a learner of kfo_ext gives: loss, query losses, accuracies and gradients in the order of `plain_maml`."""
+    result = learner(batch)
+    learned = [p for p in learner.model.parameters() if p.requires_grad]
+    learned += list(learner.update.phi) if learner.update is not None else []
+    gradients = torch.autograd.grad(result.loss, learned, materialize_grads=True, allow_unused=True)
+    return result.loss.detach(), result.query_losses, result.accuracies, list(gradients)
+
+
+def assert_equal_truth(learner, batch, truth: Truth, tolerance: float = 1e-9) -> None:
+    """Asserts that loss, query losses and meta-gradients are those of the truth."""
+    loss, losses, _, gradients = measured(learner, batch)
+    for name, ours, expected in (
+        ("loss", loss, truth.loss),
+        ("query losses", losses, truth.query_losses),
+        *((f"gradient {i}", a, b) for i, (a, b) in enumerate(zip(gradients, truth.gradients, strict=True))),
+    ):
+        torch.testing.assert_close(
+            ours,
+            expected,
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )

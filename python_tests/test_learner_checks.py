@@ -1,0 +1,252 @@
+"""What a learner refuses, by name: statistics that mix tasks, a network changed since, options, batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kfo_ext import ANIL, KFO, MAML
+from kfo_ext.tasks import Examples, TaskBatch
+
+OPTIONS = {"lr": 0.1, "steps": 1}
+
+
+def images(channels: int = 2, size: int = 4, count: int = 4, tasks: int = 2, dtype=torch.float32) -> TaskBatch:
+    def examples() -> Examples:
+        return Examples(
+            torch.randn(tasks, count, channels, size, size, dtype=dtype), torch.randint(0, 3, (tasks, count))
+        )
+
+    return TaskBatch(examples(), examples())
+
+
+def network(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(norm, nn.Flatten(), nn.Linear(32, 3))
+
+
+def switched_off() -> nn.Module:
+    norm = nn.BatchNorm2d(2)
+    norm.track_running_stats = False
+    return norm.eval()
+
+
+class OwnNorm(nn.Module):
+    """Normalises as batch norm does, without being one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(2))
+        self.register_buffer("running_var", torch.ones(2))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+RUNNING = {
+    "usual": lambda: nn.BatchNorm2d(2).eval(),
+    "switched off later": switched_off,
+    "instance": lambda: nn.InstanceNorm2d(2, track_running_stats=True).eval(),
+    "own": lambda: OwnNorm().eval(),
+    "sync": lambda: nn.SyncBatchNorm(2).eval(),
+}
+
+
+@pytest.mark.parametrize("learner", [MAML, ANIL])
+@pytest.mark.parametrize("kind", RUNNING)
+def test_running_statistics_are_refused(kind, learner):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = RUNNING[kind](), nn.Linear(32, 3)
+
+        def features(self, x):
+            return self.norm(x).flatten(1)
+
+        def forward(self, x):
+            return self.head(self.features(x))
+
+    kfo_ext_learner = learner(Net(), allow_unused=True, **OPTIONS)
+    with pytest.raises(
+        RuntimeError, match=r"'norm' would use running statistics, which mix tasks: .* or call train\(\)"
+    ):
+        kfo_ext_learner(images())
+
+
+def _append(model):
+    model.append(nn.Linear(3, 3))
+
+
+def _unfreeze(model):
+    model[0].requires_grad_(True)
+
+
+def _wider(model):
+    model[2].weight = nn.Parameter(torch.randn(5, 4))
+
+
+def _gone(model):
+    model[2] = nn.Identity()
+
+
+def _frozen(model):
+    model[2].bias.requires_grad_(False)
+
+
+def _renamed(model):
+    layer = model[2]
+    model[2] = nn.Sequential(layer)
+
+
+CHANGES = {
+    "appended": (_append, r"parameter '3\.weight' was added or made trainable"),
+    "unfrozen": (_unfreeze, r"parameter '0\.weight' was added or made trainable"),
+    "wider": (_wider, r"parameter '2\.weight' had shape \(3, 4\) and got \(5, 4\)"),
+    "gone": (_gone, r"parameter '2\.weight' was removed or renamed"),
+    "frozen": (_frozen, r"parameter '2\.bias' was frozen"),
+    "renamed": (_renamed, r"parameter '2\.weight' was removed or renamed"),
+}
+
+
+@pytest.mark.parametrize("learner", ["maml", "anil"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_changed_since_is_refused(change, learner):
+    head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    head[0].requires_grad_(False)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = nn.Linear(4, 4), head
+
+    learner = (
+        MAML(head, allow_nograd=True, **OPTIONS) if learner == "maml" else ANIL(Net(), allow_nograd=True, **OPTIONS)
+    )
+    x, y = torch.randn(2, 4, 4), torch.randint(0, 3, (2, 4))
+    batch = TaskBatch(Examples(x, y), Examples(x, y))
+    learner(batch)
+    change, message = CHANGES[change]
+    change(head)
+    with pytest.raises(ValueError, match=message + r".* after the learner was built: build it again"):
+        learner(batch)
+
+
+@pytest.mark.parametrize(
+    ("lr", "error", "message"),
+    [
+        (
+            nn.Parameter(torch.tensor(0.1)),
+            TypeError,
+            "lr: expected a number, got Parameter; learned rates and rates per",
+        ),
+        (torch.tensor(0.1), TypeError, "lr: expected a number, got Tensor; learned rates"),
+        ([0.1, 0.2], TypeError, "lr: expected a number, got list; learned rates and rates per parameter"),
+        ("0.1", TypeError, "lr: expected a number, got str"),
+        (True, TypeError, "lr: expected a number, got bool"),
+        (None, TypeError, "lr: expected a number, got NoneType$"),
+        (float("inf"), ValueError, "lr: expected a finite number of at least 0, got inf"),
+    ],
+    ids=str,
+)
+def test_rates_that_are_no_number(lr, error, message):
+    with pytest.raises(error, match=message):
+        MAML(nn.Linear(4, 3), lr=lr, steps=1)
+
+
+def test_a_number_of_any_kind_is_a_rate():
+    assert MAML(nn.Linear(4, 3), lr=np.float32(0.5), steps=1).lr == 0.5
+
+
+X, Y = torch.randn(2, 4, 4), torch.randint(0, 3, (2, 4))
+GOOD = Examples(X, Y)
+BATCHES = {
+    "list": ([GOOD, GOOD], r"batch: expected TaskBatch\(Examples\(x, y\), Examples\(x, y\)\), got list"),
+    "tuple": ((GOOD, GOOD), "batch: expected TaskBatch.*, got tuple"),
+    "tasks": ([TaskBatch(GOOD, GOOD)] * 2, "batch: expected TaskBatch.*, got list"),
+    "part": (TaskBatch(GOOD, (X, Y)), r"batch\.query: expected Examples\(x, y\), got tuple"),
+    "none": (TaskBatch(None, GOOD), r"batch\.support: expected Examples\(x, y\), got NoneType"),
+    "array": (TaskBatch(Examples(X.numpy(), Y), GOOD), r"batch\.support\.x: expected a tensor .*, got ndarray"),
+    "ragged": (TaskBatch(Examples(list(X), Y), GOOD), r"batch\.support\.x: .* got list; torch\.stack joins"),
+    "no labels": (TaskBatch(GOOD, Examples(X, None)), r"batch\.query\.y: expected a tensor .*, got NoneType"),
+    "two inputs": (TaskBatch(Examples((X, X), Y), GOOD), r"batch\.support\.x: expected a tensor .*, got tuple"),
+    "sparse": (TaskBatch(Examples(X.to_sparse(), Y), GOOD), r"batch\.support\.x: expected a dense tensor"),
+    "scalar": (TaskBatch(Examples(X[0, 0, 0], Y), GOOD), r"batch\.support\.x: expected .* got shape \(\)"),
+    "double": (
+        TaskBatch(Examples(X.double(), Y), GOOD),
+        r"batch\.support\.x: expected torch\.float32 .*got torch\.float64",
+    ),
+    "half query": (
+        TaskBatch(GOOD, Examples(X.half(), Y)),
+        r"batch\.query\.x: expected torch\.float32 .*got torch\.float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("batched", [None, False], ids=["batched", "loop"])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_that_are_refused(kind, batched):
+    batch, message = BATCHES[kind]
+    with pytest.raises((TypeError, ValueError), match=message):
+        MAML(nn.Linear(4, 3), batched=batched, **OPTIONS)(batch)
+
+
+def test_a_batch_on_another_device_is_named():
+    with pytest.raises(TypeError, match=r"batch\.query\.x: expected device cpu .*got meta"):
+        MAML(nn.Linear(4, 3), batched=False, **OPTIONS)(TaskBatch(GOOD, Examples(X.to("meta"), Y)))
+
+
+def test_a_model_that_converts_its_input_takes_it():
+    class Converting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.to(self.weight.dtype))
+
+    batch = TaskBatch(Examples(X.double(), Y), GOOD)
+    assert MAML(Converting(4, 3), **OPTIONS)(batch).loss.isfinite()
+
+
+def test_an_error_of_the_model_is_its_own():
+    class Failing(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        MAML(Failing(4, 3), **OPTIONS)(TaskBatch(GOOD, GOOD))
+
+
+def test_models_updates_and_losses_that_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"expected one made for 4 .* got one for 2; missing: 0\.weight, 0\.bias"):
+        MAML(model, update=KFO(list(model.named_parameters())[2:]), **OPTIONS)
+    with pytest.raises(ValueError, match=r"got one for 2: the adapted parameters are 0\.weight, 0\.bias, 1\.weight"):
+        MAML(model, update=KFO(model[1].parameters()), **OPTIONS)
+    with pytest.raises(TypeError, match=r"loss: expected a function of .* or None, got 'mse'"):
+        MAML(model, loss="mse", **OPTIONS)
+    model[1].double()
+    with pytest.raises(
+        TypeError, match=r"one dtype, got '0\.weight' of torch\.float32 and '1\.weight' of torch\.float64"
+    ):
+        MAML(model, **OPTIONS)
+    model[1].to("meta", torch.float32)
+    with pytest.raises(ValueError, match=r"one device, got '0\.weight' on cpu and '1\.weight' on meta"):
+        MAML(model, **OPTIONS)
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.classifier = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    with pytest.raises(
+        TypeError, match=r"features\(x\) and a submodule named head, got Classifier with encoder, class"
+    ):
+        ANIL(Classifier(), **OPTIONS)
+
+
+def test_batched_by_name_never_falls_back():
+    model = nn.Linear(4, 3)
+    learner = MAML(model, batched=True, **OPTIONS)
+    learner(TaskBatch(GOOD, GOOD))
+    model.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="batched: Linear has no forward of all tasks at once"):
+        learner(TaskBatch(GOOD, GOOD))
