@@ -166,7 +166,7 @@ class CNN(nn.Module):
 
 
 def linear_tasks(parameters: Mapping[str, Tensor], x: Tensor, *, prefix: str = "") -> Tensor:
-    """A linear layer of all tasks: x (tasks, ..., in), weight (tasks, out, in), bias (tasks, out) -> (tasks, ..., out)."""
+    """A linear layer of all tasks: x (tasks, ..., in), weight (tasks, out, in), bias (tasks, out)."""
     weight, bias = parameters[f"{prefix}weight"], parameters[f"{prefix}bias"]
     rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
     return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT).view(*x.shape[:-1], weight.shape[1])

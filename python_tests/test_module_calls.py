@@ -230,6 +230,42 @@ def test_sparse_gradients(make, first_order):
     assert_equal_truth(MAML(model, first_order=first_order, **OPTIONS), batch, truth)
 
 
+class BoundedBag(nn.Module):
+    """Bounded and tied: the scaled weight is used a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.EmbeddingBag(7, 4, max_norm=1.5, mode="mean"), nn.Linear(4, 7, bias=False)
+        nn.init.normal_(self.words.weight, std=2)
+        self.out.weight = self.words.weight
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.words(x)))
+
+
+BOUNDED = {"bag": lambda: Bag(max_norm=1.0), "l1": lambda: Bag(max_norm=1.0, norm_type=1.0), "tied": BoundedBag}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("bag", {}),
+        ("bag", {"checkpoint": True}),
+        ("l1", {}),
+        # torch has no second derivative of an embedding bag.
+        ("tied", {"first_order": True}),
+    ],
+    ids=str,
+)
+def test_embeddings_of_bounded_norm(kind, options):
+    model, batch = BOUNDED[kind]().double(), words()
+    plain = copy.deepcopy(model)
+    truth = plain_maml(plain, batch, cross_entropy, lr=0.3, steps=3, first_order="first_order" in options)
+    assert_equal_truth(MAML(model, lr=0.3, steps=3, **options), batch, truth)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], msg=name)
+
+
 @pytest.mark.parametrize("learner", [MAML, ANIL])
 def test_eight_threads_may_call_one_learner(learner):
     class Net(nn.Sequential):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from torch import nn
@@ -38,12 +38,12 @@ def slots(module: nn.Module, names: Sequence[str]) -> list[list[str]]:
     return [held[id(parameters[name])] for name in names]
 
 
-def sparse_slots(module: nn.Module) -> set[str]:
-    """The names of the embeddings whose gradients are sparse, which a packed row cannot hold."""
+def embedding_slots(module: nn.Module, chosen: Callable[[nn.Embedding | nn.EmbeddingBag], bool]) -> set[str]:
+    """The names of the weights of the embeddings that are chosen."""
     return {
         f"{prefix}.weight" if prefix else "weight"
         for prefix, owner in module.named_modules()
-        if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.sparse
+        if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and chosen(owner)
     }
 
 

@@ -215,6 +215,7 @@ class MAML(nn.Module):
             if reason := foreign_tensor(batch, parameters[0]):
                 raise TypeError(reason) from error
             raise
+        route.finish(theta, parameters)
         support_losses, losses = (torch.cat([part[i] for part in parts], -1) for i in range(2))
         accuracies = [part[2] for part in parts]
         with torch.set_grad_enabled(outer):
