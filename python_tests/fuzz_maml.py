@@ -167,7 +167,7 @@ def mlp(rng: random.Random, ways: int) -> tuple[nn.Module, tuple[int, ...]]:
     if layers and rng.random() < 0.4:
         layers.append(rng.choice(layers))
     head = nn.Linear(width, ways)
-    if len(layers) > 1 and isinstance(layers[0], nn.Linear) and isinstance(layers[-1], nn.Linear):
+    if len(layers) > 1 and type(layers[0]) is type(layers[-1]) is nn.Linear:
         layers[-1].weight = layers[0].weight
     if not layers and rng.random() < 0.5:
         return head, (width,)
