@@ -93,7 +93,7 @@ class CapturedMetaStep(MetaStep):
     meta-gradients in `grad` are memory of the graph, and hold until the next call. A batch of another shape is refused,
     not captured again: a meta-batch has one shape, and every graph keeps the memory of a whole iteration.
 
-    learner, optimizer, clip_norm: as for `MetaStep`; Adam's rate is a tensor, as `make_adam` builds it.
+    learner, optimizer, clip_norm: as for `MetaStep`; the rate of every group is a tensor, as `make_adam` builds it.
     recorder: captures; by default a CUDA graph.
     Raises: ValueError as `MetaStep`, for a learner that is not on a CUDA device, one that recomputes its inner steps
     (which saves the random state, and a capture cannot read it), or a rate that is no tensor.
@@ -112,29 +112,30 @@ class CapturedMetaStep(MetaStep):
             raise ValueError("cuda_graph: expected a learner with checkpoint=False: recomputation cannot be captured")
         self.device = next(learner.parameters()).device
         self._recorder = GraphRecorder(self.device) if recorder is None else recorder
-        if not all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
-            raise ValueError("optimizer: expected a learning rate that is a tensor: a graph would keep a number")
+        self._check_rates()
         self._replay: Callable[[], object] | None = None
         self._report: MetaReport | None = None
         self._batch: TaskBatch | None = None
         # Held so that no other tensor comes to lie at their addresses.
         self._held: list[Tensor] = []
-        self._addresses: list[int] = []
-        self._gradients: list[Tensor | None] = []
+        self._identities: list[tuple[int, bool]] = []
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
     def __call__(self, batch: TaskBatch, rate: float) -> MetaReport:
         """As `MetaStep`'s.
 
-        Raises: ValueError for a batch of another shape, type or device than the first one's; RuntimeError if the
-        iteration cannot be captured, or parameters or Adam's state were replaced by other tensors since.
+        Raises: ValueError for a batch of another shape, type or device than the first one's, or as `MetaStep`;
+        RuntimeError if the iteration cannot be captured, or parameters or Adam's state were replaced by other tensors
+        or frozen since.
         """
+        self._check_rates()
         if self._replay is None:
             self._capture(batch)
         self._check_tensors()
         self._load(batch)
         self._set_rate(rate)
         self._replay()
-        for parameter, gradient in zip(self.learner.parameters(), self._gradients):
+        for parameter, gradient in self._gradients:
             parameter.grad = gradient
         return self._report
 
@@ -156,8 +157,8 @@ class CapturedMetaStep(MetaStep):
             for group, value in zip(groups, before):
                 group["capturable"] = value
         self._held = self._tensors()
-        self._addresses = [X.data_ptr() for X in self._held]
-        self._gradients = [parameter.grad for parameter in self.learner.parameters()]
+        self._identities = _identities(self._held)
+        self._gradients = [(parameter, parameter.grad) for parameter in self._parameters()]
 
     def _run(self) -> MetaReport:
         return self._iterate(self._batch)
@@ -165,17 +166,21 @@ class CapturedMetaStep(MetaStep):
     def _tensors(self) -> list[Tensor]:
         """All that the graph reads and writes in place by address, but for the batch."""
         states = self.optimizer.state
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = self._parameters()
         # In the order of the parameters: that of the states is of their first steps.
         adam = [X for p in parameters for X in states.get(p, {}).values()]
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [*self.learner.parameters(), *self.learner.buffers(), *adam, *rates]
+        return [*self.learner.parameters(), *self.learner.buffers(), *parameters, *adam, *rates]
+
+    def _check_rates(self) -> None:
+        if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
+            raise ValueError("optimizer: expected a learning rate that is a tensor: a graph would keep a number")
 
     def _check_tensors(self) -> None:
-        if [X.data_ptr() for X in self._tensors()] != self._addresses:
+        if _identities(self._tensors()) != self._identities:
             raise RuntimeError(
-                "cuda_graph: parameters or Adam's state are other tensors than those captured: "
-                "build a new CapturedMetaStep after loading a state"
+                "cuda_graph: parameters or Adam's state are other tensors than those captured, or were frozen or "
+                "unfrozen since: build a new CapturedMetaStep after such a change"
             )
 
     def _load(self, batch: TaskBatch) -> None:
@@ -195,7 +200,8 @@ class CapturedMetaStep(MetaStep):
 def undone(learner: torch.nn.Module, optimizer: torch.optim.Adam) -> Iterator[None]:
     """Sets back what the block does to parameters, buffers, Adam's state and random states: in place, to the bit.
 
-    A state that Adam has not had before becomes zeros, which is how Adam starts. Gradients are none afterwards.
+    A state that Adam has not had before becomes zeros, which is how Adam starts. Gradients of its parameters are none
+    afterwards.
     """
     tensors = [*learner.parameters(), *learner.buffers()]
     before = [X.detach().clone() for X in tensors]
@@ -221,6 +227,10 @@ def _checked_device(X: Tensor, device: torch.device) -> Tensor:
     if X.device != device:
         raise ValueError(f"batch: expected tensors on {device} as the learner is, got one on {X.device}")
     return X
+
+
+def _identities(tensors: list[Tensor]) -> list[tuple[int, bool]]:
+    return [(X.data_ptr(), X.requires_grad) for X in tensors]
 
 
 def _kind(X: Tensor) -> str:

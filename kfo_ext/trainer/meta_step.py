@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ class MetaReport(NamedTuple):
     loss: (), the mean query loss.
     support_losses: (steps, tasks), before each inner step.
     query_losses: (tasks,).
-    gradient_norm: (), of all meta-gradients, before clipping.
+    gradient_norm: (), of the meta-gradients of the optimizer's parameters, before clipping.
     accuracy: (), the mean query accuracy, or None for regression.
     """
 
@@ -55,10 +56,14 @@ class MetaStep:
     Where a loss or the norm of the meta-gradient is not finite, parameters and Adam's state stay as they were, to the
     bit, and `check_finite` says what it was.
 
+    Clearing, differentiating, measuring and clipping are of the optimizer's parameters alone: `grad` of the others
+    stays as it is. Its groups keep the ratios of their rates, which are those of their `initial_lr`: the rate that a
+    group has when it is first seen here (or by one of torch's schedulers), saved with the optimizer's state.
+
     learner: MAML or ANIL.
-    optimizer: of its parameters, as `make_adam` builds it.
+    optimizer: of all or some of its parameters, as `make_adam` builds it, or in groups.
     clip_norm: longer meta-gradients are scaled to this norm; 0 is no limit.
-    Raises: ValueError for a negative limit, or an Adam that is not fused.
+    Raises: ValueError for a negative limit, an Adam that is not fused, or a parameter that is not the learner's.
     """
 
     def __init__(self, learner: MAML, optimizer: torch.optim.Adam, *, clip_norm: float = 0.0) -> None:
@@ -69,12 +74,16 @@ class MetaStep:
         self.learner = learner
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        self._parameters()
+        self._ratios()
 
     def __call__(self, batch: TaskBatch, rate: float) -> MetaReport:
         """Takes one meta-step; the meta-gradients stay in `grad`, clipped.
 
         batch: on the learner's device, in its type.
-        rate: Adam's learning rate.
+        rate: Adam's learning rate, of the group whose `initial_lr` is largest; that of another is this times their
+            ratio, so that groups of one rate keep one rate, and a group of rate 0 beside others stays as it is.
+        Raises: ValueError for a rate that is negative or not finite, or an optimizer without a parameter to step.
         """
         self._set_rate(rate)
         return self._iterate(batch)
@@ -87,26 +96,62 @@ class MetaStep:
         MetaResult(report.loss, report.support_losses, report.query_losses, None).check_finite()
         if report.gradient_norm.isfinite():
             return
+        ours = set(self._parameters())
         for name, parameter in self.learner.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
+            if parameter in ours and parameter.grad is not None and not parameter.grad.isfinite().all():
                 raise FloatingPointError(f"the meta-gradient of {name} is not finite")
         raise FloatingPointError("the norm of the meta-gradient is not finite")
 
+    def _parameters(self) -> list[Tensor]:
+        """The optimizer's parameters, each once.
+
+        Raises: ValueError naming the first that is not the learner's.
+        """
+        # Asked in every call: a group may have been added since.
+        own = set(self.learner.parameters())
+        for number, group in enumerate(self.optimizer.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter not in own:
+                    names = group.get("param_names")
+                    name = names[index] if names else f"parameter {index}"
+                    where = "" if names else f" of group {number}"
+                    raise ValueError(
+                        f"optimizer: expected parameters of the learner, got {name} {tuple(parameter.shape)}{where}: "
+                        "build the optimizer of its own parameters"
+                    )
+        return list(dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"]))
+
+    def _ratios(self) -> list[float]:
+        """Of each group's rate to the largest."""
+        groups = self.optimizer.param_groups
+        for group in groups:
+            # A number, which a checkpoint can hold, and no read from the device in later calls.
+            if not isinstance(group.get("initial_lr"), float):
+                group["initial_lr"] = float(group.get("initial_lr", group["lr"]))
+        rates = [group["initial_lr"] for group in groups]
+        # Equal rates are in the ratio 1, be they all 0.
+        return [1.0 if rate == max(rates) else rate / max(rates) for rate in rates]
+
     def _set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"rate: expected a finite number of at least 0, got {rate}")
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios()):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
+                group["lr"].fill_(rate * ratio)
             else:
-                group["lr"] = rate
+                group["lr"] = rate * ratio
 
     def _iterate(self, batch: TaskBatch) -> MetaReport:
+        learned = [p for p in self._parameters() if p.requires_grad]
+        if not learned:
+            raise ValueError("optimizer: expected a parameter that requires a gradient, got only frozen ones")
         self.optimizer.zero_grad()
         result = self.learner(batch)
-        result.loss.backward()
-        norm = get_total_norm([p.grad for p in self.learner.parameters() if p.grad is not None])
+        result.loss.backward(inputs=learned)
+        norm = get_total_norm([p.grad for p in learned if p.grad is not None])
         if self.clip_norm:
             # A norm that is not finite would spread to every gradient, and hide where it came from.
-            clip_grads_with_norm_(self.learner.parameters(), self.clip_norm, norm.nan_to_num(posinf=0.0))
+            clip_grads_with_norm_(learned, self.clip_norm, norm.nan_to_num(posinf=0.0))
         losses = torch.cat([result.support_losses, result.query_losses[None]])
         finite = losses.isfinite().all() & norm.isfinite()
         # As torch's GradScaler does: Adam, its step counter included, stands still where this is 1.
