@@ -75,6 +75,18 @@ def test_binaries_of_different_builds_are_refused(copy):
     assert f"{library} is not of build {found.decode()}, as _plan is" in done.stderr
 
 
+def test_a_library_that_does_not_load_names_both_versions(copy):
+    library = copy / "_kfo_cpu.so"
+    build, built = (getattr(importlib.import_module("kfo_ext._plan"), name)() for name in ("build_id", "build_info"))
+    library.write_bytes(b"no library, but of this build: " + build.encode())
+    done = run("import kfo_ext; from kfo_ext.transform import native; print(native.status()['cpu'])", copy.parent)
+    assert done.returncode == 0, done.stderr
+    message = f"_kfo_cpu.so, built with torch {built['torch']}, does not load under torch {torch.__version__}: "
+    assert f"RuntimeWarning: kfo_ext: no compiled CPU library ({message}" in done.stderr
+    assert done.stdout.startswith("(False, ")
+    assert message in done.stdout
+
+
 def test_without_the_library_auto_warns_and_native_raises(copy):
     (copy / "_kfo_cpu.so").unlink()
     code = """

@@ -31,7 +31,9 @@ def _load(library: Path, build: str) -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return False, f"{library.name} does not load under torch {torch.__version__}: {error}"
+        built = importlib.import_module("kfo_ext._plan").build_info()["torch"]
+        versions = f"built with torch {built}, does not load under torch {torch.__version__}"
+        return False, f"{library.name}, {versions}: {error}"
     return True, f"{library.name}, build {build}"
 
 

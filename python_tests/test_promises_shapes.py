@@ -1,0 +1,97 @@
+"""Promises about shapes: fuzzed ones of the layers, and offsets that need more than 32 bits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfo_ext.functional import batch_norm_relu, conv2d
+from kfo_ext.testing import relative_error
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = 60
+
+
+def numbers(draw: torch.Generator, *limits: tuple[int, int]) -> list[int]:
+    return [int(torch.randint(low, high + 1, (), generator=draw)) for low, high in limits]
+
+
+def leaves(draw: torch.Generator, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Every second one in memory laid out backwards."""
+    out = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    reverse = [X.permute(*range(X.dim())[::-1]).contiguous().permute(*range(X.dim())[::-1]) for X in out]
+    return [(a if i % 2 else b).requires_grad_() for i, (a, b) in enumerate(zip(out, reverse))]
+
+
+def two_orders(Y: torch.Tensor, operands: list[torch.Tensor], cotangents: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Y, its gradients, and theirs against cotangents."""
+    first = torch.autograd.grad(Y, operands, cotangents[0], create_graph=True)
+    inner = sum((a * b).sum() for a, b in zip(first, cotangents[1:]))
+    return [Y, *first, *torch.autograd.grad(inner, operands, allow_unused=True, materialize_grads=True)]
+
+
+def compare(ours: torch.Tensor, plain: torch.Tensor, operands: list[torch.Tensor], draw: torch.Generator, what) -> None:
+    cotangents = [torch.randn(X.shape, generator=draw, dtype=torch.float64) for X in (ours, *operands)]
+    for i, (a, b) in enumerate(zip(*(two_orders(Y, operands, cotangents) for Y in (ours, plain)), strict=True)):
+        assert a.shape == b.shape, (what, i)
+        assert relative_error(a.detach(), b.detach()) < 1e-10 or (a - b).abs().max() < 1e-12, (what, i)
+
+
+def test_fuzzed_convolutions():
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(CASES):
+        tasks, images, channels, out = numbers(draw, (1, 3), (1, 3), (1, 19), (1, 35))
+        height, width, kernel, other, stride, padding = numbers(draw, (1, 13), (1, 13), (1, 5), (1, 5), (1, 3), (0, 2))
+        if height + 2 * padding < kernel or width + 2 * padding < other or padding >= min(kernel, other):
+            continue
+        x, w = leaves(draw, (tasks, images, height, width, channels), (tasks, out, channels, kernel, other))
+        plain = torch.stack([
+            torch.nn.functional.conv2d(a.movedim(-1, 1), b, stride=stride, padding=padding).movedim(1, -1)
+            for a, b in zip(x, w)
+        ])  # fmt: skip
+        ours = conv2d(x, w, stride=stride, padding=padding)
+        compare(ours, plain, [x, w], draw, (tuple(x.shape), tuple(w.shape), stride, padding))
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no_relu"])
+def test_fuzzed_batch_norms(relu):
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(CASES):
+        tasks, rows, channels, shared = numbers(draw, (1, 4), (2, 140), (1, 40), (0, 1))
+        own = 1 if shared else tasks
+        x, w, b = leaves(draw, (tasks, rows, channels), (own, channels), (own, channels))
+        normal = (x - x.mean(1, True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        plain = normal * w[:, None] + b[:, None]
+        plain = plain.relu() if relu else plain
+        compare(batch_norm_relu(x, w, b, relu=relu), plain, [x, w, b], draw, (tuple(x.shape), shared))
+
+
+def test_the_plan_counts_beyond_32_bits():
+    plan = pytest.importorskip("kfo_ext._plan", reason="the extension is not built")
+    shapes = [(2**20, 64, 64), (3, 50_000, 2), (1, 2, 50_000)]
+    *_, last = plan.problems([size for shape in shapes for size in shape])
+    assert last["G"] == 2**32 + 3 * 50_000 * 2
+    assert last["R"] == 64 * 64 + 50_000**2
+    assert last["L"] == 64 * 64 + 4
+    assert plan.sizes([size for shape in shapes for size in shape])[2] == 64 * 64 + 4 + 50_000**2
+    # Every matrix of more elements than 31 bits count lies in one chunk.
+    rows = sorted((task, begin, end) for _, task, begin, end in plan.chunks([2**20, 64, 64], 2, 1))
+    # Chunks of task 0 may run on into task 1, whose matrices follow.
+    assert rows[0][1] == 0
+    assert sum(end - begin for _, begin, end in rows) == 2 * 2**20
+
+
+def test_indices_of_kernels_are_64_bits_before_they_are_multiplied():
+    """As written: the number of a program or block, and what is added to an offset, is widened where it is read."""
+    triton = (ROOT / "kfo_ext" / "transform" / "triton_kernels.py").read_text()
+    found = re.findall(r"(?:tl\.program_id\(0\)|\+ tl\.arange\(.*?\))(\S*)", triton)
+    assert len(found) > 5
+    assert set(found) == {".to(tl.int64)"}
+    multiplied = []
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
+        multiplied += re.findall(r".*(?:blockIdx\.\w\)? \*|\* (?:static_cast<\w+>\()?blockIdx).*", path.read_text())
+    assert multiplied
+    assert all("static_cast<int64_t>(blockIdx" in line for line in multiplied), multiplied
