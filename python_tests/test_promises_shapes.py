@@ -56,6 +56,21 @@ def test_fuzzed_convolutions():
         compare(ours, plain, [x, w], draw, (tuple(x.shape), tuple(w.shape), stride, padding))
 
 
+@pytest.mark.parametrize("poisoned", range(5))
+def test_not_a_number_stays_in_its_task_in_every_order_of_a_convolution(poisoned):
+    draw = torch.Generator().manual_seed(2)
+    x, w = leaves(draw, (3, 2, 6, 5, 7), (3, 9, 7, 3, 3))
+    cotangents = [torch.randn(X.shape, generator=draw, dtype=torch.float64) for X in (conv2d(x, w), x, w)]
+    clean = two_orders(conv2d(x, w), [x, w], cotangents)
+    operands = [X.detach().clone() for X in (x, w, *cotangents)]
+    operands[poisoned][1, 0, 0, 0, 0] = float("nan")
+    x, w = (X.requires_grad_() for X in operands[:2])
+    dirty = two_orders(conv2d(x, w), [x, w], operands[2:])
+    assert any(X[1].isnan().any() for X in dirty)
+    for a, b in zip(dirty, clean, strict=True):
+        assert torch.equal(a[::2], b[::2])
+
+
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no_relu"])
 def test_fuzzed_batch_norms(relu):
     draw = torch.Generator().manual_seed(1)
@@ -71,17 +86,19 @@ def test_fuzzed_batch_norms(relu):
 
 def test_the_plan_counts_beyond_32_bits():
     plan = pytest.importorskip("kfo_ext._plan", reason="the extension is not built")
-    shapes = [(2**20, 64, 64), (3, 50_000, 2), (1, 2, 50_000)]
-    *_, last = plan.problems([size for shape in shapes for size in shape])
-    assert last["G"] == 2**32 + 3 * 50_000 * 2
-    assert last["R"] == 64 * 64 + 50_000**2
-    assert last["L"] == 64 * 64 + 4
-    assert plan.sizes([size for shape in shapes for size in shape])[2] == 64 * 64 + 4 + 50_000**2
-    # Every matrix of more elements than 31 bits count lies in one chunk.
-    rows = sorted((task, begin, end) for _, task, begin, end in plan.chunks([2**20, 64, 64], 2, 1))
-    # Chunks of task 0 may run on into task 1, whose matrices follow.
-    assert rows[0][1] == 0
-    assert sum(end - begin for _, begin, end in rows) == 2 * 2**20
+    first, second = (2**8, 4096, 4096), (3, 50_000, 2)
+    after = plan.problems([*first, *second, 1, 2, 50_000])[2]
+    assert after["G"] == 2**32 + 3 * 50_000 * 2
+    assert after["R"] == 4096**2 + 50_000**2
+    assert plan.sizes([*first, *second, 1, 2, 50_000]) == (
+        4096**2 + 50_000**2 + 4, 2**32 + 400_000, 4096**2 + 4 + 50_000**2, 4096**2 + 200_000,
+    )  # fmt: skip
+    for order in (1, 2, 3):
+        chunks = plan.chunks(list(first), 2, order)
+        covered = sorted((task * 2**8 + begin, task * 2**8 + end) for _, task, begin, end in chunks)
+        assert covered[0][0] == 0
+        assert all(a[1] == b[0] for a, b in zip(covered, covered[1:]))
+        assert covered[-1][1] == 2 * 2**8
 
 
 def test_indices_of_kernels_are_64_bits_before_they_are_multiplied():
