@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_the_plan_counts_beyond_32_bits():
         chunks = plan.chunks(list(first), 2, order)
         covered = sorted((task * 2**8 + begin, task * 2**8 + end) for _, task, begin, end in chunks)
         assert covered[0][0] == 0
-        assert all(a[1] == b[0] for a, b in zip(covered, covered[1:]))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(covered))
         assert covered[-1][1] == 2 * 2**8
 
 
