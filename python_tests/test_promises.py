@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def names(cell: str) -> list[tuple[str, str]]:
     return found
 
 
+@functools.cache
 def functions_of(file: str) -> set[str]:
     return {node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)}
 
