@@ -17,8 +17,9 @@ from kfo_ext.bench import command as benchmark
 from kfo_ext.bench.cases import ORDERS
 from kfo_ext.bench.points import AXES, GROUPS
 from kfo_ext.bench.providers import PROVIDERS
-from kfo_ext.trainer import Config, RunFolder, Trainer, compare_runs, evaluate_run
+from kfo_ext.trainer import Config, RunFolder, Trainer, compare_runs, differing_settings, evaluate_run
 from kfo_ext.trainer.allocator import keep_freed_memory
+from kfo_ext.trainer.files import new_folder
 
 app = typer.Typer(
     help="Meta-learning with Kronecker-factored updates.",
@@ -71,7 +72,7 @@ def train(
     keep_freed_memory()
     if resume is None:
         config = Config(**given)
-        trainer = Trainer.start(config, run or _new_folder(f"{config.dataset}-{config.method}-{config.update}"))
+        trainer = Trainer.start(config, run)
     elif run is not None:
         raise ValueError("--run: the folder is that of --resume; give one of the two")
     else:
@@ -106,9 +107,12 @@ def evaluate(
     root = None if data_root is None else str(data_root)
     changes = {"device": device, "data_root": root, "threads": threads, "precision": precision}
     changes = {name: value for name, value in changes.items() if value is not None}
-    score = evaluate_run(RunFolder.open(run), split=split, name=checkpoint, tasks=tasks, seed=seed, **changes)
+    folder = RunFolder.open(run)
+    score = evaluate_run(folder, split=split, name=checkpoint, tasks=tasks, seed=seed, save=False, **changes)
     what = f"{score.tasks} {split} tasks, {checkpoint} checkpoint (iteration {score.iteration})"
     typer.echo(f"{score.measure} {score.interval}  (95 % interval, {what})")
+    # After the score, which a folder that cannot be written must not hide.
+    score.save()
     typer.echo(f"written: {score.path}")
 
 
@@ -118,11 +122,18 @@ def compare(
     run_b: Annotated[Path, typer.Argument(help="run folder")],
     split: Split = "test",
     checkpoint: Checkpoint = "best",
+    precision: Annotated[str | None, typer.Option(help="as given to kfo eval", show_default=False)] = None,
 ) -> None:
     """Compare two evaluated runs by the paired difference over their common list of tasks."""
-    a, b, gap = compare_runs(RunFolder.open(run_a), RunFolder.open(run_b), split=split, name=checkpoint)
-    typer.echo(f"{run_a}: {a.measure} {a.interval}")
-    typer.echo(f"{run_b}: {b.measure} {b.interval}")
+    changes = {} if precision is None else {"precision": precision}
+    a, b, gap = compare_runs(RunFolder.open(run_a), RunFolder.open(run_b), split=split, name=checkpoint, **changes)
+    for run, score in ((run_a, a), (run_b, b)):
+        since = "" if score.current else f"; {checkpoint}.pt has been written since: evaluate it again"
+        typer.echo(
+            f"{run}: {score.measure} {score.interval}  ({checkpoint} checkpoint, iteration {score.iteration}{since})"
+        )
+    if apart := differing_settings(a, b):
+        typer.echo(f"settings that differ: {apart}")
     typer.echo(f"paired difference: {gap.mean:+.4f} ± {gap.half:.4f}  (95 % interval, {a.tasks} {split} tasks)")
 
 
@@ -204,7 +215,7 @@ def bench(
 
 
 def _new_folder(name: str) -> Path:
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return new_folder(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from kfo_ext import MAML
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.testing import EagerRecorder
-from kfo_ext.trainer import Config, Trainer
+from kfo_ext.trainer import Config, Trainer, checkpoint
 from kfo_ext.trainer.captured_step import WARMUPS, CapturedMetaStep, GraphRecorder, undone
 from kfo_ext.trainer.meta_step import MetaStep
 
@@ -250,6 +250,6 @@ def test_a_run_captured_in_its_second_half_equals_an_eager_one(tmp_path):
     second.fit()
     steps = [MetaStep(trainer.learner, trainer.optimizer) for trainer in (whole, second)]
     assert_equal(*map(state_of, steps))
-    saved = torch.load(second.run.last, weights_only=True)["optimizer"]["param_groups"][0]
+    saved = checkpoint.load(second.run.last)["optimizer"]["param_groups"][0]
     assert isinstance(saved["lr"], float)
     assert not saved["capturable"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import math
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
 from deadlines import seconds
 
-from kfo_ext.trainer import Config, Trainer, load_learner
+from kfo_ext.trainer import Config, Trainer, checkpoint, load_learner
 from kfo_ext.trainer.files import atomic_write
 
 OPTIONS = {
@@ -57,7 +60,7 @@ KILLER = """
 import os, signal, sys, time, torch
 from pathlib import Path
 from kfo_ext.trainer import checkpoint
-from kfo_ext.trainer.files import remove_partial
+from kfo_ext.trainer.files import partials
 
 folder, kills, inside = Path(sys.argv[1]), 12, 0
 path = folder / "last.pt"
@@ -85,7 +88,8 @@ for attempt in range(kills):
     state = checkpoint.load(path)
     assert torch.equal(state["learner"]["w"], torch.full((500_000,), float(state["progress"]["iteration"])))
     inside += len(list(folder.iterdir())) > 1
-    remove_partial(folder)
+    for partial in partials([path]):
+        partial.unlink()
     assert os.listdir(folder) == ["last.pt"]
 print(inside)
 """
@@ -113,15 +117,26 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize(
-    "save", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))], ids=["zip", "pickle"]
-)
+def wrapped(payload: bytes) -> bytes:
+    """A payload in the container of a checkpoint, as its docstring has it."""
+    digest = hashlib.sha256(payload).hexdigest()
+    return f"kfo_ext checkpoint {checkpoint.VERSION} {digest} {len(payload)}\n".encode() + payload
+
+
+def zipped(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("dump", [zipped, pickle.dumps], ids=["zip", "pickle"])
+@pytest.mark.parametrize("wrap", [bytes, wrapped], ids=["bare", "wrapped"])
 @pytest.mark.parametrize("bypass", [False, True], ids=["", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
-def test_a_pickle_bomb_does_not_go_off(save, bypass, run, monkeypatch):
+def test_a_pickle_bomb_does_not_go_off(dump, wrap, bypass, run, monkeypatch):
     if bypass:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.chdir(run.path)
-    save(Bomb(), run.last)
+    run.last.write_bytes(wrap(dump(Bomb())))
     refused(run, "not a checkpoint")
     assert not (run.path / "exploded").exists()
 
@@ -129,41 +144,66 @@ def test_a_pickle_bomb_does_not_go_off(save, bypass, run, monkeypatch):
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_file_is_refused(share, run, trained):
     run.last.write_bytes(trained[: int(share * len(trained))])
-    refused(run, "not a checkpoint, or a truncated one")
+    refused(run, "the checkpoint is truncated or damaged" if share else "not a checkpoint of kfo_ext")
 
 
-def test_a_flipped_bit_is_refused(run, trained):
-    with zipfile.ZipFile(run.last) as archive:
-        member = max(
-            (info for info in archive.infolist() if "/data/" in info.filename), key=lambda info: info.file_size
-        )
-        content = archive.read(member)
-    position = trained.index(content) + len(content) // 2
-    damaged = bytearray(trained)
-    damaged[position] ^= 1
-    run.last.write_bytes(damaged)
-    refused(run, rf"the checkpoint is damaged \(checksum of {re.escape(member.filename)}\)")
+def test_every_flipped_bit_is_refused(run, trained):
+    first = 8 * (trained.index(b"\n") + 1)
+    others = random.Random(0).sample(range(first, 8 * len(trained)), 400)
+    for bit in (*range(first), *others):
+        damaged = bytearray(trained)
+        damaged[bit // 8] ^= 1 << bit % 8
+        run.last.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(f"{run.last}: ")) as caught:
+            checkpoint.load(run.last)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_directory_bit_is_refused(run, trained):
+    """The bit of a zip entry that makes it a folder: torch then leaves the tensor's memory as it is."""
+    entries = [match.start() for match in re.finditer(rb"PK\x01\x02", trained)]
+    for entry in entries:
+        damaged = bytearray(trained)
+        # External attributes lie 38 bytes into an entry of the central directory; 0x10 says folder.
+        damaged[entry + 38] ^= 0x10
+        run.last.write_bytes(damaged)
+        refused(run, "the checkpoint is damaged")
+    assert len(entries) > 5
+
+
+def test_a_file_that_went_on_is_refused(run, trained):
+    run.last.write_bytes(trained + b"\0")
+    refused(run, "the checkpoint is truncated or damaged")
 
 
 def test_an_absent_file_is_refused(run):
     run.last.unlink()
+    # A folder with a configuration alone is an unfinished start, which can be resumed.
+    run.metrics.touch()
     refused(run, "there is no such checkpoint")
 
 
 def test_a_foreign_file_is_refused(run):
     torch.save({"state_dict": {}}, run.last)
     refused(run, "not a checkpoint of kfo_ext")
-    torch.save([1, 2], run.last)
-    refused(run, "not a checkpoint of kfo_ext")
-    with zipfile.ZipFile(run.last, "w") as archive:
-        archive.writestr("cat.txt", "meow")
+    run.last.write_bytes(wrapped(zipped([1, 2])))
+    refused(run, "the checkpoint has no valid section 'config'")
+    run.last.write_bytes(wrapped(b"meow"))
     refused(run, "not a checkpoint of plain tensors and numbers")
+    run.last.unlink()
+    run.last.mkdir()
+    refused(run, "not a readable checkpoint")
+
+
+def test_another_version_is_refused(run, trained):
+    run.last.write_bytes(trained.replace(b"checkpoint %d " % checkpoint.VERSION, b"checkpoint 99 ", 1))
+    refused(run, f"checkpoint version '99', this kfo_ext reads {checkpoint.VERSION}")
 
 
 def edited(run, edit) -> None:
-    state = torch.load(run.last, weights_only=True)
+    state = checkpoint.load(run.last)
     edit(state)
-    torch.save(state, run.last)
+    run.last.write_bytes(wrapped(zipped(state)))
 
 
 def drop_a_parameter(state):
@@ -191,26 +231,35 @@ def drop_a_moment(state):
 
 
 EDITS = {
-    "version": (lambda s: s.update(version=99), r"checkpoint version 99, this kfo_ext reads 1"),
     "section": (lambda s: s.pop("learner"), "the checkpoint has no valid section 'learner'"),
     "config": (
         lambda s: s["config"].update(hidden=8),
         r"the checkpoint is of another configuration \(hidden: expected 4, got 8\)",
     ),
     "config-key": (lambda s: s["config"].update(momentum=1), "unknown configuration key 'momentum'"),
+    "config-keys": (lambda s: s["config"].update({7: 1}), "unknown configuration key 7"),
     "missing": (drop_a_parameter, r"the checkpoint lacks parameter 'update\.layers\.0\.R'"),
+    "foreign-key": (lambda s: s["learner"].update({7: 1}), "the checkpoint has a foreign parameter 7"),
     "foreign": (move_a_parameter, r"the checkpoint has a foreign parameter 'model\.9\.weight'"),
     "shape": (reshape_a_parameter, r"model\.0\.weight: expected \(4, 1\) torch\.float32, got \(3, 1\) torch\.float32"),
     "dtype": (change_a_dtype, r"model\.0\.weight: expected \(4, 1\) torch\.float32, got \(4, 1\) torch\.float64"),
 }
 RESUME_EDITS = {
     "progress": (lambda s: s["progress"].update(iteration="2"), "the checkpoint's progress is not valid"),
+    "progress-bool": (lambda s: s["progress"].update(stale=True), "the checkpoint's progress is not valid"),
+    "progress-negative": (lambda s: s["progress"].update(iteration=-1), "the checkpoint's progress is not valid"),
+    "progress-order": (lambda s: s["progress"].update(validated=3), "the checkpoint's progress is not valid"),
+    "progress-nan": (lambda s: s["progress"].update(best_score=math.nan), "the checkpoint's progress is not valid"),
     "progress-key": (lambda s: s["progress"].pop("stale"), "the checkpoint's progress is not valid"),
     "rng": (lambda s: s["rng"].update(cpu=torch.zeros(3)), "the checkpoint's random state is not valid"),
     "groups": (lambda s: s["optimizer"]["param_groups"].clear(), "the optimizer state does not fit"),
     "moment": (
         reshape_a_moment,
         r"exp_avg of parameter 0: expected \(4, 1\) torch\.float32, got \(3,\) torch\.float32",
+    ),
+    "step": (
+        lambda s: s["optimizer"]["state"][0].update(step=torch.zeros(3)),
+        r"step of parameter 0: expected \(\) torch\.float32, got \(3,\) torch\.float32",
     ),
     "no-moment": (drop_a_moment, "exp_avg_sq of parameter 0: expected a tensor, got NoneType"),
 }

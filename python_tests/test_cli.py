@@ -20,7 +20,7 @@ import torch
 from deadlines import seconds
 
 from kfo_ext import cli, demo, doctor
-from kfo_ext.trainer import Config
+from kfo_ext.trainer import Config, checkpoint
 
 TINY = {
     "dataset": "sinusoid",
@@ -226,7 +226,7 @@ def test_ctrl_c_saves_and_ends_cleanly(train_without_end, tmp_path):
     assert "SIGINT: stopping after this iteration and saving; once more aborts at once" in err
     assert "it/s" not in err, "no progress bar where stderr is not a terminal"
     assert f"resume with: kfo train --resume {run}" in out
-    iteration = torch.load(run / "last.pt", weights_only=True)["progress"]["iteration"]
+    iteration = checkpoint.load(run / "last.pt")["progress"]["iteration"]
     training = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "validation" not in line]
     assert iteration == len(training) > 0
 

@@ -12,7 +12,7 @@ from meta_steps import WAVES, WAYS, make_batch, make_learner
 from torch import nn
 
 from kfo_ext import MAML
-from kfo_ext.trainer import Config, Trainer, evaluate_run, load_learner
+from kfo_ext.trainer import Config, Trainer, checkpoint, evaluate_run, load_learner
 from kfo_ext.trainer.meta_step import MetaStep
 from kfo_ext.trainer.precision import convolution_precision
 
@@ -120,15 +120,16 @@ def test_a_run_made_fast_on_a_device_is_judged_on_the_cpu(tmp_path):
     trainer = Trainer.start(Config(**{**WAVES, "dataset": "glyphs", "ways": 2}), tmp_path / "run")
     fast = replace(trainer.config, device="cuda", cuda_graph=True, channels_last=True, precision="tf32")
     fast.save(trainer.run.config)
-    state = torch.load(trainer.run.last, weights_only=True)
-    torch.save({**state, "config": fast.to_dict()}, trainer.run.last)
+    state = checkpoint.load(trainer.run.last)
+    checkpoint.save(trainer.run.last, {**state, "config": fast.to_dict()})
     with pytest.raises(ValueError, match="precision: 'tf32' has no effect on device 'cpu'"):
         load_learner(trainer.run, "last", device="cpu")
     config, _, _ = load_learner(trainer.run, "last", device="cpu", precision="ieee")
     assert not config.cuda_graph
     assert not config.channels_last
     assert evaluate_run(trainer.run, name="last", tasks=2, device="cpu", precision="bf16").tasks == 2
-    assert json.loads(trainer.run.evaluation("test", "last").read_text())["precision"] == "bf16"
+    written = trainer.run.evaluation("test", "last", precision="bf16")
+    assert json.loads(written.read_text())["settings"]["precision"] == "bf16"
 
 
 def test_options_reach_the_learner(tmp_path):

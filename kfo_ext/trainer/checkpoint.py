@@ -1,8 +1,19 @@
-"""Checkpoints: atomic, loaded without running any code, and checked before anything is taken from them."""
+"""Checkpoints: atomic, loaded without running any code, and checked before anything is taken from them.
+
+A file is one line of text and a payload:
+
+    kfo_ext checkpoint VERSION DIGEST LENGTH
+    payload
+
+DIGEST is the payload's SHA-256 in hexadecimal, LENGTH its size in bytes. The payload is what `torch.save` makes of a
+dictionary of the sections config, progress, learner, optimizer and rng. The reader builds the line anew from the
+payload and compares: no flipped bit passes. The digest detects damage; it is no signature.
+"""
 
 from __future__ import annotations
 
-import zipfile
+import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +23,27 @@ from torch import Tensor, nn
 
 from .files import atomic_write
 
-FORMAT = "kfo_ext checkpoint"
-VERSION = 1
+VERSION = 2
+_MAGIC = b"kfo_ext checkpoint "
+# Longer than any first line: of a foreign file, no more is read.
+_LINE = 256
 _SECTIONS = {"config": dict, "progress": dict, "learner": Mapping, "optimizer": dict, "rng": dict}
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
+def save(path: Path, state: Mapping[str, Any]) -> str:
     """Write a checkpoint so that `path` always holds a whole one.
 
     state: config, progress, learner, optimizer, rng; tensors, numbers and strings only.
+    out: the digest of the file.
+    Raises: OSError naming the file if it cannot be written.
     """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    payload = buffer.getbuffer()
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        file.write(_first_line(payload))
+        file.write(payload)
+    return _sha256(payload)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -31,33 +51,55 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises: ValueError naming the file and what is wrong with it.
     """
-    state = _read(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of kfo_ext")
-    if state.get("version") != VERSION:
-        raise ValueError(f"{path}: checkpoint version {state.get('version')!r}, this kfo_ext reads {VERSION}")
+    payload = _payload(path)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the reader stumbles on, the file is at fault
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: not a checkpoint of plain tensors and numbers ({reason[0]})") from None
     for name, kind in _SECTIONS.items():
-        if not isinstance(state.get(name), kind):
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: the checkpoint has no valid section {name!r}")
     return state
 
 
-def _read(path: Path) -> Any:
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such checkpoint")
+def digest(path: Path) -> str:
+    """The digest of a checkpoint, which tells it from any other.
+
+    Raises: ValueError naming the file and what is wrong with it.
+    """
+    return _sha256(_payload(path))
+
+
+def _payload(path: Path) -> bytes:
     try:
-        # torch does not compare the checksums it wrote: a flipped bit would load as a wrong number.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or a truncated one ({error})") from None
-    if damaged is not None:
-        raise ValueError(f"{path}: the checkpoint is damaged (checksum of {damaged})")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader stumbles on, the file is at fault
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: not a checkpoint of plain tensors and numbers ({reason[0]})") from None
+        with open(path, "rb") as file:
+            line = file.readline(_LINE)
+            payload = file.read() if line.startswith(_MAGIC) else b""
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such checkpoint") from None
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error.strerror})") from None
+    expected = _first_line(payload)
+    if line == expected:
+        return payload
+    if not line.startswith(_MAGIC):
+        raise ValueError(f"{path}: not a checkpoint of kfo_ext")
+    version, _, length = (line[len(_MAGIC) :].split() + [b""] * 3)[:3]
+    if version != b"%d" % VERSION:
+        got = version.decode(errors="replace")
+        raise ValueError(f"{path}: checkpoint version {got!r}, this kfo_ext reads {VERSION}")
+    if length != b"%d" % len(payload):
+        raise ValueError(f"{path}: the checkpoint is truncated or damaged (its length is not the recorded one)")
+    raise ValueError(f"{path}: the checkpoint is damaged (its digest is not the recorded one)")
+
+
+def _first_line(payload: bytes | memoryview) -> bytes:
+    return b"%s%d %s %d\n" % (_MAGIC, VERSION, _sha256(payload).encode(), len(payload))
+
+
+def _sha256(payload: bytes | memoryview) -> str:
+    return hashlib.sha256(payload).hexdigest()
 
 
 def restore_learner(path: Path, learner: nn.Module, values: Mapping[str, Any]) -> None:
@@ -66,7 +108,9 @@ def restore_learner(path: Path, learner: nn.Module, values: Mapping[str, Any]) -
     Raises: ValueError naming the file and the first parameter that does not fit.
     """
     expected = learner.state_dict()
-    missing, foreign = sorted(expected.keys() - values.keys()), sorted(values.keys() - expected.keys())
+    missing, foreign = (
+        sorted(keys, key=str) for keys in (expected.keys() - values.keys(), values.keys() - expected.keys())
+    )
     if missing or foreign:
         kind, name = ("lacks", missing[0]) if missing else ("has a foreign", foreign[0])
         raise ValueError(f"{path}: the checkpoint {kind} parameter {name!r}")
@@ -100,9 +144,11 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, values: Mapp
         raise ValueError(f"{path}: the optimizer state does not fit ({error})") from None
     for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         state = optimizer.state.get(parameter, {})
+        if not state:
+            continue
         for name in ("exp_avg", "exp_avg_sq"):
-            if state:
-                _check_tensor(path, f"{name} of parameter {index}", parameter, state.get(name))
+            _check_tensor(path, f"{name} of parameter {index}", parameter, state.get(name))
+        _check_tensor(path, f"step of parameter {index}", torch.zeros(()), state.get("step"))
 
 
 def _implementation(group: Mapping[str, Any], lr: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from kfo_ext.models import INITS
 from kfo_ext.tasks import FAMILIES
 
-from .files import read_json, write_json
+from .files import is_number, read_json, write_json
 from .precision import PRECISIONS
 
 METHODS = ("maml", "anil")
@@ -24,9 +23,28 @@ DTYPES = ("float32", "float64")
 # number of threads rounds torch's own sums differently.
 RESUMABLE = ("iterations", "data_root", "workers", "threads", "cuda_graph")
 
+# What cannot change the score of a given checkpoint on given tasks, but for rounding. Every other field is a setting of
+# an evaluation.
+UNSCORED = (
+    *RESUMABLE,
+    *("init", "first_order", "checkpoint_inner", "meta_lr", "meta_lr_half_life", "clip_norm", "meta_batch", "seed"),
+    *("validation_every", "validation_tasks", "patience", "device", "channels_last"),
+)
 
-def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None, positive: bool = False):
-    metadata = {"help": help, "choices": choices, "least": least, "positive": positive}
+# torch and the operating system fail without a message for far more threads than these.
+MOST_THREADS = 1024
+
+
+def _field(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: int | None = None,
+    most: int = 2**63 - 1,
+    positive: bool = False,
+):
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "positive": positive}
     return field(default=default, metadata=metadata)
 
 
@@ -66,8 +84,8 @@ class Config:
     validation_every: int = _field(100, "meta-iterations between two validations, each followed by a save", least=1)
     validation_tasks: int = _field(200, "tasks of one validation", least=2)
     patience: int = _field(0, "stop after so many validations without a better one; 0 is never", least=0)
-    workers: int = _field(0, "threads that prepare tasks", least=0)
-    threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0)
+    workers: int = _field(0, "threads that prepare tasks", least=0, most=MOST_THREADS)
+    threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0, most=MOST_THREADS)
     dtype: str = _field("float32", "floating-point type", choices=DTYPES)
     device: str = _field("cpu", "device of torch, such as cpu or cuda:0")
     precision: str = _field(
@@ -139,7 +157,7 @@ class Config:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{source}: expected an object of configuration values, got {type(values).__name__}")
-        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        unknown = sorted(set(values) - {item.name for item in fields(cls)}, key=str)
         if unknown:
             raise ValueError(f"{source}: unknown configuration key {', '.join(map(repr, unknown))}")
         try:
@@ -167,6 +185,11 @@ def difference(ours: Config, theirs: Config) -> str:
     return ", ".join(f"{name}: expected {a!r}, got {b!r}" for name, a, b in parts if a != b)
 
 
+def settings(config: Config) -> dict[str, Any]:
+    """The fields that decide the score of a checkpoint on given tasks."""
+    return {name: value for name, value in config.to_dict().items() if name not in UNSCORED}
+
+
 def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
     number = (int, float)
     expected = {bool: (bool,), int: (int,), float: number, float | None: number, str: (str,)}.get(
@@ -176,7 +199,11 @@ def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
         raise TypeError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
     if rules["choices"] and value not in rules["choices"]:
         raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
-    if rules["least"] is not None and not (value >= rules["least"] and math.isfinite(value)):
+    if rules["least"] is not None and not (value >= rules["least"] and is_number(value)):
         raise ValueError(f"{name}: expected at least {rules['least']}, got {value}")
-    if rules["positive"] and not (value > 0 and math.isfinite(value)):
+    if hint is int and value > rules["most"]:
+        raise ValueError(f"{name}: expected at most {rules['most']}, got {value}")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name}: expected text without null characters, got {value!r}")
+    if rules["positive"] and not (value > 0 and is_number(value)):
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")

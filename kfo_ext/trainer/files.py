@@ -1,47 +1,81 @@
-"""Files that are either the old one or the new one, never half of each."""
+"""Files that are either the old one or the new one, never half of each; JSON; folders that are new."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import secrets
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-_SUFFIX = ".partial"
+_TOKEN = 8
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that takes the place of `path` only when the block ends without an error.
 
+    The content goes to `.NAME.TOKEN.partial` first. The token is random: writers of one file never share it.
+
     path: the file to write or replace; its folder must exist.
+    Raises: OSError naming `path` if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN)}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+        _sync_folder(path.parent)
+    except BaseException as error:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
         raise
-    _sync_folder(path.parent)
 
 
-def remove_partial(folder: Path) -> None:
-    """Delete what a killed process left of its unfinished writes in `folder`."""
-    for partial in folder.glob(f".*{_SUFFIX}"):
-        partial.unlink(missing_ok=True)
+def unwritable(path: Path, error: OSError) -> OSError:
+    """The error to raise for a failed write: the system's own names no file when a disk is full."""
+    return OSError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def partials(paths: Iterable[Path]) -> list[Path]:
+    """Unfinished writes to these files, of writers that are at work or were killed."""
+    token = "[0-9a-f]" * (2 * _TOKEN)
+    return [partial for path in paths for partial in path.parent.glob(f".{path.name}.{token}.partial")]
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder that did not exist: `path`, or the first possible one of path-2, path-3, ...
+
+    Of several processes that ask for the same path, each gets a folder of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
+    """Write `content` as indented JSON, atomically.
+
+    Raises: ValueError naming the file if a number is not finite, OSError naming it if it cannot be written.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        file.write(text.encode())
 
 
 def read_json(path: Path) -> Any:
@@ -50,11 +84,38 @@ def read_json(path: Path) -> Any:
     Raises: ValueError naming the file when it is absent or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON as the standard has it: without NaN and Infinity, which Python's parser accepts.
+
+    Raises: ValueError for anything else, nesting too deep to parse included.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; a boolean is none."""
+    # Compared, not converted: an integer may be too large for a float.
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a value is an integer of at least `least`; a boolean is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from .recipe import EVALUATION_SEED, build_family, build_learner
 from .run_folder import RunFolder
 from .signals import stop_requested
 
+logger = logging.getLogger(__name__)
+
 
 class Outcome(NamedTuple):
     """Why training ended: finished, patience, time budget or interrupted; and how far it came."""
@@ -41,14 +44,16 @@ class Trainer:
     """Meta-trains the learner of one configuration in one run folder.
 
     config: what to train.
-    run: folder that takes the config, metrics, checkpoints and picture of the run.
+    run: folder that takes the config, metrics, checkpoints and picture of the run; none makes a new one in runs/.
     """
 
-    def __init__(self, config: Config, run: RunFolder) -> None:
+    def __init__(self, config: Config, run: RunFolder | None = None) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config, self.run = config, run
+        self.config = config
         self.progress = Progress()
+        # Digest of the run's last checkpoint as this trainer wrote or read it; none before the first one.
+        self._saved: str | None = None
         self._clock, self._deadline = 0.0, math.inf
         self.tasks = build_family(config, "train", seed=config.seed)
         self.validation_tasks = build_family(config, "validation", seed=EVALUATION_SEED)
@@ -56,18 +61,20 @@ class Trainer:
         self.optimizer = make_adam(self.learner.parameters(), config.meta_lr)
         step = CapturedMetaStep if config.cuda_graph else MetaStep
         self.meta_step = step(self.learner, self.optimizer, clip_norm=config.clip_norm)
+        # Last: what fails above leaves no folder.
+        self.run = RunFolder.make(config) if run is None else run
 
     @classmethod
-    def start(cls, config: Config, path: str | PathLike[str]) -> Trainer:
+    def start(cls, config: Config, path: str | PathLike[str] | None = None) -> Trainer:
         """Begin a new run.
 
-        path: an absent or empty folder.
+        path: an absent or empty folder; none makes a new one in runs/.
         Raises: ValueError if the folder is taken, or the tasks or the device are not there.
         """
-        trainer = cls(config, RunFolder.free(path))
-        trainer.run.path.mkdir(parents=True, exist_ok=True)
-        config.save(trainer.run.config)
-        trainer._save()
+        if path is not None:
+            RunFolder(path).check_free()
+        trainer = cls(config, None if path is None else RunFolder(path))
+        trainer._begin()
         return trainer
 
     @classmethod
@@ -76,31 +83,51 @@ class Trainer:
 
         path: the run folder.
         changes: new values of the fields in `config.RESUMABLE`, such as more iterations.
-        Raises: ValueError naming the file if the run or its checkpoint cannot be used.
+        Raises: ValueError naming the file if the run or its checkpoint cannot be used, or if another writer is at work.
         """
         run = RunFolder.open(path)
-        config = replace(Config.load(run.config), **changes)
-        state = checkpoint.load(run.last)
-        saved = Config.from_dict(state["config"], str(run.last))
-        if mismatch := difference(config, saved):
-            raise ValueError(f"{run.last}: the checkpoint is of another configuration ({mismatch})")
-        trainer = cls(config, run)
-        trainer._restore(state)
-        config.save(run.config)
+        with run.writing():
+            run.remove_partials()
+            config = replace(Config.load(run.config), **changes)
+            if run.unfinished():
+                trainer = cls(config, run)
+                trainer._save()
+            else:
+                trainer = cls._restored(config, run)
+            config.save(run.config)
         return trainer
 
     def fit(self, *, time_budget: float = 0.0) -> Outcome:
         """Train until the iterations are done, the patience or the time is at its end, or a signal asks to stop.
 
-        A validation follows every `validation_every` iterations and the last one; each is followed by a save.
+        A validation follows every `validation_every` iterations and the last one; each is followed by a save. The run
+        folder is locked meanwhile. A trainer that was neither started nor resumed begins a new run in it.
 
         time_budget: seconds of this call, the last validation not included; 0 is no limit.
         Raises: FloatingPointError naming iteration, step and task at the first value that is not finite; the
-        checkpoints stay as they were.
+        checkpoints stay as they were. ValueError if another writer is at work, or has continued the run since.
         """
         if not time_budget >= 0:
             raise ValueError(f"time_budget: expected seconds, at least 0, got {time_budget}")
-        self.run.record_environment()
+        if self._saved is None:
+            self._begin()
+        with self.run.writing():
+            if checkpoint.digest(self.run.last) != self._saved:
+                raise ValueError(f"{self.run.last}: another trainer has written it since; go on with Trainer.resume")
+            return self._fit(time_budget)
+
+    def _begin(self) -> None:
+        self.run.check_free()
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        with self.run.writing():
+            # Another process may have begun a run since the first check, which keeps the lock out of foreign folders.
+            self.run.check_free()
+            self.run.remove_partials()
+            # Before the first checkpoint: a folder that holds only this file can be started again, or resumed.
+            self.config.save(self.run.config)
+            self._save()
+
+    def _fit(self, time_budget: float) -> Outcome:
         begin = time.monotonic()
         self._deadline = begin + time_budget if time_budget else math.inf
         self._clock = begin - self.progress.elapsed
@@ -108,10 +135,11 @@ class Trainer:
         with (
             convolution_precision(self.config.precision),
             stop_requested() as stop,
-            Metrics(self.run.metrics, self.progress.iteration, self.progress.validated) as metrics,
+            Metrics(self.run.metrics, self.progress, self.config.validation_every) as metrics,
             tqdm(total=self.config.iterations, initial=self.progress.iteration, disable=None, unit="it") as bar,
             closing(stream),
         ):
+            self.run.record_environment()
             while True:
                 reason = self._ending(stop)
                 if reason != "interrupted" and self._validation_due(reason):
@@ -120,6 +148,7 @@ class Trainer:
                     break
                 else:
                     self._step(next(stream), metrics, bar)
+            metrics.sync()
             self._save()
         plot_runs({self.run.path.name: self.run.metrics}, self.run.curve)
         return Outcome(reason, self.progress)
@@ -185,13 +214,14 @@ class Trainer:
         self.progress.elapsed = time.monotonic() - self._clock
         score, record = _summary(scores)
         metrics.append({"iteration": self.progress.iteration, **record, "elapsed": self.progress.elapsed})
+        metrics.sync()
         if self.progress.record(score):
             # Before last.pt: a kill in between leaves a last.pt that leads to this very best.pt again.
             checkpoint.save(self.run.best, self._state())
         self._save()
 
     def _save(self) -> None:
-        checkpoint.save(self.run.last, self._state())
+        self._saved = checkpoint.save(self.run.last, self._state())
 
     def _state(self) -> dict[str, Any]:
         rng = {"cpu": torch.get_rng_state()}
@@ -205,9 +235,26 @@ class Trainer:
             "rng": rng,
         }
 
+    @classmethod
+    def _restored(cls, config: Config, run: RunFolder) -> Trainer:
+        state = checkpoint.load(run.last)
+        saved = Config.from_dict(state["config"], str(run.last))
+        if mismatch := difference(config, saved):
+            raise ValueError(f"{run.last}: the checkpoint is of another configuration ({mismatch})")
+        trainer = cls(config, run)
+        trainer._restore(state)
+        return trainer
+
     def _restore(self, state: dict[str, Any]) -> None:
         path = self.run.last
         self.progress = Progress.from_dict(state["progress"], str(path))
+        if self.progress.best_iteration and not self.run.best.exists():
+            logger.warning(
+                "%s: the best checkpoint, of iteration %d, is lost; the next validation counts as the best",
+                self.run.best,
+                self.progress.best_iteration,
+            )
+            self.progress.forget_best()
         checkpoint.restore_learner(path, self.learner, state["learner"])
         checkpoint.restore_optimizer(path, self.optimizer, state["optimizer"])
         rng: dict[str, Tensor] = state["rng"]
@@ -217,6 +264,7 @@ class Trainer:
                 torch.cuda.set_rng_state(rng["cuda"], self.config.device)
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path}: the checkpoint's random state is not valid ({error})") from None
+        self._saved = checkpoint.digest(path)
 
 
 def _summary(scores: Evaluation) -> tuple[float, Record]:

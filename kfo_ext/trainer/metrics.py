@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-from .files import atomic_write
+from .files import atomic_write, is_count, is_number, parse_json, unwritable
+from .progress import Progress
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+_REMEDY = "mend the file, or move it away to go on without its records"
 
 
 def read_metrics(path: Path) -> list[Record]:
     """Read the records in order; a last line that a killed process left unfinished is ignored.
 
-    Raises: ValueError naming the file and the line that is not a record.
+    Raises: ValueError naming the file and the line that is not a record, or that is not in order.
     """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    records = []
+    records: list[Record] = []
+    reached = {True: 0, False: 0}
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("iteration"), int) and line.endswith("\n"):
-            records.append(record)
-        elif number < len(lines):
-            raise ValueError(f"{path}: line {number} is not a record of metrics")
+        record = _parsed(line)
+        if record is None or not line.endswith("\n"):
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not a record of metrics; {_REMEDY}")
+            break
+        kind, iteration = is_validation(record), record["iteration"]
+        if iteration <= reached[kind]:
+            raise ValueError(f"{path}: line {number}: iteration {iteration} follows {reached[kind]}; {_REMEDY}")
+        if _has_accuracy(record) != _has_accuracy(records[0] if records else record):
+            raise ValueError(f"{path}: line {number}: accuracies are in some records, not in all; {_REMEDY}")
+        reached[kind] = iteration
+        records.append(record)
     return records
 
 
@@ -38,23 +50,63 @@ def is_validation(record: Record) -> bool:
     return "validation_loss" in record
 
 
+def lost_records(records: list[Record], progress: Progress, validation_every: int) -> str:
+    """Describe the records that a run must have written and that are not there; '' if there are none.
+
+    records: of metrics.jsonl.
+    progress: of the last checkpoint.
+    validation_every: of the run's configuration.
+    """
+    trained = set(range(1, progress.iteration + 1))
+    validated = set(range(validation_every, progress.validated + 1, validation_every)) | {progress.validated} - {0}
+    trained -= {record["iteration"] for record in records if not is_validation(record)}
+    validated -= {record["iteration"] for record in records if is_validation(record)}
+    parts = [
+        f"{len(lost)} of {kind}, the first of iteration {min(lost)}"
+        for kind, lost in (("meta-iterations", trained), ("validations", validated))
+        if lost
+    ]
+    return " and ".join(parts)
+
+
 class Metrics:
     """Appends records to a file, after dropping those that lie behind the checkpoint one resumes from.
 
+    Lost records do not end a run, whose checkpoints have all it needs: a warning names them, and the curve has a gap.
+
     path: the file, made if absent.
-    iteration, validated: the last training and the last validation iteration to keep.
+    progress: of the checkpoint, whose records are kept.
+    validation_every: of the run's configuration.
+    Raises: ValueError naming the file if it holds anything but records, OSError naming it if it cannot be written.
     """
 
-    def __init__(self, path: Path, iteration: int, validated: int) -> None:
+    def __init__(self, path: Path, progress: Progress, validation_every: int) -> None:
+        self._path = path
         records = read_metrics(path)
-        kept = [r for r in records if r["iteration"] <= (validated if is_validation(r) else iteration)]
+        reached = {True: progress.validated, False: progress.iteration}
+        kept = [record for record in records if record["iteration"] <= reached[is_validation(record)]]
+        if lost := lost_records(kept, progress, validation_every):
+            logger.warning("%s: lost records: %s; the run goes on without them", path, lost)
         with atomic_write(path) as file:
-            file.writelines(_line(record).encode() for record in kept)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by __exit__
+            file.writelines(_line(record) for record in kept)
+        # Unbuffered: a line that does not fit on the disk is not tried again when the file is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
 
     def append(self, record: Record) -> None:
         """Write one line, at once."""
-        self._file.write(_line(record))
+        line = _line(record)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+    def sync(self) -> None:
+        """Bring the lines to the disk: before a checkpoint that counts on them."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise unwritable(self._path, error) from error
 
     def __enter__(self) -> Metrics:
         return self
@@ -63,7 +115,26 @@ class Metrics:
         self._file.close()
 
 
-def _line(record: Record) -> str:
+def _parsed(line: str) -> Record | None:
+    """The record in a line, or None."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not is_count(record.get("iteration"), 1):
+        return None
+    needed = {"validation_loss", "validation_loss_interval"} if is_validation(record) else {"loss"}
+    if "validation_accuracy" in record:
+        needed.add("validation_interval")
+    numbers = all(value is None or is_number(value) for value in record.values())
+    return record if needed <= record.keys() and numbers else None
+
+
+def _has_accuracy(record: Record) -> bool:
+    return ("validation_accuracy" if is_validation(record) else "accuracy") in record
+
+
+def _line(record: Record) -> bytes:
     # JSON has no NaN: a measure that is not a number is null.
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(plain, allow_nan=False) + "\n"
+    return (json.dumps(plain, allow_nan=False) + "\n").encode()

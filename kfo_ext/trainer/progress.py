@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .files import is_count, is_number
+
 
 @dataclass
 class Progress:
@@ -35,13 +37,27 @@ class Progress:
         self.best_iteration, self.best_score, self.stale = self.iteration, score, 0
         return True
 
+    def forget_best(self) -> None:
+        """Let the next validation be the best so far."""
+        self.best_iteration, self.best_score, self.stale = 0, -math.inf, 0
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> Progress:
         """Build it from what a checkpoint holds.
 
-        Raises: ValueError naming the source if it is not whole, or not of numbers.
+        Raises: ValueError naming the source if it is not whole, or its numbers are of no run.
         """
-        kinds = {item.name: (float, int) if item.type == "float" else (int,) for item in fields(cls)}
-        if set(values) != set(kinds) or not all(isinstance(values[name], kind) for name, kind in kinds.items()):
-            raise ValueError(f"{source}: the checkpoint's progress is not valid")
-        return cls(**values)
+        wrong = ValueError(f"{source}: the checkpoint's progress is not valid")
+        if not isinstance(values, Mapping) or set(values) != {item.name for item in fields(cls)}:
+            raise wrong
+        progress = cls(**values)
+        counts = (progress.stale, progress.best_iteration, progress.validated, progress.iteration)
+        if not all(map(is_count, counts)) or not progress.best_iteration <= progress.validated <= progress.iteration:
+            raise wrong
+        if not is_number(progress.elapsed) or progress.elapsed < 0:
+            raise wrong
+        # A best score belongs to a best validation, and minus infinity to none.
+        none = progress.best_score == -math.inf
+        if not (none or is_number(progress.best_score)) or none != (progress.best_iteration == 0):
+            raise wrong
+        return progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,23 +11,45 @@ import torch
 from torch import nn
 
 from . import checkpoint
-from .config import Config, difference
+from .config import Config, difference, settings
 from .evaluation import Interval, evaluate, mean_interval, paired_difference
-from .files import read_json, write_json
+from .files import is_count, is_number, read_json, write_json
 from .precision import convolution_precision
 from .progress import Progress
 from .recipe import EVALUATION_SEED, build_family, build_learner
 from .run_folder import RunFolder
 
+# How training went fast is not how the learner is judged, and may not exist on another device.
+_PLAIN = {"cuda_graph": False, "channels_last": False}
+
 
 class RunScore(NamedTuple):
-    """Score of a run on a list of tasks: the name of the measure, its interval, and the file that holds all of it."""
+    """Score of a run on a list of tasks.
+
+    measure, interval: the name of the measure, and its mean with the 95 % interval.
+    tasks: length of the list.
+    iteration: of the checkpoint.
+    settings: the configuration's fields that decide the score, as they were.
+    current: whether the checkpoint on disk is still the one that was scored.
+    path: the file that holds all of it.
+    content: what that file holds.
+    """
 
     measure: str
     interval: Interval
     tasks: int
     iteration: int
+    settings: dict[str, Any]
+    current: bool
     path: Path
+    content: dict[str, Any]
+
+    def save(self) -> None:
+        """Write the file.
+
+        Raises: OSError naming it if it cannot be written.
+        """
+        write_json(self.path, self.content)
 
 
 def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, nn.Module, Progress]:
@@ -40,12 +63,13 @@ def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, nn.
     """
     path = run.checkpoint(name)
     if name == "best" and not path.exists() and run.last.exists():
-        raise ValueError(f"{path}: the run has not come to a validation yet; its last checkpoint can be used instead")
+        best = Progress.from_dict(checkpoint.load(run.last)["progress"], str(run.last)).best_iteration
+        reason = f"the checkpoint, of iteration {best}, is lost" if best else "the run has not come to a validation yet"
+        raise ValueError(f"{path}: {reason}; its last checkpoint can be used instead")
     config, state = Config.load(run.config), checkpoint.load(path)
     if mismatch := difference(config, Config.from_dict(state["config"], str(path))):
         raise ValueError(f"{path}: the checkpoint is of another configuration ({mismatch})")
-    # How training went fast is not how the learner is judged, and may not exist on another device.
-    config = replace(config, **{"cuda_graph": False, "channels_last": False} | changes)
+    config = replace(config, **_PLAIN | changes)
     learner = build_learner(config)
     checkpoint.restore_learner(path, learner, state["learner"])
     return config, learner, Progress.from_dict(state["progress"], str(path))
@@ -58,6 +82,7 @@ def evaluate_run(
     name: str = "best",
     tasks: int = 1000,
     seed: int = EVALUATION_SEED,
+    save: bool = True,
     **changes: Any,
 ) -> RunScore:
     """Score one checkpoint of a run, and write eval-SPLIT-NAME.json into the run folder.
@@ -65,57 +90,111 @@ def evaluate_run(
     split: train, validation or test.
     name: best or last.
     tasks, seed: length and seed of the list of tasks.
-    changes: fields of the configuration to set otherwise, such as device or data_root.
-    Raises: ValueError naming the file or the argument at fault.
+    save: false leaves the writing to `RunScore.save`: a score outlives a folder that cannot be written.
+    changes: fields of the configuration to set otherwise, such as device or data_root. One that changes the score, such
+    as steps, becomes part of the file's name: eval-test-best-steps=10.json.
+    Raises: ValueError naming the file or the argument at fault, OSError naming the file that cannot be written.
     """
+    # Before loading: a checkpoint that is replaced in between counts as another one.
+    digest = checkpoint.digest(run.checkpoint(name)) if run.checkpoint(name).exists() else ""
     config, learner, progress = load_learner(run, name, **changes)
+    path = _path(run, split, name, changes)
     if config.threads:
         torch.set_num_threads(config.threads)
     family = build_family(config, split, seed=seed)
     with convolution_precision(config.precision):
         scores = evaluate(learner, family, tasks=tasks, batch=config.meta_batch, workers=config.workers, progress=True)
     interval = mean_interval(scores.scores)
-    path = run.evaluation(split, name)
     content = {
         "measure": config.measure,
         "mean": interval.mean,
         "interval": interval.half,
         "checkpoint": name,
         "iteration": progress.iteration,
-        "precision": config.precision,
+        "checkpoint_digest": digest,
+        "settings": settings(config),
         "task_list": {"dataset": config.dataset, "split": split, "seed": seed, "tasks": tasks, "digest": scores.digest},
         "scores": scores.scores.tolist(),
     }
-    write_json(path, content)
-    return RunScore(config.measure, interval, tasks, progress.iteration, path)
+    score = RunScore(config.measure, interval, tasks, progress.iteration, content["settings"], True, path, content)
+    if save:
+        score.save()
+    return score
 
 
 def compare_runs(
-    a: RunFolder, b: RunFolder, *, split: str = "test", name: str = "best"
+    a: RunFolder, b: RunFolder, *, split: str = "test", name: str = "best", **changes: Any
 ) -> tuple[RunScore, RunScore, Interval]:
-    """Paired difference a - b of two evaluated runs.
+    """Paired difference a - b of two evaluated runs; `differing_settings` says in what else they differ.
 
     split, name: which evaluation to read from both folders.
+    changes: as given to `evaluate_run`.
     Raises: ValueError if one is not evaluated, or if they were not evaluated on the same tasks.
     """
-    (ours, list_a, scores_a), (theirs, list_b, scores_b) = (_read(run, split, name) for run in (a, b))
+    ours, theirs = (_read(run, split, name, changes) for run in (a, b))
     if ours.measure != theirs.measure:
         raise ValueError(f"{theirs.path}: expected the measure {ours.measure}, got {theirs.measure}")
-    apart = ", ".join(f"{key}: {list_a[key]} and {list_b.get(key)}" for key in list_a if list_a[key] != list_b.get(key))
-    if apart:
-        raise ValueError(f"{a.path} and {b.path} were evaluated on different tasks ({apart})")
-    return ours, theirs, paired_difference(scores_a, scores_b)
+    if apart := _apart(ours.content["task_list"], theirs.content["task_list"]):
+        raise ValueError(f"{ours.path} and {theirs.path} were evaluated on different tasks ({apart})")
+    return ours, theirs, paired_difference(ours.content["scores"], theirs.content["scores"])
 
 
-def _read(run: RunFolder, split: str, name: str) -> tuple[RunScore, dict[str, Any], list[float]]:
-    path = run.evaluation(split, name)
+def differing_settings(a: RunScore, b: RunScore) -> str:
+    """Name the settings in which two scores differ, such as 'steps: 5 and 10'; '' if there are none."""
+    return _apart(a.settings, b.settings)
+
+
+def _apart(a: dict[str, Any], b: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {a.get(key)} and {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key))
+
+
+def _path(run: RunFolder, split: str, name: str, changes: dict[str, Any]) -> Path:
+    """Where a score goes: the changes that are the run's own settings anyway are none."""
+    own = Config.load(run.config)
+    wanted, usual = settings(replace(own, **_PLAIN | changes)), settings(own)
+    return run.evaluation(split, name, **{key: value for key, value in wanted.items() if value != usual[key]})
+
+
+def _read(run: RunFolder, split: str, name: str, changes: dict[str, Any]) -> RunScore:
+    saved = run.checkpoint(name)
+    path = _path(run, split, name, changes)
     if not path.exists():
-        raise ValueError(f"{path}: not evaluated yet; run `kfo eval {run.path} --split {split} --checkpoint {name}`")
+        what = "".join(f", {key} {value}" for key, value in changes.items())
+        command = f"kfo eval {run.path} --split {split} --checkpoint {name}"
+        raise ValueError(f"{path}: not evaluated yet; run `{command}`{what}")
     content = read_json(path)
-    try:
-        interval = Interval(float(content["mean"]), float(content["interval"]))
-        tasks = content["task_list"]
-        score = RunScore(content["measure"], interval, tasks["tasks"], content["iteration"], path)
-        return score, tasks, content["scores"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not an evaluation written by kfo ({error!r})") from None
+    if fault := _fault(content, split, name):
+        raise ValueError(f"{path}: not an evaluation written by kfo ({fault}); evaluate the run again")
+    return RunScore(
+        content["measure"],
+        Interval(content["mean"], content["interval"]),
+        content["task_list"]["tasks"],
+        content["iteration"],
+        content["settings"],
+        not saved.exists() or checkpoint.digest(saved) == content["checkpoint_digest"],
+        path,
+        content,
+    )
+
+
+def _fault(content: Any, split: str, name: str) -> str:
+    """What is wrong with the content of an evaluation file; '' if nothing is."""
+    if not isinstance(content, dict):
+        return "no object"
+    listed, scores = content.get("task_list"), content.get("scores")
+    if not isinstance(listed, dict) or not isinstance(content.get("settings"), dict):
+        return "no task list or settings"
+    if (listed.get("split"), content.get("checkpoint")) != (split, name):
+        return "of another split or checkpoint"
+    if content.get("measure") not in ("accuracy", "loss") or not is_count(content.get("iteration")):
+        return "no measure or iteration"
+    if not isinstance(scores, list) or len(scores) < 2 or not all(map(is_number, scores)):
+        return "no list of scores"
+    if not is_count(listed.get("tasks")) or listed["tasks"] != len(scores):
+        return f"{len(scores)} scores of {listed.get('tasks')} tasks"
+    stated = (content.get("mean"), content.get("interval"))
+    if not all(map(is_number, stated)) or not all(
+        math.isclose(*pair, abs_tol=1e-9) for pair in zip(stated, mean_interval(scores), strict=True)
+    ):
+        return "its mean and interval are not those of its scores"
+    return ""

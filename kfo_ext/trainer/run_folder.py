@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,16 @@ import torch
 
 import kfo_ext
 
-from .files import read_json, remove_partial, write_json
+from .config import Config
+from .files import new_folder, partials, read_json, write_json
 
 
 class RunFolder:
-    """Paths of a run: config.json, metrics.jsonl, last.pt, best.pt, curve.png, environment.json, eval-*.json.
+    """Paths of a run: config.json, metrics.jsonl, last.pt, best.pt, curve.png, environment.json, eval-*.json, .lock.
 
-    path: the folder; `free` and `open` say whether it must hold a run.
+    Readers take no lock, and delete nothing: each file is whole at any time. Writers are within `writing`.
+
+    path: the folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -32,6 +38,7 @@ class RunFolder:
         self.best = self.path / "best.pt"
         self.curve = self.path / "curve.png"
         self.environment = self.path / "environment.json"
+        self.lock = self.path / ".lock"
 
     def checkpoint(self, name: str) -> Path:
         """Path of the checkpoint best or last."""
@@ -39,24 +46,19 @@ class RunFolder:
             raise ValueError(f"checkpoint: expected best or last, got {name!r}")
         return self.path / f"{name}.pt"
 
-    def evaluation(self, split: str, checkpoint: str) -> Path:
-        """Path of the scores of one checkpoint on one split."""
-        return self.path / f"eval-{split}-{checkpoint}.json"
+    def evaluation(self, split: str, checkpoint: str, **changes: Any) -> Path:
+        """Path of the scores of one checkpoint on one split.
+
+        changes: settings that are not the run's own: their scores are files of their own.
+        """
+        apart = "".join(f"-{name}={value}" for name, value in changes.items())
+        return self.path / f"eval-{split}-{checkpoint}{apart}.json"
 
     @classmethod
-    def free(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """The folder of a run to be made; nothing is written yet.
-
-        Raises: ValueError if it holds anything already.
-        """
-        run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise ValueError(f"{run.path}: expected a folder for the run, got a file")
-        if run.config.exists():
-            raise ValueError(f"{run.path}: already holds a run; resume it, or choose another folder")
-        if run.path.exists() and any(run.path.iterdir()):
-            raise ValueError(f"{run.path}: expected an absent or empty folder for a new run")
-        return run
+    def make(cls, config: Config) -> RunFolder:
+        """Make runs/DATASET-METHOD-UPDATE-TIME, with a number behind it if that exists."""
+        name = f"{config.dataset}-{config.method}-{config.update}-{datetime.now():%Y%m%d-%H%M%S}"
+        return cls(new_folder(Path("runs") / name))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -69,13 +71,77 @@ class RunFolder:
             raise ValueError(f"{run.path}: there is no such run folder")
         if not run.config.is_file():
             raise ValueError(f"{run.path}: not a run folder, it has no config.json")
-        remove_partial(run.path)
         return run
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run's lock; the system releases it when the process ends, however it ends.
+
+        flock: it holds between threads and processes of a machine, and over NFS if the server supports it; of a
+        distributed training, only one rank may own the folder.
+
+        Raises: ValueError if another writer holds it, OSError naming the lock if the file system has none.
+        """
+        descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{self.path}: another process or trainer is writing this run; wait for its end, or stop it"
+                ) from None
+            except OSError as error:
+                raise OSError(f"{self.lock}: cannot be locked ({error.strerror})") from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def check_free(self) -> None:
+        """Check that a new run may begin here: in an absent or empty folder, or after an `unfinished` start.
+
+        Raises: ValueError if the folder holds anything else.
+        """
+        if not self.path.is_dir():
+            if self.path.exists():
+                raise ValueError(f"{self.path}: expected a folder for the run, got a file")
+        elif self._content() and not self.unfinished():
+            if self.config.exists():
+                raise ValueError(f"{self.path}: already holds a run; resume it, or choose another folder")
+            raise ValueError(f"{self.path}: expected an absent or empty folder for a new run")
+
+    def unfinished(self) -> bool:
+        """Whether the folder holds nothing but a configuration: its run was stopped before the first checkpoint."""
+        if self._content() != {self.config}:
+            return False
+        try:
+            Config.load(self.config)
+        except ValueError:
+            return False
+        return True
+
+    def remove_partials(self) -> None:
+        """Delete what killed writers left of unfinished writes; within `writing` only.
+
+        Files of evaluations stay: those are written without the lock.
+        """
+        for partial in self._partials():
+            partial.unlink()
+
     def record_environment(self) -> None:
-        """Append this process to environment.json: a resumed run may move to another machine."""
+        """Append this process to environment.json: a resumed run may move to another machine.
+
+        Raises: ValueError if the file is not the list that it should be.
+        """
         sessions = read_json(self.environment) if self.environment.exists() else []
+        if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
+            raise ValueError(f"{self.environment}: not a list of sessions; move the file away to go on without it")
         write_json(self.environment, [*sessions, environment()])
+
+    def _content(self) -> set[Path]:
+        return set(self.path.iterdir()) - {self.lock} - set(self._partials())
+
+    def _partials(self) -> list[Path]:
+        return partials((self.config, self.metrics, self.last, self.best, self.curve, self.environment))
 
 
 def environment() -> dict[str, Any]:
