@@ -56,7 +56,8 @@ def train(options: argparse.Namespace, update: str, setting: Setting, iterations
             found.update, found.fast_lr, found.init, found.clip_norm, found.meta_lr, found.meta_lr_half_life,
         ):  # fmt: skip
             raise ValueError(f"{folder}: holds a run of other settings; choose another --runs")
-        if read_metrics(folder / "metrics.jsonl")[-1]["iteration"] >= iterations:
+        records = read_metrics(folder / "metrics.jsonl")
+        if records and records[-1]["iteration"] >= iterations:
             return folder
         line = ["train", "--resume", str(folder), "--iterations", str(iterations)]
     else:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from states import assert_same
 
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.trainer import (
@@ -52,22 +53,6 @@ def state_of(trainer: Trainer) -> dict:
         "progress": {**vars(trainer.progress), "elapsed": None},
         "metrics": [{**record, "elapsed": None} for record in read_metrics(trainer.run.metrics)],
     }
-
-
-def assert_same(a, b, where: str = "state") -> None:
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for number, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}[{number}]")
-    else:
-        assert a == b, where
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
@@ -330,6 +315,10 @@ BAD = {
     "method": ("reptile", "method: expected one of maml, anil, got 'reptile'"),
     "dtype": ("float16", "dtype: expected one of float32, float64, got 'float16'"),
     "ways": (1, "ways: expected at least 2, got 1"),
+    "seed": (2**63, f"seed: expected at most {2**63 - 1}, got {2**63}"),
+    "threads": (1_000_000, "threads: expected at most 1024, got 1000000"),
+    "workers": (1_000_000, "workers: expected at most 1024, got 1000000"),
+    "data_root": ("a\0b", "data_root: expected text without null characters, got 'a\\x00b'"),
     "steps": (0, "steps: expected at least 1, got 0"),
     "fast_lr": (-0.1, "fast_lr: expected a finite number above 0, got -0.1"),
     "clip_norm": (-1.0, "clip_norm: expected at least 0, got -1.0"),
@@ -413,6 +402,8 @@ def test_evaluation_is_reproducible_and_blind_to_its_batch():
     assert evaluate(learner, family, tasks=7, cancelled=lambda: True) is None
     with pytest.raises(ValueError, match="tasks: expected at least 2, got 1"):
         evaluate(learner, family, tasks=1)
+    with pytest.raises(ValueError, match=f"tasks: expected at most {2**31 - 1}, got {2**70}"):
+        evaluate(learner, family, tasks=2**70)
 
 
 def test_the_digest_is_of_the_tasks_one_after_the_other():

@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
 
+# No list of scores in memory is longer.
+MOST_TASKS = 2**31 - 1
+
 
 class Interval(NamedTuple):
     """A mean and the half width of its 95 % interval under the normal approximation."""
@@ -83,10 +86,13 @@ def evaluate(
     batch: tasks adapted at a time.
     progress: show a bar where stderr is a terminal.
     cancelled: asked before each batch; once true, the result is None.
-    Raises: ValueError for fewer than two tasks or an empty batch, FloatingPointError at a loss that is not finite.
+    Raises: ValueError for fewer than two tasks, too many or an empty batch, FloatingPointError at a loss that is not
+    finite.
     """
     if tasks < 2:
         raise ValueError(f"tasks: expected at least 2, got {tasks}")
+    if tasks > MOST_TASKS:
+        raise ValueError(f"tasks: expected at most {MOST_TASKS}, got {tasks}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     like = next(learner.parameters())

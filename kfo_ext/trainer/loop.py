@@ -248,12 +248,12 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         path = self.run.last
         self.progress = Progress.from_dict(state["progress"], str(path))
-        if self.progress.best_iteration and not self.run.best.exists():
-            logger.warning(
-                "%s: the best checkpoint, of iteration %d, is lost; the next validation counts as the best",
-                self.run.best,
-                self.progress.best_iteration,
-            )
+        try:
+            if self.progress.best_iteration:
+                checkpoint.digest(self.run.best)
+        except ValueError as error:
+            best = self.progress.best_iteration
+            logger.warning("%s; it was of iteration %d; the next validation counts as the best", error, best)
             self.progress.forget_best()
         checkpoint.restore_learner(path, self.learner, state["learner"])
         checkpoint.restore_optimizer(path, self.optimizer, state["optimizer"])

@@ -127,7 +127,8 @@ def _parsed(line: str) -> Record | None:
     if "validation_accuracy" in record:
         needed.add("validation_interval")
     numbers = all(value is None or is_number(value) for value in record.values())
-    return record if needed <= record.keys() and numbers else None
+    widths = [value for name, value in record.items() if name.endswith("interval")]
+    return record if needed <= record.keys() and numbers and all(v is None or v >= 0 for v in widths) else None
 
 
 def _has_accuracy(record: Record) -> bool:

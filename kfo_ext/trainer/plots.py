@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def _draw(axes, label: str, colour: str, history: list[Record], measure: str) ->
         axes.errorbar(
             [r["iteration"] for r in validation],
             [r[f"validation_{measure}"] for r in validation],
-            [r[interval] for r in validation],
+            [math.nan if r[interval] is None else r[interval] for r in validation],
             color=colour,
             marker="o",
             markersize=4,

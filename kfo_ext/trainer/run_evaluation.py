@@ -188,6 +188,8 @@ def _fault(content: Any, split: str, name: str) -> str:
         return "of another split or checkpoint"
     if content.get("measure") not in ("accuracy", "loss") or not is_count(content.get("iteration")):
         return "no measure or iteration"
+    if not isinstance(content.get("checkpoint_digest"), str):
+        return "no digest of its checkpoint"
     if not isinstance(scores, list) or len(scores) < 2 or not all(map(is_number, scores)):
         return "no list of scores"
     if not is_count(listed.get("tasks")) or listed["tasks"] != len(scores):
