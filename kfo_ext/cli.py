@@ -17,9 +17,8 @@ from kfo_ext.bench import command as benchmark
 from kfo_ext.bench.cases import ORDERS
 from kfo_ext.bench.points import AXES, GROUPS
 from kfo_ext.bench.providers import PROVIDERS
-from kfo_ext.trainer import Config, RunFolder, Trainer, compare_runs, differing_settings, evaluate_run
+from kfo_ext.trainer import Config, RunFolder, Trainer, compare_runs, evaluate_run
 from kfo_ext.trainer.allocator import keep_freed_memory
-from kfo_ext.trainer.files import new_folder
 
 app = typer.Typer(
     help="Meta-learning with Kronecker-factored updates.",
@@ -132,7 +131,7 @@ def compare(
         typer.echo(
             f"{run}: {score.measure} {score.interval}  ({checkpoint} checkpoint, iteration {score.iteration}{since})"
         )
-    if apart := differing_settings(a, b):
+    if apart := a.differing_settings(b):
         typer.echo(f"settings that differ: {apart}")
     typer.echo(f"paired difference: {gap.mean:+.4f} ± {gap.half:.4f}  (95 % interval, {a.tasks} {split} tasks)")
 
@@ -215,7 +214,7 @@ def bench(
 
 
 def _new_folder(name: str) -> Path:
-    return new_folder(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ from kfo_ext.trainer import (
     Trainer,
     checkpoint,
     compare_runs,
-    differing_settings,
     evaluate,
     evaluate_run,
     files,
@@ -370,8 +369,8 @@ def test_compare_shows_settings_iterations_and_checkpoints_written_since(run, tm
     a, b, _ = compare_runs(run, other, name="last")
     assert (a.iteration, b.iteration) == (4, 2)
     assert (a.current, b.current) == (True, True)
-    assert differing_settings(a, b) == "update: kfo and none, steps: 1 and 3"
-    assert differing_settings(a, a) == ""
+    assert a.differing_settings(b) == "update: kfo and none, steps: 1 and 3"
+    assert a.differing_settings(a) == ""
     Trainer.resume(other.path, iterations=6).fit()
     _, stale, _ = compare_runs(run, other, name="last")
     assert (stale.iteration, stale.current) == (2, False)

@@ -4,7 +4,7 @@ from .config import Config
 from .evaluation import Evaluation, Interval, evaluate, mean_interval, paired_difference
 from .loop import Outcome, Trainer
 from .plots import plot_runs
-from .run_evaluation import RunScore, compare_runs, differing_settings, evaluate_run, load_learner
+from .run_evaluation import RunScore, compare_runs, evaluate_run, load_learner
 from .run_folder import RunFolder
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "RunScore",
     "Trainer",
     "compare_runs",
-    "differing_settings",
     "evaluate",
     "evaluate_run",
     "load_learner",

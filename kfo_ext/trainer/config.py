@@ -31,20 +31,9 @@ UNSCORED = (
     *("validation_every", "validation_tasks", "patience", "device", "channels_last"),
 )
 
-# torch and the operating system fail without a message for far more threads than these.
-MOST_THREADS = 1024
 
-
-def _field(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    least: int | None = None,
-    most: int = 2**63 - 1,
-    positive: bool = False,
-):
-    metadata = {"help": help, "choices": choices, "least": least, "most": most, "positive": positive}
+def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None, positive: bool = False):
+    metadata = {"help": help, "choices": choices, "least": least, "positive": positive}
     return field(default=default, metadata=metadata)
 
 
@@ -84,8 +73,8 @@ class Config:
     validation_every: int = _field(100, "meta-iterations between two validations, each followed by a save", least=1)
     validation_tasks: int = _field(200, "tasks of one validation", least=2)
     patience: int = _field(0, "stop after so many validations without a better one; 0 is never", least=0)
-    workers: int = _field(0, "threads that prepare tasks", least=0, most=MOST_THREADS)
-    threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0, most=MOST_THREADS)
+    workers: int = _field(0, "threads that prepare tasks", least=0)
+    threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0)
     dtype: str = _field("float32", "floating-point type", choices=DTYPES)
     device: str = _field("cpu", "device of torch, such as cpu or cuda:0")
     precision: str = _field(
@@ -201,8 +190,6 @@ def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
     if rules["least"] is not None and not (value >= rules["least"] and is_number(value)):
         raise ValueError(f"{name}: expected at least {rules['least']}, got {value}")
-    if hint is int and value > rules["most"]:
-        raise ValueError(f"{name}: expected at most {rules['most']}, got {value}")
     if isinstance(value, str) and "\0" in value:
         raise ValueError(f"{name}: expected text without null characters, got {value!r}")
     if rules["positive"] and not (value > 0 and is_number(value)):

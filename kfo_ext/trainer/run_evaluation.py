@@ -51,6 +51,10 @@ class RunScore(NamedTuple):
         """
         write_json(self.path, self.content)
 
+    def differing_settings(self, other: RunScore) -> str:
+        """Name the settings in which two scores differ, such as 'steps: 5 and 10'; '' if there are none."""
+        return _apart(self.settings, other.settings)
+
 
 def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, nn.Module, Progress]:
     """The learner of a run as one of its checkpoints holds it.
@@ -125,7 +129,7 @@ def evaluate_run(
 def compare_runs(
     a: RunFolder, b: RunFolder, *, split: str = "test", name: str = "best", **changes: Any
 ) -> tuple[RunScore, RunScore, Interval]:
-    """Paired difference a - b of two evaluated runs; `differing_settings` says in what else they differ.
+    """Paired difference a - b of two evaluated runs; `RunScore.differing_settings` says in what else they differ.
 
     split, name: which evaluation to read from both folders.
     changes: as given to `evaluate_run`.
@@ -137,11 +141,6 @@ def compare_runs(
     if apart := _apart(ours.content["task_list"], theirs.content["task_list"]):
         raise ValueError(f"{ours.path} and {theirs.path} were evaluated on different tasks ({apart})")
     return ours, theirs, paired_difference(ours.content["scores"], theirs.content["scores"])
-
-
-def differing_settings(a: RunScore, b: RunScore) -> str:
-    """Name the settings in which two scores differ, such as 'steps: 5 and 10'; '' if there are none."""
-    return _apart(a.settings, b.settings)
 
 
 def _apart(a: dict[str, Any], b: dict[str, Any]) -> str:
