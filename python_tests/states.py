@@ -1,8 +1,19 @@
-"""Comparison of nested states, to the bit."""
+"""A run of a second, and the comparison of nested states to the bit."""
 
 from __future__ import annotations
 
 import torch
+
+WAVES = {
+    "dataset": "sinusoid",
+    "fast_lr": 0.01,
+    "hidden": 4,
+    "steps": 1,
+    "meta_batch": 2,
+    "iterations": 4,
+    "validation_every": 2,
+    "validation_tasks": 2,
+}
 
 
 def assert_same(a, b, where: str = "state") -> None:

@@ -14,20 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 from deadlines import seconds
+from states import WAVES
 
 from kfo_ext.trainer import Config, RunFolder, Trainer, checkpoint, compare_runs, evaluate_run, run_folder
 from kfo_ext.trainer.files import new_folder
 
-WAVES = {
-    "dataset": "sinusoid",
-    "fast_lr": 0.01,
-    "hidden": 4,
-    "steps": 1,
-    "meta_batch": 2,
-    "iterations": 4,
-    "validation_every": 2,
-    "validation_tasks": 2,
-}
 LOCKED = "run: another process or trainer is writing this run"
 
 
