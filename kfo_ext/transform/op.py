@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kfo_ext.transform import autograd, native, reference, triton_launch
+from kfo_ext.transform.autograd import Family
 from kfo_ext.transform.checks import check
 from kfo_ext.transform.operands import check_dimensions, check_tensors, in_one_dtype, ready
 from kfo_ext.transform.problems import Problems
@@ -62,7 +65,7 @@ def _warn_plain_torch() -> None:
             f"kfo_ext: backend='auto' runs plain torch on cuda: native: {why_not_native('cuda')}; "
             f"triton: {triton_launch.reason('cuda')}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -93,21 +96,44 @@ def transform(
 
     Source: paper, appendix C.1 (W = R^T (x) L, the factorised weight of equation 21).
     """
+    given = (G, R, L) if bias is None else (G, R, L, bias)
+
+    def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
+        if family is None:
+            check("transform", problems.columns, R, G, L, bias=bias)
+            return reference.transform(R, G, L, problems.flat, bias)
+        return family.transform(R, G, L, problems.flat, bias)
+
+    return _on_backend(compute, given, problems, backend)
+
+
+def adjoint(R: Tensor, G: Tensor, L: Tensor, problems: Problems, *, backend: str = "auto") -> Tensor:
+    """R G L^T, the adjoint of `transform`: <transform(R, X, L), G> = <X, adjoint(R, G, L)>; no factor is transposed.
+
+    Args, Returns, Raises: as `transform`.
+    """
+
+    def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor) -> Tensor:
+        if family is None:
+            check("adjoint", problems.columns, R, G, L)
+            return reference.adjoint(R, G, L, problems.flat)
+        # The transform's own derivative by its matrices, which are not read for it: what stands there is of no account.
+        return family.backward(R, G.detach(), L, G, problems.flat, [False, True, False])[1]
+
+    return _on_backend(compute, (G, R, L), problems, backend)
+
+
+def _on_backend(compute: Callable[..., Tensor], given: tuple[Tensor, ...], problems: Problems, backend: str) -> Tensor:
+    """compute(family, G, R, L, bias) after a check of what the user gave; family None is plain torch."""
     if not isinstance(problems, Problems):
         raise TypeError(f"problems: expected Problems, got {type(problems).__name__}")
-    given = (G, R, L) if bias is None else (G, R, L, bias)
-    usual = ready(given) and G.dim() == R.dim() == L.dim() == 2 and (bias is None or bias.dim() == 2)
+    usual = ready(given) and all(operand.dim() == 2 for operand in given)
     if not usual:
         operands = dict(zip(("G", "R", "L", "bias"), given))
         check_tensors(operands)
         for name, operand in operands.items():
             check_dimensions(name, operand, ("tasks", "elements"))
-    family = resolve(backend, G.device)
-
-    def compute(G: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
-        if family == "reference" or autograd.transformed():
-            check("transform", problems.columns, R, G, L, bias=bias)
-            return reference.transform(R, G, L, problems.flat, bias)
-        return (TRITON if family == "triton" else NATIVE).transform(R, G, L, problems.flat, bias)
-
-    return compute(*given) if usual else in_one_dtype(compute, operands)
+    name = resolve(backend, given[0].device)
+    plain = name == "reference" or autograd.transformed()
+    family = None if plain else TRITON if name == "triton" else NATIVE
+    return compute(family, *given) if usual else in_one_dtype(partial(compute, family), operands)

@@ -28,6 +28,16 @@ def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tens
     Returns:
         Y: (tasks, sum B*p*q).
     """
+    out = _products("tki,tbkl,tlj->tbij", R, G, L, shapes)
+    return out if bias is None else out + expand_bias(bias, shapes)
+
+
+def adjoint(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int]) -> Tensor:
+    """R G L^T for every problem of every task; operands as `transform`."""
+    return _products("tik,tbkl,tjl->tbij", R, G, L, shapes)
+
+
+def _products(equation: str, R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int]) -> Tensor:
     sizes = _sizes(shapes)
     if not sizes:
         return G.clone()
@@ -37,17 +47,16 @@ def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tens
         G.split([B * p * q for B, p, q in sizes], dim=1),
         L.split([q * q for _, _, q in sizes], dim=1),
     )
-    Y = [
+    products = [
         torch.einsum(
-            "tki,tbkl,tlj->tbij",
+            equation,
             R_i.reshape(R.shape[0], p, p),
             G_i.reshape(G.shape[0], B, p, q),
             L_i.reshape(L.shape[0], q, q),
         )
         for (B, p, q), R_i, G_i, L_i in pieces
     ]
-    out = torch.cat([Y_i.flatten(1) for Y_i in Y], dim=1)
-    return out if bias is None else out + expand_bias(bias, shapes)
+    return torch.cat([product.flatten(1) for product in products], dim=1)
 
 
 def expand_bias(bias: Tensor, shapes: Sequence[int]) -> Tensor:

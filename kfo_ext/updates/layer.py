@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kfo_ext.transform import Problems, transform
+from kfo_ext.transform import Problems, adjoint, transform
 
 # The packed meta-parameters of a layer, in this order: R, L and, where the layer has one, the bias.
 Phi = tuple[Tensor, ...]
@@ -31,18 +31,13 @@ class KroneckerLayer(nn.Module):
         self.psd = psd
         self.backend = backend
         options = {"dtype": like.dtype, "device": like.device}
-        eye_R = problems.R.pack([torch.eye(p, **options) for _, p, _ in problems.shapes])
-        eye_L = problems.L.pack([torch.eye(q, **options) for _, _, q in problems.shapes])
-        self.R = nn.Parameter(torch.zeros_like(eye_R) if zero else eye_R)
-        self.L = nn.Parameter(eye_L)
+        self.R = nn.Parameter(torch.zeros((1, problems.R.numel), **options))
+        self.L = nn.Parameter(torch.zeros((1, problems.L.numel), **options))
         self.bias = nn.Parameter(torch.zeros((1, problems.bias.numel), **options)) if bias else None
-        # Where element (i, j) of each factor finds (j, i) in the packed row.
-        self.register_buffer(
-            "transpose_R", _transposition([p for _, p, _ in problems.shapes], like.device), persistent=False
-        )
-        self.register_buffer(
-            "transpose_L", _transposition([q for _, _, q in problems.shapes], like.device), persistent=False
-        )
+        with torch.no_grad():
+            for R, L in self.factors():
+                R.fill_diagonal_(0 if zero else 1)
+                L.fill_diagonal_(1)
 
     @property
     def phi(self) -> Phi:
@@ -54,14 +49,8 @@ class KroneckerLayer(nn.Module):
         R, L, *bias = phi
         H = G
         if self.psd:
-            # R^T R G L^T L = R^T (R G L^T) L: two chained transforms with tied factors, no product of factors.
-            H = transform(
-                R.index_select(1, self.transpose_R),
-                G,
-                L.index_select(1, self.transpose_L),
-                self.problems,
-                backend=self.backend,
-            )
+            # R^T R G L^T L = R^T (R G L^T) L: a transform and its adjoint with tied factors, no product of factors.
+            H = adjoint(R, G, L, self.problems, backend=self.backend)
         return transform(R, H, L, self.problems, bias=bias[0] if bias else None, backend=self.backend)
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
@@ -76,11 +65,3 @@ class KroneckerLayer(nn.Module):
             offset_R += p * p
             offset_L += q * q
         return pairs
-
-
-def _transposition(sizes: list[int], device: torch.device) -> Tensor:
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + size * size)
-    pieces = [torch.arange(size * size).view(size, size).T.reshape(-1) + offset for size, offset in zip(sizes, offsets)]
-    return torch.cat(pieces).to(device)
