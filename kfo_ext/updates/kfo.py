@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +11,10 @@ from torch import Tensor, nn
 
 from kfo_ext.transform import BACKENDS, Problems
 from kfo_ext.transform.packing import name_parameters
+from kfo_ext.updates import state
+from kfo_ext.updates.activations import ACTIVATIONS, activation_name
 from kfo_ext.updates.gradients import gradients
 from kfo_ext.updates.layer import KroneckerLayer, Phi
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "gelu": nn.functional.gelu,
-    "softplus": nn.functional.softplus,
-}
 
 
 class KFO(nn.Module):
@@ -30,6 +25,11 @@ class KFO(nn.Module):
     has no psd.
 
     It meets the contract of learn2learn's ParameterUpdate: it can be the update of GBML, and be cloned by clone_module.
+
+    Its state_dict says what the factors were made for (`_extra_state`, a tensor of bytes), and loads nowhere else.
+    Factors alone load with strict=False: then their sizes are all that is checked, and the rest is the caller's word.
+    An activation is known by its qualified name; one that has none (a lambda, a partial) loads into this module and its
+    copies alone.
 
     Args:
         parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`: biases, linear
@@ -72,6 +72,7 @@ class KFO(nn.Module):
         self.psd = bool(psd)
         self.has_bias = bool(bias)
         self.activation = activation
+        self._unnamed: tuple[Callable[[Tensor], Tensor], str] | None = None
         self.layers = nn.ModuleList(
             KroneckerLayer(
                 self.problems,
@@ -177,49 +178,42 @@ class KFO(nn.Module):
             raise ValueError(f"layer: expected 0 to {len(self.layers) - 1}, got {layer}")
         return self.layers[layer].factors()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What the factors were made for, kept in the state_dict."""
+    def _made_for(self) -> dict[str, Any]:
         return {
             "names": list(self.problems.packing.names),
             "shapes": [list(shape) for shape in self.problems.packing.shapes],
             "psd": self.psd,
             "bias": self.has_bias,
-            "layers": len(self.layers),
-            "activation": self.activation if isinstance(self.activation, str) else "custom",
+            "hidden_layers": len(self.layers) - 1,
+            "activation": activation_name(self.activation) or self._unnamed_activation(),
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def _unnamed_activation(self) -> str:
+        # Kept beside the function that it stands for, so that copies of this module share it and another function not.
+        if self._unnamed is None or self._unnamed[0] is not self.activation:
+            self._unnamed = (self.activation, f"{state.UNNAMED}{uuid.uuid4().hex}")
+        return self._unnamed[1]
+
+    def get_extra_state(self) -> Tensor:
+        """What the factors were made for, kept in the state_dict: JSON, as a tensor of bytes."""
+        return state.encode(self._made_for())
+
+    def set_extra_state(self, state: Tensor) -> None:
         """Nothing to restore: `_load_from_state_dict` has compared the state already."""
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args) -> None:
         # Before any factor is copied, so that a refused state leaves the module as it was.
-        if any(key.startswith(prefix + "layers.") for key in state_dict):
-            self._check_state(state_dict.get(prefix + "_extra_state"))
+        key = prefix + "_extra_state"
+        if key in state_dict:
+            state.compare(self._made_for(), state.decode(state_dict[key], key))
+        for name, parameter in self.named_parameters():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{prefix}{name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}: "
+                    "these factors were made for other parameters"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_state(self, state: dict[str, Any] | None) -> None:
-        mine = self.get_extra_state()
-        if not isinstance(state, dict) or set(state) != set(mine) or len(state["names"]) != len(state["shapes"]):
-            raise ValueError(
-                "state_dict: expected factors together with what they were made for (_extra_state), got none"
-            )
-        if len(state["names"]) != len(mine["names"]):
-            raise ValueError(
-                f"state_dict: expected factors of {len(mine['names'])} parameters, got {len(state['names'])}"
-            )
-        positions = [str(i) for i in range(len(mine["names"]))]
-        both_named = positions not in (mine["names"], state["names"])
-        for name, shape, other_name, other_shape in zip(mine["names"], mine["shapes"], state["names"], state["shapes"]):
-            if shape != list(other_shape) or (both_named and name != other_name):
-                raise ValueError(
-                    f"state_dict: expected factors for parameter {name!r} of shape {tuple(shape)}, "
-                    f"got factors made for {other_name!r} of shape {tuple(other_shape)}"
-                )
-        for option in ("psd", "bias", "layers", "activation"):
-            if state[option] != mine[option]:
-                raise ValueError(
-                    f"state_dict: expected factors with {option}={mine[option]!r}, got {option}={state[option]!r}"
-                )
 
     def extra_repr(self) -> str:
         return f"parameters={len(self.problems)}, psd={self.psd}, bias={self.has_bias}"

@@ -1,0 +1,43 @@
+"""The activations between Kronecker layers, and the names by which saved ones are told apart."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "gelu": nn.functional.gelu,
+    "softplus": nn.functional.softplus,
+}
+
+
+def activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
+    """The name that means the same function in another process, such as "tanh", "torch.sin" or "my_module.act".
+
+    None where there is none: a lambda, a closure, a partial, a bound method, a module that is not torch's own.
+    """
+    if isinstance(activation, str):
+        return activation
+    if isinstance(activation, nn.Module):
+        # torch's own activations print everything that they compute with.
+        own = type(activation).__module__ == "torch.nn.modules.activation"
+        return f"torch.nn.{type(activation).__name__}({activation.extra_repr()})" if own else None
+    for name, function in ACTIVATIONS.items():
+        if activation is function:
+            return name
+    # torch's compiled functions have no module of their own.
+    places = [(getattr(activation, "__module__", None), "__qualname__"), ("torch", "__name__")]
+    for module, attribute in places:
+        name = getattr(activation, attribute, "")
+        found = sys.modules.get(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is activation:
+            return f"{module}.{name}"
+    return None

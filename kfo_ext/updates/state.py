@@ -1,0 +1,105 @@
+"""What the factors of a KFO were made for: JSON in a tensor of bytes, so that every value of a state_dict is a tensor."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+# Stands before the identity of an activation that has no name.
+UNNAMED = "without a name, "
+OPTIONS = ("psd", "bias", "hidden_layers", "activation")
+
+
+def encode(made_for: dict[str, Any]) -> Tensor:
+    """(n,), uint8."""
+    text = json.dumps({"version": VERSION, **made_for})
+    # The device is given: one that a context sets could be meta, which holds no bytes.
+    return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+
+
+def decode(state: object, key: str) -> dict[str, Any]:
+    """What `encode` was given.
+
+    Args:
+        state: a tensor of bytes; another dtype or device will do, as tools that convert a whole state_dict leave it.
+        key: of the state in its state_dict, for messages.
+
+    Raises:
+        ValueError: anything else, or another version.
+    """
+    made_for, got = _read(state)
+    if isinstance(made_for, dict) and made_for.get("version") != VERSION:
+        got = f"version {made_for.get('version')!r}"
+    if got is not None:
+        raise ValueError(
+            f"{key}: expected what the factors were made for, JSON bytes of version {VERSION}, got {got}: "
+            "it was saved by another version of kfo_ext, or changed since"
+        )
+    names, shapes = made_for.get("names"), made_for.get("shapes")
+    well_formed = {
+        "names": _list_of(str, names),
+        "shapes": isinstance(shapes, list) and all(_list_of(int, shape) for shape in shapes),
+        "psd": isinstance(made_for.get("psd"), bool),
+        "bias": isinstance(made_for.get("bias"), bool),
+        "hidden_layers": isinstance(made_for.get("hidden_layers"), int),
+        "activation": isinstance(made_for.get("activation"), str),
+    }
+    for field, right in well_formed.items():
+        if not right:
+            raise ValueError(f"{key}: {f'damaged {field}' if field in made_for else f'lacks {field}'}")
+    if len(names) != len(shapes):
+        raise ValueError(f"{key}: {len(names)} names, but {len(shapes)} shapes")
+    return made_for
+
+
+def _list_of(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _read(state: object) -> tuple[Any, str | None]:
+    """What the JSON holds, and None or what is there instead of an object."""
+    if isinstance(state, dict):
+        return None, f"a dict with {', '.join(map(str, state)) or 'no keys'}"
+    if not isinstance(state, Tensor):
+        return None, f"a value of type {type(state).__name__}"
+    values = state.double().cpu() if state.dim() == 1 and not state.is_meta and not state.is_complex() else None
+    if values is None or not bool(((values >= 0) & (values <= 255) & (values == values.round())).all()):
+        return None, f"a tensor of {tuple(state.shape)} {state.dtype} on {state.device} that holds no bytes"
+    try:
+        made_for = json.loads(bytes(values.to(torch.uint8).tolist()))
+    except ValueError:
+        return None, f"a tensor of {len(state)} bytes that are no JSON"
+    return made_for, None if isinstance(made_for, dict) else f"a {type(made_for).__name__}"
+
+
+def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raises ValueError unless factors made for `theirs` fit an update made for `mine`."""
+    if len(theirs["names"]) != len(mine["names"]):
+        raise ValueError(f"state_dict: expected factors of {len(mine['names'])} parameters, got {len(theirs['names'])}")
+    positions = [str(i) for i in range(len(mine["names"]))]
+    both_named = positions not in (mine["names"], theirs["names"])
+    for name, shape, other_name, other_shape in zip(mine["names"], mine["shapes"], theirs["names"], theirs["shapes"]):
+        if shape != other_shape or (both_named and name != other_name):
+            raise ValueError(
+                f"state_dict: expected factors for parameter {name!r} of shape {tuple(shape)}, "
+                f"got factors made for {other_name!r} of shape {tuple(other_shape)}"
+            )
+    for option in OPTIONS:
+        if theirs[option] != mine[option]:
+            raise ValueError(
+                f"state_dict: expected factors with {option}={mine[option]!r}, got {option}={theirs[option]!r}"
+                + _unnamed_remedy(mine[option], theirs[option])
+            )
+
+
+def _unnamed_remedy(*values: object) -> str:
+    if not any(isinstance(value, str) and value.startswith(UNNAMED) for value in values):
+        return ""
+    return (
+        "; a function without a name is that of one KFO and its copies alone: use a def of a module, "
+        "or load the factors without _extra_state by strict=False if you know that they belong here"
+    )
