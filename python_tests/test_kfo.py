@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from kfo_ext import KFO
+from kfo_ext.trainer.config import Config
+from kfo_ext.trainer.recipe import build_learner
 from kfo_ext.updates.activations import ACTIVATIONS
 
 DTYPE = torch.float64
@@ -122,6 +124,43 @@ def test_tasks_are_independent(setting):
             torch.testing.assert_close(update[task], alone)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"hidden_layers": 1}, True),
+        ({"hidden_layers": 2, "psd": False}, True),
+        ({"hidden_layers": 2, "bias": False}, False),
+        ({"hidden_layers": 1, "bias": True}, True),
+        ({"bias": None, "hidden_layers": 1}, True),
+        ({}, False),
+        ({"bias": True}, True),
+    ],
+    ids=str,
+)
+def test_bias_of_each_layer_is_on_with_hidden_layers(options, expected):
+    kfo = randomise(KFO(network().named_parameters(), **options))
+    assert kfo.has_bias is expected
+    biases = [name for name, _ in kfo.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == (len(kfo.layers) if expected else 0)
+    grads = [torch.zeros_like(grad) for grad in random_grads(network())]
+    assert any(update.any() for update in kfo.transform(grads)) is expected
+
+
+def test_a_trainer_and_its_command_have_the_bias_of_the_update():
+    for options, expected in (({"hidden_layers": 1}, True), ({}, False), ({"hidden_layers": 1, "bias": False}, False)):
+        config = Config(hidden=4, layers=1, **options)
+        assert build_learner(Config.from_dict(config.to_dict())).update.has_bias is expected
+    with pytest.raises(TypeError, match=r"bias: expected bool \| None, got 1"):
+        Config(bias=1)
+
+
+def test_a_phi_of_another_kfo_is_refused():
+    kfo = KFO(network().named_parameters(), hidden_layers=1)
+    G = torch.zeros(1, kfo.problems.packing.numel, dtype=DTYPE)
+    with pytest.raises(ValueError, match=r"phi: expected 6 tensors.*got 4"):
+        kfo.rule(KFO(network().named_parameters(), hidden_layers=1, bias=False).phi, G)
+
+
 def test_custom_activation():
     model = network()
     kfo = randomise(KFO(model.parameters(), hidden_layers=1, activation=torch.sin))
@@ -227,6 +266,12 @@ def test_bad_parameters(make, error, message):
 )
 def test_bad_options(option, message):
     with pytest.raises(ValueError, match=message):
+        KFO([torch.ones(2)], **option)
+
+
+@pytest.mark.parametrize("option", [{"psd": "no"}, {"psd": None}, {"bias": 1}, {"bias": "False"}], ids=str)
+def test_options_that_are_no_flags(option):
+    with pytest.raises(TypeError, match=f"{next(iter(option))}: expected True"):
         KFO([torch.ones(2)], **option)
 
 

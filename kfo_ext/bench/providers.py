@@ -70,7 +70,7 @@ def kfo_rule(case: Case, backend: str = "native") -> Orders:
     parameters = [
         torch.empty(shape, dtype=case.G.dtype, device=case.G.device) for shape in case.problems.packing.shapes
     ]
-    kfo = KFO(parameters, psd=case.psd, hidden_layers=case.hidden, backend=backend)
+    kfo = KFO(parameters, psd=case.psd, bias=False, hidden_layers=case.hidden, backend=backend)
     return through_autograd(
         lambda phi, G: [kfo.rule(tuple(X for form in phi for X in form), *G)], packed_leaves(case)
     )  # fmt: skip

@@ -49,7 +49,7 @@ class Config:
     method: str = _field("maml", "adapt all parameters, or the head only", choices=METHODS)
     update: str = _field("kfo", "learned update: none is plain gradient descent", choices=UPDATES)
     psd: bool = _field(True, "KFO: use R^T R and L^T L in place of R and L")
-    bias: bool = _field(False, "KFO: add a learned bias to each update")
+    bias: bool | None = _field(None, "KFO: add a learned bias to each update; none adds it with hidden layers alone")
     hidden_layers: int = _field(0, "KFO: hidden Kronecker layers; 0 is the linear update", least=0)
     adapt_update: bool = _field(True, "KFO: adapt the factors too in the inner loop")
     first_order: bool = _field(False, "take the inner gradients as constants")
@@ -181,10 +181,9 @@ def settings(config: Config) -> dict[str, Any]:
 
 def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
     number = (int, float)
-    expected = {bool: (bool,), int: (int,), float: number, float | None: number, str: (str,)}.get(
-        hint, (str, type(None))
-    )
-    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+    flag = {bool: (bool,), bool | None: (bool, type(None))}
+    expected = {**flag, int: (int,), float: number, float | None: number, str: (str,)}.get(hint, (str, type(None)))
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint not in flag):
         raise TypeError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
     if rules["choices"] and value not in rules["choices"]:
         raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")

@@ -35,7 +35,8 @@ class KFO(nn.Module):
         parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`: biases, linear
             and convolution weights (1, 2 or 4 dimensions). Their order is the order of every list in this class.
         psd: take R^T R and L^T L in place of R and L (both reference implementations do).
-        bias: add a learned term per parameter, shared by the B matrices of a convolution.
+        bias: add a learned term per parameter to each Kronecker layer, shared by the B matrices of a convolution; None:
+            with hidden layers alone, as the paper's non-linear update has it.
         hidden_layers: Kronecker layers before the last one, with an activation after each.
         activation: between layers: tanh, relu, sigmoid, gelu, softplus or any elementwise function.
         backend: see `kfo_ext.transform.transform`.
@@ -43,7 +44,8 @@ class KFO(nn.Module):
     Raises:
         ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or
             backend.
-        TypeError: an entry that is no tensor, or parameters that are not floating point of one dtype.
+        TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or an option of
+            another type.
 
     Source: paper, equations 21, 22 and 26, appendix C. The residual form, tanh and the start are this package's choice:
     the paper gives none.
@@ -54,7 +56,7 @@ class KFO(nn.Module):
         parameters: Iterable[Tensor | tuple[str, Tensor]],
         *,
         psd: bool = True,
-        bias: bool = False,
+        bias: bool | None = None,
         hidden_layers: int = 0,
         activation: str | Callable[[Tensor], Tensor] = "tanh",
         backend: str = "auto",
@@ -63,14 +65,18 @@ class KFO(nn.Module):
         named = name_parameters(parameters)
         self.problems = Problems.of(named)
         _check_alike(named)
+        if not isinstance(psd, bool):
+            raise TypeError(f"psd: expected True or False, got {psd!r}")
+        if bias is not None and not isinstance(bias, bool):
+            raise TypeError(f"bias: expected True, False or None, got {bias!r}")
         if isinstance(hidden_layers, bool) or not isinstance(hidden_layers, int) or hidden_layers < 0:
             raise ValueError(f"hidden_layers: expected an integer of at least 0, got {hidden_layers!r}")
         if not callable(activation) and activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.psd = bool(psd)
-        self.has_bias = bool(bias)
+        self.psd = psd
+        self.has_bias = hidden_layers > 0 if bias is None else bias
         self.activation = activation
         self._unnamed: tuple[Callable[[Tensor], Tensor], str] | None = None
         self.layers = nn.ModuleList(
@@ -99,8 +105,13 @@ class KFO(nn.Module):
 
         Returns:
             (tasks, n), packed updates.
+
+        Raises:
+            ValueError: phi has another number of rows than `self.phi`.
         """
-        width = len(phi) // len(self.layers)
+        width = 3 if self.has_bias else 2
+        if len(phi) != width * len(self.layers):
+            raise ValueError(f"phi: expected {width * len(self.layers)} tensors, as phi of this KFO, got {len(phi)}")
         activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
         hidden = G
         for i, layer in enumerate(self.layers):

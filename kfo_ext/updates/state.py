@@ -1,4 +1,4 @@
-"""What the factors of a KFO were made for: JSON in a tensor of bytes, so that every value of a state_dict is a tensor."""
+"""What the factors of a KFO were made for: JSON in a tensor of bytes, since every value of a state_dict is a tensor."""
 
 from __future__ import annotations
 
