@@ -46,6 +46,20 @@ def _triple(i: int, shape: Sequence[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
+def _check_rows(shapes: Sequence[tuple[int, int, int]], packing: Packing | None) -> None:
+    """Raises ValueError at the shape with which a packed row has more elements than torch counts."""
+    sums = {"R": 0, "L": 0, "G": 0}
+    for i, (B, p, q) in enumerate(shapes):
+        for operand, size in (("R", p * p), ("L", q * q), ("G", B * p * q)):
+            sums[operand] += size
+            if sums[operand] >= 2**63:
+                what = f"shapes[{i}]" if packing is None else f"parameter {packing.names[i]!r}"
+                raise ValueError(
+                    f"{what}: expected rows of fewer than 2**63 elements, "
+                    f"but with (B, p, q) = {(B, p, q)} that of {operand} has {sums[operand]}: leave it out"
+                )
+
+
 class Problems:
     """The group: one (B, p, q) per parameter, and the sizes of the packed rows of R, G, L and the bias term.
 
@@ -55,11 +69,12 @@ class Problems:
 
     Raises:
         TypeError: a shape is not three integers.
-        ValueError: B, p or q is less than 1.
+        ValueError: B, p or q is less than 1, or a packed row would have 2**63 elements or more.
     """
 
     def __init__(self, shapes: Iterable[tuple[int, int, int]], packing: Packing | None = None) -> None:
         self.shapes = tuple(_triple(i, shape) for i, shape in enumerate(shapes))
+        _check_rows(self.shapes, packing)
         self.flat = [size for shape in self.shapes for size in shape]
         if packing is None:
             packing = Packing([str(i) for i in range(len(self.shapes))], [torch.Size(shape) for shape in self.shapes])

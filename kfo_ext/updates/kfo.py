@@ -15,6 +15,7 @@ from kfo_ext.updates import state
 from kfo_ext.updates.activations import ACTIVATIONS, activation_name
 from kfo_ext.updates.gradients import gradients
 from kfo_ext.updates.layer import KroneckerLayer, Phi
+from kfo_ext.updates.memory import room_for_factors
 
 
 class KFO(nn.Module):
@@ -43,7 +44,8 @@ class KFO(nn.Module):
 
     Raises:
         ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or
-            backend.
+            backend, or factors that need more memory than the device has left (p^2 + q^2 elements per parameter and
+            layer).
         TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or an option of
             another type.
 
@@ -79,17 +81,19 @@ class KFO(nn.Module):
         self.has_bias = hidden_layers > 0 if bias is None else bias
         self.activation = activation
         self._unnamed: tuple[Callable[[Tensor], Tensor], str] | None = None
-        self.layers = nn.ModuleList(
-            KroneckerLayer(
-                self.problems,
-                psd=self.psd and (hidden_layers == 0 or i < hidden_layers),
-                bias=self.has_bias,
-                zero=hidden_layers > 0 and i == hidden_layers,
-                like=named[0][1].detach(),
-                backend=backend,
+        like = named[0][1].detach()
+        with room_for_factors(self.problems, hidden_layers + 1, self.has_bias, like):
+            self.layers = nn.ModuleList(
+                KroneckerLayer(
+                    self.problems,
+                    psd=self.psd and (hidden_layers == 0 or i < hidden_layers),
+                    bias=self.has_bias,
+                    zero=hidden_layers > 0 and i == hidden_layers,
+                    like=like,
+                    backend=backend,
+                )
+                for i in range(hidden_layers + 1)
             )
-            for i in range(hidden_layers + 1)
-        )
 
     @property
     def phi(self) -> Phi:
