@@ -171,7 +171,5 @@ def _register(library: torch.library.Library) -> BatchNormFamily:
     return family
 
 
-native.load()
-_LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
 # The compiled operators; None where the CPU library, which holds their schemas, is not there.
-BATCH_NORM = _register(_LIBRARY) if native.status()["cpu"][0] else None
+BATCH_NORM = native.once("batch_norm", _register) if native.status()["cpu"][0] else None

@@ -101,7 +101,5 @@ def _register(library: torch.library.Library) -> ConvFamily:
     return family
 
 
-native.load()
-_LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
 # The compiled operators; None where the CPU library is not there.
-CONV = _register(_LIBRARY) if native.status()["cpu"][0] else None
+CONV = native.once("conv", _register) if native.status()["cpu"][0] else None

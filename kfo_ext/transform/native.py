@@ -6,7 +6,9 @@ import ctypes
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,8 +16,26 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CPU_LIBRARY = _PACKAGE / "_kfo_cpu.so"
 CUDA_LIBRARY = _PACKAGE / "_kfo_cuda.so"
 
-# backend -> (available, reason); filled once at import by `load`.
+# backend -> (available, reason); filled once at import by `_load_both`.
 _status: dict[str, tuple[bool, str]] = {}
+T = TypeVar("T")
+
+
+def _kept() -> dict[str, Any]:
+    """What outlives the modules of this package, as the operators do that it belongs to."""
+    return vars(torch.ops.kfo_ext).setdefault("_kept", {})
+
+
+def once(part: str, register: Callable[[torch.library.Library], T]) -> T:
+    """register(library), called at the first import of a process; a later import gets what it returned then.
+
+    The dispatcher takes each registration once, and keeps it when the package is imported again.
+    """
+    kept = _kept()
+    if part not in kept:
+        library = torch.library.Library("kfo_ext", "FRAGMENT")
+        kept[part] = (library, register(library))
+    return kept[part][1]
 
 
 def _registered() -> bool:
@@ -37,24 +57,31 @@ def _load(library: Path, build: str) -> tuple[bool, str]:
     return True, f"{library.name}, build {build}"
 
 
-def load() -> None:
-    """Loads both libraries once.
+def _load_both() -> None:
+    """Loads both libraries, or finds them loaded by an earlier import.
 
     Raises:
         ImportError: another copy of the package is loaded in this process, or the binaries are of different builds.
     """
-    if _status:
-        return
-    if _registered():
-        others = sorted(path for path in torch.ops.loaded_libraries if "_kfo_cpu" in path) or ["an unknown file"]
-        raise ImportError(
-            f"kfo_ext: a second copy of the package: its operators were loaded from {others[0]}, "
-            f"now {CPU_LIBRARY} asks for them; uninstall one of the two"
-        )
     try:
         build = importlib.import_module("kfo_ext._plan").build_id()
     except ModuleNotFoundError:
         build = ""
+    kept = _kept()
+    if _registered():
+        if kept.get("library") != CPU_LIBRARY:
+            others = sorted(path for path in torch.ops.loaded_libraries if "_kfo_cpu" in path) or ["an unknown file"]
+            raise ImportError(
+                f"kfo_ext: a second copy of the package: its operators were loaded from {others[0]}, "
+                f"now {CPU_LIBRARY} asks for them; uninstall one of the two"
+            )
+        if kept["build"] != build:
+            raise ImportError(
+                f"kfo_ext: build {kept['build']} is loaded, but the package is of build {build} by now: "
+                "start Python anew"
+            )
+        _status.update(kept["status"])
+        return
     _status["cpu"] = _load(CPU_LIBRARY, build) if build else (False, "not built: _plan is not in the package")
     if not _status["cpu"][0]:
         warnings.warn(
@@ -67,6 +94,10 @@ def load() -> None:
         _status["cuda"] = (False, f"torch {torch.__version__} is a CPU build")
     else:
         _status["cuda"] = _load(CUDA_LIBRARY, build)
+    kept.update(library=CPU_LIBRARY, build=build, status=dict(_status))
+
+
+_load_both()
 
 
 def available(device: torch.device) -> bool:

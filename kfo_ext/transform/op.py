@@ -17,13 +17,16 @@ from kfo_ext.transform.problems import Problems
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
-native.load()
-_LIBRARY = torch.library.Library("kfo_ext", "FRAGMENT")
+
+def _register_triton(library: torch.library.Library) -> Family:
+    triton_launch.define(library)
+    return autograd.register(library, "_triton")
+
+
 # The compiled operators; None where the CPU library, which holds their schemas, is not there.
-NATIVE = autograd.register(_LIBRARY) if native.status()["cpu"][0] else None
+NATIVE = native.once("transform", autograd.register) if native.status()["cpu"][0] else None
 # Defined in Python, so there without the CPU library, and without triton, which the first call asks for.
-triton_launch.define(_LIBRARY)
-TRITON = autograd.register(_LIBRARY, "_triton")
+TRITON = native.once("triton", _register_triton)
 
 
 def resolve(backend: str, device: torch.device) -> str:
