@@ -227,10 +227,64 @@ def test_bad_losses():
         kfo(torch.ones(()), model.parameters())
     with pytest.raises(TypeError, match="loss: expected a tensor, got float"):
         kfo(1.0, model.parameters())
-    with pytest.raises(ValueError, match="parameters: expected 6"):
-        kfo(network_loss(model), list(model.parameters())[1:])
-    with pytest.raises(ValueError, match=r"parameters\['0'\]: expected shape"):
-        kfo(network_loss(model), list(model.parameters())[::-1])
+    with pytest.raises(TypeError, match=r"loss: expected a tensor, got str: .*value"):
+        kfo("cross_entropy", model.parameters())
+    with pytest.raises(TypeError, match=r"loss: expected a tensor, got \w+: .*value"):
+        kfo(nn.functional.cross_entropy, model.parameters())
+    with pytest.raises(TypeError, match=r"loss: expected a real floating-point number, got torch\.complex128"):
+        kfo(network_loss(model) * 1j, model.parameters())
+
+
+def test_a_part_of_the_parameters_or_too_many_are_named():
+    model = network()
+    head = KFO(model.head.named_parameters())
+    message = (
+        r"parameters: expected 2 tensors, as given to the constructor: 'weight' \(4, 3\), 'bias' \(4,\); got 6: "
+        r"no factors for \[0\] \(3, 2, 2, 3\), \[1\] \(3,\), \[2\] \(3,\) and 1 more. .*A KFO may be for a part of a mod"
+    )
+    with pytest.raises(ValueError, match=message):
+        head(network_loss(model), model.parameters())
+    whole = KFO(model.named_parameters())
+    with pytest.raises(ValueError, match=r"got 5: missing 'conv\.weight' \(3, 2, 2, 3\)\."):
+        whole(network_loss(model), list(model.parameters())[1:])
+    with pytest.raises(ValueError, match=r"got 2: missing 'conv\.weight' .*'norm\.weight' \(3,\) and 1 more\. .*part"):
+        whole(network_loss(model), model.head.parameters())
+    with pytest.raises(ValueError, match=r"got 3: missing .*; no factors for \[1\] \(7, 7\)\."):
+        whole(network_loss(model), [model.head.weight, torch.ones(7, 7), model.head.bias])
+    with pytest.raises(ValueError, match=r"parameters\['conv\.weight'\]: expected shape.*order"):
+        whole(network_loss(model), list(model.parameters())[::-1])
+    with pytest.raises(ValueError, match=r"grads: expected 2 tensors, one per parameter: 'weight' \(4, 3\).*got 6"):
+        head.transform(random_grads(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda model: model, r"Net: pass its \.parameters\(\)"),
+        (lambda model: dict(model.named_parameters()), r"dict: pass its \.values\(\)"),
+        (lambda model: model.head.weight, "one Parameter: put it in a list"),
+        (lambda model: None, "NoneType"),
+        (lambda model: "head", "str"),
+    ],
+)
+def test_what_is_no_list_of_tensors(given, message):
+    model = network()
+    kfo = KFO(model.named_parameters())
+    with pytest.raises(TypeError, match=f"parameters: expected an iterable of tensors, got {message}"):
+        kfo(network_loss(model), given(model))
+    with pytest.raises(TypeError, match=f"grads: expected an iterable of tensors, got {message}"):
+        kfo.transform(given(model))
+
+
+def test_lists_of_what_are_no_tensors():
+    model = network()
+    kfo = KFO(model.named_parameters())
+    for given in (list(model.named_parameters()), [p.detach().numpy() for p in model.parameters()]):
+        kind = type(given[0]).__name__
+        with pytest.raises(TypeError, match=rf"parameters\[0\]: expected a tensor, got {kind}"):
+            kfo(network_loss(model), given)
+        with pytest.raises(TypeError, match=rf"grads\['conv\.weight'\]: expected a tensor or None, got {kind}"):
+            kfo.transform(given)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +296,16 @@ def test_bad_losses():
         (lambda: [torch.ones(0, 3)], ValueError, "at least one element"),
         (list, ValueError, "at least one parameter"),
         (lambda: [3.0], TypeError, r"parameters\[0\]: expected a tensor"),
-        (lambda: torch.ones(3), TypeError, "parameters: expected an iterable"),
+        (lambda: torch.ones(3), TypeError, "parameters: expected an iterable.*got one Tensor.*at once"),
+        (lambda: nn.Linear(2, 2), TypeError, r"parameters: .*pairs, got Linear: pass its \.named_parameters\(\)"),
+        (lambda: nn.Linear(2, 2).state_dict(), TypeError, r"parameters: .*got OrderedDict: pass its \.items\(\)"),
+        (lambda: None, TypeError, "parameters: expected an iterable.*got NoneType"),
+        (lambda: 3, TypeError, "parameters: expected an iterable.*got int"),
+        (lambda: nn.Linear(2, 2).named_modules(), TypeError, r"parameters\[0\]: .*got \(str, Linear\)"),
+        (lambda: [torch.ones(2, 2).numpy()], TypeError, r"parameters\[0\]: .*got ndarray"),
+        (lambda: [torch.ones(2), torch.ones(2).half()], TypeError, r"'1': expected torch\.float32.*float16: convert"),
+        (lambda: [torch.ones(2).to(torch.float8_e5m2)], TypeError, "'0': expected float32, float64, float16 or bf"),
+        (lambda: [torch.ones(2) * 1j], TypeError, "parameter '0': expected a floating-point"),
         (lambda: [("a", torch.ones(1)), ("a", torch.ones(1))], ValueError, "'a' occurs twice"),
         (lambda: [torch.ones(2), torch.ones(2).double()], TypeError, "parameter '1': expected torch.float32"),
         (lambda: [torch.ones(2), torch.ones(2, device="meta")], ValueError, "parameter '1': expected device cpu"),
@@ -279,7 +342,7 @@ def test_bad_gradients():
     model = network()
     kfo = KFO(model.named_parameters())
     good = random_grads(model)
-    with pytest.raises(ValueError, match="grads: expected 6 tensors, one per parameter, got 5"):
+    with pytest.raises(ValueError, match=r"grads: expected 6 tensors, one per parameter: .*got 5"):
         kfo.transform(good[:5])
     with pytest.raises(ValueError, match=r"grads\['conv.weight'\]: expected shape \(3, 2, 2, 3\)"):
         kfo.transform([good[0][:1], *good[1:]])

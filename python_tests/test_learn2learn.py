@@ -14,6 +14,7 @@ from torch import nn
 from kfo_ext import ANIL, KFO, MAML
 from kfo_ext.interop.learn2learn import (
     RECIPE,
+    gradient_transform,
     kronecker_factors,
     kronecker_factors_from,
     kronecker_factors_to,
@@ -328,6 +329,50 @@ def test_without_the_flags_the_parameter_is_named():
     unused = [nn.Parameter(p.detach().clone()) if i == 3 else p for i, p in enumerate(model.parameters())]
     with pytest.raises(ValueError, match=r"1\.bias.*allow_unused"):
         kfo(loss(), unused)
+
+
+def test_kfo_itself_is_no_transform_of_a_learnable_optimizer():
+    with pytest.raises(TypeError, match=r"parameters: expected an iterable.*got one Parameter.*gradient_transform\(\)"):
+        l2l.optim.LearnableOptimizer(network(), KFO, lr=0.1)
+    with pytest.raises(TypeError, match=r"^gradient: expected a tensor, got NoneType"):
+        gradient_transform()(nn.Parameter(torch.ones(2)))(None)
+
+
+@pytest.mark.parametrize("options", [{}, {"psd": False, "hidden_layers": 1}], ids=str)
+def test_learnable_optimizer_with_our_transforms(options):
+    """One step, and the gradients of the next loss by all factors, against the formula in plain torch."""
+    torch.manual_seed(4)
+    model = nn.Linear(3, 2).double()
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    optimizer = l2l.optim.LearnableOptimizer(model, gradient_transform(**options), lr=LR)
+    with torch.no_grad():
+        for parameter in optimizer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    F.mse_loss(model(x), y).backward()
+    optimizer.step()
+    F.mse_loss(model(x), y).backward()
+
+    factors = [p.detach().clone().requires_grad_() for p in optimizer.parameters()]
+    leaves = [value.clone().requires_grad_() for value in start]
+    gradients = torch.autograd.grad(F.mse_loss(F.linear(x, *leaves), y), leaves)
+    stepped, at = [], 0
+    for value, gradient in zip(start, gradients):
+        p, q = (len(value), value.numel() // len(value))
+        G = gradient.reshape(p, q)
+        if options:
+            R, L, b, R2, L2, b2 = factors[at : at + 6]
+            hidden = torch.tanh(R.view(p, p).T @ G @ L.view(q, q) + b.view(p, q))
+            U = G + R2.view(p, p).T @ hidden @ L2.view(q, q) + b2.view(p, q)
+            at += 6
+        else:
+            R, L = factors[at].view(p, p), factors[at + 1].view(q, q)
+            U = R.T @ R @ G @ L.T @ L
+            at += 2
+        stepped.append(value - LR * U.reshape(value.shape))
+    close([parameter.detach() for parameter in model.parameters()], [value.detach() for value in stepped])
+    expected = torch.autograd.grad(F.mse_loss(F.linear(x, *stepped), y), factors)
+    close([p.grad for p in optimizer.parameters()], list(expected))
 
 
 @pytest.mark.parametrize("psd", [False, True], ids=["plain", "psd"])

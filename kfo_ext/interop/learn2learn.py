@@ -1,4 +1,4 @@
-"""learn2learn beside kfo_ext: a light import, and the map between its (left, right) factors and ours (R, L).
+"""learn2learn beside kfo_ext: a light import, our update in its LearnableOptimizer, and the map between the factors.
 
           learn2learn                        kfo_ext
 plain     left X right                       R^T G L             left = R^T    right = L
@@ -10,12 +10,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kfo_ext.updates import KFO
 
 RECIPE = (
     "learn2learn is not installed. Its source distribution needs Cython at build time:\n"
@@ -92,6 +96,32 @@ def kronecker_factors_to(update: nn.Module, factors: Iterable[tuple[Tensor, Tens
                     f"factors[{index}]: expected {name} of shape {tuple(into.shape)}, got {tuple(value.shape)}"
                 )
             into.copy_(value)
+
+
+class GradientTransform(nn.Module):
+    """A KFO of one parameter, from gradient to update: what learn2learn's LearnableOptimizer calls for each parameter.
+
+    parameter: a bias, linear or convolution weight
+    options: as for `KFO`
+    """
+
+    def __init__(self, parameter: Tensor, **options: Any) -> None:
+        super().__init__()
+        self.update = KFO([parameter], **options)
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        """Return the update, of the gradient's shape."""
+        if not isinstance(gradient, Tensor):
+            raise TypeError(f"gradient: expected a tensor, got {type(gradient).__name__}")
+        return self.update.transform([gradient])[0]
+
+
+def gradient_transform(**options: Any) -> Callable[[Tensor], GradientTransform]:
+    """Return what makes a `GradientTransform` of each parameter: `LearnableOptimizer(model, gradient_transform())`.
+
+    options: as for `KFO`
+    """
+    return partial(GradientTransform, **options)
 
 
 def _find_spec() -> ModuleSpec | None:

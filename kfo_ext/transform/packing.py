@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfo_ext.transform.packing_autograd import Pack, Unpack, plain
+
+
+def listed(tensors: Iterable[Any], argument: str, *, pairs: bool = False) -> list[Any]:
+    """The entries of an iterable of tensors or, with `pairs`, of (name, tensor) pairs too.
+
+    Raises:
+        TypeError: it is none, or one whose entries cannot be meant: a tensor, a mapping, a string.
+    """
+    if isinstance(tensors, Iterable) and not isinstance(tensors, (Tensor, Mapping, str, nn.Module)):
+        return list(tensors)
+    got = type(tensors).__name__
+    if isinstance(tensors, Tensor):
+        got = f"one {got}: put it in a list"
+    elif isinstance(tensors, Mapping):
+        got += f": pass its {'.items()' if pairs else '.values()'}"
+    elif isinstance(tensors, nn.Module):
+        got += f": pass its {'.named_parameters()' if pairs else '.parameters()'}"
+    raise TypeError(
+        f"{argument}: expected an iterable of tensors{' or (name, tensor) pairs' if pairs else ''}, got {got}"
+    )
 
 
 def name_parameters(parameters: Iterable[Tensor | tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -17,21 +38,26 @@ def name_parameters(parameters: Iterable[Tensor | tuple[str, Tensor]]) -> list[t
         TypeError: an entry is neither a tensor nor a (name, tensor) pair.
         ValueError: a name occurs twice.
     """
-    if isinstance(parameters, (Tensor, str)):
-        raise TypeError(
-            f"parameters: expected an iterable of tensors or (name, tensor) pairs, got {type(parameters).__name__}"
-        )
     named: list[tuple[str, Tensor]] = []
-    for i, entry in enumerate(parameters):
+    for i, entry in enumerate(listed(parameters, "parameters", pairs=True)):
         pair = entry if isinstance(entry, tuple) else (str(i), entry)
         if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], Tensor):
-            raise TypeError(f"parameters[{i}]: expected a tensor or a (name, tensor) pair, got {type(entry).__name__}")
+            kind = type(entry).__name__
+            if isinstance(entry, tuple):
+                kind = f"({', '.join(type(part).__name__ for part in entry)})"
+            raise TypeError(f"parameters[{i}]: expected a tensor or a (name, tensor) pair, got {kind}")
         named.append(pair)
     names = [name for name, _ in named]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"parameters: the name {twice!r} occurs twice")
     return named
+
+
+def some(texts: Sequence[str], most: int = 3) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 class Packing:
@@ -64,6 +90,11 @@ class Packing:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def described(self, indices: Iterable[int] | None = None) -> str:
+        """The names and shapes of the first few tensors, for messages; of `indices` alone where they are given."""
+        chosen = list(range(len(self)) if indices is None else indices)
+        return some([f"{self.names[i]!r} {tuple(self.shapes[i])}" for i in chosen])
+
     def tasks(self, tensors: Sequence[Tensor | None], argument: str) -> int | None:
         """The common leading task dimension of `tensors`, None where they have none.
 
@@ -72,7 +103,8 @@ class Packing:
             TypeError: an entry is not a tensor, or dtypes disagree.
         """
         if len(tensors) != len(self):
-            raise ValueError(f"{argument}: expected {len(self)} tensors, one per parameter, got {len(tensors)}")
+            expected = f"expected {len(self)} tensors, one per parameter: {self.described()}"
+            raise ValueError(f"{argument}: {expected}; got {len(tensors)}")
         if isinstance(tensors, (list, tuple)) and self._usual(tensors):
             return len(tensors[0])
         first: tuple[str, Tensor, int | None] | None = None

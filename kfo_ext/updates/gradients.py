@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
 
 import torch
 from torch import Tensor
 
-from kfo_ext.transform.packing import Packing
+from kfo_ext.transform.packing import Packing, listed, some
 
 
 def gradients(
     loss: Tensor,
-    parameters: Sequence[Tensor],
+    parameters: Iterable[Tensor],
     packing: Packing,
     *,
     create_graph: bool = False,
@@ -37,16 +38,23 @@ def gradients(
         TypeError: a loss or parameter that is no tensor.
     """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
+        raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}: pass the value of a loss, computed")
+    if loss.is_complex():
+        raise TypeError(f"loss: expected a real floating-point number, got {loss.dtype}")
     if loss.numel() != 1:
         raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")
-    if len(parameters) != len(packing):
-        raise ValueError(f"parameters: expected {len(packing)}, as given to the constructor, got {len(parameters)}")
-    for name, shape, parameter in zip(packing.names, packing.shapes, parameters):
+    parameters = listed(parameters, "parameters")
+    for i, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameters[{name!r}]: expected a tensor, got {type(parameter).__name__}")
+            raise TypeError(f"parameters[{i}]: expected a tensor, got {type(parameter).__name__}")
+    if len(parameters) != len(packing):
+        raise _wrong_number(parameters, packing)
+    for name, shape, parameter in zip(packing.names, packing.shapes, parameters):
         if parameter.shape != shape:
-            raise ValueError(f"parameters[{name!r}]: expected shape {tuple(shape)}, got {tuple(parameter.shape)}")
+            raise ValueError(
+                f"parameters[{name!r}]: expected shape {tuple(shape)}, got {tuple(parameter.shape)}: "
+                "they come in the order given to the constructor"
+            )
         if not parameter.requires_grad and not allow_nograd:
             raise ValueError(
                 f"parameters[{name!r}]: does not require a gradient; "
@@ -71,3 +79,23 @@ def gradients(
                     "allow_unused=True gives it no update instead of this error"
                 )
     return grads
+
+
+def _wrong_number(parameters: Sequence[Tensor], packing: Packing) -> ValueError:
+    given = [tuple(parameter.shape) for parameter in parameters]
+    # By shape, in order: tensors alone have no names.
+    blocks = SequenceMatcher(
+        None, [tuple(shape) for shape in packing.shapes], given, autojunk=False
+    ).get_matching_blocks()
+    found = {block.a + i for block in blocks for i in range(block.size)}
+    used = {block.b + i for block in blocks for i in range(block.size)}
+    parts = []
+    if missing := [i for i in range(len(packing)) if i not in found]:
+        parts.append(f"missing {packing.described(missing)}")
+    if extra := [f"[{i}] {shape}" for i, shape in enumerate(given) if i not in used]:
+        parts.append(f"no factors for {some(extra)}")
+    return ValueError(
+        f"parameters: expected {len(packing)} tensors, as given to the constructor: {packing.described()}; "
+        f"got {len(given)}: {'; '.join(parts)}. Pass those alone. A KFO may be for a part of a model: "
+        "KFO(model.head.named_parameters()) takes list(model.head.parameters())"
+    )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kfo_ext.transform import BACKENDS, Problems
-from kfo_ext.transform.packing import name_parameters
+from kfo_ext.transform.operands import HALF, KERNEL_DTYPES
+from kfo_ext.transform.packing import listed, name_parameters
 from kfo_ext.updates import state
 from kfo_ext.updates.activations import ACTIVATIONS, activation_name
 from kfo_ext.updates.gradients import gradients
@@ -64,6 +65,13 @@ class KFO(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if isinstance(parameters, Tensor):
+            got = type(parameters).__name__
+            raise TypeError(
+                f"parameters: expected an iterable of tensors or (name, tensor) pairs, got one {got}: "
+                "a KFO updates all parameters of a model at once. Where each has a transform of its own (learn2learn's "
+                "LearnableOptimizer), pass kfo_ext.interop.learn2learn.gradient_transform()"
+            )
         named = name_parameters(parameters)
         self.problems = Problems.of(named)
         _check_alike(named)
@@ -132,7 +140,7 @@ class KFO(nn.Module):
             ValueError: another length, a shape, task dimension or device that does not fit.
             TypeError: a dtype other than the factors'.
         """
-        grads = list(grads)
+        grads = listed(grads, "grads")
         packing = self.problems.packing
         rows = packing.tasks(grads, "grads")
         present = next((grad for grad in grads if grad is not None), None)
@@ -171,7 +179,7 @@ class KFO(nn.Module):
         """
         grads = gradients(
             loss,
-            list(parameters),
+            parameters,
             self.problems.packing,
             create_graph=create_graph,
             retain_graph=retain_graph,
@@ -239,8 +247,13 @@ def _check_alike(named: list[tuple[str, Tensor]]) -> None:
     for name, tensor in named:
         if not tensor.is_floating_point():
             raise TypeError(f"parameter {name!r}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype not in KERNEL_DTYPES + HALF:
+            raise TypeError(f"parameter {name!r}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
         if tensor.dtype != first.dtype:
-            raise TypeError(f"parameter {name!r}: expected {first.dtype} as {first_name!r} has, got {tensor.dtype}")
+            raise TypeError(
+                f"parameter {name!r}: expected {first.dtype} as {first_name!r} has, got {tensor.dtype}: "
+                "convert the model to one dtype, or make a KFO for each"
+            )
         if tensor.device != first.device:
             raise ValueError(
                 f"parameter {name!r}: expected device {first.device} as {first_name!r} has, got {tensor.device}"
