@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CPU_LIBRARY = _PACKAGE / "_kfo_cpu.so"
 CUDA_LIBRARY = _PACKAGE / "_kfo_cuda.so"
 
-# backend -> (available, reason); filled once at import by `_load_both`.
+# backend -> (available, reason); filled once at import by `load`.
 _status: dict[str, tuple[bool, str]] = {}
 T = TypeVar("T")
 
@@ -57,16 +57,12 @@ def _load(library: Path, build: str) -> tuple[bool, str]:
     return True, f"{library.name}, build {build}"
 
 
-def _load_both() -> None:
+def load() -> None:
     """Loads both libraries, or finds them loaded by an earlier import.
 
     Raises:
         ImportError: another copy of the package is loaded in this process, or the binaries are of different builds.
     """
-    try:
-        build = importlib.import_module("kfo_ext._plan").build_id()
-    except ModuleNotFoundError:
-        build = ""
     kept = _kept()
     if _registered():
         if kept.get("library") != CPU_LIBRARY:
@@ -75,13 +71,16 @@ def _load_both() -> None:
                 f"kfo_ext: a second copy of the package: its operators were loaded from {others[0]}, "
                 f"now {CPU_LIBRARY} asks for them; uninstall one of the two"
             )
-        if kept["build"] != build:
+        if not CPU_LIBRARY.exists() or kept["build"].encode() not in CPU_LIBRARY.read_bytes():
             raise ImportError(
-                f"kfo_ext: build {kept['build']} is loaded, but the package is of build {build} by now: "
-                "start Python anew"
+                f"kfo_ext: build {kept['build']} is loaded, which {CPU_LIBRARY} is no longer: start Python anew"
             )
         _status.update(kept["status"])
         return
+    try:
+        build = importlib.import_module("kfo_ext._plan").build_id()
+    except ModuleNotFoundError:
+        build = ""
     _status["cpu"] = _load(CPU_LIBRARY, build) if build else (False, "not built: _plan is not in the package")
     if not _status["cpu"][0]:
         warnings.warn(
@@ -97,7 +96,7 @@ def _load_both() -> None:
     kept.update(library=CPU_LIBRARY, build=build, status=dict(_status))
 
 
-_load_both()
+load()
 
 
 def available(device: torch.device) -> bool:
