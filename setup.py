@@ -8,6 +8,7 @@ CXX, CUDA_HOME      the C++ compiler; the CUDA toolkit, where nvcc is not on PAT
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -34,10 +35,6 @@ def define(name: str, text: str) -> str:
     return shlex.quote(f'-D{name}="{text}"').replace("$", "$$")
 
 
-def include(folder: Path | str) -> str:
-    return f"-isystem {shlex.quote(str(folder))}"
-
-
 class Graph:
     """The lines of build.ninja. Names of objects come from those of their sources; depfiles track the headers."""
 
@@ -50,45 +47,56 @@ class Graph:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
     def compile(self, rule: str, source: Path, flags: str, variant: str = "") -> str:
-        target = "_".join([*source.relative_to(CSRC).parts, variant]).strip("_") + ".o"
-        return self.build(rule, target, [str(source)], flags)
+        name = source.relative_to(CSRC)
+        target = "_".join([*name.parts, variant]).strip("_") + ".o"
+        return self.build(rule, target, [f"csrc/{name}"], flags)
 
     def build(self, rule: str, target: str, inputs: list[str], flags: str = "") -> str:
-        escape = str.maketrans({"$": "$$", " ": "$ ", ":": "$:"})
-        names = [name.translate(escape) for name in [target, *inputs]]
-        self.lines += [f"build {names[0]}: {rule} {' '.join(names[1:])}", f"  flags = {flags}"]
+        self.lines += [f"build {target}: {rule} {' '.join(inputs)}", f"  flags = {flags}"]
         return target
 
 
-def build_graph(package: Path, version: str, torch: tuple[Path, str], nvcc: tuple[str, str] | None) -> str:
-    """The text of build.ninja.
+def make_links(work: Path, package: Path, torch: Path) -> None:
+    """Gives every folder outside of `work` a plain name inside, which is all that the graph knows it by.
 
-    package: where the three binaries go
-    version: the package's
-    torch: directory and version of the torch to compile against
-    nvcc: its path and version, or None to leave the CUDA library out
+    nvcc and its host compiler break other names at commas, spaces, quotes and dollars, and no path of the build machine
+    gets into a binary. What was built with other inputs is deleted: ninja would keep it.
     """
     import pybind11
 
+    inputs = {"csrc": CSRC, "torch": torch, "pybind11": pybind11.get_include(), "python": sysconfig.get_path("include")}
+    if any((work / name).resolve() != Path(folder).resolve() for name, folder in inputs.items()):
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    for name, folder in {**inputs, "package": package}.items():
+        (work / name).unlink(missing_ok=True)
+        (work / name).symlink_to(folder)
+
+
+def build_graph(version: str, torch: str, nvcc: tuple[str, str] | None) -> str:
+    """The text of build.ninja, whose folders are those of `make_links`.
+
+    version: the package's
+    torch: version of the torch to compile against
+    nvcc: its path and version, or None to leave the CUDA library out
+    """
     cxx, compiler = toolchain.compiler()
-    folders = {ROOT: ".", torch[0] / "include": "torch", pybind11.get_include(): "pybind11"}
-    portable = [f"-ffile-prefix-map={shlex.quote(str(folder))}={name}" for folder, name in folders.items()]
     identity = define("KFO_BUILD_ID", toolchain.build_id(CSRC, version))
-    stable = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {include(torch[0] / 'include')}"
-    libraries = f"-L{shlex.quote(str(torch[0] / 'lib'))}"
+    stable = "-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem torch/include"
     flags_of = {"build_id": identity}
 
     graph = Graph()
-    host = f"{HOST} -Wall -Wextra {' '.join(portable)}"
-    graph.rule("cxx", f"{cxx} -MMD -MF $out.d {host} $flags -c $in -o $out")
-    graph.rule("link", f"{cxx} -shared -Wl,--as-needed,-z,relro,-z,now $in $flags -o $out")
+    words = shlex.split(cxx)
+    program = shlex.join(words).replace("$", "$$")
+    graph.rule("cxx", f"{program} -MMD -MF $out.d {HOST} -Wall -Wextra $flags -c $in -o $out")
+    graph.rule("link", f"{program} -shared -Wl,--as-needed,-z,relro,-z,now $in $flags -o $out")
 
     kernels = set(CSRC.glob("cpu/*_kernels.cpp"))  # compiled once for each instruction set
     sources = sorted({CSRC / "library.cpp", *CSRC.glob("cpu/*.cpp")} - kernels)
     objects = [graph.compile("cxx", source, flags_of.get(source.stem, stable)) for source in sources]
     for source in sorted(kernels):
         objects += [graph.compile("cxx", source, f"-DKFO_ISA={isa} {flags}", isa) for isa, flags in ISAS.items()]
-    graph.build("link", str(package / "_kfo_cpu.so"), objects, f"-Wl,-z,defs {libraries} -ltorch_cpu")
+    graph.build("link", "package/_kfo_cpu.so", objects, "-Wl,-z,defs -Ltorch/lib -ltorch_cpu")
 
     codes = [f"sm_{arch}" for arch in ARCHITECTURES] + [f"compute_{ARCHITECTURES[-1]}"]
     info = {
@@ -97,20 +105,20 @@ def build_graph(package: Path, version: str, torch: tuple[Path, str], nvcc: tupl
         "KFO_NVCC": nvcc[1] if nvcc else "",
         "KFO_ARCHITECTURES": " ".join(codes) if nvcc else "",
         "KFO_INSTRUCTION_SETS": " ".join(ISAS),
-        "KFO_TORCH": torch[1],
+        "KFO_TORCH": torch,
     }
     told = " ".join([identity, *(define(name, text) for name, text in info.items())])
-    python = f"{include(sysconfig.get_path('include'))} {include(pybind11.get_include())}"
     objects = [
-        graph.compile("cxx", CSRC / "plan_module.cpp", python),
+        graph.compile("cxx", CSRC / "plan_module.cpp", "-isystem python -isystem pybind11"),
         graph.compile("cxx", CSRC / "build_info.cpp", told),
     ]
-    graph.build("link", str(package / f"_plan{sysconfig.get_config_var('EXT_SUFFIX')}"), objects)
+    graph.build("link", f"package/_plan{sysconfig.get_config_var('EXT_SUFFIX')}", objects)
 
     if nvcc:
-        program = f"{shlex.quote(nvcc[0])} -ccbin {shlex.quote(cxx)}"
+        # Its temporary files lie in the working directory: the user's TMPDIR may have a name that nvcc breaks.
+        program = f"TMPDIR=. {shlex.quote(nvcc[0])} -ccbin {shlex.quote(' '.join(words))}".replace("$", "$$")
         code = " ".join(f"-gencode arch=compute_{name.rpartition('_')[2]},code={name}" for name in codes)
-        host = ",".join(["-fPIC,-fvisibility=hidden,-g0,-ffp-contract=off", *portable])
+        host = "-fPIC,-fvisibility=hidden,-g0,-ffp-contract=off"
         device = f"-O3 -std=c++17 {code} --compress-mode=size -Xcompiler {host}"
         graph.rule("nvcc", f"{program} -MMD -MF $out.d {device} $flags -c $in -o $out")
         # libtorch by name, although nothing is taken from it: under a CUDA torch it is what brings libtorch_cuda in.
@@ -120,8 +128,7 @@ def build_graph(package: Path, version: str, torch: tuple[Path, str], nvcc: tupl
         )
         sources = sorted(CSRC.glob("cuda/*.cu"))
         objects = [graph.compile("nvcc", source, flags_of.get(source.stem, stable)) for source in sources]
-        flags = f"{libraries} -ltorch -ltorch_cpu"
-        graph.build("nvlink", str(package / "_kfo_cuda.so"), objects, flags)
+        graph.build("nvlink", "package/_kfo_cuda.so", objects, "-Ltorch/lib -ltorch -ltorch_cpu")
     return "\n".join(graph.lines) + "\n"
 
 
@@ -130,14 +137,15 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         toolchain.check_platform()
-        torch, nvcc = toolchain.find_torch(), toolchain.find_nvcc()
+        toolchain.check_pybind11()
+        (torch, torch_version), nvcc = toolchain.find_torch(), toolchain.find_nvcc(CSRC)
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "kfo_ext"
         package.mkdir(parents=True, exist_ok=True)
         if not nvcc:
             (package / "_kfo_cuda.so").unlink(missing_ok=True)  # of an earlier build
         work = Path(self.build_temp).resolve()
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(build_graph(package, self.distribution.get_version(), torch, nvcc))
+        make_links(work, package, torch)
+        (work / "build.ninja").write_text(build_graph(self.distribution.get_version(), torch_version, nvcc))
         subprocess.run([toolchain.find_ninja(), "-C", str(work)], check=True)
 
     def get_outputs(self) -> list[str]:

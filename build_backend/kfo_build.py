@@ -12,6 +12,7 @@ from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks a frontend looks for
+from setuptools.errors import SetupError
 
 HEADER = Path("include/torch/csrc/stable/library.h")
 
@@ -42,9 +43,21 @@ def _torch() -> list[str]:
     return [] if torch_root() else ["torch>=2.10"]
 
 
+def _check_platform() -> None:
+    # Before a frontend looks for a torch, which there is none of on the platforms that are refused.
+    import kfo_toolchain
+
+    try:
+        kfo_toolchain.check_platform()
+    except SetupError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
+    _check_platform()
     return build_meta.get_requires_for_build_wheel(config_settings) + _torch()
 
 
 def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
+    _check_platform()
     return build_meta.get_requires_for_build_editable(config_settings) + _torch()

@@ -1,11 +1,13 @@
-"""What the build compiles with: the platform, torch, nvcc and ninja, each found or refused with one clear message."""
+"""What the build needs: platform, torch, compilers, pybind11, ninja; each found, or refused with the way out."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,10 @@ from setuptools.errors import SetupError
 OLDEST_TORCH = (2, 10)
 OLDEST_NVCC = (12, 8)  # the first to know sm_120
 OLDEST_GCC = 12  # the first with __builtin_shufflevector
+OLDEST_PYTHON = (3, 10)
+_COMPILER = (
+    f"install GCC {OLDEST_GCC} or later (apt-get install g++, dnf install gcc-c++) or clang, or set CXX to a command"
+)
 
 
 def check_platform() -> None:
@@ -27,6 +33,11 @@ def check_platform() -> None:
         raise SetupError(f"kfo_ext needs CPython on Linux x86-64, this is {found}")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise SetupError("kfo_ext needs a CPython with its GIL, this one is free-threaded")
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        raise SetupError(
+            f"kfo_ext needs Python 3.10 or later, {sys.executable} is {platform.python_version()}: use a later one, "
+            "as in python3.12 -m pip install ., or make PYTHON=python3.12"
+        )
 
 
 def find_torch() -> tuple[Path, str]:
@@ -42,8 +53,13 @@ def find_torch() -> tuple[Path, str]:
     return root, version
 
 
-def find_nvcc() -> tuple[str, str] | None:
-    """The nvcc to use and its version, or None to build without CUDA. Raises SetupError where KFO_CUDA forbids that."""
+def find_nvcc(sources: Path) -> tuple[str, str] | None:
+    """The nvcc to use and its version, or None to build without CUDA.
+
+    sources: directory of what it will compile
+
+    Raises SetupError where KFO_CUDA forbids to build without CUDA, and where a shell would take a path apart.
+    """
     mode = os.environ.get("KFO_CUDA") or "auto"
     if mode not in ("auto", "0", "1"):
         raise SetupError(f"KFO_CUDA: expected auto, 0 or 1, got {mode!r}")
@@ -56,6 +72,9 @@ def find_nvcc() -> tuple[str, str] | None:
     else:
         version = re.search(r"release (\S+),", _output_of(nvcc, "--version"))[1]
         if _numbers(version) >= OLDEST_NVCC:
+            # nvcc hands its own path, and the real path of a source, to a shell within double quotes.
+            _check_shell("nvcc", nvcc, r'[`$"]', "set CUDA_HOME to a link to it with another name")
+            _check_shell("the sources", str(sources.resolve()), r"`|\$[({]", "move them")
             return nvcc, version
         missing = f"{nvcc} is {version}, older than 12.8"
     if mode == "1":
@@ -64,21 +83,42 @@ def find_nvcc() -> tuple[str, str] | None:
     return None
 
 
+def _check_shell(what: str, path: str, broken: str, remedy: str) -> None:
+    if found := re.search(broken, path):
+        raise SetupError(f"the path of {what}: nvcc breaks at {found[0]!r}, got {path}: {remedy}, or set KFO_CUDA=0")
+
+
+def check_pybind11() -> None:
+    """Raises SetupError where pybind11 is not there, as under --no-build-isolation."""
+    if importlib.util.find_spec("pybind11") is None:
+        raise SetupError("kfo_ext is compiled with pybind11: pip install pybind11, or leave out --no-build-isolation")
+
+
 def find_ninja() -> str:
     """The ninja on PATH, else the one installed beside this Python. Raises SetupError when there is neither."""
     found = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if found is None:
-        raise SetupError("kfo_ext is built by ninja: pip install ninja")
+        raise SetupError("kfo_ext is built by ninja: pip install ninja, or leave out --no-build-isolation")
     return found
 
 
 def compiler() -> tuple[str, str]:
-    """The C++ compiler's command and the first line it says about itself. Raises SetupError for a GCC before 12."""
+    """The C++ compiler's command and the first line it says about itself.
+
+    Raises SetupError when there is none, and for a GCC before 12.
+    """
     command = os.environ.get("CXX") or "g++"
-    name = _output_of(*command.split(), "--version").splitlines()[0]
-    major = _output_of(*command.split(), "-dumpversion").strip().split(".")[0]
-    if "clang" not in name and int(major) < OLDEST_GCC:
-        raise SetupError(f"kfo_ext needs GCC {OLDEST_GCC} or later, or clang: {command} is {name}; set CXX")
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise SetupError(f"CXX: expected a command, got {command!r} ({error})") from None
+    if not words or shutil.which(words[0]) is None:
+        where = f"CXX is {command!r}, which is not there" if os.environ.get("CXX") else "there is no g++ on PATH"
+        raise SetupError(f"kfo_ext needs a C++ compiler, but {where}: {_COMPILER}")
+    name = (_output_of(*words, "--version").splitlines() or [""])[0]
+    major = _output_of(*words, "-dumpversion").strip().split(".")[0]
+    if "clang" not in name and not (major.isdigit() and int(major) >= OLDEST_GCC):
+        raise SetupError(f"kfo_ext cannot be compiled with {command}, which is {name or 'nameless'}: {_COMPILER}")
     return command, name
 
 

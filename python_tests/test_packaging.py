@@ -153,31 +153,46 @@ def test_build_id_depends_on_names_contents_and_version(toolchain, tmp_path):
 
 
 def test_without_nvcc_the_build_says_so_in_one_line(toolchain, capsys):
-    assert toolchain.find_nvcc() is None
+    assert toolchain.find_nvcc(ROOT) is None
     assert capsys.readouterr().out == "kfo_ext: building without CUDA: no nvcc in CUDA_HOME or on PATH\n"
 
 
 def test_cuda_can_be_left_out_and_insisted_on(toolchain, monkeypatch, capsys):
     monkeypatch.setenv("KFO_CUDA", "0")
-    assert toolchain.find_nvcc() is None
+    assert toolchain.find_nvcc(ROOT) is None
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("KFO_CUDA", "1")
     with pytest.raises(SetupError, match="KFO_CUDA=1: no nvcc"):
-        toolchain.find_nvcc()
+        toolchain.find_nvcc(ROOT)
     monkeypatch.setenv("KFO_CUDA", "yes")
     with pytest.raises(SetupError, match="KFO_CUDA: expected auto, 0 or 1, got 'yes'"):
-        toolchain.find_nvcc()
+        toolchain.find_nvcc(ROOT)
 
 
 @pytest.mark.parametrize(("release", "accepted"), [("11.8", False), ("12.6", False), ("12.8", True), ("13.0", True)])
 def test_nvcc_must_know_the_newest_architecture(toolchain, tmp_path, capsys, release, accepted):
     fake_program(tmp_path, "nvcc", f"Cuda compilation tools, release {release}, V{release}.1")
-    found = toolchain.find_nvcc()
+    found = toolchain.find_nvcc(ROOT)
     if accepted:
         assert found == (str(tmp_path / "nvcc"), release)
     else:
         assert found is None
         assert f"is {release}, older than 12.8" in capsys.readouterr().out
+
+
+def test_paths_that_nvcc_hands_to_a_shell_are_refused(toolchain, tmp_path, monkeypatch):
+    for name, broken in (("a`b", "'`'"), ("a$(b)", r"'\$\('"), ("a${b", r"'\$\{'")):
+        fake_program(tmp_path, "nvcc", "Cuda compilation tools, release 13.0, V13.0.1")
+        with pytest.raises(
+            SetupError, match=f"the path of the sources: nvcc breaks at {broken}, got .*: move them, or"
+        ):
+            toolchain.find_nvcc(tmp_path / name)
+    for name in ("a$b", "a`b", 'a"b'):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        fake_program(tmp_path / name / "bin", "nvcc", "Cuda compilation tools, release 13.0, V13.0.1")
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / name))
+        with pytest.raises(SetupError, match=r"the path of nvcc: nvcc breaks at .*: set CUDA_HOME to a link"):
+            toolchain.find_nvcc(ROOT)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +212,47 @@ def test_other_platforms_are_refused(toolchain, monkeypatch, patch, message):
     patch(monkeypatch)
     with pytest.raises(SetupError, match=message):
         toolchain.check_platform()
+
+
+def test_another_python_is_refused_before_torch_is_looked_for(toolchain, monkeypatch):
+    monkeypatch.setattr("sys.version_info", (3, 9, 18, "final", 0))
+    with pytest.raises(SetupError, match=r"needs Python 3.10 or later, .* as in python3.12 -m pip install"):
+        toolchain.check_platform()
+    backend = sys.modules["kfo_build"]
+    monkeypatch.setattr(backend, "_torch", lambda: pytest.fail("looks for a torch"))
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        with pytest.raises(SystemExit, match=r"^error: kfo_ext needs Python 3.10 or later"):
+            hook()
+
+
+def test_without_a_compiler_the_build_says_what_to_install(toolchain, monkeypatch, tmp_path):
+    with pytest.raises(SetupError, match=r"there is no g\+\+ on PATH: install GCC 12 or later \(apt-get install g\+\+"):
+        toolchain.compiler()
+    monkeypatch.setenv("CXX", "g++-14 -m64")
+    with pytest.raises(SetupError, match=r"CXX is 'g\+\+-14 -m64', which is not there: install GCC"):
+        toolchain.compiler()
+    fake_program(tmp_path, "g++", "11.4.0")
+    monkeypatch.delenv("CXX")
+    with pytest.raises(SetupError, match=r"cannot be compiled with g\+\+, which is 11\.4\.0: install GCC 12"):
+        toolchain.compiler()
+    monkeypatch.setenv("CXX", "'g++")
+    with pytest.raises(SetupError, match="CXX: expected a command"):
+        toolchain.compiler()
+    folder = tmp_path / "a compiler"
+    folder.mkdir()
+    fake_program(folder, "g++", "14.1.0")
+    monkeypatch.setenv("CXX", f"'{folder}/g++'")
+    assert toolchain.compiler() == (f"'{folder}/g++'", "14.1.0")
+
+
+def test_without_pybind11_or_ninja_the_build_says_what_to_install(toolchain, monkeypatch):
+    toolchain.check_pybind11()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="pip install pybind11, or leave out --no-build-isolation"):
+        toolchain.check_pybind11()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "nowhere")
+    with pytest.raises(SetupError, match="pip install ninja, or leave out --no-build-isolation"):
+        toolchain.find_ninja()
 
 
 def test_torch_is_found_without_importing_it(toolchain):
@@ -225,12 +281,11 @@ def test_torch_must_be_new_enough(toolchain, monkeypatch, tmp_path):
         toolchain.find_torch()
 
 
-def test_graph_of_a_cuda_build(setup, tmp_path):
-    torch = setup.toolchain.find_torch()
-    plain = setup.build_graph(tmp_path, "1.0", torch, None)
+def test_graph_of_a_cuda_build(setup):
+    plain = setup.build_graph("1.0", "2.13", None)
     assert "nvcc" not in plain
     assert "_kfo_cuda" not in plain
-    cuda = setup.build_graph(tmp_path, "1.0", torch, ("nvcc", "13.0"))
+    cuda = setup.build_graph("1.0", "2.13", ("nvcc", "13.0"))
     for code in ("sm_80", "sm_90", "sm_100", "sm_120", "compute_120"):
         assert f"code={code} " in cuda
     assert re.search(r"--no-as-needed", cuda)
@@ -268,6 +323,9 @@ def test_an_installed_wheel_works_from_another_directory(tree, tmp_path):
     )
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert done.stdout.split() == [str(site / "kfo_ext" / "__init__.py"), version]
+    command = [sys.executable, site / "bin" / "kfo", "--version"]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"kfo {version}\n"
     tests = ["-q", "-x", "-p", "no:cacheprovider", str(tree / "python_tests" / "test_transform.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *tests], cwd=elsewhere, env=environment, capture_output=True, text=True
