@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 import sys
 from dataclasses import fields
 from datetime import datetime
@@ -11,24 +13,62 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from kfo_ext import demo as demonstration
-from kfo_ext import doctor as doctoring
-from kfo_ext.bench import command as benchmark
-from kfo_ext.bench.cases import ORDERS
-from kfo_ext.bench.points import AXES, GROUPS
-from kfo_ext.bench.providers import PROVIDERS
-from kfo_ext.trainer import Config, RunFolder, Trainer, compare_runs, evaluate_run
+from kfo_ext.bench.names import AXES, GROUPS, ORDERS, PROVIDERS
+from kfo_ext.choices import LARGEST_INTEGER, MOST_THREADS
+from kfo_ext.streams import complain, echo, open_streams, settle
 from kfo_ext.trainer.allocator import keep_freed_memory
+from kfo_ext.trainer.config import Config
+from kfo_ext.trainer.signals import interrupt_ends
+
+# Whatever needs torch is imported by the command that needs it: help and version take no time.
 
 app = typer.Typer(
-    help="Meta-learning with Kronecker-factored updates.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
+# Where in its own sources an error of torch was.
+TORCH_PLACE = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
+# What torch says where there is too little memory; MemoryError is Python's own.
+NO_MEMORY = re.compile("(not enough|can't allocate|out of|no) memory|Storage size calculation overflowed|new thread")
+
+
+def _number(help: str, *, least: int | None = None, most: int = LARGEST_INTEGER, **settings: Any) -> Any:
+    """An option that takes a number, checked before any work begins; `most` bounds integers."""
+
+    def check(value: float | None) -> float | None:
+        if isinstance(value, float) and math.isnan(value):
+            raise typer.BadParameter(f"expected a number, got {value}")
+        if isinstance(value, int) and abs(value) > most:
+            raise typer.BadParameter(f"expected at most {most}, got {value}")
+        if value is not None and least is not None and value < least:
+            raise typer.BadParameter(f"expected at least {least}, got {value}")
+        return value
+
+    return typer.Option(help=help, callback=check, **settings)
+
+
 Split = Annotated[str, typer.Option(help="classes to take tasks from: train, validation or test")]
 Checkpoint = Annotated[str, typer.Option(help="best (by validation) or last")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from kfo_ext.version import __version__
+
+        echo(f"kfo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kfo(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Meta-learning with Kronecker-factored updates."""
 
 
 def _config_options(command):
@@ -65,9 +105,12 @@ def train(
         Path | None, typer.Option(help="folder of the new run  [default: runs/...]", show_default=False)
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="continue this run folder", show_default=False)] = None,
-    time_budget: Annotated[float, typer.Option(help="stop cleanly after so many seconds; 0 is no limit", min=0)] = 0.0,
+    time_budget: Annotated[float, _number("stop cleanly after so many seconds; 0 is no limit", least=0)] = 0.0,
 ) -> None:
     """Meta-train a network, and with it a learned update, in a run folder."""
+    with interrupt_ends():
+        from kfo_ext.trainer import Trainer
+
     keep_freed_memory()
     if resume is None:
         config = Config(**given)
@@ -77,42 +120,45 @@ def train(
     else:
         trainer = Trainer.resume(resume, **given)
     folder = trainer.run.path
-    typer.echo(f"run folder: {folder}")
+    echo(f"run folder: {folder}")
     outcome = trainer.fit(time_budget=time_budget)
     progress = outcome.progress
     best = ""
     if progress.best_iteration:
         score = f"{trainer.config.measure} {abs(progress.best_score):.4f}"
         best = f", best validation {score} at iteration {progress.best_iteration}"
-    typer.echo(f"{outcome.reason} at iteration {progress.iteration} after {progress.elapsed:.0f} s{best}")
-    typer.echo(f"learning curve: {trainer.run.curve}")
+    echo(f"{outcome.reason} at iteration {progress.iteration} after {progress.elapsed:.0f} s{best}")
+    echo(f"learning curve: {trainer.run.curve}")
     if outcome.reason in ("interrupted", "time budget"):
-        typer.echo(f"resume with: kfo train --resume {folder}")
+        echo(f"resume with: kfo train --resume {folder}")
 
 
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    tasks: Annotated[int, typer.Option(help="number of tasks")] = 1000,
+    tasks: Annotated[int, _number("number of tasks")] = 1000,
     split: Split = "test",
     checkpoint: Checkpoint = "best",
-    seed: Annotated[int, typer.Option(help="seed of the list of tasks", min=0)] = 0,
+    seed: Annotated[int, _number("seed of the list of tasks", least=0)] = 0,
     device: Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)] = None,
     data_root: Annotated[Path | None, typer.Option(help="instead of the run's", show_default=False)] = None,
-    threads: Annotated[int | None, typer.Option(help="instead of the run's", show_default=False)] = None,
+    threads: Annotated[int | None, _number("instead of the run's", most=MOST_THREADS, show_default=False)] = None,
     precision: Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)] = None,
 ) -> None:
     """Score a run on a fixed list of unseen tasks, with a 95 % interval."""
+    with interrupt_ends():
+        from kfo_ext.trainer import RunFolder, evaluate_run
+
     root = None if data_root is None else str(data_root)
     changes = {"device": device, "data_root": root, "threads": threads, "precision": precision}
     changes = {name: value for name, value in changes.items() if value is not None}
     folder = RunFolder.open(run)
     score = evaluate_run(folder, split=split, name=checkpoint, tasks=tasks, seed=seed, save=False, **changes)
     what = f"{score.tasks} {split} tasks, {checkpoint} checkpoint (iteration {score.iteration})"
-    typer.echo(f"{score.measure} {score.interval}  (95 % interval, {what})")
+    echo(f"{score.measure} {score.interval}  (95 % interval, {what})")
     # After the score, which a folder that cannot be written must not hide.
     score.save()
-    typer.echo(f"written: {score.path}")
+    echo(f"written: {score.path}")
 
 
 @app.command()
@@ -124,22 +170,26 @@ def compare(
     precision: Annotated[str | None, typer.Option(help="as given to kfo eval", show_default=False)] = None,
 ) -> None:
     """Compare two evaluated runs by the paired difference over their common list of tasks."""
+    with interrupt_ends():
+        from kfo_ext.trainer import RunFolder, compare_runs
+
     changes = {} if precision is None else {"precision": precision}
     a, b, gap = compare_runs(RunFolder.open(run_a), RunFolder.open(run_b), split=split, name=checkpoint, **changes)
     for run, score in ((run_a, a), (run_b, b)):
         since = "" if score.current else f"; {checkpoint}.pt has been written since: evaluate it again"
-        typer.echo(
-            f"{run}: {score.measure} {score.interval}  ({checkpoint} checkpoint, iteration {score.iteration}{since})"
-        )
+        echo(f"{run}: {score.measure} {score.interval}  ({checkpoint} checkpoint, iteration {score.iteration}{since})")
     if apart := a.differing_settings(b):
-        typer.echo(f"settings that differ: {apart}")
-    typer.echo(f"paired difference: {gap.mean:+.4f} ± {gap.half:.4f}  (95 % interval, {a.tasks} {split} tasks)")
+        echo(f"settings that differ: {apart}")
+    echo(f"paired difference: {gap.mean:+.4f} ± {gap.half:.4f}  (95 % interval, {a.tasks} {split} tasks)")
 
 
 @app.command()
 def doctor() -> None:
     """Print what is built and what loads, and test each available backend against float64."""
-    healthy = doctoring.examine(typer.echo)
+    with interrupt_ends():
+        from kfo_ext.doctor import examine
+
+    healthy = examine(echo)
     raise typer.Exit(0 if healthy else 1)
 
 
@@ -148,12 +198,15 @@ def demo(
     folder: Annotated[
         Path | None, typer.Option(help="takes runs and picture  [default: runs/demo-...]", show_default=False)
     ] = None,
-    time_budget: Annotated[float, typer.Option(help="seconds of training for each method")] = 75.0,
-    tasks: Annotated[int, typer.Option(help="test tasks")] = 1000,
+    time_budget: Annotated[float, _number("seconds of training for each method")] = 75.0,
+    tasks: Annotated[int, _number("test tasks")] = 1000,
 ) -> None:
     """Meta-train CNN(2) with MAML and with KFO on glyphs, and compare them on the same unseen tasks."""
+    with interrupt_ends():
+        from kfo_ext.demo import run
+
     keep_freed_memory()
-    demonstration.run(folder or _new_folder("demo"), time_budget=time_budget, tasks=tasks, echo=typer.echo)
+    run(folder or _new_folder("demo"), time_budget=time_budget, tasks=tasks, echo=echo)
 
 
 def _several(text: str | None) -> tuple[str, ...] | None:
@@ -179,23 +232,28 @@ def bench(
     providers: Annotated[str | None, typer.Option(help=_names(PROVIDERS), show_default=False)] = None,
     orders: Annotated[str | None, typer.Option(help=_names(ORDERS), show_default=False)] = None,
     repeats: Annotated[
-        int | None, typer.Option(help="samples of each, at most  [default: 15, quick: 5]", show_default=False)
+        int | None, _number("samples of each, at most  [default: 15, quick: 5]", show_default=False)
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="seconds to sample each order of a point  [default: 20, quick: 1.5]", show_default=False),
+        _number("seconds to sample each order of a point  [default: 20, quick: 1.5]", show_default=False),
     ] = None,
     limit: Annotated[
         float | None,
-        typer.Option(help="seconds after which no point is begun  [default: none, quick: 120]", show_default=False),
+        _number("seconds after which no point is begun  [default: none, quick: 120]", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="torch threads  [default: torch's]", show_default=False)] = None,
+    threads: Annotated[
+        int | None, _number("torch threads  [default: torch's]", most=MOST_THREADS, show_default=False)
+    ] = None,
 ) -> None:
     """Time the transform and its updates against learn2learn, plain torch and JAX.
 
     Each is compared with float64 before it is timed; a star marks ours. Exit code 1 if one of ours is wrong.
     """
+    with interrupt_ends():
+        from kfo_ext.bench.command import Settings, run
+
     quickly = {"repeats": 5, "seconds": 0.004, "budget": 1.5, "limit": 120.0} if quick else {}
     given = {
         "axes": _several(axes),
@@ -208,8 +266,8 @@ def bench(
         "threads": threads,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    settings = benchmark.Settings(quick=quick, device=device, **{**quickly, **given})
-    right = benchmark.run(settings, out or _new_folder("bench"), typer.echo)
+    settings = Settings(quick=quick, device=device, **{**quickly, **given})
+    right = run(settings, out or _new_folder("bench"), echo)
     raise typer.Exit(0 if right else 1)
 
 
@@ -219,22 +277,41 @@ def _new_folder(name: str) -> Path:
 
 def main() -> None:
     """Run the command line, and turn every expected error into one line and exit code 2."""
+    open_streams()
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="kfo", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("aborted", 130)
+        _end(130, "aborted")
     except (ArithmeticError, ImportError, OSError, ValueError) as error:
-        _fail(str(error) or type(error).__name__)
+        _end(2, _said(error))
+    except SystemExit:
+        # The parser's own answer where nobody reads its help.
+        _end(2, "standard output: Broken pipe")
     except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+            smaller = "--hidden, --layers, --hidden-layers, --meta-batch, --shots, --queries, --steps or --workers"
+            _end(2, f"not enough memory for these options ({_said(error)}): less of {smaller} needs less")
         # A usage error of typer's own parser, whose class moved between its versions.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(error.format_message())
-    sys.exit(code or 0)
+        if hasattr(error, "format_message"):
+            _end(2, error.format_message())
+        raise
+    _end(code or 0, "aborted" if code == 130 else "")
 
 
-def _fail(message: str, code: int = 2) -> None:
-    typer.echo(f"kfo: {' '.join(message.split())}", err=True)
+def _said(error: BaseException) -> str:
+    # An OSError has its number and a file's name in its text; without a file its reason alone says more.
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return TORCH_PLACE.sub("", lines[0]) if isinstance(error, RuntimeError) else " ".join(lines)
+
+
+def _end(code: int, message: str = "") -> None:
+    if message:
+        complain(f"kfo: {' '.join(message.split())}")
+    settle()
     sys.exit(code)
 
 

@@ -11,6 +11,7 @@ validation tasks after 120 meta-iterations, with
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from kfo_ext.choices import LARGEST_INTEGER
 from kfo_ext.trainer import RunFolder, compare_runs, plot_runs
+from kfo_ext.trainer.signals import stop_requested
 
 RATES = {"none": 0.5, "kfo": 0.5}
 LABELS = {"none": "MAML", "kfo": "KFO"}
@@ -45,8 +48,10 @@ def run(folder: Path, *, time_budget: float, tasks: int, echo: Callable[[str], N
     echo: takes one line at a time.
     Raises: ValueError if the folder is taken or a part of the work fails.
     """
-    if not time_budget > 0:
+    if not (time_budget > 0 and math.isfinite(time_budget)):
         raise ValueError(f"time_budget: expected seconds above 0, got {time_budget}")
+    if not 2 <= tasks <= LARGEST_INTEGER:
+        raise ValueError(f"tasks: expected at least 2, for an interval, and at most 64 bits, got {tasks}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: expected an absent or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,18 +97,21 @@ def _side_by_side(folder: Path, commands: dict[str, list[str]], seconds: float) 
         logs = {name: stack.enter_context(open(folder / f"{name}.log", "a", encoding="utf-8")) for name in commands}
         processes = {}
         for name, command in commands.items():
-            line = [sys.executable, "-m", "kfo_ext.cli", *command]
+            line = [sys.executable, "-m", "kfo_ext", *command]
             # In a session of its own, so that Ctrl-C reaches it once, through us.
             processes[name] = subprocess.Popen(
                 line, stdout=logs[name], stderr=subprocess.STDOUT, start_new_session=True
             )
-        try:
-            _wait(list(processes.values()), seconds)
-        finally:
-            for process in processes.values():
-                # One that still runs was interrupted: it saves what it has.
-                process.terminate()
-                process.wait()
+        with stop_requested() as stop:
+            try:
+                _wait(list(processes.values()), seconds, stop)
+            finally:
+                for process in processes.values():
+                    # One that still runs was interrupted: it saves what it has.
+                    process.terminate()
+                    process.wait()
+            if stop():
+                raise KeyboardInterrupt
     for name, process in processes.items():
         if process.returncode:
             log = folder / f"{name}.log"
@@ -111,9 +119,9 @@ def _side_by_side(folder: Path, commands: dict[str, list[str]], seconds: float) 
             raise ValueError(f"{LABELS[name]} failed: {last[0]} (all of it: {log})")
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
+def _wait(processes: list[subprocess.Popen[bytes]], seconds: float, stop: Callable[[], bool]) -> None:
     start = time.monotonic()
     with tqdm(total=round(seconds), disable=None if seconds else True, unit="s") as bar:
-        while any(process.poll() is None for process in processes):
+        while not stop() and any(process.poll() is None for process in processes):
             time.sleep(0.2)
             bar.update(min(bar.total, int(time.monotonic() - start)) - bar.n)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as _modules
 
+from kfo_ext.choices import INITS
 from kfo_ext.functional import batch_norm_relu, conv2d
 
 # (parameters, x) -> output, of all tasks at once: parameters by name, (tasks, *shape); x and output (tasks, n, ...).
@@ -27,8 +28,6 @@ TasksForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 # Bytes of the largest activation that one forward of several tasks makes on a CPU: a larger piece of memory goes back
 # to the system as soon as it is free (glibc's largest mmap threshold), and every page of the next one is zeroed again.
 LARGEST_ACTIVATION = 32 << 20
-
-INITS = ("reference", "zero_head")
 
 
 class Block(nn.Module):

@@ -223,12 +223,25 @@ def test_ctrl_c_saves_and_ends_cleanly(train_without_end, tmp_path):
     out, err = process.communicate(timeout=seconds(60))
     assert process.returncode == 0, err
     assert "Traceback" not in err
-    assert "SIGINT: stopping after this iteration and saving; once more aborts at once" in err
+    assert "SIGINT: stopping after this iteration and saving; once more after 1 s aborts at once" in err
     assert "it/s" not in err, "no progress bar where stderr is not a terminal"
     assert f"resume with: kfo train --resume {run}" in out
     iteration = checkpoint.load(run / "last.pt")["progress"]["iteration"]
     training = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "validation" not in line]
     assert iteration == len(training) > 0
+
+
+def test_signals_at_once_save_and_end_cleanly(train_without_end, tmp_path):
+    run = tmp_path / "run"
+    process = train_without_end(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_metrics(run, process)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    out, err = process.communicate(timeout=seconds(60))
+    assert process.returncode == 0, err
+    assert err.count("stopping after this iteration and saving") == 1
+    assert f"resume with: kfo train --resume {run}" in out
+    assert checkpoint.load(run / "last.pt")["progress"]["iteration"] > 0
 
 
 def test_a_terminal_gets_a_progress_bar(train_without_end, tmp_path):

@@ -12,19 +12,24 @@ PACKAGE = ROOT / "kfo_ext"
 
 # Room -> the rooms of kfo_ext that its files may import, besides itself.
 ALLOWED = {
+    "choices": set(),
+    "lazy": set(),
+    "streams": set(),
+    "version": set(),
     "transform": set(),
     "tasks": set(),
     "functional": {"transform"},
-    "models": {"functional"},
+    "models": {"functional", "choices"},
     "updates": {"transform"},
     "adapt": {"updates", "transform", "tasks", "models"},
     "testing": {"transform", "models"},
-    "trainer": {"adapt", "updates", "transform", "tasks", "models"},
+    "trainer": {"choices", "lazy", "adapt", "updates", "transform", "tasks", "models"},
     "interop": {"updates", "transform"},
     "doctor": {"transform", "trainer"},
-    "demo": {"trainer", "tasks"},
+    "demo": {"trainer", "choices"},
     "bench": {"trainer", "updates", "transform", "models", "testing", "interop"},
-    "cli": {"trainer", "tasks", "doctor", "demo", "bench", "transform"},
+    "cli": {"choices", "streams", "version", "trainer", "doctor", "demo", "bench"},
+    "__main__": {"cli"},
 }
 # Outside packages that importing a room may need at module level; None stands for any.
 LIGHT = {

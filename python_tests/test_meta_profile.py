@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import kfo_ext  # noqa: F401  registers the ops
+import kfo_ext.models  # noqa: F401  registers the ops
 from kfo_ext.transform import native
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import pickle
 import shutil
 import subprocess
 import sys
@@ -56,7 +58,7 @@ def test_the_cuda_library_loads_under_a_cuda_torch_and_is_refused_under_another(
 
 def test_a_second_copy_is_refused_with_both_paths(copy):
     first = PACKAGE / "_kfo_cpu.so"
-    done = run(f"import torch; torch.ops.load_library({str(first)!r}); import kfo_ext", copy.parent)
+    done = run(f"import torch; torch.ops.load_library({str(first)!r}); import kfo_ext.transform", copy.parent)
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert message.startswith("ImportError: kfo_ext: a second copy of the package")
@@ -70,7 +72,7 @@ def test_binaries_of_different_builds_are_refused(copy):
     binary = library.read_bytes()
     assert binary.count(found) == 1
     library.write_bytes(binary.replace(found, b"0" * len(found)))
-    done = run("import kfo_ext", copy.parent)
+    done = run("import kfo_ext.transform", copy.parent)
     assert done.returncode == 1
     assert f"{library} is not of build {found.decode()}, as _plan is" in done.stderr
 
@@ -99,13 +101,63 @@ transform(*X, Problems([(1, 1, 1)]), backend="native")
     done = run(code, copy.parent)
     assert done.stdout == "8.0\n"
     assert (
-        "RuntimeWarning: kfo_ext: no compiled CPU library (not built: _kfo_cpu.so is not in the package)" in done.stderr
+        "RuntimeWarning: kfo_ext: no compiled CPU library (not built: _kfo_cpu.so is not in the package: "
+        "install kfo_ext anew with this Python and this torch); backend='auto' runs plain torch" in done.stderr
     )
     assert done.stderr.splitlines()[-1].startswith("RuntimeError: backend 'native' does not run on cpu: not built")
 
 
+def test_what_to_do_about_a_library_that_is_not_there(tmp_path, monkeypatch):
+    tree, site = tmp_path / "a tree", tmp_path / "site"
+    (tree / "kfo_ext").mkdir(parents=True)
+    monkeypatch.setattr(native, "_PACKAGE", tree / "kfo_ext")
+    monkeypatch.setattr("sys.path", ["", str(tree), str(site)])
+    monkeypatch.chdir(tree)
+    assert native._way_out() == "install kfo_ext anew with this Python and this torch"
+    (tree / "setup.py").touch()
+    build = f"build it: {sys.executable} -m pip install -e '{tree}'"
+    assert native._way_out() == f"{tree} is a source tree; {build}"
+    (site / "kfo_ext").mkdir(parents=True)
+    (site / "kfo_ext" / "_kfo_cpu.so").touch()
+    hidden = f"this source tree hides the kfo_ext installed in {site}; start Python in another folder, or {build}"
+    assert native._way_out() == hidden
+    assert native._why_no_plan() == "not built: _plan is not in the package"
+    (tree / "kfo_ext" / "_plan.cpython-39-x86_64-linux-gnu.so").touch()
+    assert native._why_no_plan() == "built for another Python: _plan.cpython-39-x86_64-linux-gnu.so"
+
+
+def test_names_of_the_package():
+    import kfo_ext
+
+    # A room and a function of one name: whoever imports the room, the name is the function's.
+    assert importlib.import_module("kfo_ext.transform").native is native
+    assert kfo_ext.transform is sys.modules["kfo_ext.transform"].transform
+    assert set(kfo_ext.__all__) <= set(dir(kfo_ext))
+    assert pickle.loads(pickle.dumps(kfo_ext.transform)) is kfo_ext.transform
+    assert pickle.loads(pickle.dumps(kfo_ext.KFO)) is kfo_ext.KFO
+    with pytest.raises(AttributeError, match="module 'kfo_ext' has no attribute 'nothing'"):
+        kfo_ext.nothing  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from kfo_ext.trainer import nothing  # noqa: F401
+
+
+def test_the_function_is_there_after_an_import_of_its_room():
+    code = """
+import kfo_ext
+assert "torch" not in sys.modules
+from kfo_ext.transform import native
+import kfo_ext.updates
+import torch
+problems = kfo_ext.Problems([(1, 1, 1)])
+double = torch.compile(lambda R, G, L: kfo_ext.transform(R, G, L, problems), backend="eager", fullgraph=True)
+assert double(*[torch.full((1, 1), 2.0)] * 3).item() == 8
+"""
+    done = run(code, PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+
+
 def test_import_touches_no_device(copy):
-    code = "import torch, kfo_ext; assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules"
+    code = "import torch, kfo_ext.adapt; assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules"
     assert run(code, copy.parent).returncode == 0
 
 

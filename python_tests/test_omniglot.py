@@ -107,6 +107,79 @@ def test_a_repacked_archive_gives_the_same_tasks(root):
     assert torch.equal(load(root).sample(0, 2).support.x, expected)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("flag_bits", 1, "is encrypted"),
+        ("compress_type", 9, "method 9: "),
+        # Of an old Zstandard, and of nothing.
+        ("compress_type", 20, "method 20: "),
+        ("compress_type", 77, "method 77: "),
+    ],
+)
+@pytest.mark.parametrize("official", [False, True])
+def test_entries_that_python_does_not_read(root, monkeypatch, field, value, reason, official):
+    path = root / "images_background.zip"
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        entry = image_entries(file)[7]
+    name = entry.filename.encode()
+    # Flags, then the method: 24 bytes before the name in the entry's own header, 38 in the directory.
+    for at, before in ((content.index(name), 24), (content.rindex(name), 38)):
+        offset = at - before + (2 if field == "compress_type" else 0)
+        content[offset : offset + 2] = value.to_bytes(2, "little")
+    path.write_bytes(content)
+    if official:
+        monkeypatch.setattr(omniglot, "ARCHIVES", tuple(described(root / f"{stem}.zip") for stem in FAKE))
+    with pytest.raises(
+        ValueError, match=rf"images_background\.zip is damaged or another archive \({entry.filename}, packed by method "
+    ) as error:
+        load(root)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_entries_whose_packed_bytes_are_damaged(root, method):
+    path = root / "images_background.zip"
+    write_zip(path, method)
+    with zipfile.ZipFile(path) as file:
+        entry = image_entries(file)[7]
+    content = bytearray(path.read_bytes())
+    start = entry.header_offset + 30 + len(entry.filename)
+    content[start + 4 : start + 14] = b"\xff" * 10
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"images_background\.zip is damaged or another archive \({entry.filename}, packed by method "
+    ):
+        load(root)
+
+
+def test_a_user_without_a_home(monkeypatch):
+    for name in ("KFO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ValueError, match="KFO_CACHE: expected a folder"):
+        cache_folder()
+
+
+def test_a_cache_that_cannot_be_read_is_built_anew(root, tmp_path, monkeypatch):
+    expected = load(root).images
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.parent == tmp_path / "cache":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.warns(UserWarning, match="cannot read the cache file .*Permission denied"):
+        assert torch.equal(load(root).images, expected)
+
+
 def test_the_second_load_reads_the_cache(root, monkeypatch):
     expected = load(root).sample(0, 2).support.x
     monkeypatch.delattr(omniglot, "_decode")

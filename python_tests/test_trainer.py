@@ -204,7 +204,9 @@ def python_handles_sigint():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_signal_aborts(python_handles_sigint, tmp_path):
+def test_a_second_signal_aborts(python_handles_sigint, tmp_path, monkeypatch):
+    # At once, not after a second.
+    monkeypatch.setattr("kfo_ext.trainer.signals.TOGETHER", 0.0)
     trainer = Trainer.start(Config(**WAVES), tmp_path / "run")
     family = SignalAt(trainer.tasks, 1, signal.SIGINT)
     trainer.tasks = SignalAt(family, 1, signal.SIGINT)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from kfo_ext.bench.names import AXES
 from kfo_ext.models import omniglot_cnn
 from kfo_ext.transform import Problems
 
@@ -29,14 +30,6 @@ LAYERS = {2: "CNN(2)", 4: "CNN(4)", 6: "CNN(6)"}
 # The meta-batch of the axes that do not grow it; along width operands would not fit in memory with 16.
 TASKS = 16
 WIDTH_TASKS = 4
-# axis -> what grows along it.
-AXES = {
-    "tasks": "tasks in the meta-batch",
-    "layers": "convolutions of the network",
-    "width": "p = q of one problem, B = 1",
-    "hidden": "hidden layers of the non-linear update",
-    "psd": "0: R and L as they are, 1: R^T R and L^T L",
-}
 VALUES: dict[str, tuple[int, ...]] = {
     "tasks": (1, 4, 16, 64, 256),
     "layers": (2, 4, 6),

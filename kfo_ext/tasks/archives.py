@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
+import struct
 import tempfile
 import urllib.request
 import zipfile
@@ -13,6 +15,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHUNK = 1 << 20
+# What zipfile raises for a file that is not whole: RuntimeError where an entry is encrypted or of an unknown method
+# (NotImplementedError), OSError also from bzip2.
+UNREADABLE = (
+    EOFError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class Archive(NamedTuple):
@@ -53,7 +68,7 @@ def image_entries(file: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 def read_images(path: Path, archive: Archive) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each image, in the order of the names.
 
-    Raises: ValueError if the file is truncated, damaged or another archive.
+    Raises: ValueError if the file is truncated, damaged, packed in a way that Python does not read, or another archive.
     """
     digest = sha256_of(path)
     try:
@@ -62,12 +77,19 @@ def read_images(path: Path, archive: Archive) -> Iterator[tuple[str, bytes]]:
             if digest != archive.sha256 and listing_of(entries) != archive.listing:
                 raise zipfile.BadZipFile("it holds other images")
             for entry in entries:
-                yield entry.filename, file.read(entry)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                yield entry.filename, _content(file, entry)
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} is damaged or another archive ({error}): expected {archive.size} bytes with sha256 "
             f"{archive.sha256}, or the same images packed anew, got {path.stat().st_size} bytes with sha256 {digest}"
         ) from error
+
+
+def _content(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    try:
+        return file.read(entry)
+    except UNREADABLE as error:
+        raise zipfile.BadZipFile(f"{entry.filename}, packed by method {entry.compress_type}: {error}") from error
 
 
 def fetch(url: str, target: Path, archive: Archive) -> None:

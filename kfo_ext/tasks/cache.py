@@ -20,8 +20,12 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
         return Path(cache)
     if folder := os.environ.get("KFO_CACHE"):
         return Path(folder)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "kfo_ext"
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home) / "kfo_ext"
+    try:
+        return Path.home() / ".cache" / "kfo_ext"
+    except RuntimeError as error:
+        raise ValueError(f"KFO_CACHE: expected a folder, as this user has no home ({error}), got none") from None
 
 
 def cached(path: Path, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -45,7 +49,11 @@ def cached(path: Path, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    checksum, _, payload = path.read_bytes().partition(b"\n")
+    try:
+        checksum, _, payload = path.read_bytes().partition(b"\n")
+    except OSError as error:
+        warnings.warn(f"cannot read the cache file {path} ({error}); building it anew", stacklevel=3)
+        return None
     if checksum != _checksum(payload):
         warnings.warn(f"the cache file {path} is damaged; building it anew", stacklevel=3)
         return None

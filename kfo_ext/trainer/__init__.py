@@ -1,11 +1,16 @@
 """Meta-training: configuration, trainer, run folders, evaluation, pictures."""
 
-from .config import Config
-from .evaluation import Evaluation, Interval, evaluate, mean_interval, paired_difference
-from .loop import Outcome, Trainer
-from .plots import plot_runs
-from .run_evaluation import RunScore, compare_runs, evaluate_run, load_learner
-from .run_folder import RunFolder
+from typing import TYPE_CHECKING
+
+from kfo_ext.lazy import lazily
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .evaluation import Evaluation, Interval, evaluate, mean_interval, paired_difference
+    from .loop import Outcome, Trainer
+    from .plots import plot_runs
+    from .run_evaluation import RunScore, compare_runs, evaluate_run, load_learner
+    from .run_folder import RunFolder
 
 __all__ = [
     "Config",
@@ -23,3 +28,15 @@ __all__ = [
     "paired_difference",
     "plot_runs",
 ]
+
+__getattr__, __dir__ = lazily(
+    globals(),
+    {
+        "config": ["Config"],
+        "evaluation": ["Evaluation", "Interval", "evaluate", "mean_interval", "paired_difference"],
+        "loop": ["Outcome", "Trainer"],
+        "plots": ["plot_runs"],
+        "run_evaluation": ["RunScore", "compare_runs", "evaluate_run", "load_learner"],
+        "run_folder": ["RunFolder"],
+    },
+)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-import torch
-
-from kfo_ext.models import INITS
-from kfo_ext.tasks import FAMILIES
+from kfo_ext.choices import DATASETS, INITS, LARGEST_INTEGER, MOST_LAYERS, MOST_THREADS, PRECISIONS
 
 from .files import is_number, read_json, write_json
-from .precision import PRECISIONS
+
+if TYPE_CHECKING:
+    import torch
 
 METHODS = ("maml", "anil")
 UPDATES = ("none", "kfo")
@@ -32,8 +31,16 @@ UNSCORED = (
 )
 
 
-def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None, positive: bool = False):
-    metadata = {"help": help, "choices": choices, "least": least, "positive": positive}
+def _field(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: int | None = None,
+    most: int = LARGEST_INTEGER,
+    positive: bool = False,
+):
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "positive": positive}
     return field(default=default, metadata=metadata)
 
 
@@ -44,17 +51,17 @@ class Config:
     Raises: ValueError or TypeError naming the field, what it expects and what it got.
     """
 
-    dataset: str = _field("glyphs", "task family", choices=tuple(FAMILIES))
+    dataset: str = _field("glyphs", "task family", choices=DATASETS)
     data_root: str | None = _field(None, "folder that holds the archives of the data set (omniglot)")
     method: str = _field("maml", "adapt all parameters, or the head only", choices=METHODS)
     update: str = _field("kfo", "learned update: none is plain gradient descent", choices=UPDATES)
     psd: bool = _field(True, "KFO: use R^T R and L^T L in place of R and L")
     bias: bool | None = _field(None, "KFO: add a learned bias to each update; none adds it with hidden layers alone")
-    hidden_layers: int = _field(0, "KFO: hidden Kronecker layers; 0 is the linear update", least=0)
+    hidden_layers: int = _field(0, "KFO: hidden Kronecker layers; 0 is the linear update", least=0, most=MOST_LAYERS)
     adapt_update: bool = _field(True, "KFO: adapt the factors too in the inner loop")
     first_order: bool = _field(False, "take the inner gradients as constants")
     checkpoint_inner: bool = _field(False, "recompute the inner steps in the backward pass to save memory")
-    layers: int = _field(2, "convolution blocks (sinusoid: ignored)", least=1)
+    layers: int = _field(2, "convolution blocks (sinusoid: ignored)", least=1, most=MOST_LAYERS)
     hidden: int = _field(32, "channels of a block, or units of a hidden layer", least=1)
     init: str = _field("reference", "start of the network: see kfo_ext.models (sinusoid: ignored)", choices=INITS)
     ways: int = _field(5, "classes of a task", least=2)
@@ -73,8 +80,8 @@ class Config:
     validation_every: int = _field(100, "meta-iterations between two validations, each followed by a save", least=1)
     validation_tasks: int = _field(200, "tasks of one validation", least=2)
     patience: int = _field(0, "stop after so many validations without a better one; 0 is never", least=0)
-    workers: int = _field(0, "threads that prepare tasks", least=0)
-    threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0)
+    workers: int = _field(0, "threads that prepare tasks", least=0, most=MOST_THREADS)
+    threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0, most=MOST_THREADS)
     dtype: str = _field("float32", "floating-point type", choices=DTYPES)
     device: str = _field("cpu", "device of torch, such as cpu or cuda:0")
     precision: str = _field(
@@ -86,6 +93,9 @@ class Config:
     cuda_graph: bool = _field(False, "capture a whole meta-iteration as one CUDA graph, and replay it")
 
     def __post_init__(self) -> None:
+        # Not on top: the help of the command line reads the fields alone.
+        import torch
+
         if self.fast_lr is None:
             # Set once, before anyone can read it: a frozen dataclass has no other way to fill in a default.
             object.__setattr__(self, "fast_lr", 0.01 if self.dataset == "sinusoid" else 0.1)
@@ -106,6 +116,8 @@ class Config:
 
     def _check_speed(self) -> None:
         """Refuse what would have no effect."""
+        import torch
+
         on_cpu = torch.device(self.device).type == "cpu"
         here = f"has no effect on device {self.device!r}"
         if self.cuda_graph and on_cpu:
@@ -125,6 +137,8 @@ class Config:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch has it."""
+        import torch
+
         return getattr(torch, self.dtype)
 
     @property
@@ -189,6 +203,8 @@ def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
     if rules["least"] is not None and not (value >= rules["least"] and is_number(value)):
         raise ValueError(f"{name}: expected at least {rules['least']}, got {value}")
+    if isinstance(value, int) and value > rules["most"]:
+        raise ValueError(f"{name}: expected at most {rules['most']}, got {value}")
     if isinstance(value, str) and "\0" in value:
         raise ValueError(f"{name}: expected text without null characters, got {value!r}")
     if rules["positive"] and not (value > 0 and is_number(value)):

@@ -136,7 +136,7 @@ class Trainer:
             convolution_precision(self.config.precision),
             stop_requested() as stop,
             Metrics(self.run.metrics, self.progress, self.config.validation_every) as metrics,
-            tqdm(total=self.config.iterations, initial=self.progress.iteration, disable=None, unit="it") as bar,
+            self._bar() as bar,
             closing(stream),
         ):
             self.run.record_environment()
@@ -182,11 +182,21 @@ class Trainer:
         self._show(bar, record)
         metrics.append({**record, "learning_rate": rate, "elapsed": self.progress.elapsed})
 
+    def _bar(self) -> tqdm:
+        # The bar's own time left is that of all iterations, which a time budget does not wait for.
+        timed = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+        return tqdm(
+            total=self.config.iterations,
+            initial=self.progress.iteration,
+            disable=None,
+            unit="it",
+            bar_format=timed if self._deadline < math.inf else None,
+        )
+
     def _show(self, bar: tqdm, record: Record) -> None:
         shown = {name: f"{record[name]:.3f}" for name in ("loss", "accuracy") if name in record}
         if self._deadline < math.inf:
-            # The bar's own time left is that of all iterations.
-            shown["seconds left"] = f"{self._deadline - time.monotonic():.0f}"
+            shown["seconds left"] = f"{max(0.0, self._deadline - time.monotonic()):.0f}"
         bar.set_postfix(shown, refresh=False)
         bar.update()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .files import atomic_write
 from .metrics import Record, is_validation, read_metrics
@@ -12,6 +14,9 @@ from .metrics import Record, is_validation, read_metrics
 # Okabe and Ito's colours, apart for every common form of colour blindness; black and yellow left out.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SMOOTHING = 20
+LONGEST_LABEL = 60
+# What matplotlib drew, and the name to show for it.
+Curve = tuple[Any, str]
 
 
 def plot_runs(runs: Mapping[str, Path], picture: Path) -> None:
@@ -31,26 +36,47 @@ def plot_runs(runs: Mapping[str, Path], picture: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, (label, history) in enumerate(records.items()):
-        _draw(axes, label, PALETTE[number % len(PALETTE)], history, measure)
+    drawn = [
+        curve
+        for number, (label, history) in enumerate(records.items())
+        for curve in _draw(axes, label, PALETTE[number % len(PALETTE)], history, measure)
+    ]
     axes.set_xlabel("meta-iteration")
     axes.set_ylabel(f"{measure} on query examples")
     axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend(frameon=False)
-    with atomic_write(picture) as file:
+    if drawn:
+        _legend(axes, drawn)
+    with atomic_write(picture) as file, warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(file, format="png", dpi=150)
 
 
-def _draw(axes, label: str, colour: str, history: list[Record], measure: str) -> None:
+def _legend(axes, drawn: list[Curve]) -> None:
+    # The names come after the legend is made, which leaves out those that begin with an underscore.
+    legend = axes.legend([artist for artist, _ in drawn], [str(i) for i in range(len(drawn))], frameon=False)
+    for text, (_, label) in zip(legend.get_texts(), drawn):
+        # matplotlib would read a dollar as the begin of a formula.
+        text.set_parse_math(False)
+        text.set_text(_printable(label))
+
+
+def _printable(label: str) -> str:
+    """The end of a label on one line: the name of a folder need not decode, and may be longer than the picture."""
+    line = " ".join(label.encode(errors="backslashreplace").decode().split())
+    return line if len(line) <= LONGEST_LABEL else f"...{line[-LONGEST_LABEL:]}"
+
+
+def _draw(axes, label: str, colour: str, history: list[Record], measure: str) -> Iterator[Curve]:
     training = [r for r in history if not is_validation(r) and r[measure] is not None]
     if training:
         values = _running_mean([r[measure] for r in training])
-        axes.plot([r["iteration"] for r in training], values, color=colour, alpha=0.5, lw=1, label=f"{label}, training")
+        (line,) = axes.plot([r["iteration"] for r in training], values, color=colour, alpha=0.5, lw=1)
+        yield line, f"{label}, training"
     validation = [r for r in history if is_validation(r) and r[f"validation_{measure}"] is not None]
     if validation:
         interval = "validation_interval" if measure == "accuracy" else "validation_loss_interval"
-        axes.errorbar(
+        bars = axes.errorbar(
             [r["iteration"] for r in validation],
             [r[f"validation_{measure}"] for r in validation],
             [math.nan if r[interval] is None else r[interval] for r in validation],
@@ -58,8 +84,8 @@ def _draw(axes, label: str, colour: str, history: list[Record], measure: str) ->
             marker="o",
             markersize=4,
             capsize=2,
-            label=f"{label}, validation",
         )
+        yield bars, f"{label}, validation"
 
 
 def _running_mean(values: list[float]) -> list[float]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-PRECISIONS = ("ieee", "tf32", "bf16")
+from kfo_ext.choices import PRECISIONS
 
 
 @contextmanager

@@ -1,27 +1,33 @@
-"""Ctrl-C as a wish, not an accident."""
+"""Signals as wishes, not accidents."""
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-logger = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Seconds in which further signals are the same wish: `timeout` sends two, a closed terminal SIGHUP and SIGTERM.
+TOGETHER = 1.0
 
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yield a function that is true once SIGINT or SIGTERM has come; a second one acts as it did before.
+    """Yield a function that is true once one of SIGNALS has come; one that comes a second later acts as it did before.
 
-    Outside the main thread, where no handler can be set, it stays false.
+    A signal that is ignored stays so, as SIGHUP under nohup. Outside the main thread, where no handler can be set, the
+    function stays false.
     """
-    stop = threading.Event()
+    first: float | None = None
+
+    def stop() -> bool:
+        return first is not None
+
     if threading.current_thread() is not threading.main_thread():
-        yield stop.is_set
+        yield stop
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -32,14 +38,45 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 
     def request(number: int, frame: object) -> None:
         del frame
-        stop.set()
-        restore()
-        name = signal.Signals(number).name
-        logger.warning("%s: stopping after this iteration and saving; once more aborts at once", name)
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            name = signal.Signals(number).name
+            _say(f"{name}: stopping after this iteration and saving; once more after {TOGETHER:.0f} s aborts at once")
+        elif time.monotonic() >= first + TOGETHER:
+            restore()
+            signal.raise_signal(number)
 
-    for number in SIGNALS:
-        signal.signal(number, request)
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, request)
     try:
-        yield stop.is_set
+        yield stop
     finally:
         restore()
+
+
+@contextmanager
+def interrupt_ends() -> Iterator[None]:
+    """Meanwhile Ctrl-C ends the process: raised in an import, it may be swallowed there and leave half a module."""
+
+    def end(number: int, frame: object) -> None:
+        del number, frame
+        _say("kfo: aborted")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(line: str) -> None:
+    # Not through sys.stderr: the handler may have interrupted a write to it, which cannot be entered twice.
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())

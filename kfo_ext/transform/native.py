@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +59,24 @@ def _load(library: Path, build: str) -> tuple[bool, str]:
     return True, f"{library.name}, build {build}"
 
 
+def _why_no_plan() -> str:
+    others = sorted(path.name for path in _PACKAGE.glob("_plan*.so"))
+    return f"built for another Python: {others[0]}" if others else "not built: _plan is not in the package"
+
+
+def _way_out() -> str:
+    tree = _PACKAGE.parent
+    if not (tree / "setup.py").exists():
+        return "install kfo_ext anew with this Python and this torch"
+    build = f"build it: {sys.executable} -m pip install -e {shlex.quote(str(tree))}"
+    for folder in map(Path, sys.path):
+        if folder.resolve() != tree and (folder / _PACKAGE.name / CPU_LIBRARY.name).exists():
+            return (
+                f"this source tree hides the kfo_ext installed in {folder}; start Python in another folder, or {build}"
+            )
+    return f"{tree} is a source tree; {build}"
+
+
 def load() -> None:
     """Loads both libraries, or finds them loaded by an earlier import.
 
@@ -81,10 +101,12 @@ def load() -> None:
         build = importlib.import_module("kfo_ext._plan").build_id()
     except ModuleNotFoundError:
         build = ""
-    _status["cpu"] = _load(CPU_LIBRARY, build) if build else (False, "not built: _plan is not in the package")
+    _status["cpu"] = _load(CPU_LIBRARY, build) if build else (False, _why_no_plan())
     if not _status["cpu"][0]:
+        reason = f"{_status['cpu'][1]}: {_way_out()}"
+        _status["cpu"] = False, reason
         warnings.warn(
-            f"kfo_ext: no compiled CPU library ({_status['cpu'][1]}); backend='auto' runs plain torch",
+            f"kfo_ext: no compiled CPU library ({reason}); backend='auto' runs plain torch",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,0 +1,63 @@
+"""The standard streams of a command, which may be closed, full or broken, and take names that do not decode."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+
+def open_streams() -> None:
+    """Make the standard streams take whatever is printed.
+
+    The number of a closed one would go to the next file opened, which would then take what is meant for the stream.
+    """
+    for number in range(3):
+        if not _is_open(number):
+            # The lowest free number is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def echo(text: str) -> None:
+    """Print one line at once.
+
+    Raises: OSError naming the standard output if it cannot take it.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OSError(f"standard output: {error.strerror}") from None
+
+
+def complain(text: str) -> None:
+    """Print one line on the standard error, if it can take it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def settle() -> None:
+    """Empty the streams, into nothing where they fail: what Python cannot write when it ends is a second error."""
+    for stream in (sys.stdout, sys.stderr):
+        _settle(stream)
+
+
+def _settle(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
