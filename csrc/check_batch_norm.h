@@ -11,7 +11,8 @@ class BatchNormOperands : public OpChecks {
   // x: (T, N, C), the operand that fixes sizes, dtype and device.
   BatchNormOperands(const char* op, const Tensor& x) : OpChecks(op, "x", x) {
     dimensions("x", x, 3, "(tasks, rows, channels)");
-    if (x.size(1) == 0) fail("x has no rows, expected at least 1: statistics are those of the rows");
+    if (x.size(1) < 2)
+      fail("x has " + std::to_string(x.size(1)) + " rows, expected at least 2: statistics are those of the rows");
   }
 
   // weight, bias: (T, C), or (1, C) shared by all tasks.

@@ -19,7 +19,7 @@ EPS = 1e-5
 EVERY = [True, True, True]
 # (tasks, rows, channels), around the vectors, the blocks of rows and the channels of a job.
 SIZES = [
-    (1, 1, 1), (2, 7, 3), (3, 63, 4), (2, 64, 8), (2, 65, 15), (1, 129, 16), (2, 66, 17), (2, 50, 31), (5, 90, 32),
+    (1, 2, 1), (2, 7, 3), (3, 63, 4), (2, 64, 8), (2, 65, 15), (1, 129, 16), (2, 66, 17), (2, 50, 31), (5, 90, 32),
     (2, 40, 33), (9, 70, 64), (2, 30, 67), (1, 1000, 1),
 ]  # fmt: skip
 OUTPUTS = ("y", "dx", "dweight", "dbias", "second_x", "second_weight", "second_dy")
@@ -446,7 +446,7 @@ def test_half_types_are_converted_around_the_operator(dtype):
     ("change", "error", "message"),
     [
         ({"x": lambda X: X[0]}, ValueError, r"x: expected 3 dimensions \(tasks, rows, channels\), got shape \(5, 4\)"),
-        ({"x": lambda X: X[:, :0]}, ValueError, r"x: expected at least 1 row, got shape \(3, 0, 4\)"),
+        ({"x": lambda X: X[:, :0]}, ValueError, r"x: expected at least 2 rows, got shape \(3, 0, 4\)"),
         ({"x": lambda X: X.tolist()}, TypeError, "x: expected a tensor, got list"),
         ({"x": lambda X: X.long()}, TypeError, "x: expected a floating-point tensor, got torch.int64"),
         ({"weight": lambda X: X[:, :3]}, ValueError, r"weight: expected shape \(3 or 1, 4\) .*, got \(3, 3\)"),
@@ -482,7 +482,7 @@ def test_a_backend_that_does_not_run_raises():
     [
         ({"x": lambda X: X[0]}, r"x has 2 dimensions, expected 3: \(tasks, rows, channels\)"),
         ({"x": lambda X: X.half()}, "x has another dtype, expected float32 or float64"),
-        ({"x": lambda X: X[:, :0]}, "x has no rows, expected at least 1"),
+        ({"x": lambda X: X[:, :0]}, "x has 0 rows, expected at least 2"),
         ({"weight": lambda X: X[:2]}, "weight has 2 rows, but x has 3 tasks: expected 1 or that many"),
         ({"bias": lambda X: X[:, :3]}, "bias has 3 channels, but x has 4"),
         ({"bias": lambda X: X.float()}, "bias has float32, but x has float64: expected one dtype"),

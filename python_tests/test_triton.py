@@ -18,7 +18,17 @@ import torch
 from deadlines import seconds
 from torch.autograd import gradcheck, gradgradcheck
 
-from kfo_ext.testing import CASES, OUTPUTS, Operands, assert_close, random_operands, run_all, truth, with_strides
+from kfo_ext.testing import (
+    CASES,
+    OUTPUTS,
+    Operands,
+    assert_close,
+    random_operands,
+    relative_error,
+    run_all,
+    truth,
+    with_strides,
+)
 from kfo_ext.transform import Problems, reference, transform
 from kfo_ext.transform.op import NATIVE, TRITON, resolve
 
@@ -85,6 +95,20 @@ def test_every_order_equals_truth(case, rows, dtype):
 @pytest.mark.parametrize("case", ["conv", "large"])
 def test_one_shared_factor_equals_truth(case, rows, dtype):
     check_all(random_operands(ALL[case], 2, rows=rows, dtype=dtype), ALL[case])
+
+
+@interpreted
+def test_the_sum_over_many_tasks_equals_truth_but_for_one_rounding():
+    from kfo_ext.transform import triton_kernels
+
+    tasks, width = 2000, 128
+    parts, total = torch.rand(tasks, width), torch.empty(1, width)
+    table = torch.tensor([[0, 0, 0, width, width, 1]])
+    triton_kernels.sum_kernel[(1,)](
+        table, parts, parts, total, total, width, width, 0, 0, 1, tasks,
+        SHARED_R=True, SHARED_L=False, ROWS=16, COLUMNS=128,
+    )  # fmt: skip
+    assert relative_error(total, parts.double().sum(0, keepdim=True)) < 6e-8
 
 
 @interpreted

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -18,6 +19,7 @@ namespace kfo::cpu {
 
 namespace {
 
+constexpr int64_t kMostPadding = int64_t{1} << 60;  // twice that, and a size beside it, can be added
 constexpr const char* kImages = "(tasks, images, height, width, channels)";
 constexpr const char* kResults = "(tasks, images, height, width, out channels)";
 constexpr const char* kWeights = "(tasks, out channels, in channels, height, width)";
@@ -29,7 +31,8 @@ class Conv2dOperands : public OpChecks {
                  int64_t padding)
       : OpChecks(op, like_name, like) {
     if (stride < 1) fail("stride: expected at least 1, got " + std::to_string(stride));
-    if (padding < 0) fail("padding: expected at least 0, got " + std::to_string(padding));
+    if (padding < 0 || padding > kMostPadding)
+      fail("padding: expected from 0 to " + std::to_string(kMostPadding) + ", got " + std::to_string(padding));
     shape_.stride = stride, shape_.padding = padding;
     dimensions(like_name, like, 5, layout);
   }
@@ -40,11 +43,24 @@ class Conv2dOperands : public OpChecks {
     same(name, "tasks", tensor.size(0), like_.size(0));
   }
 
-  void kernel_fits() const {
-    const auto& s = shape_;
+  // The whole shape: that there is something to compute with, and that it can be addressed.
+  void shape() {
+    Conv2dShape& s = shape_;
+    for (const auto& [what, size] :
+         {std::pair{"height", s.H}, {"width", s.W}, {"in channels", s.C}, {"out channels", s.O}})
+      if (size < 1) fail(std::string(what) + ": expected at least 1, got " + std::to_string(size));
+    if (std::max(s.H, s.W) > kMostPadding)
+      fail("images of " + size_text(s.H, s.W) + " are too large to address with 64 bits");
     if (s.KH < 1 || s.KW < 1 || s.H + 2 * s.padding < s.KH || s.W + 2 * s.padding < s.KW)
       fail("a kernel of " + size_text(s.KH, s.KW) + " does not fit images of " + size_text(s.H, s.W) +
            " with padding " + std::to_string(s.padding));
+    // A stride beyond the padded image leaves one result, as that of its size does.
+    s.stride = std::min(s.stride, std::max(s.H, s.W) + 2 * s.padding);
+    const double results = static_cast<double>(s.Ho()) * static_cast<double>(s.Wo());
+    const double taps = static_cast<double>(s.KH) * static_cast<double>(s.KW);
+    if (results * taps * static_cast<double>(s.C) * sizeof(double) > 0x1p62)
+      fail("padding: " + std::to_string(s.padding) + " makes results of " + size_text(s.Ho(), s.Wo()) +
+           ", too large to address with 64 bits");
   }
 
   void same(const char* name, const char* what, int64_t got, int64_t expected) const {
@@ -133,7 +149,7 @@ Tensor conv2d(const Tensor& x_, const Tensor& weight_, int64_t stride, int64_t p
   operands.images(x_);
   operands.same("weight", "in channels", weight_.size(2), s.C);
   s.O = weight_.size(1), s.KH = weight_.size(3), s.KW = weight_.size(4);
-  operands.kernel_fits();
+  operands.shape();
   const Tensor x = contiguous_tasks(x_), weight = contiguous_tasks(weight_);
   Tensor y = new_tensor(x, {x.size(0), s.N, s.Ho(), s.Wo(), s.O});
   run(
@@ -154,7 +170,7 @@ Tensor conv2d_input(const Tensor& dy_, const Tensor& weight_, const std::vector<
   operands.pair("size", size);
   s = {dy_.size(1),     size[0],         size[1],  weight_.size(2), weight_.size(1),
        weight_.size(3), weight_.size(4), s.stride, s.padding};
-  operands.kernel_fits();
+  operands.shape();
   operands.results(dy_);
   const Tensor dy = contiguous_tasks(dy_), weight = contiguous_tasks(weight_);
   Tensor dx = new_tensor(dy, {dy.size(0), s.N, s.H, s.W, s.C});
@@ -176,10 +192,14 @@ Tensor conv2d_weight(const Tensor& x_, const Tensor& dy_, const std::vector<int6
   operands.images(x_);
   operands.pair("kernel_size", kernel_size);
   s.O = dy_.size(4), s.KH = kernel_size[0], s.KW = kernel_size[1];
-  operands.kernel_fits();
+  operands.shape();
   operands.results(dy_);
   const Tensor x = contiguous_tasks(x_), dy = contiguous_tasks(dy_);
   Tensor dweight = new_tensor(x, {x.size(0), s.O, s.C, s.KH, s.KW});
+  if (s.N == 0) {
+    torch::stable::zero_(dweight);
+    return dweight;
+  }
   run(
       x, s.KH * s.KW * s.C, s, [](const auto& ops) { return ops.weight; },
       [&](auto& job, int64_t t) {

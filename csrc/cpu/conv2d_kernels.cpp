@@ -3,6 +3,7 @@
 // in transform_kernels.cpp.
 #include "conv2d_kernels.h"
 
+#include "padded.h"
 #include "products.h"
 #include "transposition.h"
 #include "working_memory.h"
@@ -31,12 +32,6 @@ void gathered_tile(const T* A, const int64_t* rows, Steps steps, Rows<const T> X
   int64_t row[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) row[m] = rows[m];
-  if (add) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) sums[m][n] = load_row(C + outs[m], n);
-  }
   const T* x = X.data;
   for (int64_t r = 0; r < steps.runs; ++r) {
     const T* a = A + r * steps.run_step;
@@ -53,6 +48,12 @@ void gathered_tile(const T* A, const int64_t* rows, Steps steps, Rows<const T> X
       x += X.row;
       a += steps.step;
     }
+  }
+  if (add) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) sums[m][n] += load_row(C + outs[m], n);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -125,32 +126,17 @@ void gathered_product(Ahead* ahead, const T* A, Gathered results, Steps steps, i
     gathered_strip<T, 1, true>(ahead, A, results, steps, {X.data + vectors * W, X.row}, C + vectors * W, lanes, add);
 }
 
-// An image (height, width, channels) inside zeros; or as much of it as fits.
+constexpr int64_t kProducts = 384;  // of a sum in T, as far as its runs allow: rounding grows with their number
+
+// C = A X, the sum over k in parts.
 template <class T>
-struct Padded {
-  T* data;
-  int64_t height, width, channels;
-
-  int64_t elements() const { return height * width * channels; }
-  int64_t at(int64_t row, int64_t column) const { return (row * width + column) * channels; }
-
-  // With `before` zeros above and to the left of the image.
-  void fill(const T* image, int64_t rows, int64_t columns, int64_t before) const {
-    const int64_t left = smaller(before, width) * channels;
-    const int64_t copied = smaller(columns * channels, width * channels - left);
-    for (int64_t row = 0; row < height; ++row) {
-      T* out = data + at(row, 0);
-      if (row < before || row - before >= rows) {
-        __builtin_memset(out, 0, static_cast<size_t>(width * channels) * sizeof(T));
-        continue;
-      }
-      for (int64_t i = 0; i < left; ++i) out[i] = 0;
-      __builtin_memcpy(out + left, image + (row - before) * columns * channels,
-                       static_cast<size_t>(copied) * sizeof(T));
-      for (int64_t i = left + copied; i < width * channels; ++i) out[i] = 0;
-    }
-  }
-};
+void gathered_parts(Ahead* ahead, const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X, T* C) {
+  const int64_t most = steps.length < kProducts ? kProducts / (steps.length ? steps.length : 1) : 1;
+  for (int64_t r = 0; r == 0 || r < steps.runs; r += most)
+    gathered_product<T>(ahead, A + r * steps.run_step, results,
+                        {smaller(most, steps.runs - r), steps.run_step, steps.length, steps.step}, N,
+                        {X.data + r * steps.length * X.row, X.row}, C, r > 0);
+}
 
 // What the next image will read and write, two ranges of so many elements: asked for by the tiles that compute this
 // one.
@@ -188,10 +174,9 @@ class Pieces {
   char* next_;
 };
 
-// The part of an image that the taps of all results reach, padding included.
 template <class T>
-Padded<T> reached(const Conv2dShape& s, T* data = nullptr) {
-  return {data, (s.Ho() - 1) * s.stride + s.KH, (s.Wo() - 1) * s.stride + s.KW, s.C};
+Padded<T> reached(const Conv2dShape& s) {
+  return {nullptr, reached(s.Ho(), s.KH, s.stride, s.padding), reached(s.Wo(), s.KW, s.stride, s.padding), s.C};
 }
 
 template <class T>
@@ -210,15 +195,14 @@ void forward(const Conv2dJob<T>& job) {
   gather_to(s.O, taps * s.C, [&](int64_t o) { return job.weight + o * s.C * taps; }, weight, places);
   for (int64_t h = 0, i = 0; h < Ho; ++h)
     for (int64_t w = 0; w < Wo; ++w, ++i) {
-      rows[i] = image.at(h * s.stride, w * s.stride);
+      rows[i] = image.at(h * image.rows.kept, w * image.columns.kept);
       outs[i] = i * s.O;
     }
   const Steps steps{s.KH, image.at(1, 0), s.KW * s.C, 1};
   for (int64_t n = job.begin; n < job.end; ++n) {
-    image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W, s.padding);
+    image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W);
     // It goes through memory in order, which the processor foresees.
-    gathered_product<T>(nullptr, image.data, {pixels, rows, outs}, steps, s.O, {weight, s.O}, job.y + n * pixels * s.O,
-                        false);
+    gathered_parts<T>(nullptr, image.data, {pixels, rows, outs}, steps, s.O, {weight, s.O}, job.y + n * pixels * s.O);
   }
 }
 
@@ -236,6 +220,15 @@ struct Phase {
   }
 };
 
+// Of the phases along one axis, those that some input has: `count` from `first` on, modulo stride.
+struct Phases {
+  int64_t first, count, stride;
+
+  Phases(int64_t size, int64_t stride_, int64_t padding)
+      : first(padding % stride_), count(smaller(size, stride_)), stride(stride_) {}
+  int64_t operator[](int64_t i) const { return first < stride - i ? first + i : first - (stride - i); }
+};
+
 // Each phase of the inputs is a convolution of its own, with stride 1, of dy with its taps in reverse order.
 template <class T>
 void input(const Conv2dJob<T>& job) {
@@ -243,9 +236,12 @@ void input(const Conv2dJob<T>& job) {
   const int64_t Ho = s.Ho(), Wo = s.Wo();
   const int64_t before = ceil_div(s.KH > s.KW ? s.KH : s.KW, s.stride) - 1;
   const int64_t pixels = s.H * s.W;
-  Padded<T> image{nullptr, before + (s.H - 1 + s.padding) / s.stride + 1, before + (s.W - 1 + s.padding) / s.stride + 1,
+  Padded<T> image{nullptr,
+                  {before + (s.H - 1 + s.padding) / s.stride + 1, 1, 1, before},
+                  {before + (s.W - 1 + s.padding) / s.stride + 1, 1, 1, before},
                   s.O};
-  const int64_t phases = s.stride * s.stride, taps = s.KH * s.KW;
+  const Phases rows_of(s.H, s.stride, s.padding), columns_of(s.W, s.stride, s.padding);
+  const int64_t phases = rows_of.count * columns_of.count, taps = s.KH * s.KW;
   Pieces memory(Pieces::bytes<T>(taps * s.O * s.C) + Pieces::bytes<T>(image.elements()) +
                 2 * Pieces::bytes<int64_t>(pixels) + Pieces::bytes<int64_t>(2 * (phases + 1)) +
                 Pieces::bytes<int64_t>(taps));
@@ -255,9 +251,10 @@ void input(const Conv2dJob<T>& job) {
   int64_t* starts = memory.take<int64_t>(2 * (phases + 1));  // of each phase in `rows`, and in `weight`
   int64_t* places = memory.take<int64_t>(taps);              // of a tap in `weight`
   starts[0] = starts[1] = 0;
+  for (int64_t tap = 0; tap < taps; ++tap) places[tap] = -1;
   for (int64_t phase = 0; phase < phases; ++phase) {
-    const Phase v(phase / s.stride, s.H, s.KH, s.stride, s.padding),
-        h(phase % s.stride, s.W, s.KW, s.stride, s.padding);
+    const Phase v(rows_of[phase / columns_of.count], s.H, s.KH, s.stride, s.padding),
+        h(columns_of[phase % columns_of.count], s.W, s.KW, s.stride, s.padding);
     int64_t i = starts[2 * phase];
     for (int64_t u = 0; u < v.count; ++u)
       for (int64_t w = 0; w < h.count; ++w, ++i) {
@@ -273,34 +270,80 @@ void input(const Conv2dJob<T>& job) {
         places[(v.phase + kh * s.stride) * s.KW + h.phase + kw * s.stride] = place;
     starts[2 * phase + 3] = place;
   }
+  // The taps that no input sees go behind the others.
+  int64_t unused = starts[2 * phases + 1];
+  for (int64_t tap = 0; tap < taps; ++tap)
+    if (places[tap] < 0) places[tap] = unused, unused += s.O * s.C;
   gather_to(s.O * s.C, taps, [&](int64_t i) { return job.weight + i * taps; }, weight, places);
   const int64_t dy_size = Ho * Wo * s.O, dx_size = pixels * s.C;
   for (int64_t n = job.begin; n < job.end; ++n) {
     const T* dy = job.dy + n * dy_size;
     T* dx = job.dx + n * dx_size;
     Ahead ahead = next_image<T>(dy + dy_size, dy_size, dx + dx_size, dx_size, least_tiles(pixels));
-    image.fill(dy, Ho, Wo, before);
+    image.fill(dy, Ho, Wo);
     for (int64_t phase = 0; phase < phases; ++phase) {
-      const Phase v(phase / s.stride, s.H, s.KH, s.stride, s.padding),
-          h(phase % s.stride, s.W, s.KW, s.stride, s.padding);
+      const Phase v(rows_of[phase / columns_of.count], s.H, s.KH, s.stride, s.padding),
+          h(columns_of[phase % columns_of.count], s.W, s.KW, s.stride, s.padding);
       const int64_t first = starts[2 * phase], count = starts[2 * phase + 2] - first;
-      gathered_product<T>(&ahead, image.data, {count, rows + first, outs + first},
-                          {v.taps, image.at(1, 0), h.taps * s.O, 1}, s.C, {weight + starts[2 * phase + 1], s.C}, dx,
-                          false);
+      gathered_parts<T>(&ahead, image.data, {count, rows + first, outs + first},
+                        {v.taps, image.at(1, 0), h.taps * s.O, 1}, s.C, {weight + starts[2 * phase + 1], s.C}, dx);
     }
   }
 }
+
+// Sums of some parts each, added up in float64: their error does not grow with the number of parts. No totals where the
+// sums may hold all of them.
+template <class T>
+class Totals {
+ public:
+  static constexpr int64_t kHeld = 64;  // parts of a sum in T
+
+  Totals(double* totals, T* sums, int64_t count) : totals_(totals), sums_(sums), count_(count) {
+    clear(sums_);
+    if (totals_) clear(totals_);
+  }
+
+  // Before another part is added.
+  void make_room() {
+    if (totals_ && held_ == kHeld) {
+      for (int64_t i = 0; i < count_; ++i) totals_[i] += sums_[i];
+      clear(sums_);
+      held_ = 0;
+    }
+    ++held_;
+  }
+
+  // Leaves the totals in the place of the sums.
+  void finish() const {
+    if (!totals_) return;
+    for (int64_t i = 0; i < count_; ++i) sums_[i] = static_cast<T>(totals_[i] + sums_[i]);
+  }
+
+ private:
+  template <class U>
+  void clear(U* data) const {
+    __builtin_memset(data, 0, static_cast<size_t>(count_) * sizeof(U));
+  }
+
+  double* totals_;
+  T* sums_;
+  int64_t count_, held_ = 0;
+};
 
 template <class T>
 void weight(const Conv2dJob<T>& job) {
   const Conv2dShape& s = job.shape;
   const int64_t Ho = s.Ho(), Wo = s.Wo(), taps = s.KH * s.KW, count = job.end - job.begin;
   Padded<T> image = reached<T>(s);
+  // So many rows of results at a time stay in the first-level cache while all taps pass by.
+  const int64_t step = 128 / Wo < 1 ? 1 : 128 / Wo, parts = ceil_div(Ho, step);
   // The sums and what the last vector of them reads besides.
   const int64_t sums_and_more = count * s.O + kLanes<T>;
-  Pieces memory(Pieces::bytes<T>(sums_and_more) + Pieces::bytes<T>(image.elements()) +
+  const int64_t totalled = s.N * parts > Totals<T>::kHeld ? count * s.O : 0;
+  Pieces memory(Pieces::bytes<T>(sums_and_more) + Pieces::bytes<double>(totalled) + Pieces::bytes<T>(image.elements()) +
                 2 * Pieces::bytes<int64_t>(count));
   T* sums = memory.take<T>(sums_and_more);  // (taps of this job, O)
+  Totals<T> totals(totalled ? memory.take<double>(totalled) : nullptr, sums, count * s.O);
   image.data = memory.take<T>(image.elements());
   int64_t *rows = memory.take<int64_t>(count), *outs = memory.take<int64_t>(count);
   for (int64_t i = 0; i < count; ++i) {
@@ -308,19 +351,20 @@ void weight(const Conv2dJob<T>& job) {
     rows[i] = image.at(tap / s.KW, tap % s.KW) + c;
     outs[i] = i * s.O;
   }
-  // So many rows of results at a time stay in the first-level cache while all taps pass by.
-  const int64_t step = 128 / Wo < 1 ? 1 : 128 / Wo;
-  __builtin_memset(sums, 0, static_cast<size_t>(count * s.O) * sizeof(T));
   const int64_t x_size = s.H * s.W * s.C, dy_size = Ho * Wo * s.O;
   for (int64_t n = 0; n < s.N; ++n) {
     const T *x = job.x + n * x_size, *dy = job.dy + n * dy_size;
-    Ahead ahead = next_image(x + x_size, x_size, dy + dy_size, dy_size, least_tiles(count) * ceil_div(Ho, step));
-    image.fill(x, s.H, s.W, s.padding);
-    for (int64_t h = 0; h < Ho; h += step)
-      gathered_product<T>(&ahead, image.data + image.at(h * s.stride, 0), {count, rows, outs},
-                          {smaller(step, Ho - h), image.at(s.stride, 0), Wo, s.stride * s.C}, s.O,
-                          {dy + h * Wo * s.O, s.O}, sums, true);
+    Ahead ahead = next_image(x + x_size, x_size, dy + dy_size, dy_size, least_tiles(count) * parts);
+    image.fill(x, s.H, s.W);
+    for (int64_t h = 0; h < Ho; h += step) {
+      const int64_t rows_now = smaller(step, Ho - h), kept = image.rows.kept;
+      totals.make_room();
+      gathered_product<T>(&ahead, image.data + image.at(h * kept, 0), {count, rows, outs},
+                          {rows_now, image.at(kept, 0), Wo, image.columns.kept * s.C}, s.O, {dy + h * Wo * s.O, s.O},
+                          sums, true);
+    }
   }
+  totals.finish();
   scatter(
       s.O, count, sums, s.O, [&](int64_t o) { return job.dweight + o * s.C * taps + job.begin; },
       [](int64_t) -> const T* { return nullptr; });

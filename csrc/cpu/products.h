@@ -111,28 +111,35 @@ void product_tile(Ahead* ahead, Factor<T> A, Rows<const T> X, Rows<T> C, int64_t
 #pragma GCC unroll 16
       for (int m = 0; m < kPointers; ++m) a[m] += A.column;
     };
-    if (add) {
-      const T* from = c;
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sums[0][m][n] = load_row(from, n);
-        from += C.row;
-        keep_one(from);
-      }
-    }
     int64_t k = 0;
     for (; k + kSplit <= K; k += kSplit) {
 #pragma GCC unroll 16
       for (int s = 0; s < kSplit; ++s) step(s);
     }
     for (; k < K; ++k) step(0);
+    if (kSplit > 1) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 16
+          for (int s = 1; s < kSplit; ++s) sums[0][m][n] += sums[s][m][n];
+    }
+    // To what is there at last, not first: rounding grows with the longest sum.
+    if (add) {
+      const T* from = c;
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[0][m][n] += load_row(from, n);
+        from += C.row;
+        keep_one(from);
+      }
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
-#pragma GCC unroll 16
-        for (int s = 1; s < kSplit; ++s) sums[0][m][n] += sums[s][m][n];
         if (kPartial)
           store_first(c + n * W, sums[0][m][n], lanes);
         else

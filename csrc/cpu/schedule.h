@@ -44,6 +44,7 @@ constexpr double kChunkFlops = 1.5e6;
 constexpr double kBatchFlops = 1e5;
 constexpr double kCallFlops = 3e3;  // what starting on a chunk costs
 constexpr int64_t kRowsMultiple = 32;
+constexpr int64_t kRowsAtMost = 512;  // of a chunk that adds up gradients one block after the other, while rounding
 constexpr int64_t kRowMajorSide = 32, kRowMajorElements = 4096;  // from either on a matrix is worked on by itself
 constexpr int64_t kPartialElements = int64_t{1} << 23;           // of one problem
 constexpr double kFlopsPerPartial = 128;  // below, a chunk's partial results cost more than it computes
@@ -57,6 +58,7 @@ inline int64_t chunk_rows(const Problem& problem, int64_t rows, Order order) {
   const bool row_major = std::min(problem.p, problem.q) >= kRowMajorSide || problem.p * problem.q >= kRowMajorElements;
   if (!row_major) size = ceil_div(size, kRowsMultiple) * kRowsMultiple;
   if (order != Order::forward) {
+    size = std::min(size, kRowsAtMost);
     const int64_t partial = problem.p * problem.p + problem.q * problem.q;
     const double worthwhile = kFlopsPerPartial * static_cast<double>(partial) / flops_per_matrix(problem, order);
     size = std::max({size, static_cast<int64_t>(worthwhile), ceil_div(rows, kPartialElements / partial + 1)});

@@ -110,9 +110,11 @@ void run_chunks(const Call<T>& call, const Schedule& schedule, void (*kernel)(co
   });
 }
 
+// Adds pairs of partial results, pairs of those sums and so on, so that the error grows with the logarithm of their
+// number. Overwrites them.
 template <class T>
-void add_partials(const Call<T>& call, const Schedule& schedule, const T* partials) {
-  constexpr int64_t kSlice = 4096;
+void add_partials(const Call<T>& call, const Schedule& schedule, T* partials) {
+  constexpr int64_t kLeast = 64, kCached = 32768 / static_cast<int64_t>(sizeof(T));  // elements
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Sum& sum = schedule.sums[static_cast<size_t>(i)];
@@ -120,14 +122,18 @@ void add_partials(const Call<T>& call, const Schedule& schedule, const T* partia
       T* out = sum.left ? call.dR : call.dL;
       if (!out) continue;
       out += sum.left ? sum.task * call.dR_stride + problem.R : sum.task * call.dL_stride + problem.L;
-      for (int64_t first = 0; first < sum.elements; first += kSlice) {
-        const int64_t last = std::min(first + kSlice, sum.elements);
-        const T* part = partials + sum.first;
-        std::copy(part + first, part + last, out + first);
-        for (int64_t k = 1; k < sum.count; ++k) {
-          part += sum.elements;
-          for (int64_t n = first; n < last; ++n) out[n] += part[n];
-        }
+      // A slice of every partial result stays in the first-level cache.
+      const int64_t slice = std::max(kCached / sum.count, kLeast);
+      for (int64_t first = 0; first < sum.elements; first += slice) {
+        T* part = partials + sum.first + first;
+        const int64_t length = std::min(slice, sum.elements - first);
+        for (int64_t step = 1; step < sum.count; step *= 2)
+          for (int64_t k = 0; k + step < sum.count; k += 2 * step) {
+            T* to = part + k * sum.elements;
+            const T* from = to + step * sum.elements;
+            for (int64_t n = 0; n < length; ++n) to[n] += from[n];
+          }
+        std::copy(part, part + length, out + first);
       }
     }
   };

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ A
   const bool is_R = element < R_size;
   const int64_t output_rows = is_R ? table.dR_rows : table.dL_rows;
   const bool summed = element < size && row < output_rows && !table.is_complete(entry, output_rows);
-  T sum = 0;
+  double sum = 0;  // so that its error does not grow with the number of tasks
   if (summed) {
     // A factor of one row, of one task or shared by all, sums over everything.
     const int64_t count = (output_rows == 1 ? table.tasks : 1) * entry.chunks;
@@ -27,13 +27,13 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ A
 #pragma unroll 4
     for (int64_t i = slice; i < count; i += kSumSlices) sum += partials[i * size];
   }
-  T* slices = shared_array<T>();
+  double* slices = shared_array<double>();
   slices[threadIdx.x] = sum;
   __syncthreads();
   if (!summed || slice != 0) return;
   for (int s = 1; s < kSumSlices; ++s) sum += slices[s * kSumColumns + column];
   const Output<T>& output = args.data[is_R ? kdR : kdL];
-  output.data[row * output.stride + (is_R ? entry.R + element : entry.L + element - R_size)] = sum;
+  output.data[row * output.stride + (is_R ? entry.R + element : entry.L + element - R_size)] = static_cast<T>(sum);
 }
 
 }  // namespace kfo::cuda

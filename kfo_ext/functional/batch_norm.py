@@ -15,8 +15,11 @@ _KERNELS = ("cpu", "cuda")
 def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> None:
     check_dimensions("x", x, ("tasks", "rows", "channels"))
     tasks, rows, channels = x.shape
-    if rows == 0:
-        raise ValueError(f"x: expected at least 1 row, got shape {tuple(x.shape)}")
+    if rows < 2:
+        raise ValueError(
+            f"x: expected at least 2 rows, got shape {tuple(x.shape)}: statistics are those of the rows, "
+            "and of one row nothing but the bias would remain"
+        )
     for name, parameter in (("weight", weight), ("bias", bias)):
         shape = tuple(parameter.shape)
         if len(shape) != 2 or shape[0] not in (1, tasks) or shape[1] != channels:
@@ -51,8 +54,9 @@ def batch_norm_relu(
         y: (tasks, rows, channels), of x's dtype. Half types, and everything under autocast, compute in float32.
 
     Raises:
-        ValueError: sizes or devices that do not fit, no rows, an eps that is not positive, or an unknown backend.
-        TypeError: operands that are no floating-point tensors or, outside autocast, of several dtypes.
+        ValueError: sizes or devices that do not fit, fewer than 2 rows, an eps that is not positive, or an unknown
+            backend.
+        TypeError: operands that are no dense floating-point tensors or, outside autocast, of several dtypes.
         RuntimeError: the backend asked for does not run here.
 
     Source: Ioffe and Szegedy 2015, algorithm 1, with the batch's statistics always (paper, section 5).

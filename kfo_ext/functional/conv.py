@@ -12,6 +12,8 @@ from kfo_ext.transform.operands import autocasts, check_dimensions, check_tensor
 
 # torch's convolution serves the rest: a grouped one, with a group of channels for each task.
 _KERNELS = ("cpu",)
+_MOST_PADDING = 1 << 60  # csrc/cpu/conv2d.cpp: padded sizes stay within 64 bits
+_MOST_OF_TORCH = (1 << 31) - 1  # some of torch's kernels cut sizes to 32 bits
 
 
 def _check(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
@@ -20,8 +22,14 @@ def _check(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if padding > _MOST_PADDING:
+        raise ValueError(f"padding: expected at most {_MOST_PADDING}, got {padding}")
     if x.shape[0] == 0:
         raise ValueError("x: expected at least one task, got none")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x: expected height, width and channels of at least 1, got shape {tuple(x.shape)}")
+    if weight.shape[1] == 0:
+        raise ValueError(f"weight: expected at least 1 out channel, got shape {tuple(weight.shape)}")
     for what, got, expected in (
         ("tasks", weight.shape[0], x.shape[0]),
         ("in channels", weight.shape[2], x.shape[4]),
@@ -32,6 +40,14 @@ def _check(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
         raise ValueError(
             f"weight: a kernel of {weight.shape[3]} x {weight.shape[4]} does not fit images of "
             f"{x.shape[2]} x {x.shape[3]} with padding {padding}"
+        )
+
+
+def _check_for_torch(reach: int, padding: int) -> None:
+    if reach > _MOST_OF_TORCH:
+        raise ValueError(
+            f"padding: expected padded images of at most {_MOST_OF_TORCH} pixels a side for torch's convolution, "
+            f"got {reach} with padding {padding}"
         )
 
 
@@ -63,8 +79,8 @@ def conv2d(
             torch. Otherwise half types, and everything under autocast, compute in float32.
 
     Raises:
-        ValueError: sizes, numbers or devices that do not fit, no task, or an unknown backend.
-        TypeError: operands that are no floating-point tensors or, outside autocast, of several dtypes.
+        ValueError: sizes, numbers or devices that do not fit, no task, no channel, or an unknown backend.
+        TypeError: operands that are no dense floating-point tensors or, outside autocast, of several dtypes.
         RuntimeError: the backend asked for does not run here.
 
     Source: paper, appendix D (the networks); torch.nn.functional.conv2d, for each task.
@@ -74,9 +90,15 @@ def conv2d(
     if not usual:
         check_tensors(operands)
     _check(x, weight, stride, padding)
+    reach = max(x.shape[2:4]) + 2 * padding
+    # A stride beyond the padded image leaves one result, as that of its size does.
+    stride = min(stride, reach)
     if backend == "auto" and autocasts(x.device) and torch.float64 not in (x.dtype, weight.dtype):
+        _check_for_torch(reach, padding)
         return reference.conv2d(x, weight, stride, padding, channels_last)
     plain = runs_plain_torch(backend, x.device, _KERNELS)
+    if plain:
+        _check_for_torch(reach, padding)
 
     def compute(x: Tensor, weight: Tensor) -> Tensor:
         if plain:

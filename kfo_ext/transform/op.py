@@ -94,7 +94,7 @@ def transform(
 
     Raises:
         ValueError: sizes, rows or devices that do not fit, or an unknown backend.
-        TypeError: operands that are no floating-point tensors or, outside autocast, of several dtypes.
+        TypeError: operands that are no dense floating-point tensors or, outside autocast, of several dtypes.
         RuntimeError: the backend asked for does not run here.
 
     Source: paper, appendix C.1 (W = R^T (x) L, the factorised weight of equation 21).

@@ -1,4 +1,4 @@
-"""What the layers ask of their operands, and the dtype they compute in: the same rules for all of them."""
+"""Requirements of the layers on their operands, and the dtype they compute in: the same rules for all of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ready(operands: Sequence[object]) -> bool:
     That is the usual call, which `check_tensors` and `in_one_dtype` would leave as it is: this asks for less time.
     """
     first = operands[0]
-    if not isinstance(first, Tensor):
+    if not isinstance(first, Tensor) or not is_dense(first):
         return False
     dtype, device = first.dtype, first.device
     if dtype not in KERNEL_DTYPES or autocasts(device):
@@ -33,15 +33,33 @@ def ready(operands: Sequence[object]) -> bool:
     for operand in operands[1:]:
         if not isinstance(operand, Tensor) or operand.dtype != dtype or operand.device != device:
             return False
+        if not is_dense(operand):
+            return False
     return True
 
 
+def is_dense(operand: Tensor) -> bool:
+    """Whether the elements lie in memory at the operand's strides: not sparse, mkldnn's or nested."""
+    return operand.layout == torch.strided and not operand.is_nested
+
+
+def check_dense(name: str, operand: Tensor) -> None:
+    """Raises TypeError for a tensor of another layout than torch's usual one."""
+    if operand.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one: call torch.stack or to_padded_tensor")
+    if operand.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {operand.layout}: call to_dense()")
+    if operand.is_quantized:
+        raise TypeError(f"{name}: expected a dense tensor, got a quantized one: call dequantize()")
+
+
 def check_tensors(operands: dict[str, Tensor]) -> None:
-    """Raises TypeError or ValueError for an operand that is no floating-point tensor on the device of the first."""
+    """Raises TypeError or ValueError for what is no dense floating-point tensor on the device of the first."""
     first, like = next(iter(operands.items()))
     for name, operand in operands.items():
         if not isinstance(operand, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+        check_dense(name, operand)
         if not operand.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {operand.dtype}")
         if operand.dtype not in KERNEL_DTYPES + HALF:

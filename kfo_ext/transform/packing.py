@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfo_ext.transform.operands import check_dense, is_dense
 from kfo_ext.transform.packing_autograd import Pack, Unpack, plain
 
 
@@ -113,6 +114,7 @@ class Packing:
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{argument}[{name!r}]: expected a tensor or None, got {type(tensor).__name__}")
+            check_dense(f"{argument}[{name!r}]", tensor)
             batched = tensor.dim() == len(shape) + 1
             if (tensor.shape[1:] if batched else tensor.shape) != shape:
                 raise ValueError(
@@ -137,7 +139,7 @@ class Packing:
 
     def _usual(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether all are tensors with one task dimension, of one dtype on one device: the usual call, in less time."""
-        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        if not tensors or not all(isinstance(tensor, Tensor) and is_dense(tensor) for tensor in tensors):
             return False
         rows = tensors[0].shape[:1]
         return (

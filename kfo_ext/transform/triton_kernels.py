@@ -244,12 +244,14 @@ def _sum(p_row, p_from, p_to, s_from, task, tasks, ROWS: tl.constexpr, COLUMNS: 
     chunks = tl.load(p_row + 5)
     for i_0 in range(0, width, COLUMNS):
         i_column = i_0 + tl.arange(0, COLUMNS).to(tl.int64)
-        b_sum = tl.zeros((COLUMNS,), p_to.dtype.element_ty)
+        # In float64, so that the error does not grow with the number of tasks.
+        b_sum = tl.zeros((COLUMNS,), tl.float64)
         for j_0 in range(0, tasks * chunks, ROWS):
             j = j_0 + tl.arange(0, ROWS).to(tl.int64)
             o_j = (task + j // chunks) * s_from + j % chunks * size
             mask = (j[:, None] < tasks * chunks) & (i_column[None, :] < width)
-            b_sum += tl.sum(tl.load(p_from + o_from + o_j[:, None] + i_column[None, :], mask=mask, other=0.0), axis=0)
+            b_part = tl.load(p_from + o_from + o_j[:, None] + i_column[None, :], mask=mask, other=0.0)
+            b_sum += tl.sum(b_part.to(tl.float64), axis=0)
         tl.store(p_to + o_to + i_column, b_sum, mask=i_column < width)
 
 

@@ -209,7 +209,7 @@ void run_case(const std::vector<int64_t>& shapes, int64_t T_, bool shared_R, boo
     for (const Launch& part : schedule.launches) {
       const Arguments<T, Table> args{part.table, data};
       emulation::launch(kernels[static_cast<int>(order) - 1], part.blocks, kThreads, part.shared_bytes, args);
-      emulation::launch(sum_kernel<T>, part.sum_blocks, kThreads, kThreads * sizeof(T), args);
+      emulation::launch(sum_kernel<T>, part.sum_blocks, kThreads, kThreads * sizeof(double), args);
     }
     for (const TiledLaunch& part : schedule.tiled)
       emulation::launch(tiled_kernel<T>, part.blocks, kThreads, kTiledShared * sizeof(T),
