@@ -14,7 +14,7 @@ from kfo_ext.transform import native
 
 TESTS = Path(__file__).parent
 # What runs the compiled operators.
-FILES = ("test_transform.py", "test_batch_norm.py", "test_conv.py")
+FILES = ("test_transform.py", "test_batch_norm.py", "test_conv.py", "test_accuracy.py")
 
 pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
 

@@ -18,12 +18,13 @@ class Scratch {
 
   // At least `bytes`, 64-byte aligned; what it held before is lost.
   void* reserve(size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+    release();  // so that the end of what was asked for is watched
+#endif
     if (bytes > size_) {
       release();
-      const size_t rounded = (bytes + 63) / 64 * 64;
-      memory_ = std::aligned_alloc(64, rounded);
-      if (!memory_) throw std::bad_alloc();
-      size_ = rounded;
+      if (posix_memalign(&memory_, 64, bytes)) throw std::bad_alloc();
+      size_ = bytes;
     }
     return memory_;
   }

@@ -40,18 +40,29 @@ inline Vec<double> broadcast(double x) { return _mm512_set1_pd(x); }
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
 
-// The first n lanes from memory and zeros above them; the memory of the other lanes is not touched.
-inline Vec<float> load_first(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
-inline Vec<double> load_first(const double* p, int n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
-inline void store_first(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
-inline void store_first(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
-
 #elif defined(__AVX2__) && defined(__FMA__)
 inline Vec<float> broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vec<double> broadcast(double x) { return _mm256_set1_pd(x); }
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
 
+#else
+inline Vec<float> broadcast(float x) { return _mm_set1_ps(x); }
+inline Vec<double> broadcast(double x) { return _mm_set1_pd(x); }
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+
+#endif
+
+// The first n lanes from memory and zeros above them; the memory of the other lanes is not touched. AddressSanitizer
+// does not see masked accesses: there, as without masks, it is one lane after the other.
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
+inline Vec<float> load_first(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+inline Vec<double> load_first(const double* p, int n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
+inline void store_first(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
+inline void store_first(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
+
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(__SANITIZE_ADDRESS__)
 inline __m256i first_lanes32(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -64,11 +75,6 @@ inline void store_first(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, 
 inline void store_first(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, first_lanes64(n), v); }
 
 #else
-inline Vec<float> broadcast(float x) { return _mm_set1_ps(x); }
-inline Vec<double> broadcast(double x) { return _mm_set1_pd(x); }
-inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
-inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
-
 inline Vec<float> load_first(const float* p, int n) {
   Vec<float> v{};
   for (int i = 0; i < n; ++i) v[i] = p[i];

@@ -389,10 +389,10 @@ __global__ void __launch_bounds__(kThreads)
   const int which = element >= args.channels;
   const int64_t channel = element - which * args.channels;
   if (channel >= args.channels || !args.to[which]) return;
-  T total = 0;
+  double total = 0;  // so that its error does not grow with the number of tasks
 #pragma unroll 8
   for (int64_t task = 0; task < args.tasks; ++task) total += args.from[which][task * args.channels + channel];
-  args.to[which][channel] = total;
+  args.to[which][channel] = static_cast<T>(total);
 }
 
 }  // namespace kfo::cuda
