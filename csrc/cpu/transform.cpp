@@ -110,11 +110,34 @@ void run_chunks(const Call<T>& call, const Schedule& schedule, void (*kernel)(co
   });
 }
 
-// Adds pairs of partial results, pairs of those sums and so on, so that the error grows with the logarithm of their
-// number. Overwrites them.
+// out = the sum of `count` rows of `length` elements, `row` apart: of pairs, pairs of those sums and so on, so that the
+// error grows with the logarithm of their number.
 template <class T>
-void add_partials(const Call<T>& call, const Schedule& schedule, T* partials) {
-  constexpr int64_t kLeast = 64, kCached = 32768 / static_cast<int64_t>(sizeof(T));  // elements
+void sum_pairwise(const T* part, int64_t count, int64_t row, int64_t length, T* out) {
+  constexpr int64_t kSlice = 256;
+  constexpr int kDepth = 64;
+  alignas(64) T sums[kDepth][kSlice];  // not yet paired, the later ones of fewer rows
+  for (int64_t first = 0; first < length; first += kSlice) {
+    const int64_t size = std::min(kSlice, length - first);
+    const auto add = [size](const T* from, T* to) {
+      for (int64_t n = 0; n < size; ++n) to[n] += from[n];
+    };
+    int depth = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const T* from = part + k * row + first;
+      if (k % 2 == 0)
+        std::copy(from, from + size, sums[depth++]);
+      else
+        add(from, sums[depth - 1]);
+      for (int64_t done = k + 1; done % 4 == 0; done /= 2) --depth, add(sums[depth], sums[depth - 1]);
+    }
+    for (; depth > 1; --depth) add(sums[depth - 1], sums[depth - 2]);
+    std::copy(sums[0], sums[0] + size, out + first);
+  }
+}
+
+template <class T>
+void add_partials(const Call<T>& call, const Schedule& schedule, const T* partials) {
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Sum& sum = schedule.sums[static_cast<size_t>(i)];
@@ -122,19 +145,7 @@ void add_partials(const Call<T>& call, const Schedule& schedule, T* partials) {
       T* out = sum.left ? call.dR : call.dL;
       if (!out) continue;
       out += sum.left ? sum.task * call.dR_stride + problem.R : sum.task * call.dL_stride + problem.L;
-      // A slice of every partial result stays in the first-level cache.
-      const int64_t slice = std::max(kCached / sum.count, kLeast);
-      for (int64_t first = 0; first < sum.elements; first += slice) {
-        T* part = partials + sum.first + first;
-        const int64_t length = std::min(slice, sum.elements - first);
-        for (int64_t step = 1; step < sum.count; step *= 2)
-          for (int64_t k = 0; k + step < sum.count; k += 2 * step) {
-            T* to = part + k * sum.elements;
-            const T* from = to + step * sum.elements;
-            for (int64_t n = 0; n < length; ++n) to[n] += from[n];
-          }
-        std::copy(part, part + length, out + first);
-      }
+      sum_pairwise(partials + sum.first, sum.count, sum.elements, sum.elements, out);
     }
   };
   const auto sums = static_cast<int64_t>(schedule.sums.size());

@@ -10,6 +10,7 @@ from torch import Tensor
 # The dtypes that kernels have; the half types are converted around them.
 KERNEL_DTYPES = (torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
+_STRIDED = torch.strided
 # Devices with native kernels; torch.compile before 2.12 cannot trace the question which devices know autocast.
 AUTOCAST = ("cpu", "cuda")
 
@@ -25,29 +26,30 @@ def ready(operands: Sequence[object]) -> bool:
     That is the usual call, which `check_tensors` and `in_one_dtype` would leave as it is: this asks for less time.
     """
     first = operands[0]
-    if not isinstance(first, Tensor) or not is_dense(first):
+    if not isinstance(first, Tensor):
         return False
     dtype, device = first.dtype, first.device
     if dtype not in KERNEL_DTYPES or autocasts(device):
         return False
-    for operand in operands[1:]:
-        if not isinstance(operand, Tensor) or operand.dtype != dtype or operand.device != device:
+    for operand in operands:
+        # As is_dense, without the call.
+        if not isinstance(operand, Tensor) or operand.layout is not _STRIDED or operand.is_nested:
             return False
-        if not is_dense(operand):
+        if operand.dtype != dtype or operand.device != device:
             return False
     return True
 
 
 def is_dense(operand: Tensor) -> bool:
     """Whether the elements lie in memory at the operand's strides: not sparse, mkldnn's or nested."""
-    return operand.layout == torch.strided and not operand.is_nested
+    return operand.layout is _STRIDED and not operand.is_nested
 
 
 def check_dense(name: str, operand: Tensor) -> None:
     """Raises TypeError for a tensor of another layout than torch's usual one."""
     if operand.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one: call torch.stack or to_padded_tensor")
-    if operand.layout != torch.strided:
+    if operand.layout is not _STRIDED:
         raise TypeError(f"{name}: expected a dense tensor, got layout {operand.layout}: call to_dense()")
     if operand.is_quantized:
         raise TypeError(f"{name}: expected a dense tensor, got a quantized one: call dequantize()")
