@@ -79,10 +79,13 @@ def test_the_operators_themselves_take_a_huge_stride(stride):
         ((4, 11), (1, 4), 3, 5),
         ((6, 6), (1, 1), 5, 0),
         ((40, 3), (3, 3), 30, 40),
+        ((1, 1), (2, 2), 2, 1),
+        ((1, 1), (1, 2), 1, 1),
     ],
 )
-def test_strides_beyond_the_kernel(size, kernel, stride, padding, backend):
-    x, weight = draw(2, 2, *size, 3), draw(2, 5, 3, *kernel)
+def test_strides_beyond_the_kernel_and_single_pixels(size, kernel, stride, padding, backend):
+    images = 1 if size == (1, 1) else 2
+    x, weight = draw(2, images, *size, 3), draw(2, 5, 3, *kernel)
     ours = orders(lambda x, w: conv2d(x, w, stride=stride, padding=padding, backend=backend), x, weight)
     truth = orders(lambda x, w: task_by_task(x, w, stride, padding), x, weight)
     for got, expected in zip(ours, truth, strict=True):

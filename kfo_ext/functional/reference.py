@@ -52,7 +52,9 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, channel
             groups=tasks,
         )
         return y.permute(0, 2, 3, 1).unflatten(3, (tasks, -1)).permute(3, 0, 1, 2, 4)
-    y = F.conv2d(
-        x.permute(1, 0, 4, 2, 3).flatten(1, 2), weight.flatten(0, 1), stride=stride, padding=padding, groups=tasks
-    )
+    images = x.permute(1, 0, 4, 2, 3).flatten(1, 2)
+    if x.shape[2] == x.shape[3] == 1:
+        # Strides of single pixels may look like channels last to torch, whose gradient by the weight then raises.
+        images = images.reshape(-1).view(images.shape)
+    y = F.conv2d(images, weight.flatten(0, 1), stride=stride, padding=padding, groups=tasks)
     return y.unflatten(1, (tasks, -1)).permute(1, 0, 3, 4, 2)
