@@ -221,12 +221,12 @@ def test_batch_norm_of_nothing_is_empty(tasks, channels, backend):
 @pytest.mark.parametrize(
     ("shapes", "named"),
     [
-        ([(2**21, 2**21, 2**21)], r"shapes\[0\]: B \* p \* q is 9223372036854775808"),
-        ([(1, 2**32, 1)], r"shapes\[0\]: p \* p is 18446744073709551616"),
-        ([(1, 1, 2**32)], r"shapes\[0\]: q \* q is"),
+        ([(2**21, 2**21, 2**21)], r"shapes\[0\]: .* that of G has 9223372036854775808"),
+        ([(1, 2**32, 1)], r"shapes\[0\]: .* that of R has 18446744073709551616"),
+        ([(1, 1, 2**32)], r"shapes\[0\]: .* that of L has"),
         ([(1, 1, 2**70)], r"shapes\[0\]: "),
-        ([(2**62, 1, 1), (1, 2, 2), (2**62, 1, 1)], r"shapes\[2\]: with the shapes before it, the sum of B \* p \* q"),
-        ([(1, 3_000_000_000, 1), (1, 3_000_000_000, 1)], r"shapes\[1\]: with the shapes before it, the sum of p \* p"),
+        ([(2**62, 1, 1), (1, 2, 2), (2**62, 1, 1)], r"shapes\[2\]: .* that of G has"),
+        ([(1, 3_000_000_000, 1), (1, 3_000_000_000, 1)], r"shapes\[1\]: .* that of R has"),
     ],
 )
 def test_groups_beyond_64_bit_are_refused(shapes, named):
