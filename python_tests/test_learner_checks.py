@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfo_ext import ANIL, KFO, MAML
+from kfo_ext.models import CNN
 from kfo_ext.tasks import Examples, TaskBatch
 
 OPTIONS = {"lr": 0.1, "steps": 1}
@@ -73,6 +74,13 @@ def test_running_statistics_are_refused(kind, learner):
         RuntimeError, match=r"'norm' would use running statistics, which mix tasks: .* or call train\(\)"
     ):
         kfo_ext_learner(images())
+
+
+@pytest.mark.parametrize("batched", [None, False], ids=["batched", "loop"])
+def test_one_value_per_channel_is_refused(batched):
+    model = CNN(1, in_channels=1, hidden=4, ways=3, image_size=1)
+    with pytest.raises(ValueError, match=r"more than 1 value per channel|expected at least 2 rows"):
+        MAML(model, batched=batched, **OPTIONS)(images(channels=1, size=1, count=1))
 
 
 def _append(model):
