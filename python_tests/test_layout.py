@@ -21,7 +21,7 @@ ALLOWED = {
     "functional": {"transform"},
     "models": {"functional", "choices"},
     "updates": {"transform"},
-    "adapt": {"updates", "transform", "tasks", "models"},
+    "adapt": {"updates", "transform", "functional", "tasks"},
     "testing": {"transform", "models"},
     "trainer": {"choices", "lazy", "adapt", "updates", "transform", "tasks", "models"},
     "interop": {"updates", "transform"},
