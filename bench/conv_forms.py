@@ -11,14 +11,13 @@ meta-learning asks for:
 
 The images need no gradient, so that the first layer has dweight alone, and its gradient by dy. Every contender gets its
 operands in the layout it likes, and is compared with float64 before it is timed; one that is wrong or fails is a row
-that says so. Tasks go in the groups of a meta-iteration (`kfo_ext.models.tasks_at_once`): every call does them all.
+that says so. Tasks go in the groups of a meta-iteration (`kfo_ext.adapt.routes.tasks_at_once`): a call does them all.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +29,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from kfo_ext.adapt.routes import LARGEST_ACTIVATION
 from kfo_ext.bench.measure import TOLERANCE, one_line
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved, rested
 from kfo_ext.functional import conv2d
-from kfo_ext.models import CNN, tasks_at_once
 from kfo_ext.testing import relative_error
 from kfo_ext.trainer.allocator import keep_freed_memory
 from kfo_ext.transform import native
@@ -216,9 +215,11 @@ def layers_of(network: Network) -> list[Layer]:
 
 def group_size(network: Network, tasks: int, device: str) -> int:
     """How many tasks a meta-iteration has in one graph: groups of about the same size, as `MAML` makes."""
-    images = torch.empty(tasks, IMAGES, network.in_channels, network.image_size, network.image_size, device=device)
-    groups = -(-tasks // tasks_at_once(CNN(**asdict(network)), images, IMAGES))
-    return -(-tasks // groups)
+    if device == "cpu":
+        largest = IMAGES * max(layer.out_size**2 * layer.out_channels for layer in layers_of(network)) * 4
+        tasks_at_once = min(tasks, max(1, LARGEST_ACTIVATION // largest))
+        return -(-tasks // -(-tasks // tasks_at_once))
+    return tasks
 
 
 def random_operands(layer: Layer, tasks: int) -> Operands:

@@ -11,23 +11,10 @@ Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules import module as _modules
 
 from kfo_ext.choices import INITS
-from kfo_ext.functional import batch_norm_relu, conv2d
-
-# (parameters, x) -> output, of all tasks at once: parameters by name, (tasks, *shape); x and output (tasks, n, ...).
-TasksForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-
-# Bytes of the largest activation that one forward of several tasks makes on a CPU: a larger piece of memory goes back
-# to the system as soon as it is free (glibc's largest mmap threshold), and every page of the next one is zeroed again.
-LARGEST_ACTIVATION = 32 << 20
 
 
 class Block(nn.Module):
@@ -44,23 +31,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(torch.relu(self.norm(self.conv(x))))
-
-    def forward_tasks(
-        self, parameters: Mapping[str, Tensor], prefix: str, x: Tensor, channels_last: bool = False
-    ) -> Tensor:
-        """The same for all tasks, channels last: (tasks, n, h, w, in_channels) -> (tasks, n, h', w', hidden).
-
-        The bias of the convolution is left out: it shifts the mean that batch norm subtracts, and has no gradient.
-        """
-        weight = parameters[f"{prefix}.conv.weight"]
-        stride, padding = self.conv.stride[0], self.conv.padding[0]
-        y = conv2d(x, weight, stride=stride, padding=padding, channels_last=channels_last)
-        norm = (parameters[f"{prefix}.norm.weight"], parameters[f"{prefix}.norm.bias"])
-        y = batch_norm_relu(y.flatten(1, 3), *norm, eps=self.norm.eps).view(y.shape)
-        if isinstance(self.pool, nn.Identity):
-            return y
-        pooled = F.max_pool2d(y.flatten(0, 1).permute(0, 3, 1, 2), self.pool.kernel_size)
-        return pooled.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
 
 
 class CNN(nn.Module):
@@ -151,126 +121,6 @@ class CNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, in_channels, image_size, image_size) -> (n, ways) logits."""
         return self.head(self.features(x))
-
-    def features_tasks(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """`features` of all tasks: (tasks, n, in_channels, h, w) -> (tasks, n, head.in_features)."""
-        x = x.movedim(2, -1).contiguous()
-        for i, block in enumerate(self.blocks):
-            x = block.forward_tasks(parameters, f"blocks.{i}", x, self.channels_last)
-        return x.mean(dim=(2, 3)) if self.mean else x.movedim(-1, 2).flatten(2)
-
-    def forward_tasks(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """`forward` of all tasks: (tasks, n, in_channels, h, w) -> (tasks, n, ways)."""
-        return linear_tasks(parameters, self.features_tasks(parameters, x), prefix="head.")
-
-
-def linear_tasks(parameters: Mapping[str, Tensor], x: Tensor, *, prefix: str = "") -> Tensor:
-    """A linear layer of all tasks: x (tasks, ..., in), weight (tasks, out, in), bias (tasks, out)."""
-    weight, bias = parameters[f"{prefix}weight"], parameters[f"{prefix}bias"]
-    rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-    return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT).view(*x.shape[:-1], weight.shape[1])
-
-
-def tasks_forward(module: nn.Module) -> TasksForward | None:
-    """The forward of `module` for all tasks at once, or None where there is none that does exactly what it does.
-
-    There is one for `CNN` and for `nn.Linear` with a bias, as their constructors leave them: a subclass, a submodule
-    that was exchanged, a shared parameter, a method that was replaced and a hook are seen and mean None.
-    """
-    if _is_plain_linear(module):
-        return linear_tasks
-    return module.forward_tasks if _is_plain_cnn(module) else None
-
-
-def tasks_features(model: nn.Module) -> TasksForward | None:
-    """The same for the `features` of a model."""
-    return model.features_tasks if _is_plain_cnn(model) else None
-
-
-def tasks_at_once(model: nn.Module, x: Tensor, examples: int) -> int:
-    """How many of the tasks of a batch are to be in one forward, at least 1.
-
-    On a CPU a `CNN` takes as many as keep its largest activation below `LARGEST_ACTIVATION`; else all of them.
-
-    x: (tasks, n, ...), such as the tasks' examples are
-    examples: of a task, in the largest forward
-    """
-    if x.device.type != "cpu" or not _is_plain_cnn(model):
-        return len(x)
-    conv = model.blocks[0].conv
-    pixels = math.prod(-(-side // stride) for side, stride in zip(x.shape[-2:], conv.stride))
-    size = examples * pixels * conv.out_channels * x.element_size()
-    return min(len(x), max(1, LARGEST_ACTIVATION // max(1, size)))
-
-
-def _is_plain_cnn(model: nn.Module) -> bool:
-    return (
-        type(model) is CNN
-        and _is_plain_linear(model.head)
-        and all(_as_built(module) for module in model.modules())
-        and all(type(block) is Block and _is_plain_block(block) for block in model.blocks)
-        and len(list(model.parameters())) == len(list(model.named_parameters(remove_duplicate=False)))
-    )
-
-
-def _is_plain_block(block: Block) -> bool:
-    conv, norm = block.conv, block.norm
-    return (
-        type(conv) is nn.Conv2d
-        and conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and isinstance(conv.padding, tuple)
-        and len(set(conv.padding)) == len(set(conv.stride)) == 1
-        and type(norm) is nn.BatchNorm2d
-        and norm.weight is not None
-        and norm.bias is not None
-        and norm.running_mean is None
-        and (type(block.pool) is nn.Identity or _is_plain_pool(block.pool))
-    )
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.bias is not None and _as_built(module)
-
-
-def _is_plain_pool(pool: nn.Module) -> bool:
-    return type(pool) is nn.MaxPool2d and pool.extra_repr() == nn.MaxPool2d(pool.kernel_size).extra_repr()
-
-
-def _as_built(module: nn.Module) -> bool:
-    """Whether the module computes what its class says, and its class what it said when this file was imported."""
-    kind = type(module)
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return (
-        not any(hooks)
-        and not any(getattr(_modules, name) for name in _GLOBAL_HOOKS)
-        and not any(callable(getattr(kind, name, None)) for name in vars(module))
-        and all(getattr(kind, name) is method for name, method in _METHODS.get(kind, {}).items())
-    )
-
-
-# Hooks of every module, of torch.nn.modules.module.
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-# The methods that the forward of all tasks stands for, as they are when this file is imported.
-_METHODS: dict[type, dict[str, object]] = {
-    kind: {name: getattr(kind, name) for name in ("__call__", "forward", *own)}
-    for kind, own in {
-        CNN: ("features", "features_tasks", "forward_tasks"),
-        Block: ("forward_tasks",),
-        nn.Conv2d: ("_conv_forward",),
-        nn.BatchNorm2d: ("_check_input_dim",),
-        nn.Linear: (),
-        nn.MaxPool2d: (),
-        nn.Identity: (),
-        nn.Sequential: (),
-    }.items()
-}
 
 
 def omniglot_cnn(

@@ -3,7 +3,7 @@
     python python_tests/fuzz_maml.py --cases 5000 [--first 0]
 
 Each case draws a network (generated; modules shared, hooked, frozen, exchanged), a loss (ignored labels, weights,
-smoothing, one's own), options and a batch of odd sizes, and compares batched=None and batched=False with `plain_maml`:
+smoothing, one's own), options and a batch of odd sizes, and compares route="auto" and route="loop" with `plain_maml`:
 loss, query losses, accuracies, and gradients by all that is meta-learned.
 """
 
@@ -16,12 +16,11 @@ from collections import Counter
 from functools import partial
 
 import torch
-from plain_maml import assert_equal_truth, plain_kfo, plain_maml
+from plain_maml import assert_equal_truth, plain_kfo, plain_maml, right_weight_norm
 from torch import nn
 from torch.nn import functional as F
 
 from kfo_ext import ANIL, KFO, MAML
-from kfo_ext.adapt.routes import AllAtOnce
 from kfo_ext.models import CNN
 from kfo_ext.tasks import Examples, TaskBatch
 
@@ -276,12 +275,15 @@ def run_case(seed: int) -> str:
         options["adapt_update"] = not options["first_order"] and rng.random() < 0.5
     head = learner is ANIL
     plain = F.cross_entropy if loss is None else loss
-    truth = plain_maml(model, batch, plain, head=head, rule=rule, phi=phi, **options)
+    with right_weight_norm():
+        truth = plain_maml(model, batch, plain, head=head, rule=rule, phi=phi, **options)
     flags = {"allow_nograd": True, "allow_unused": True, "checkpoint": rng.random() < 0.2, "update": kfo, "loss": loss}
-    for batched in (None, False):
-        built = learner(model, batched=batched, **options, **flags)
+    taken = ""
+    for route in ("auto", "loop"):
+        built = learner(model, route=route, **options, **flags)
         assert_equal_truth(built, batch, truth, tolerance=1e-8)
         accuracies = built(batch).accuracies
+        taken = taken or ("vmap" if built.route == "vmap" else "loop")
         if ignored is None:
             assert accuracies is None
         else:
@@ -289,8 +291,7 @@ def run_case(seed: int) -> str:
                 (output.argmax(1) == y)[y != ignored].double().mean() for output, y in zip(truth.outputs, batch.query.y)
             ]
             assert torch.allclose(accuracies.double(), torch.stack(expected), rtol=0, atol=1e-6, equal_nan=True)
-    route = "at once" if isinstance(learner(model, **options, **flags)._route(), AllAtOnce) else "one by one"
-    return f"{learner.__name__} of {kind.__name__}, {route}"
+    return f"{learner.__name__} of {kind.__name__}, {taken}"
 
 
 def main() -> None:

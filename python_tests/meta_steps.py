@@ -18,7 +18,7 @@ LEARNERS = {
     "maml-plain": (MAML, {}, {}),
     "maml-psd": (MAML, {"adapt_update": True}, {"psd": True, "bias": True}),
     "maml-hidden": (MAML, {"adapt_update": True}, {"psd": False, "hidden_layers": 1}),
-    "by-task": (MAML, {"adapt_update": True, "batched": False}, {}),
+    "by-task": (MAML, {"adapt_update": True, "route": "loop"}, {}),
     "first-order": (MAML, {"adapt_update": True, "first_order": True}, {}),
     "anil": (ANIL, {"adapt_update": True}, {}),
 }

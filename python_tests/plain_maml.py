@@ -6,7 +6,9 @@ a learned update are differentiated the long way, by a second pass through the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -82,6 +84,25 @@ def plain_maml(
     learned = [p for p in model.parameters() if p.requires_grad] + list(phi)
     gradients = torch.autograd.grad(losses.mean(), learned, materialize_grads=True, allow_unused=True)
     return Truth(losses.mean().detach(), losses.detach(), outputs, list(gradients))
+
+
+@contextmanager
+def right_weight_norm() -> Iterator[None]:
+    """Composes weight norm of simple functions: the second derivative of torch 2.13's own is wrong."""
+
+    def compose(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        return g * v / v.norm(dim=[d for d in range(v.dim()) if d != dim], keepdim=True)
+
+    # Where the parametrization and the older hook look it up.
+    owners = (torch, sys.modules["torch.nn.utils.weight_norm"])
+    own = [owner._weight_norm for owner in owners]
+    for owner in owners:
+        owner._weight_norm = compose
+    try:
+        yield
+    finally:
+        for owner, function in zip(owners, own):
+            owner._weight_norm = function
 
 
 def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1) -> Rule:

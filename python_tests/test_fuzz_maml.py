@@ -20,7 +20,6 @@ def test_every_kind_of_network_takes_every_route_it_has():
     if sum(COUNTS.values()) < 200:
         pytest.skip("needs the other tests of this file")
     for learner in ("MAML", "ANIL"):
-        for route in ("at once", "one by one"):
-            assert COUNTS[f"{learner} of cnn, {route}"] >= 2
-    assert COUNTS["MAML of mlp, one by one"] >= 10
-    assert COUNTS["MAML of convolutional, one by one"] >= 10
+        for network in ("cnn", "mlp", "convolutional"):
+            assert COUNTS[f"{learner} of {network}, vmap"] >= 10
+        assert COUNTS[f"{learner} of cnn, loop"] >= 2

@@ -76,11 +76,11 @@ def test_running_statistics_are_refused(kind, learner):
         kfo_ext_learner(images())
 
 
-@pytest.mark.parametrize("batched", [None, False], ids=["batched", "loop"])
-def test_one_value_per_channel_is_refused(batched):
+@pytest.mark.parametrize("route", ["auto", "loop"])
+def test_one_value_per_channel_is_refused(route):
     model = CNN(1, in_channels=1, hidden=4, ways=3, image_size=1)
     with pytest.raises(ValueError, match=r"more than 1 value per channel|expected at least 2 rows"):
-        MAML(model, batched=batched, **OPTIONS)(images(channels=1, size=1, count=1))
+        MAML(model, route=route, **OPTIONS)(images(channels=1, size=1, count=1))
 
 
 def _append(model):
@@ -192,17 +192,17 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("batched", [None, False], ids=["batched", "loop"])
+@pytest.mark.parametrize("route", ["auto", "loop"])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_batches_that_are_refused(kind, batched):
+def test_batches_that_are_refused(kind, route):
     batch, message = BATCHES[kind]
     with pytest.raises((TypeError, ValueError), match=message):
-        MAML(nn.Linear(4, 3), batched=batched, **OPTIONS)(batch)
+        MAML(nn.Linear(4, 3), route=route, **OPTIONS)(batch)
 
 
 def test_a_batch_on_another_device_is_named():
     with pytest.raises(TypeError, match=r"batch\.query\.x: expected device cpu .*got meta"):
-        MAML(nn.Linear(4, 3), batched=False, **OPTIONS)(TaskBatch(GOOD, Examples(X.to("meta"), Y)))
+        MAML(nn.Linear(4, 3), route="loop", **OPTIONS)(TaskBatch(GOOD, Examples(X.to("meta"), Y)))
 
 
 def test_a_model_that_converts_its_input_takes_it():
@@ -251,10 +251,10 @@ def test_models_updates_and_losses_that_are_refused():
         ANIL(Classifier(), **OPTIONS)
 
 
-def test_batched_by_name_never_falls_back():
+def test_a_route_by_name_never_falls_back():
     model = nn.Linear(4, 3)
-    learner = MAML(model, batched=True, **OPTIONS)
+    learner = MAML(model, route="vmap", **OPTIONS)
     learner(TaskBatch(GOOD, GOOD))
     model.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="batched: Linear has no forward of all tasks at once"):
+    with pytest.raises(ValueError, match="route: expected a network that vmap can serve: Linear has a hook"):
         learner(TaskBatch(GOOD, GOOD))

@@ -277,7 +277,7 @@ def test_eight_threads_may_call_one_learner(learner):
             return self[:-1](x)
 
     model = Net(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, WAYS)).double()
-    maml = learner(model, batched=False, **OPTIONS)
+    maml = learner(model, route="loop", **OPTIONS)
     batches = [vectors(count=20) for _ in range(8)]
     expected = [maml(batch) for batch in batches]
     gradients = [torch.autograd.grad(result.loss, list(maml.parameters()), allow_unused=True) for result in expected]

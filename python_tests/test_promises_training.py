@@ -167,15 +167,15 @@ def test_what_is_not_finite_stays_in_its_task(kind, part, value):
     assert torch.equal(result.accuracies[others], expected.accuracies[others])
 
 
-@pytest.mark.parametrize("batched", [None, False], ids=["batched", "by_task"])
-def test_degenerate_meta_batches_equal_plain_torch(batched):
+@pytest.mark.parametrize("route", ["auto", "loop"])
+def test_degenerate_meta_batches_equal_plain_torch(route):
     """One task, one example, one feature, one output."""
     torch.manual_seed(1)
     model = nn.Linear(1, 1).double()
     x, y, query_x, query_y = torch.randn(4, 1, 1, 1).double()
     batch = TaskBatch(Examples(x, y), Examples(query_x, query_y))
     kfo = KFO(model.named_parameters())
-    loss = MAML(model, update=kfo, lr=0.1, steps=1, loss=nn.functional.mse_loss, batched=batched)(batch).loss
+    loss = MAML(model, update=kfo, lr=0.1, steps=1, loss=nn.functional.mse_loss, route=route)(batch).loss
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     w, b = model.weight, model.bias
     inner = torch.autograd.grad((x[0] @ w + b - y[0]).square().mean(), (w, b), create_graph=True)

@@ -64,15 +64,15 @@ def batch_for(kind: str) -> TaskBatch:
     return TaskBatch(examples(), examples())
 
 
-@pytest.mark.parametrize("batched", [None, False], ids=["batched", "loop"])
+@pytest.mark.parametrize("route", ["auto", "loop"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", ["linear", "maml cnn", "anil cnn", "anil own"])
-def test_each_loss_is_that_of_torch_for_each_task(kind, loss, batched):
+def test_each_loss_is_that_of_torch_for_each_task(kind, loss, route):
     batch = batch_for(kind)
     if loss in ("default", "module", "own"):
         for part in batch:
             part.y[0, 3:], part.y[1, 5] = -100, -100
-    learner = learner_of(kind, loss=LOSSES[loss], batched=batched, **OPTIONS)
+    learner = learner_of(kind, loss=LOSSES[loss], route=route, **OPTIONS)
     truth = plain_maml(learner.model, batch, LOSSES[loss], head=isinstance(learner, ANIL), **OPTIONS)
     assert_equal_truth(learner, batch, truth)
     ignored = {"ignored class": 1, "partial": 2}.get(loss, -100)
@@ -82,11 +82,11 @@ def test_each_loss_is_that_of_torch_for_each_task(kind, loss, batched):
     torch.testing.assert_close(learner(batch).accuracies.double(), torch.stack(expected), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("batched", [None, False], ids=["batched", "loop"])
-def test_a_task_whose_labels_are_all_ignored_has_no_loss(batched):
+@pytest.mark.parametrize("route", ["auto", "loop"])
+def test_a_task_whose_labels_are_all_ignored_has_no_loss(route):
     batch = batch_for("linear")
     batch.query.y[1] = -100
-    result = learner_of("linear", batched=batched, **OPTIONS)(batch)
+    result = learner_of("linear", route=route, **OPTIONS)(batch)
     assert result.query_losses.isnan().tolist() == [False, True, False]
     assert result.accuracies.isnan().tolist() == [False, True, False]
 
@@ -165,8 +165,8 @@ def test_a_target_that_is_no_class_leaves_no_accuracy():
     x, y = torch.randn(TASKS, COUNT, 4, dtype=torch.float64), ints(2)
     y[1, 2] = 7
     batch = TaskBatch(Examples(x, y), Examples(x, y))
-    for batched in (None, False):
-        learner = MAML(model, loss=lambda o, y: squares(o[:, 0], y), batched=batched, **OPTIONS)
+    for route in ("auto", "loop"):
+        learner = MAML(model, loss=lambda o, y: squares(o[:, 0], y), route=route, **OPTIONS)
         assert learner(batch).accuracies.isnan().tolist() == [False, True, False]
 
 
@@ -191,13 +191,13 @@ def test_a_loss_that_cannot_be_meant_is_refused():
         ValueError, match=r"loss: expected integer targets for the default cross-entropy, got torch\.float32"
     ):
         MAML(nn.Linear(4, 1), **OPTIONS)(floats)
-    for batched in (None, False):
+    for route in ("auto", "loop"):
         with pytest.raises(ValueError, match="loss: cross-entropy over a single class is 0 for any output"):
-            MAML(nn.Linear(4, 1), batched=batched, **OPTIONS)(TaskBatch(*[Examples(x, ints(1))] * 2))
+            MAML(nn.Linear(4, 1), route=route, **OPTIONS)(TaskBatch(*[Examples(x, ints(1))] * 2))
     with pytest.raises(TypeError, match="loss: expected a scalar tensor per task, got float"):
         MAML(nn.Linear(4, 3), loss=lambda o, y: 1.0, **OPTIONS)(TaskBatch(*[Examples(x, ints(3))] * 2))
-    for batched in (None, False):
+    for route in ("auto", "loop"):
         with pytest.raises(ValueError, match="loss: does not depend on any parameter"):
-            MAML(nn.Linear(4, 3), loss=lambda o, y: o.detach().sum(), batched=batched, **OPTIONS)(
+            MAML(nn.Linear(4, 3), loss=lambda o, y: o.detach().sum(), route=route, **OPTIONS)(
                 TaskBatch(*[Examples(x, ints(3))] * 2)
             )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kfo_ext.models import tasks_features
 from kfo_ext.tasks import TaskBatch
 from kfo_ext.transform.packing import Packing
 
 from .calls import exclusive
 from .learner import MAML
+from .routes import Route, Vmapped, tasks_at_once
 
 
 class ANIL(MAML):
@@ -38,28 +38,54 @@ class ANIL(MAML):
                 f"{type(model).__name__}{f' with {children}' if children else ''}"
             )
         super().__init__(model, **options)
+        # In a tuple, so that it is no submodule: its parameters are the model's.
+        self._body = (_Body(model),)
+
+    _part = "head"
 
     @property
     def adapted(self) -> nn.Module:
         """The head."""
         return self.model.head
 
-    def _examples(self, batch: TaskBatch) -> int:
-        return sum(part.x.shape[1] for part in batch)
+    def _at_once(self, theta: Tensor, batch: TaskBatch) -> int:
+        x = _together(batch)
+        route, _ = self._body_route(x)
+        return tasks_at_once(route, x, x.shape[1])
+
+    def _body_route(self, x: Tensor) -> tuple[Route, Tensor]:
+        """The route of the features, and the packed parameters (1, n) that they are made with."""
+        (body,) = self._body
+        trained = [(name, p) for name, p in body.named_parameters() if p.requires_grad]
+        packing = Packing.of(trained)
+        theta = packing.pack([p for _, p in trained]) if trained else x.new_zeros((1, 0), dtype=torch.float32)
+        return self._choose("body", body, packing, theta, x), theta
 
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """The features of support and query examples, (tasks, n, features) each."""
-        x = torch.cat([batch.support.x, batch.query.x], 1)
-        forward = tasks_features(self.model) if self.batched is not False else None
-        if forward:
-            # By way of a packed row, which gives what the features leave out (a bias before batch norm) gradients of 0.
-            packing = Packing.of(self.model.named_parameters())
-            row = packing.pack(list(self.model.parameters())).expand(len(x), -1)
+        x = _together(batch)
+        with exclusive():
+            route, theta = self._body_route(x)
             with self._precision(x):
-                features = forward(dict(zip(packing.names, packing.unpack(row))), x)
-        else:
-            with exclusive(), self._precision(x):
-                features = torch.stack([self.model.features(each) for each in x])
+                if isinstance(route, Vmapped):
+                    features = route.outputs(route.leaves(theta.expand(len(x), -1)), x)
+                else:
+                    features = torch.stack([self.model.features(each) for each in x])
         if self.bf16:
             features = features.float()
         return features.split([batch.support.x.shape[1], batch.query.x.shape[1]], 1)
+
+
+class _Body(nn.Module):
+    """The features of a model, as a module's forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.features(x)
+
+
+def _together(batch: TaskBatch) -> Tensor:
+    return torch.cat([batch.support.x, batch.query.x], 1)

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from kfo_ext.models import tasks_at_once, tasks_forward
 from kfo_ext.tasks import Examples, TaskBatch
+from kfo_ext.transform.packing import Packing
 from kfo_ext.updates import KFO
 
 from .calls import BufferReplay, exclusive
@@ -45,7 +45,8 @@ from .checks import (
 )
 from .losses import Loss, ignored_target, task_losses
 from .result import MetaResult, task_accuracies
-from .routes import AllAtOnce, Route, TaskByTask
+from .routes import ROUTES, Route, TaskByTask, Vmapped, tasks_at_once
+from .vmapped import Plan, Unserved, signature
 
 
 def _eager(forward: Callable) -> Callable:
@@ -74,8 +75,9 @@ class MAML(nn.Module):
             numbers and buffers are those of the first computation.
         allow_unused: parameters that a task's loss does not depend on stay as they are.
         allow_nograd: parameters that do not require a gradient stay as they are.
-        batched: compute all tasks in one forward, which `kfo_ext.models` has for its CNN and for a linear head (several
-            times as fast); False: one task after the other by the model's own forward; None: batched where possible.
+        route: how all tasks are computed: "vmap", in one forward, several times as fast, for networks whose functions
+            are all in `kfo_ext.adapt.verified`; "loop", one after the other; "auto", by vmap where it serves the
+            network. The property `route` says which was taken, and why.
         bf16: run the model's forward under torch.autocast in bfloat16, and so its derivatives; parameters, gradients,
             updates, features for a head and losses stay in float32.
 
@@ -84,7 +86,7 @@ class MAML(nn.Module):
 
     Raises:
         ValueError: a number out of range, a frozen parameter without its flag, an update made for other parameters,
-            `adapt_update` without an update, `batched` for a model that cannot.
+            `adapt_update` without an update.
         TypeError: an lr, update or loss of another type, parameters of several dtypes.
 
     Source: paper, equations 1 and 22, Algorithm 1 (with the lr that its line 8 misses).
@@ -103,7 +105,7 @@ class MAML(nn.Module):
         checkpoint: bool = False,
         allow_unused: bool = False,
         allow_nograd: bool = False,
-        batched: bool | None = None,
+        route: str = "auto",
         bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -111,6 +113,8 @@ class MAML(nn.Module):
             raise TypeError(f"update: expected a KFO or None, got {type(update).__name__}")
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: expected a function of (output, target) or None, got {loss!r}")
+        if route not in ROUTES:
+            raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
         self.lr = check_rate(lr)
         self.steps = check_steps(steps)
         if adapt_update and update is None:
@@ -122,37 +126,61 @@ class MAML(nn.Module):
         self.loss = loss
         self.checkpoint = checkpoint
         self.allow_unused = allow_unused
-        self.batched = batched
+        self._wanted = route
+        self._chosen: dict[str, str] = {}
+        self._plans: dict[tuple, Plan] = {}
         self.bf16 = bf16
         self.packing = adapted_packing(self.adapted, allow_nograd)
-        self._route()
         if update is not None:
             check_update(update, self.packing)
+
+    # What of the model is adapted, as `route` says it.
+    _part = "model"
 
     @property
     def adapted(self) -> nn.Module:
         """The module whose parameters the inner loop adapts."""
         return self.model
 
-    def _route(self) -> Route:
-        """How a call computes all tasks: chosen anew in each, as a hook may have come since."""
-        whole = len(self.packing) == len(list(self.adapted.parameters()))
-        forward = tasks_forward(self.adapted) if self.batched is not False and whole else None
-        if forward is not None:
-            return AllAtOnce(forward, self.packing)
-        if self.batched:
-            name = type(self.model).__name__
-            raise ValueError(f"batched: {name} has no forward of all tasks at once that does the same")
-        return TaskByTask(self.adapted, self.packing)
+    @property
+    def route(self) -> str:
+        """How the last call computed all tasks: "vmap", or "loop" and why; before any call, what was asked for."""
+        routes = set(self._chosen.values() or [self._wanted])
+        return routes.pop() if len(routes) == 1 else ", ".join(f"{part}: {how}" for part, how in self._chosen.items())
+
+    def _choose(self, part: str, module: nn.Module, packing: Packing, theta: Tensor, x: Tensor) -> Route:
+        """The route of a module's outputs, by a plan that holds while modules, modes, hooks and shapes stay.
+
+        part: what of the model it is, for `route`.
+        theta: (tasks, n), packed parameters.
+        x: (tasks, n, ...), the examples.
+        """
+        loop, reason = TaskByTask(module, packing), ""
+        if self._wanted != "loop":
+            route = Vmapped(module, packing)
+            key = (signature(module), x.shape[1:], x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
+            if key not in self._plans:
+                with exclusive(), self._precision(x):
+                    self._plans[key] = route.planned(theta[:1], x[:1])
+            route.plan = self._plans[key]
+            reason = route.plan.reason
+            if not reason:
+                self._chosen = {**self._chosen, part: "vmap"}
+                return route
+            if self._wanted == "vmap":
+                raise ValueError(f"route: expected a network that vmap can serve: {reason}")
+        self._chosen = {**self._chosen, part: f"loop: {reason}" if reason else "loop"}
+        return loop
+
+    def _at_once(self, theta: Tensor, batch: TaskBatch) -> int:
+        """How many tasks of the batch are to be in one graph."""
+        route = self._choose("model", self.model, self.packing, theta, batch.support.x)
+        return tasks_at_once(route, batch.support.x, max(part.x.shape[1] for part in batch))
 
     def _precision(self, x: Tensor) -> AbstractContextManager:
         """What the model's forward of x runs under."""
         # Casts are not kept from one forward to the next: a captured graph would replay without them.
         return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
-
-    def _examples(self, batch: TaskBatch) -> int:
-        """How many examples of a task the largest forward of the model takes."""
-        return max(part.x.shape[1] for part in batch)
 
     # Another thread may have put a task's parameters in the place of the model's own.
 
@@ -195,7 +223,6 @@ class MAML(nn.Module):
         with exclusive():
             check_modules(self.model)
             parameters = check_structure(self.adapted, self.packing)
-            route = self._route()
         if self.bf16 and parameters[0].dtype != torch.float32:
             raise ValueError(
                 f"bf16: expected parameters of torch.float32, which autocast rounds, got {parameters[0].dtype}"
@@ -207,15 +234,16 @@ class MAML(nn.Module):
             )
         with torch.enable_grad():
             theta = self.packing.pack(parameters)
-        # Groups of about the same size.
-        groups = -(-tasks // tasks_at_once(self.model, batch.support.x, self._examples(batch)))
         try:
-            parts = [self._group(route, theta, group, outer) for group in batch.split(-(-tasks // groups))]
+            # Groups of about the same size.
+            groups = -(-tasks // self._at_once(theta, batch))
+            parts = [self._group(theta, group, parameters, outer) for group in batch.split(-(-tasks // groups))]
+        except Unserved as reason:
+            raise RuntimeError(f"route: {reason}; route='loop' serves it") from None
         except (RuntimeError, TypeError) as error:
             if reason := foreign_tensor(batch, parameters[0]):
                 raise TypeError(reason) from error
             raise
-        route.finish(theta, parameters)
         support_losses, losses = (torch.cat([part[i] for part in parts], -1) for i in range(2))
         accuracies = [part[2] for part in parts]
         with torch.set_grad_enabled(outer):
@@ -224,16 +252,18 @@ class MAML(nn.Module):
         return MetaResult(loss, support_losses, losses.detach(), None if missing else torch.cat(accuracies))
 
     def _group(
-        self, route: Route, theta: Tensor, batch: TaskBatch, outer: bool
+        self, theta: Tensor, batch: TaskBatch, parameters: list[Tensor], outer: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Support losses (steps, tasks), query losses (tasks,) and accuracies (tasks,) of tasks in one graph."""
         support_x, query_x = self.inputs(batch)
+        route, start = self._choose(self._part, self.adapted, self.packing, theta, support_x), theta
         with torch.enable_grad():
             phi = self.update.phi if self.update is not None else ()
             support = Examples(support_x, batch.support.y)
             theta, support_losses = self._adapt(route, theta.expand(len(support_x), -1), phi, support, outer)
         with torch.set_grad_enabled(outer):
             outputs, losses = self._losses(route, route.leaves(theta), Examples(query_x, batch.query.y), outer)
+        route.finish(start, parameters)
         return support_losses, losses, task_accuracies(outputs, batch.query.y, ignored_target(self.loss))
 
     def _adapt(
@@ -334,8 +364,8 @@ class MAML(nn.Module):
         self, route: Route, leaves: Sequence[Tensor], examples: Examples, outer: bool
     ) -> tuple[Tensor | list[Any], Tensor]:
         """The outputs of the tasks, and their losses (tasks,)."""
-        alone = exclusive(differentiable=outer and not self.first_order) if route.swaps else nullcontext()
-        with alone, self._precision(examples.x):
+        differentiable = outer and not self.first_order
+        with exclusive(differentiable), self._precision(examples.x):
             outputs = route.outputs(leaves, examples.x)
         if self.bf16:
             outputs = tree_map_only(Tensor, lambda X: X.float() if X.is_floating_point() else X, outputs)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
-from kfo_ext.models import TasksForward
 from kfo_ext.transform.packing import Packing
 
 from .calls import embedding_slots, slots
+from .composed import COMPOSED
+from .vmapped import Plan, make_plan, mapped
+
+ROUTES = ("auto", "vmap", "loop")
+
+# Bytes of the largest activation that one forward of several tasks makes on a CPU: a larger piece of memory goes back
+# to the system as soon as it is free (glibc's largest mmap threshold), and every page of the next one is zeroed again.
+LARGEST_ACTIVATION = 32 << 20
 
 
 class Route(Protocol):
@@ -20,9 +30,6 @@ class Route(Protocol):
 
     Outputs are computed from the leaves of theta, by which the losses of the tasks are differentiated.
     """
-
-    # Whether outputs come from `functional_call`, which changes the module meanwhile.
-    swaps: bool
 
     def leaves(self, theta: Tensor) -> list[Tensor]: ...
 
@@ -35,7 +42,7 @@ class Route(Protocol):
         ...
 
     def name(self, leaf: int) -> str:
-        """The parameter, or the first one, that a leaf holds."""
+        """The parameter that a leaf holds."""
         ...
 
     def finish(self, theta: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -43,25 +50,50 @@ class Route(Protocol):
         ...
 
 
-class AllAtOnce:
-    """One forward of all tasks."""
+def tasks_at_once(route: Route, x: Tensor, examples: int) -> int:
+    """How many of the tasks of a batch are to be in one forward, at least 1.
 
-    swaps = False
+    On a CPU as many as keep the largest activation of a planned forward below `LARGEST_ACTIVATION`; else all of them.
 
-    def __init__(self, forward: TasksForward, packing: Packing) -> None:
-        self.forward, self.packing = forward, packing
+    x: (tasks, n, ...), the examples of the plan.
+    examples: of a task, in the largest forward.
+    """
+    if x.device.type != "cpu" or not isinstance(route, Vmapped):
+        return len(x)
+    size = route.plan.largest * examples // max(1, x.shape[1])
+    return min(len(x), max(1, LARGEST_ACTIVATION // max(1, size)))
+
+
+class Vmapped:
+    """One forward of all tasks, made from the module's own: see `vmapped`."""
+
+    def __init__(self, module: nn.Module, packing: Packing, plan: Plan | None = None) -> None:
+        self.module, self.packing, self.plan = module, packing, plan
+        self.slots = slots(module, packing.names)
+
+    def planned(self, theta: Tensor, x: Tensor) -> Plan:
+        """The plan of this route, from the parameters and examples of one task, (1, ...) each."""
+        return make_plan(self.module, self.call, self.packing.unpack(theta), x)
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
-        return [theta]
+        return self.packing.unpack(theta)
 
-    def outputs(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor:
-        return self.forward(dict(zip(self.packing.names, self.packing.unpack(leaves[0]))), x)
+    def call(self, pieces: Sequence[Tensor], x: Tensor) -> Any:
+        """The module's output for one task, from its parameters in the packing's order."""
+        parameters = {slot: piece for held, piece in zip(self.slots, pieces) for slot in held}
+        return functional_call(self.module, parameters, (x,), tie_weights=False)
+
+    def outputs(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor | list[Any]:
+        outputs = mapped(self.module, self.call, self.plan)(list(leaves), x)
+        if isinstance(outputs, Tensor):
+            return outputs
+        return [tree_map(lambda X, i=i: X[i], outputs) for i in range(len(x))]
 
     def packed(self, gradients: Sequence[Tensor], tasks: int) -> Tensor:
-        return gradients[0]
+        return self.packing.join(gradients, tasks)
 
     def name(self, leaf: int) -> str:
-        return self.packing.names[0]
+        return self.packing.names[leaf]
 
     def finish(self, theta: Tensor, parameters: Sequence[Tensor]) -> None:
         pass
@@ -70,13 +102,12 @@ class AllAtOnce:
 class TaskByTask:
     """The module's own forward, for one task after the other."""
 
-    swaps = True
-
     def __init__(self, module: nn.Module, packing: Packing) -> None:
         self.module, self.packing = module, packing
         self.slots = slots(module, packing.names)
         sparse = embedding_slots(module, lambda embedding: embedding.sparse)
         bounded = embedding_slots(module, lambda embedding: embedding.max_norm is not None)
+        self.weight_norm = any(type(each).__name__ in _WEIGHT_NORMS for each in _parts(module))
         # The parameters whose gradients are sparse, and those that the forward scales down in place.
         self.sparse = [i for i, held in enumerate(self.slots) if sparse.intersection(held)]
         self.bounded = [i for i, held in enumerate(self.slots) if bounded.intersection(held)]
@@ -100,7 +131,8 @@ class TaskByTask:
                 row[index] = _DenseGradient.apply(row[index])
             parameters = {slot: piece for held, piece in zip(self.slots, row) for slot in held}
             # The slots say all that is tied; by itself functional_call would enter a shared module twice.
-            outputs.append(functional_call(self.module, parameters, (each,), tie_weights=False))
+            with _WeightNorm() if self.weight_norm else nullcontext():
+                outputs.append(functional_call(self.module, parameters, (each,), tie_weights=False))
             for piece, index in zip(pieces, self.bounded):
                 # theta goes on from the scaled values, as a tensor of its own would; no graph has saved them.
                 piece.data.copy_(row[index].data)
@@ -117,6 +149,23 @@ class TaskByTask:
 
     def name(self, leaf: int) -> str:
         return self.packing.names[leaf % len(self.packing)]
+
+
+class _WeightNorm(TorchFunctionMode):
+    """Composes weight norm of other functions: the second derivative of torch's own (2.13, on the CPU) is wrong."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (COMPOSED[func] if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+
+
+# torch's parametrization, and the hook of its older form.
+_WEIGHT_NORMS = ("_WeightNorm", "WeightNorm")
+
+
+def _parts(module: nn.Module) -> Iterator[object]:
+    for each in module.modules():
+        yield each
+        yield from each._forward_pre_hooks.values()
 
 
 class _DenseGradient(torch.autograd.Function):

@@ -29,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 LEARNERS = {
     "maml": (MAML, {"adapt_update": True}),
-    "by-task": (MAML, {"adapt_update": True, "batched": False}),
+    "by-task": (MAML, {"adapt_update": True, "route": "loop"}),
     "first-order": (MAML, {"adapt_update": True, "first_order": True}),
     "anil": (ANIL, {"adapt_update": True}),
 }
