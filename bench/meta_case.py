@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from user_networks import ResNet, dense_network
 
 from kfo_ext import KFO
 from kfo_ext.models import CNN
@@ -35,7 +37,10 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Network:
-    """A CNN of the paper without pooling, its head on the spatial mean: the arguments of `kfo_ext.models.CNN`."""
+    """A CNN of the paper without pooling, its head on the spatial mean: the arguments of `kfo_ext.models.CNN`.
+
+    form: cnn, or of `user_networks` resnet (widths doubling from `hidden`) or dense.
+    """
 
     layers: int
     in_channels: int
@@ -44,6 +49,15 @@ class Network:
     hidden: int = 32
     ways: int = WAYS
     normal_head: bool = False
+    form: str = "cnn"
+
+    def make(self) -> nn.Module:
+        """The network, at its random start."""
+        if self.form == "resnet":
+            return ResNet(self.in_channels, tuple(self.hidden << layer for layer in range(self.layers)), self.ways)
+        if self.form == "dense":
+            return dense_network(self.in_channels * self.image_size**2, self.hidden, self.ways)
+        return CNN(**{name: value for name, value in asdict(self).items() if name != "form"})
 
 
 NETWORKS = {
@@ -53,6 +67,9 @@ NETWORKS = {
         ("cifar_fs", 3, 32, 1, False),
     )
     for layers in (2, 3, 4, 6)
+} | {
+    "user_resnet12": Network(4, 3, 32, 1, hidden=8, form="resnet"),
+    "user_mlp": Network(4, 1, 28, 1, hidden=64, form="dense"),
 }
 
 
@@ -67,7 +84,7 @@ class MetaCase(NamedTuple):
     """
 
     network: Network
-    model: CNN
+    model: nn.Module
     factors: list[tuple[Tensor, Tensor]] | None
     batch: TaskBatch
     lr: float
@@ -94,7 +111,7 @@ def make_case(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     torch.manual_seed(0)
-    model = CNN(**asdict(network)).to(device, dtype)
+    model = network.make().to(device, dtype)
     if network.in_channels == 1:
         batch = Glyphs("train", ways=network.ways, shots=shots, queries=queries).sample(0, tasks)
     else:
@@ -143,9 +160,17 @@ class SpatialMean(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def plain_network(case: MetaCase, batch_norm: type[nn.Module] = BatchNorm) -> nn.Sequential:
-    """The case's network from torch.nn alone, its parameters in the same order: none of our operators in a peer's."""
+def plain_network(case: MetaCase, batch_norm: type[nn.Module] = BatchNorm) -> nn.Module:
+    """The case's network from torch.nn alone, its parameters in the same order: as a user or a peer has it.
+
+    Raises:
+        ValueError: another batch norm for a network that is not a CNN.
+    """
     network, blocks = case.network, []
+    if network.form != "cnn":
+        if batch_norm is not BatchNorm:
+            raise ValueError(f"batch_norm: only a CNN is built with {batch_norm.__name__}, not a {network.form}")
+        return copy.deepcopy(case.model)
     for layer in range(network.layers):
         channels = network.hidden if layer else network.in_channels
         blocks += [

@@ -25,11 +25,16 @@ FUNCTIONAL: dict[str, Factory] = {
 }
 CONTENDERS: dict[str, dict[str, Factory]] = {
     "kfo": {f"ours_{backend}": partial(Ours, backend=backend) for backend in BACKENDS if backend != "auto"}
-    | {"ours_native_graph": partial(OursCaptured, backend="native")}
+    | {
+        "ours_user": partial(Ours, backend="native", plain=True),
+        "ours_user_loop": partial(Ours, backend="native", plain=True, route="loop"),
+        "ours_native_graph": partial(OursCaptured, backend="native"),
+    }
     | {"learn2learn": meta_task_loops.learn2learn}
     | FUNCTIONAL,
     "maml": {
         "ours": Ours,
+        "ours_user": partial(Ours, plain=True),
         "learn2learn": meta_task_loops.learn2learn,
         "torchopt": meta_task_loops.torchopt,
         "higher": meta_task_loops.higher,
@@ -39,5 +44,5 @@ CONTENDERS: dict[str, dict[str, Factory]] = {
 
 
 def trusted(case: MetaCase) -> Ours:
-    """Ours by the plain-torch transform, over torch.nn's own network."""
-    return Ours(case, backend="reference", plain=True)
+    """Ours by the plain-torch transform, over torch.nn's own network, task by task."""
+    return Ours(case, backend="reference", plain=True, route="loop")

@@ -29,6 +29,8 @@ class Jax:
 
         if tasks not in ("vmap", "map"):
             raise ValueError(f"tasks: expected vmap or map, got {tasks!r}")
+        if case.network.form != "cnn":
+            raise ValueError(f"network: the program is that of a CNN, not of a {case.network.form}")
         # Process-wide: arrays keep the dtype they are given, float32 as well as float64.
         jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_default_matmul_precision", "highest")

@@ -20,14 +20,16 @@ class Ours:
 
     backend: of the transform
     plain: take torch.nn's own network in the place of `kfo_ext.models`'
-    bf16: see `MAML`
+    bf16, route: see `MAML`
 
     Raises:
         ValueError: there is no such backend.
         RuntimeError: the backend does not run on the case's device.
     """
 
-    def __init__(self, case: MetaCase, backend: str = "auto", *, plain: bool = False, bf16: bool = False) -> None:
+    def __init__(
+        self, case: MetaCase, backend: str = "auto", *, plain: bool = False, bf16: bool = False, route: str = "auto"
+    ) -> None:
         self.model = plain_network(case) if plain else copy.deepcopy(case.model)
         self.kfo = None
         if case.factors is not None:
@@ -43,6 +45,7 @@ class Ours:
             steps=case.steps,
             adapt_update=case.factors is not None,
             bf16=bf16,
+            route=route,
         )
         self.batch = case.batch
 

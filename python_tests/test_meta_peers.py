@@ -68,11 +68,14 @@ def require(name):
     ("method", "name"),
     [
         pytest.param("kfo", "ours_native", marks=needs_library),
+        pytest.param("kfo", "ours_user", marks=needs_library),
+        pytest.param("kfo", "ours_user_loop", marks=needs_library),
         ("kfo", "ours_reference"),
         ("kfo", "learn2learn"),
         ("kfo", "jax_vmap"),
         ("kfo", "torch_func"),
         ("maml", "ours"),
+        ("maml", "ours_user"),
         ("maml", "learn2learn"),
         ("maml", "torchopt"),
         ("maml", "higher"),
@@ -93,6 +96,20 @@ def test_meta_gradients_equal_the_trusted_ones(script, network, method, name):
     # Nothing is left over from one run for the next.
     assert float(contender.run()) == pytest.approx(loss, rel=1e-12)
     assert peers.error_of(loss, peers.flat(contender.gradients()), truth) < 1e-10
+
+
+@needs_library
+@pytest.mark.parametrize("form", ["resnet", "dense"])
+def test_networks_as_users_write_them(script, form):
+    network = script("meta_case").Network(2, in_channels=2, image_size=12, stride=1, hidden=4, ways=3, form=form)
+    peers = script("meta_peers")
+    truth = peers.find_truth(network, "kfo", **SMALL)
+    functions, rows = peers.verified(network, "kfo", ["ours_user", "ours_user_loop", "jax_vmap"], truth, **SMALL)
+    assert set(functions) == {"ours_user", "ours_user_loop"}, rows
+    case = peers.make_case(network, "kfo", dtype=torch.float64, **SMALL)
+    ours = peers.CONTENDERS["kfo"]["ours_user"](case)
+    ours.run()
+    assert ours.maml.route == "vmap"
 
 
 def test_a_replayed_iteration_with_adam_gives_the_same_meta_gradients(script, network):

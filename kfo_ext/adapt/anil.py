@@ -61,9 +61,8 @@ class ANIL(MAML):
         theta = packing.pack([p for _, p in trained]) if trained else x.new_zeros((1, 0), dtype=torch.float32)
         return self._choose("body", body, packing, theta, x), theta
 
-    def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """The features of support and query examples, (tasks, n, features) each."""
-        x = _together(batch)
+    def features(self, x: Tensor) -> Tensor:
+        """(tasks, n, ...) to (tasks, n, features)."""
         with exclusive():
             route, theta = self._body_route(x)
             with self._precision(x):
@@ -71,9 +70,11 @@ class ANIL(MAML):
                     features = route.outputs(route.leaves(theta.expand(len(x), -1)), x)
                 else:
                     features = torch.stack([self.model.features(each) for each in x])
-        if self.bf16:
-            features = features.float()
-        return features.split([batch.support.x.shape[1], batch.query.x.shape[1]], 1)
+        return features.float() if self.bf16 else features
+
+    def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """The features of support and query examples, of one forward: (tasks, n, features) each."""
+        return self.features(_together(batch)).split([part.x.shape[1] for part in batch], 1)
 
 
 class _Body(nn.Module):

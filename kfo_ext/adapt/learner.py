@@ -1,38 +1,24 @@
-"""MAML with learned updates: the inner loop of a whole meta-batch, differentiable end to end.
-
-Inner step t of every task, with the learned update U and its meta-parameters phi (paper, Algorithm 1 and equation 22):
-
-    g_t       = grad_theta loss(theta_t)
-    phi_t     = phi_{t-1} - lr * grad_phi loss(theta_t)      (adapt_update, from the second step on)
-    theta_t+1 = theta_t - lr * U(phi_t, g_t)
-
-The gradient by phi needs no second backward pass through the model: theta_t = theta_{t-1} - lr * U(phi_{t-1}, g_{t-1}),
-hence
-
-    grad_phi loss(theta_t) = -lr * (VJP of U at (phi_{t-1}, g_{t-1}) applied to g_t)
-
-exactly, because the loss holds phi only through theta_t and the step is plain gradient descent with one scalar lr.
-"""
+"""MAML with learned updates: adapts a model to all tasks of a meta-batch, and measures what that gave."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint as checkpointed
 
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.transform.packing import Packing
 from kfo_ext.updates import KFO
 
-from .calls import BufferReplay, exclusive
+from .adapted import Adapted
+from .calls import exclusive
 from .checks import (
     adapted_packing,
     check_batch,
@@ -43,6 +29,7 @@ from .checks import (
     check_update,
     foreign_tensor,
 )
+from .inner_loop import InnerLoop
 from .losses import Loss, ignored_target, task_losses
 from .result import MetaResult, task_accuracies
 from .routes import ROUTES, Route, TaskByTask, Vmapped, tasks_at_once
@@ -53,9 +40,9 @@ def _eager(forward: Callable) -> Callable:
     """The forward, left out of torch.compile: a compiled region has no second derivative."""
 
     @functools.wraps(forward)
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         # Only a process that compiles has loaded dynamo.
-        return (torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward)(*args)
+        return (torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward)(*args, **kwargs)
 
     return run
 
@@ -199,6 +186,10 @@ class MAML(nn.Module):
         with exclusive():
             return super().load_state_dict(*args, **kwargs)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the adapted module sees of the examples, (tasks, n, ...)."""
+        return x
+
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """What the adapted module sees of the support and query examples, (tasks, n, ...) each."""
         return batch.support.x, batch.query.x
@@ -219,31 +210,12 @@ class MAML(nn.Module):
             RuntimeError: called in inference mode, or a normalisation would use running statistics.
         """
         tasks = check_batch(batch)
+        parameters, theta = self._start(batch.support.y)
         outer = torch.is_grad_enabled()
-        with exclusive():
-            check_modules(self.model)
-            parameters = check_structure(self.adapted, self.packing)
-        if self.bf16 and parameters[0].dtype != torch.float32:
-            raise ValueError(
-                f"bf16: expected parameters of torch.float32, which autocast rounds, got {parameters[0].dtype}"
-            )
-        if self.loss is None and batch.support.y.is_floating_point():
-            raise ValueError(
-                "loss: expected integer targets for the default cross-entropy, got "
-                f"{batch.support.y.dtype}; pass a loss, such as mse_loss, or cross_entropy for probabilities"
-            )
-        with torch.enable_grad():
-            theta = self.packing.pack(parameters)
-        try:
+        with self._named_errors(batch, parameters[0]):
             # Groups of about the same size.
             groups = -(-tasks // self._at_once(theta, batch))
             parts = [self._group(theta, group, parameters, outer) for group in batch.split(-(-tasks // groups))]
-        except Unserved as reason:
-            raise RuntimeError(f"route: {reason}; route='loop' serves it") from None
-        except (RuntimeError, TypeError) as error:
-            if reason := foreign_tensor(batch, parameters[0]):
-                raise TypeError(reason) from error
-            raise
         support_losses, losses = (torch.cat([part[i] for part in parts], -1) for i in range(2))
         accuracies = [part[2] for part in parts]
         with torch.set_grad_enabled(outer):
@@ -251,123 +223,128 @@ class MAML(nn.Module):
         missing = any(accuracy is None for accuracy in accuracies)
         return MetaResult(loss, support_losses, losses.detach(), None if missing else torch.cat(accuracies))
 
+    def _start(self, targets: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The parameters that are adapted, and packed, (1, n); raises what `forward` raises of the learner itself."""
+        with exclusive():
+            check_modules(self.model)
+            parameters = check_structure(self.adapted, self.packing)
+        if self.bf16 and parameters[0].dtype != torch.float32:
+            raise ValueError(
+                f"bf16: expected parameters of torch.float32, which autocast rounds, got {parameters[0].dtype}"
+            )
+        if self.loss is None and targets.is_floating_point():
+            raise ValueError(
+                "loss: expected integer targets for the default cross-entropy, got "
+                f"{targets.dtype}; pass a loss, such as mse_loss, or cross_entropy for probabilities"
+            )
+        with torch.enable_grad():
+            return parameters, self.packing.pack(parameters)
+
+    @contextmanager
+    def _named_errors(self, batch: TaskBatch, like: Tensor) -> Iterator[None]:
+        """Says what of a batch does not fit where torch's own error does not."""
+        try:
+            yield
+        except Unserved as reason:
+            raise RuntimeError(f"route: {reason}; route='loop' serves it") from None
+        except (RuntimeError, TypeError) as error:
+            if reason := foreign_tensor(batch, like):
+                raise TypeError(reason) from error
+            raise
+
+    @_eager
+    def adapt(self, support: Examples | tuple[Tensor, Tensor], steps: int | None = None) -> Adapted:
+        """The model adapted to the support examples of one task, or of several.
+
+        Args:
+            support: (x, y) of one task, x (n, ...) and y (n, ...); or Examples of several, (tasks, n, ...) each.
+            steps: inner steps, as many as in training by default.
+
+        Returns:
+            What predicts and holds the adapted parameters; differentiable unless under torch.no_grad().
+
+        Raises:
+            As `forward`.
+        """
+        single = not isinstance(support, Examples)
+        if single:
+            if not isinstance(support, tuple) or not all(isinstance(X, Tensor) for X in support) or len(support) != 2:
+                raise TypeError(
+                    f"support: expected (x, y) of one task or Examples(x, y) of several, got {type(support).__name__}"
+                )
+            support = Examples(*(X[None] for X in support))
+        steps, outer = self.steps if steps is None else check_steps(steps), torch.is_grad_enabled()
+        batch = TaskBatch(support, support)
+        check_batch(batch)
+        parameters, theta = self._start(support.y)
+        with self._named_errors(batch, parameters[0]):
+            x = self.features(support.x)
+            route = self._choose(self._part, self.adapted, self.packing, theta, x)
+            rows, losses = self._adapt(route, theta, Examples(x, support.y), outer, steps)
+            route.finish(theta, parameters)
+        return Adapted(self, rows if outer else rows.detach(), losses, single)
+
+    def predict(self, theta: Tensor, x: Tensor) -> Any:
+        """The model's outputs with packed parameters of each task.
+
+        Args:
+            theta: (tasks, n), packed.
+            x: (tasks, examples, ...).
+
+        Returns:
+            (tasks, examples, ...), or one output per task where that is no tensor.
+        """
+        examples = Examples(x, x)
+        with self._named_errors(TaskBatch(examples, examples), theta):
+            x = self.features(x)
+            route = self._choose(self._part, self.adapted, self.packing, theta, x)
+            outputs = self._outputs(route, route.leaves(theta), x, torch.is_grad_enabled())
+        if not isinstance(outputs, Tensor) and all(isinstance(output, Tensor) for output in outputs):
+            return torch.stack(outputs)
+        return outputs
+
     def _group(
         self, theta: Tensor, batch: TaskBatch, parameters: list[Tensor], outer: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Support losses (steps, tasks), query losses (tasks,) and accuracies (tasks,) of tasks in one graph."""
         support_x, query_x = self.inputs(batch)
         route, start = self._choose(self._part, self.adapted, self.packing, theta, support_x), theta
-        with torch.enable_grad():
-            phi = self.update.phi if self.update is not None else ()
-            support = Examples(support_x, batch.support.y)
-            theta, support_losses = self._adapt(route, theta.expand(len(support_x), -1), phi, support, outer)
+        theta, support_losses = self._adapt(route, theta, Examples(support_x, batch.support.y), outer, self.steps)
         with torch.set_grad_enabled(outer):
             outputs, losses = self._losses(route, route.leaves(theta), Examples(query_x, batch.query.y), outer)
         route.finish(start, parameters)
         return support_losses, losses, task_accuracies(outputs, batch.query.y, ignored_target(self.loss))
 
-    def _adapt(
-        self, route: Route, theta: Tensor, phi: tuple[Tensor, ...], support: Examples, outer: bool
-    ) -> tuple[Tensor, Tensor]:
-        # Factors that are frozen are not adapted either, in training as in evaluation.
-        learned = [row.requires_grad for row in phi]
-        last: tuple[Tensor, Tensor | None] | None = None
-        step_losses = []
-        for _ in range(self.steps):
-            if not outer:
-                # Evaluation: cut the graph between steps, so that one step's is all that ever lives.
-                theta = theta.detach().requires_grad_()
-                phi = tuple(row.detach().requires_grad_(needed) for row, needed in zip(phi, learned))
-            step = self._checkpointed_step if self.checkpoint and outer else self._step
-            theta, last, losses, *phi = step(route, theta, last, support, outer, *phi)
-            step_losses.append(losses)
-        return theta, torch.stack(step_losses)
-
-    def _checkpointed_step(self, route: Route, *state: Any) -> tuple:
-        """`_step`, of which nothing is kept but its arguments."""
-        first: list[Tensor] = []
-
-        def same(losses: Tensor) -> None:
-            if not first:
-                first.append(losses)
-            elif not torch.allclose(losses, first[0], rtol=1e-4 if losses.is_cuda else 0, atol=0, equal_nan=True):
-                # A CUDA library may sum in another order the second time.
-                raise RuntimeError(
-                    "checkpoint: the model computed other losses when an inner step was recomputed: it changes what it "
-                    "reads, and that is no buffer; use checkpoint=False"
-                )
-
-        step, again = functools.partial(self._step, observe=same), BufferReplay(self)
-        return checkpointed(step, route, *state, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
-
-    def _step(
-        self,
-        route: Route,
-        theta: Tensor,
-        last: tuple[Tensor, Tensor | None] | None,
-        support: Examples,
-        outer: bool,
-        *phi: Tensor,
-        observe: Callable[[Tensor], None] | None = None,
-    ) -> tuple:
-        """One inner step of every task: (theta, (G, used), losses, *phi); `last` is (G, used) of the step before."""
-        leaves = route.leaves(theta)
-        _, losses = self._losses(route, leaves, support, outer)
-        if observe is not None:
-            observe(losses.detach())
-        G, used = self._gradients(route, leaves, losses, create_graph=outer and not self.first_order)
-        U = G
-        if self.update is not None:
-            if self.adapt_update and last is not None:
-                phi = self._adapt_phi(phi, last, G, outer)
-            U = self._used_update(phi, G, used)
-        return theta - self.lr * U, (G, used), losses.detach(), *phi
-
-    def _used_update(self, phi: tuple[Tensor, ...], G: Tensor, used: Tensor | None) -> Tensor:
-        U = self.update.rule(phi, G)
-        return U if used is None else U * used
-
-    def _adapt_phi(
-        self, phi: tuple[Tensor, ...], last: tuple[Tensor, Tensor | None], G: Tensor, outer: bool
-    ) -> tuple[Tensor, ...]:
-        # One row per task from here on: each task's factors go their own way.
-        phi = tuple(row.expand(len(G), -1) for row in phi)
-        learned = [row for row in phi if row.requires_grad]
-        if not learned:
-            return phi
-        # U is evaluated again, not kept from the last step, so that a checkpointed step depends on tensors alone.
-        U = self._used_update(phi, *last)
-        products = iter(torch.autograd.grad(U, learned, grad_outputs=G, create_graph=outer))
-        # Minus lr times (minus lr times the VJP).
-        return tuple(row + self.lr**2 * next(products) if row.requires_grad else row for row in phi)
-
-    def _gradients(
-        self, route: Route, leaves: list[Tensor], losses: Tensor, *, create_graph: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Packed gradients (tasks, n) of each task's loss, and a mask where some are unused."""
-        if not losses.requires_grad:
-            raise ValueError("loss: does not depend on any parameter (was it detached, or computed under no_grad?)")
-        grads = torch.autograd.grad(losses.sum(), leaves, create_graph=create_graph, allow_unused=True)
-        used = None
-        if any(grad is None for grad in grads):
-            if not self.allow_unused:
-                name = route.name(next(i for i, grad in enumerate(grads) if grad is None))
-                raise ValueError(
-                    f"parameter {name!r}: the loss does not depend on it; allow_unused=True leaves it as it is"
-                )
-            present = [torch.full_like(leaf, grad is not None) for leaf, grad in zip(leaves, grads)]
-            used = route.packed(present, len(losses))
-            grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
-        return route.packed(grads, len(losses)), used
+    def _adapt(self, route: Route, theta: Tensor, support: Examples, outer: bool, steps: int) -> tuple[Tensor, Tensor]:
+        """theta (tasks, n) after the inner loop, and the support losses (steps, tasks)."""
+        loop = InnerLoop(
+            route,
+            lambda leaves: self._losses(route, leaves, support, outer)[1],
+            self.update,
+            self.lr,
+            self.adapt_update,
+            self.first_order,
+            self.allow_unused,
+            outer,
+            self if self.checkpoint else None,
+        )
+        with torch.enable_grad():
+            phi = self.update.phi if self.update is not None else ()
+            return loop.run(theta.expand(len(support.x), -1), phi, steps)
 
     def _losses(
         self, route: Route, leaves: Sequence[Tensor], examples: Examples, outer: bool
     ) -> tuple[Tensor | list[Any], Tensor]:
         """The outputs of the tasks, and their losses (tasks,)."""
-        differentiable = outer and not self.first_order
-        with exclusive(differentiable), self._precision(examples.x):
-            outputs = route.outputs(leaves, examples.x)
-        if self.bf16:
-            outputs = tree_map_only(Tensor, lambda X: X.float() if X.is_floating_point() else X, outputs)
+        outputs = self._outputs(route, leaves, examples.x, outer)
         loss = F.cross_entropy if self.loss is None else self.loss
         return outputs, task_losses(loss, outputs, examples.y)
+
+    def _outputs(self, route: Route, leaves: Sequence[Tensor], x: Tensor, outer: bool) -> Tensor | list[Any]:
+        with exclusive(differentiable=outer and not self.first_order), self._precision(x):
+            outputs = route.outputs(leaves, x)
+        return tree_map_only(Tensor, _as_float, outputs) if self.bf16 else outputs
+
+
+def _as_float(X: Tensor) -> Tensor:
+    return X.float() if X.is_floating_point() else X

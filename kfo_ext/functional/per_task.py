@@ -64,7 +64,8 @@ def _follow(running: Running, rows: Tensor, shift: Tensor | float) -> None:
     kept = 1 - running.momentum
     weights = running.momentum * kept ** torch.arange(len(rows) - 1, -1, -1, dtype=rows.dtype, device=rows.device)
     for statistic, values in ((running.mean, means + shift), (running.variance, variances)):
-        statistic.mul_(kept ** len(rows)).add_(weights @ values)
+        # By `data`: a graph may hold them, and torch's own batch norm leaves their version as it is.
+        statistic.data.mul_(kept ** len(rows)).add_(weights @ values)
 
 
 def _tasks(X: Tensor, dim: int | None, tasks: int) -> Tensor:

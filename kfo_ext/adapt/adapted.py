@@ -1,0 +1,72 @@
+"""A model adapted to tasks: what it predicts, its parameters, and a module of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .learner import MAML
+
+
+class Adapted:
+    """What `MAML.adapt` returns, for one task or for a batch of tasks.
+
+    Under torch.no_grad() it holds numbers; otherwise its parameters and predictions are differentiable by all that is
+    meta-learned, so that any loss of them is a meta-loss.
+
+    Attributes:
+        losses: (steps,) or (steps, tasks), the support loss before each step, detached.
+    """
+
+    def __init__(self, learner: MAML, theta: Tensor, losses: Tensor, single: bool) -> None:
+        self._learner, self._theta, self._single = learner, theta, single
+        self.losses = losses[:, 0] if single else losses
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The adapted parameters by their names in `learner.adapted`: of their own shapes, or (tasks, *shape)."""
+        packing = self._learner.packing
+        return dict(zip(packing.names, packing.unpack(self._theta, batched=not self._single)))
+
+    def predict(self, x: Tensor) -> Any:
+        """The outputs of the adapted model. Batch norm takes the statistics of these examples.
+
+        Args:
+            x: (n, ...) for one task, (tasks, n, ...) for a batch.
+
+        Returns:
+            As the model returns them: (n, ...) for one task, (tasks, n, ...) or one output per task for a batch.
+
+        Raises:
+            ValueError: examples of another number of tasks.
+            TypeError: x that is no tensor.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if self._single:
+            return self._learner.predict(self._theta, x[None])[0]
+        if x.dim() < 2 or len(x) != len(self._theta):
+            raise ValueError(f"x: expected ({len(self._theta)} tasks, examples, ...), got shape {tuple(x.shape)}")
+        return self._learner.predict(self._theta, x)
+
+    def module(self, task: int = 0) -> nn.Module:
+        """A copy of the model with the adapted parameters of one task, to be used or saved by itself.
+
+        Raises:
+            IndexError: there is no such task.
+        """
+        if not 0 <= task < len(self._theta):
+            raise IndexError(f"task: expected 0 to {len(self._theta) - 1}, got {task}")
+        model, adapted = self._learner.model, self._learner.adapted
+        name = next(name for name, each in model.named_modules() if each is adapted)
+        copied = copy.deepcopy(model)
+        parameters = dict(copied.get_submodule(name).named_parameters())
+        packing = self._learner.packing
+        with torch.no_grad():
+            for name, value in zip(packing.names, packing.unpack(self._theta[task : task + 1], batched=False)):
+                parameters[name].copy_(value)
+        return copied

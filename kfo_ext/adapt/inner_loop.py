@@ -1,0 +1,142 @@
+"""The inner loop of a group of tasks: packed parameters in, adapted ones out, differentiable end to end.
+
+Step t of every task, with the learned update U and its meta-parameters phi (paper, Algorithm 1 and equation 22):
+
+    g_t       = grad_theta loss(theta_t)
+    phi_t     = phi_{t-1} - lr * grad_phi loss(theta_t)      (adapt_update, from the second step on)
+    theta_t+1 = theta_t - lr * U(phi_t, g_t)
+
+The gradient by phi needs no second backward pass through the model: theta_t = theta_{t-1} - lr * U(phi_{t-1}, g_{t-1}),
+hence
+
+    grad_phi loss(theta_t) = -lr * (VJP of U at (phi_{t-1}, g_{t-1}) applied to g_t)
+
+exactly, because the loss holds phi only through theta_t and the step is plain gradient descent with one scalar lr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from kfo_ext.updates import KFO
+
+from .calls import BufferReplay
+from .routes import Route
+
+Phi = tuple[Tensor, ...]
+# Of each task's loss, packed (tasks, n), and a mask where some parameters are unused.
+Gradient = tuple[Tensor, Tensor | None]
+
+
+class InnerLoop(NamedTuple):
+    """What stays the same over the steps.
+
+    losses: of the leaves of theta, the support losses (tasks,).
+    outer: whether the result is differentiated; else the graph is cut between the steps.
+    replayed: the module whose buffers a recomputed step sees again; None keeps every step's graph.
+    The rest is as for `MAML`.
+    """
+
+    route: Route
+    losses: Callable[[Sequence[Tensor]], Tensor]
+    update: KFO | None
+    lr: float
+    adapt_update: bool
+    first_order: bool
+    allow_unused: bool
+    outer: bool
+    replayed: nn.Module | None
+
+    def run(self, theta: Tensor, phi: Phi, steps: int) -> tuple[Tensor, Tensor]:
+        """The adapted theta and the support losses (steps, tasks) before each step.
+
+        theta: (tasks, n), packed parameters.
+        phi: (1, n) each, the update's meta-parameters.
+        """
+        # Factors that are frozen are not adapted either, in training as in evaluation.
+        learned = [row.requires_grad for row in phi]
+        last: Gradient | None = None
+        step_losses = []
+        for _ in range(steps):
+            if not self.outer:
+                theta = theta.detach().requires_grad_()
+                phi = tuple(row.detach().requires_grad_(needed) for row, needed in zip(phi, learned))
+            step = self._step if self.replayed is None or not self.outer else self._replayed_step
+            theta, phi, losses, last = step(theta, phi, last)
+            step_losses.append(losses)
+        return theta, torch.stack(step_losses)
+
+    def _step(
+        self, theta: Tensor, phi: Phi, last: Gradient | None, observe: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, Phi, Tensor, Gradient]:
+        """theta, phi, losses (tasks,) and the gradient of one step; `last` is the gradient of the step before."""
+        leaves = self.route.leaves(theta)
+        losses = self.losses(leaves)
+        if observe is not None:
+            observe(losses.detach())
+        gradient = self._gradient(leaves, losses)
+        U = gradient[0]
+        if self.update is not None:
+            if self.adapt_update and last is not None:
+                phi = self._adapted(phi, last, gradient[0])
+            U = self._used_update(phi, gradient)
+        return theta - self.lr * U, phi, losses.detach(), gradient
+
+    def _replayed_step(self, theta: Tensor, phi: Phi, last: Gradient | None) -> tuple[Tensor, Phi, Tensor, Gradient]:
+        """`_step`, of which nothing is kept but its arguments."""
+        first: list[Tensor] = []
+
+        def same(losses: Tensor) -> None:
+            if not first:
+                first.append(losses)
+            elif not torch.allclose(losses, first[0], rtol=1e-4 if losses.is_cuda else 0, atol=0, equal_nan=True):
+                # A CUDA library may sum in another order the second time.
+                raise RuntimeError(
+                    "checkpoint: the model computed other losses when an inner step was recomputed: it changes what it "
+                    "reads, and that is no buffer; use checkpoint=False"
+                )
+
+        step, again = partial(self._step, observe=same), BufferReplay(self.replayed)
+        return checkpointed(step, theta, phi, last, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+
+    def _used_update(self, phi: Phi, gradient: Gradient) -> Tensor:
+        G, used = gradient
+        U = self.update.rule(phi, G)
+        return U if used is None else U * used
+
+    def _adapted(self, phi: Phi, last: Gradient, G: Tensor) -> Phi:
+        """phi after its own step, from the gradient of the step before and the one now."""
+        # One row per task from here on: each task's factors go their own way.
+        phi = tuple(row.expand(len(G), -1) for row in phi)
+        learned = [row for row in phi if row.requires_grad]
+        if not learned:
+            return phi
+        # U is evaluated again, so that a step depends on tensors alone and checkpointing changes no bit.
+        U = self._used_update(phi, last)
+        products = iter(torch.autograd.grad(U, learned, grad_outputs=G, create_graph=self.outer))
+        # Minus lr times (minus lr times the VJP).
+        return tuple(row + self.lr**2 * next(products) if row.requires_grad else row for row in phi)
+
+    def _gradient(self, leaves: Sequence[Tensor], losses: Tensor) -> Gradient:
+        if not losses.requires_grad:
+            raise ValueError("loss: does not depend on any parameter (was it detached, or computed under no_grad?)")
+        create_graph = self.outer and not self.first_order
+        grads: list[Any] = list(torch.autograd.grad(losses.sum(), leaves, create_graph=create_graph, allow_unused=True))
+        used = None
+        if any(grad is None for grad in grads):
+            if not self.allow_unused:
+                name = self.route.name(next(i for i, grad in enumerate(grads) if grad is None))
+                raise ValueError(
+                    f"parameter {name!r}: the loss does not depend on it; allow_unused=True leaves it as it is"
+                )
+            present = [torch.full_like(leaf, grad is not None) for leaf, grad in zip(leaves, grads)]
+            used = self.route.packed(present, len(losses))
+            grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
+        return self.route.packed(grads, len(losses)), used
