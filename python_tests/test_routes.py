@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -365,6 +366,28 @@ def test_the_route_follows_what_is_done_to_the_network():
     model.blocks[0].register_forward_hook(lambda *_: None)
     both_parts(batch)
     assert both_parts.route == "body: loop: Block 'model.blocks.0' has a hook, head: vmap"
+
+
+def test_a_network_set_otherwise_is_planned_anew():
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, WAYS)
+            self.relu = True
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return self.head((torch.relu(x) if self.relu else torch.tanh(x)).mean((2, 3)))
+
+    model, batch = Switched().double(), random_batch(cnn())
+    learner = MAML(model, lr=0.1, steps=2)
+    copied = pickle.loads(pickle.dumps(MAML(cnn(), lr=0.1, steps=2)))
+    assert copied(batch).loss.isfinite()
+    for model.relu in (True, False, True):
+        truth = plain_maml(model, batch, nn.functional.cross_entropy, lr=0.1, steps=2)
+        assert_equal_truth(learner, batch, truth)
+        assert_equal_truth(copy.deepcopy(learner), batch, truth)
+        assert learner.route == "vmap"
 
 
 def test_a_forward_that_is_not_the_same_in_each_call_is_refused():

@@ -47,6 +47,9 @@ def _eager(forward: Callable) -> Callable:
     return run
 
 
+PLANS = 8
+
+
 class MAML(nn.Module):
     """Model-agnostic meta-learning of a model and, with `update`, of the update rule it adapts by.
 
@@ -148,7 +151,9 @@ class MAML(nn.Module):
             key = (signature(module), x.shape[1:], x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
             if key not in self._plans:
                 with exclusive(), self._precision(x):
-                    self._plans[key] = route.planned(theta[:1], x[:1])
+                    plan = route.planned(theta[:1], x[:1])
+                # A few are enough for shapes that alternate; plans of modules that are gone must not pile up.
+                self._plans = {**dict(list(self._plans.items())[-(PLANS - 1) :]), key: plan}
             route.plan = self._plans[key]
             reason = route.plan.reason
             if not reason:
@@ -168,6 +173,10 @@ class MAML(nn.Module):
         """What the model's forward of x runs under."""
         # Casts are not kept from one forward to the next: a captured graph would replay without them.
         return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans are of these very modules, not of a copy's.
+        return {**self.__dict__, "_plans": {}}
 
     # Another thread may have put a task's parameters in the place of the model's own.
 

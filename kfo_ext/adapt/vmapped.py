@@ -103,12 +103,16 @@ def make_plan(module: nn.Module, function: Callable, *arguments: Any) -> Plan:
 
 
 def signature(module: nn.Module) -> tuple:
-    """What a plan depends on, besides the shapes of its arguments."""
+    """What a plan depends on, besides the shapes of its arguments: the modules and all that they are set to."""
     everywhere = any(getattr(_modules, hooks) for hooks in _GLOBAL_HOOKS)
+    # The modules themselves: an identity alone may come again.
     return everywhere, *(
-        (id(each), each.training, type(each).forward, vars(each).get("forward"), _has_hooks(each))
+        (each, type(each).forward, _has_hooks(each), *(item for item in vars(each).items() if type(item[1]) in _PLAIN))
         for each in module.modules()
     )
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class _Forward(TorchFunctionMode):
