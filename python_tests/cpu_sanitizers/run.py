@@ -29,8 +29,9 @@ def build(package: Path, work: Path) -> list[str]:
 
     os.environ["CXX"] = f"{os.environ.get('CXX') or 'g++'} {SANITIZERS}"
     setup.HOST = setup.HOST.replace("-O3", "-O1")
-    graph = setup.build_graph(package, "sanitized", setup.toolchain.find_torch(), None)
-    (work / "build.ninja").write_text(graph)
+    folder, version = setup.toolchain.find_torch()
+    setup.make_links(work, package, folder)
+    (work / "build.ninja").write_text(setup.build_graph("sanitized", version, None))
     subprocess.run([setup.toolchain.find_ninja(), "--quiet", "-C", str(work)], check=True)
     return list(setup.ISAS)
 
