@@ -5,6 +5,8 @@ KFO_TEST_TIMEOUT_SCALE=3 gives the processes that tests start three times as lon
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -30,3 +32,21 @@ def seeded_and_poisoned():
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def kfo(capsys, monkeypatch, tmp_path):
+    """Runs `kfo` in this process and in tmp_path: arguments to (exit code, stdout, stderr)."""
+    from kfo_ext import cli
+
+    monkeypatch.chdir(tmp_path)
+    # It would hold for the tests after this one too.
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kfo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code, *capsys.readouterr())
+
+    return call

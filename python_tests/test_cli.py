@@ -39,22 +39,6 @@ def options(**changes) -> list[str]:
     return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
 
 
-@pytest.fixture
-def kfo(capsys, monkeypatch, tmp_path):
-    """Runs `kfo` in this process and in tmp_path: arguments to (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    # It would hold for the tests after this one too.
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kfo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return (ended.value.code, *capsys.readouterr())
-
-    return call
-
-
 def test_train_eval_compare(kfo):
     for run, update in (("a", "kfo"), ("b", "none")):
         code, out, err = kfo("train", "--run", run, *options(update=update))

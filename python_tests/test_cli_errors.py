@@ -11,29 +11,13 @@ from pathlib import Path
 import pytest
 from deadlines import seconds
 
-from kfo_ext import choices, cli, demo
+from kfo_ext import choices, demo
 from kfo_ext.bench import cases, names, points, providers
 from kfo_ext.tasks import FAMILIES
 from kfo_ext.trainer import Config, RunFolder
 
 TINY = ["--dataset", "sinusoid", "--hidden", "4", "--steps", "1", "--meta-batch", "2"]
 TINY += ["--iterations", "2", "--validation-every", "1", "--validation-tasks", "2"]
-
-
-@pytest.fixture
-def kfo(capsys, monkeypatch, tmp_path):
-    """Runs `kfo` in this process and in tmp_path: arguments to (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    # It would hold for the tests after this one too.
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kfo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return (ended.value.code, *capsys.readouterr())
-
-    return call
 
 
 def refused(answer: tuple[int, str, str], *parts: str) -> bool:

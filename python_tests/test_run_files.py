@@ -9,7 +9,6 @@ import os
 import re
 import resource
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,6 @@ from pathlib import Path
 import pytest
 from states import WAVES, assert_same
 
-from kfo_ext import cli
 from kfo_ext.trainer import (
     Config,
     RunFolder,
@@ -368,20 +366,6 @@ def test_compare_shows_settings_iterations_and_checkpoints_written_since(run, tm
     evaluate_run(other, tasks=4, name="last")
     _, fresh, _ = compare_runs(run, other, name="last")
     assert (fresh.iteration, fresh.current) == (6, True)
-
-
-@pytest.fixture
-def kfo(capsys, monkeypatch):
-    """Runs `kfo` in this process: arguments to (exit code, stdout, stderr)."""
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kfo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return (ended.value.code, *capsys.readouterr())
-
-    return call
 
 
 def test_a_score_is_printed_before_it_is_written(kfo, run, monkeypatch):
