@@ -106,6 +106,32 @@ def test_without_gradients_nothing_is_kept(route):
     assert not any(torch.equal(value, before[name]) for name, value in module.named_parameters() if "head" in name)
 
 
+@routes
+def test_without_steps_it_is_the_model_as_it_is(route):
+    model, support = Net().double(), examples()
+    adapted = MAML(model, route=route, **OPTIONS).adapt(support, steps=0)
+    close(adapted.predict(support.x), torch.stack([model(x) for x in support.x]))
+    assert adapted.losses.shape == (0, TASKS)
+
+
+def test_a_head_tied_to_the_body_is_untied_in_a_module():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.head.weight = self.body.weight
+
+        def features(self, x):
+            return torch.tanh(self.body(x))
+
+        def forward(self, x):
+            return self.head(self.features(x))
+
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.randint(0, 4, (5,))
+    adapted = ANIL(Tied().double(), **OPTIONS).adapt((x, y))
+    close(adapted.module()(x), adapted.predict(x))
+
+
 def test_outputs_that_are_no_tensor():
     class Named(nn.Linear):
         def forward(self, x):
@@ -123,8 +149,8 @@ def test_what_is_refused():
     for wrong in ([support.x, support.y], support.x, (support.x,), (support.x[0], None)):
         with pytest.raises(TypeError, match=r"support: expected \(x, y\) of one task or Examples\(x, y\) of several"):
             maml.adapt(wrong)
-    with pytest.raises(ValueError, match="steps: expected an integer of at least 1, got 0"):
-        maml.adapt(support, steps=0)
+    with pytest.raises(ValueError, match="steps: expected an integer of at least 0, got -1"):
+        maml.adapt(support, steps=-1)
     adapted = maml.adapt(support)
     with pytest.raises(ValueError, match=r"x: expected \(3 tasks, examples, ...\), got shape \(2, 5, 1, 6, 6\)"):
         adapted.predict(support.x[:2])

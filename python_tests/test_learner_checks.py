@@ -170,15 +170,20 @@ def test_a_number_of_any_kind_is_a_rate():
 X, Y = torch.randn(2, 4, 4), torch.randint(0, 3, (2, 4))
 GOOD = Examples(X, Y)
 BATCHES = {
-    "list": ([GOOD, GOOD], r"batch: expected TaskBatch\(Examples\(x, y\), Examples\(x, y\)\), got list"),
+    "list": (
+        [GOOD, GOOD],
+        r"batch: expected TaskBatch\(Examples\(x, y\), Examples\(x, y\)\) of kfo_ext\.tasks, .* got list",
+    ),
     "tuple": ((GOOD, GOOD), "batch: expected TaskBatch.*, got tuple"),
     "tasks": ([TaskBatch(GOOD, GOOD)] * 2, "batch: expected TaskBatch.*, got list"),
     "part": (TaskBatch(GOOD, (X, Y)), r"batch\.query: expected Examples\(x, y\), got tuple"),
     "none": (TaskBatch(None, GOOD), r"batch\.support: expected Examples\(x, y\), got NoneType"),
     "array": (TaskBatch(Examples(X.numpy(), Y), GOOD), r"batch\.support\.x: expected a tensor .*, got ndarray"),
-    "ragged": (TaskBatch(Examples(list(X), Y), GOOD), r"batch\.support\.x: .* got list; torch\.stack joins"),
+    "ragged": (TaskBatch(Examples(list(X), Y), GOOD), r"batch\.support\.x: .* got list; .*torch\.stack joins"),
     "no labels": (TaskBatch(GOOD, Examples(X, None)), r"batch\.query\.y: expected a tensor .*, got NoneType"),
     "two inputs": (TaskBatch(Examples((X, X), Y), GOOD), r"batch\.support\.x: expected a tensor .*, got tuple"),
+    "counts": (TaskBatch(Examples(X, Y[:, :1]), GOOD), r"batch\.support\.y: expected \(2 tasks, 4 examples"),
+    "no task": (TaskBatch(GOOD, Examples(X[0], Y[0])), r"batch\.query\.x: expected \(2 tasks, .* x\[None\]"),
     "sparse": (TaskBatch(Examples(X.to_sparse(), Y), GOOD), r"batch\.support\.x: expected a dense tensor"),
     "scalar": (TaskBatch(Examples(X[0, 0, 0], Y), GOOD), r"batch\.support\.x: expected .* got shape \(\)"),
     "double": (
@@ -236,6 +241,13 @@ def test_models_updates_and_losses_that_are_refused():
         TypeError, match=r"one dtype, got '0\.weight' of torch\.float32 and '1\.weight' of torch\.float64"
     ):
         MAML(model, **OPTIONS)
+    with pytest.raises(TypeError, match="loss: expected a function of"):
+        MAML(model[0], loss=nn.MSELoss, **OPTIONS)
+    with pytest.raises(TypeError, match="model: expected a module, got <class"):
+        MAML(nn.Linear, **OPTIONS)
+    halves = MAML(nn.Linear(4, 3).double(), update=KFO(nn.Linear(4, 3).parameters()), **OPTIONS)
+    with pytest.raises(TypeError, match=r"update: expected torch\.float64 as the parameters have, got torch\.float32"):
+        halves(TaskBatch(Examples(X.double(), Y), Examples(X.double(), Y)))
     model[1].to("meta", torch.float32)
     with pytest.raises(ValueError, match=r"one device, got '0\.weight' on cpu and '1\.weight' on meta"):
         MAML(model, **OPTIONS)

@@ -207,7 +207,6 @@ case("gather", "f(x * w, 1, (x > 0).long()); f(x * w, -1, index(0, 2).expand(5, 
 case("take_along_dim", "f(x * w, (x > 0).long(), 1); f(x * w, index(0, 2)[None], dim=-1)")
 case("index_select", "f(x * w, 0, index(0, 2, 2)); f(x * w, -1, (x > 0).long()[:, 0])")
 case("index_add index_copy", "f(x, 0, index(0, 3), w.expand(2, 4)); f(w.expand(5, 4), -1, index(1, 2), x[:, :2])")
-case("index_fill", "f(x * w, 1, index(0, 2), 0.5)")
 case(
     "masked_fill",
     "f(x * w, x > 0, 0.5); f(x, w > 0, -1); f(w.expand(5, 4), x > 0, float('-inf')).exp()",
@@ -472,7 +471,6 @@ case("copy_", "own(f, x, w, w); own(f, x, w, x.relu())")
 case("fill_", "own(f, x, w, 0.5); own(f, x, w, w.sum())")
 case("dropout_", "own(f, x, w, 0.0, True); own(f, x, w, 0.3, False)")
 case("index_add_", "own(f, x, w, 0, index(0, 3), w.expand(2, 4))")
-case("index_fill_", "own(f, x, w, 1, index(0, 2), 0.5)")
 case("lerp_", "own(f, x, w, w.expand(5, 4), 0.3)")
 case("masked_fill_", "own(f, x, w, x > 0, 0.5); own(f, x, w, index(0, 1, 1, 0).bool(), 0.5)")
 case(
@@ -482,10 +480,6 @@ case(
 )
 case("scatter_add_", "own(f, x, w, 1, (w > 0).long().expand(5, 4), x)")
 case("threshold_", "own(f, x, w, 0.1, 0.7)")
-case("unsqueeze_", "own(f, x, w, 1)")
-case("squeeze_", "f((x * w)[None], 0); f((x * w)[:, None])")
-case("t_", "f(x * w)")
-case("transpose_", "f(x * w, 0, -1)", x=TOKENS)
 case(
     "__setitem__",
     "own(f, x, w, 0, w); own(f, x, w, (slice(None), 1), x[:, 0])",

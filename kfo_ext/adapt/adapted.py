@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+
+from .calls import slots
 
 if TYPE_CHECKING:
     from .learner import MAML
@@ -16,7 +17,8 @@ class Adapted:
     """What `MAML.adapt` returns, for one task or for a batch of tasks.
 
     Under torch.no_grad() it holds numbers; otherwise its parameters and predictions are differentiable by all that is
-    meta-learned, so that any loss of them is a meta-loss.
+    meta-learned, so that any loss of them is a meta-loss. As in plain torch, each forward of a batch norm in training
+    updates its running statistics.
 
     Attributes:
         losses: (steps,) or (steps, tasks), the support loss before each step, detached.
@@ -59,14 +61,17 @@ class Adapted:
         Raises:
             IndexError: there is no such task.
         """
-        if not 0 <= task < len(self._theta):
+        if isinstance(task, bool) or not 0 <= task < len(self._theta):
             raise IndexError(f"task: expected 0 to {len(self._theta) - 1}, got {task}")
         model, adapted = self._learner.model, self._learner.adapted
         name = next(name for name, each in model.named_modules() if each is adapted)
         copied = copy.deepcopy(model)
-        parameters = dict(copied.get_submodule(name).named_parameters())
-        packing = self._learner.packing
-        with torch.no_grad():
-            for name, value in zip(packing.names, packing.unpack(self._theta[task : task + 1], batched=False)):
-                parameters[name].copy_(value)
+        part, packing = copied.get_submodule(name), self._learner.packing
+        values = packing.unpack(self._theta[task : task + 1].detach(), batched=False)
+        for held, value in zip(slots(part, packing.names), values):
+            # A parameter of its own: what is tied to another part of the model stays as it is there.
+            parameter = nn.Parameter(value.clone())
+            for slot in held:
+                owner, _, own = slot.rpartition(".")
+                part.get_submodule(owner).register_parameter(own, parameter)
         return copied

@@ -27,10 +27,10 @@ def check_rate(lr: Any) -> float:
     return float(lr)
 
 
-def check_steps(steps: Any) -> int:
+def check_steps(steps: Any, least: int = 1) -> int:
     """The number of inner steps."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
+        raise ValueError(f"steps: expected an integer of at least {least}, got {steps!r}")
     return steps
 
 
@@ -88,13 +88,22 @@ def check_modules(model: nn.Module) -> None:
             )
 
 
+def check_alike(update: KFO, like: Tensor) -> None:
+    """Raises TypeError or ValueError unless the update's meta-parameters are as the model's parameters are now."""
+    for row in update.phi[:1]:
+        if row.dtype != like.dtype:
+            raise TypeError(f"update: expected {like.dtype} as the parameters have, got {row.dtype}; use learner.to()")
+        if row.device != like.device:
+            raise ValueError(f"update: expected {like.device} as the parameters, got {row.device}; use learner.to()")
+
+
 def check_update(update: KFO, packing: Packing) -> None:
     """Raises ValueError unless the update was made for the adapted parameters, in their order."""
     theirs = update.problems.packing
     if len(theirs) != len(packing):
         raise ValueError(
             f"update: expected one made for {len(packing)} parameters, got one for {len(theirs)}"
-            f"{_missing(theirs, packing)}"
+            f"{_missing(theirs, packing)}; make it of those that are adapted and require a gradient"
         )
     for name, shape, other_name, other_shape in zip(packing.names, packing.shapes, theirs.names, theirs.shapes):
         if shape != other_shape or (theirs.named and name != other_name):
@@ -120,9 +129,11 @@ def check_batch(batch: TaskBatch) -> int:
         raise RuntimeError(
             "adaptation differentiates, which inference mode forbids: evaluate under torch.no_grad() instead"
         )
-    form = "TaskBatch(Examples(x, y), Examples(x, y))"
     if not isinstance(batch, TaskBatch):
-        raise TypeError(f"batch: expected {form}, got {type(batch).__name__}")
+        raise TypeError(
+            "batch: expected TaskBatch(Examples(x, y), Examples(x, y)) of kfo_ext.tasks, support and query, "
+            f"each tensor (tasks, examples, ...), got {type(batch).__name__}"
+        )
     tasks: int | None = None
     for part, examples in zip(TaskBatch._fields, batch):
         if not isinstance(examples, Examples):
@@ -130,9 +141,9 @@ def check_batch(batch: TaskBatch) -> int:
         for field, tensor in zip(Examples._fields, examples):
             name = f"batch.{part}.{field}"
             if not isinstance(tensor, Tensor):
+                hint = "torch.as_tensor converts an array; torch.stack joins tasks of one shape"
                 raise TypeError(
-                    f"{name}: expected a tensor (tasks, examples, ...), got {type(tensor).__name__}; torch.stack joins "
-                    "tasks of one shape, and tasks of other shapes go in batches of their own"
+                    f"{name}: expected a tensor (tasks, examples, ...), got {type(tensor).__name__}; {hint}"
                 )
             if tensor.layout != torch.strided:
                 raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
@@ -140,7 +151,16 @@ def check_batch(batch: TaskBatch) -> int:
             if tasks == 0:
                 raise ValueError("batch: expected at least one task, got none")
             if tensor.dim() < 2 or tensor.shape[0] != tasks:
-                raise ValueError(f"{name}: expected ({tasks} tasks, examples, ...), got shape {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{name}: expected ({tasks} tasks, examples, ...), got shape {tuple(tensor.shape)}; "
+                    "x[None] gives one task its dimension"
+                )
+        x, y = examples
+        if x.shape[1] != y.shape[1]:
+            raise ValueError(
+                f"batch.{part}.y: expected ({tasks} tasks, {x.shape[1]} examples, ...) as x has, got shape "
+                f"{tuple(y.shape)} for x of shape {tuple(x.shape)}; is the dimension of tasks there?"
+            )
     return tasks
 
 

@@ -91,10 +91,16 @@ def _multi_head_attention(*arguments, need_weights=True, **options):
 
 
 def _embedding(input, weight, padding_idx=None, **options):
-    y = F.embedding(input, weight)
+    # torch's own would read another task's rows for an index out of range.
+    y = weight.index_select(0, input.flatten()).reshape(*input.shape, weight.shape[1])
     if padding_idx is None:
         return y
     return torch.where((input != padding_idx % len(weight)).unsqueeze(-1), y, y.detach())
+
+
+def _one_hot(input, num_classes=-1):
+    # torch's own takes any number under vmap.
+    return input.new_zeros(*input.shape, num_classes).scatter(-1, input.unsqueeze(-1), 1)
 
 
 def _bilinear(input1, input2, weight, bias=None):
@@ -146,6 +152,7 @@ COMPOSED: dict[Callable, Callable] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     F.embedding: _embedding,
+    F.one_hot: _one_hot,
     F.bilinear: _out_of_autocast(_bilinear),
     torch._weight_norm: _weight_norm,
     **dict.fromkeys((torch.prelu, Tensor.prelu), _in_autocast(_prelu)),

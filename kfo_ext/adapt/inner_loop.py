@@ -71,7 +71,7 @@ class InnerLoop(NamedTuple):
             step = self._step if self.replayed is None or not self.outer else self._replayed_step
             theta, phi, losses, last = step(theta, phi, last)
             step_losses.append(losses)
-        return theta, torch.stack(step_losses)
+        return theta, torch.stack(step_losses) if step_losses else theta.new_empty((0, len(theta)))
 
     def _step(
         self, theta: Tensor, phi: Phi, last: Gradient | None, observe: Callable[[Tensor], None] | None = None

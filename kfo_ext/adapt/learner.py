@@ -21,6 +21,7 @@ from .adapted import Adapted
 from .calls import exclusive
 from .checks import (
     adapted_packing,
+    check_alike,
     check_batch,
     check_modules,
     check_rate,
@@ -101,7 +102,9 @@ class MAML(nn.Module):
         super().__init__()
         if update is not None and not isinstance(update, KFO):
             raise TypeError(f"update: expected a KFO or None, got {type(update).__name__}")
-        if loss is not None and not callable(loss):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a module, got {model!r}")
+        if loss is not None and (not callable(loss) or isinstance(loss, type)):
             raise TypeError(f"loss: expected a function of (output, target) or None, got {loss!r}")
         if route not in ROUTES:
             raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
@@ -246,6 +249,8 @@ class MAML(nn.Module):
                 "loss: expected integer targets for the default cross-entropy, got "
                 f"{targets.dtype}; pass a loss, such as mse_loss, or cross_entropy for probabilities"
             )
+        if self.update is not None:
+            check_alike(self.update, parameters[0])
         with torch.enable_grad():
             return parameters, self.packing.pack(parameters)
 
@@ -256,7 +261,7 @@ class MAML(nn.Module):
             yield
         except Unserved as reason:
             raise RuntimeError(f"route: {reason}; route='loop' serves it") from None
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             if reason := foreign_tensor(batch, like):
                 raise TypeError(reason) from error
             raise
@@ -267,7 +272,7 @@ class MAML(nn.Module):
 
         Args:
             support: (x, y) of one task, x (n, ...) and y (n, ...); or Examples of several, (tasks, n, ...) each.
-            steps: inner steps, as many as in training by default.
+            steps: inner steps, as many as in training by default; 0 for the model as it is.
 
         Returns:
             What predicts and holds the adapted parameters; differentiable unless under torch.no_grad().
@@ -282,7 +287,7 @@ class MAML(nn.Module):
                     f"support: expected (x, y) of one task or Examples(x, y) of several, got {type(support).__name__}"
                 )
             support = Examples(*(X[None] for X in support))
-        steps, outer = self.steps if steps is None else check_steps(steps), torch.is_grad_enabled()
+        steps, outer = self.steps if steps is None else check_steps(steps, 0), torch.is_grad_enabled()
         batch = TaskBatch(support, support)
         check_batch(batch)
         parameters, theta = self._start(support.y)
@@ -320,7 +325,9 @@ class MAML(nn.Module):
         route, start = self._choose(self._part, self.adapted, self.packing, theta, support_x), theta
         theta, support_losses = self._adapt(route, theta, Examples(support_x, batch.support.y), outer, self.steps)
         with torch.set_grad_enabled(outer):
-            outputs, losses = self._losses(route, route.leaves(theta), Examples(query_x, batch.query.y), outer)
+            # Other numbers of examples may be computed otherwise.
+            last = self._choose(self._part, self.adapted, self.packing, start, query_x)
+            outputs, losses = self._losses(last, last.leaves(theta), Examples(query_x, batch.query.y), outer)
         route.finish(start, parameters)
         return support_losses, losses, task_accuracies(outputs, batch.query.y, ignored_target(self.loss))
 

@@ -32,7 +32,7 @@ def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) ->
         # The mean of a task is over the targets that count.
         return each.sum(1) / (targets != IGNORED).sum(1)
     losses = []
-    for output, target in zip(outputs, targets):
+    for output, target in zip(outputs, targets, strict=True):
         if loss is F.cross_entropy and isinstance(output, Tensor):
             _check_classes(output)
         losses.append(loss(output, target))

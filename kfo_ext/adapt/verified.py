@@ -34,7 +34,7 @@ PRODUCTS = """
 SHAPES = """
     adjoint atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors broadcast_to cat chunk concat concatenate
     constant_pad_nd contiguous diag diag_embed diagonal dsplit dstack expand expand_as flatten flip fliplr flipud
-    gather hsplit hstack index_add index_copy index_fill index_select masked_fill meshgrid moveaxis movedim narrow
+    gather hsplit hstack index_add index_copy index_select masked_fill meshgrid moveaxis movedim narrow
     permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as roll rot90 row_stack
     scatter scatter_add select slice_scatter split split_with_sizes squeeze stack swapaxes swapdims t take_along_dim
     tensor_split tile transpose tril triu unbind unflatten unfold unsqueeze view view_as vsplit vstack
@@ -75,8 +75,8 @@ LINALG = "cross diagonal matmul multi_dot norm vecdot vector_norm".split()
 # Methods and functions that change their first argument.
 CHANGING = """
     __ipow__ __setitem__ abs_ add_ addcdiv_ addcmul_ celu_ clamp_ clamp_max_ clamp_min_ copy_ cos_ div_ dropout_ exp_
-    fill_ index_add_ index_fill_ lerp_ log_ masked_fill_ mul_ neg_ pow_ reciprocal_ relu_ rsqrt_ scatter_ scatter_add_
-    selu_ sigmoid_ sin_ sqrt_ square_ squeeze_ sub_ t_ tanh_ threshold_ transpose_ tril_ triu_ unsqueeze_ zero_
+    fill_ index_add_ lerp_ log_ masked_fill_ mul_ neg_ pow_ reciprocal_ relu_ rsqrt_ scatter_ scatter_add_
+    selu_ sigmoid_ sin_ sqrt_ square_ sub_ tanh_ threshold_ tril_ triu_ zero_
 """.split()
 CHANGING_LAYERS = "celu_ elu_ hardtanh_ leaky_relu_ relu_ selu_ threshold_".split()
 # What a tensor says of itself, under vmap as in a loop; requires_grad, is_contiguous and stride differ.
@@ -94,7 +94,7 @@ def refusal(func: Callable, arguments: Sequence[Any], options: Mapping[str, Any]
         return "writes to out"
     if (func in IN_PLACE or options.get("inplace")) and not is_mapped(arguments[0]):
         return "changes a tensor that all tasks share"
-    return CONDITIONS[func](**options) if func in CONDITIONS else ""
+    return CONDITIONS[func](*arguments, **options) if func in CONDITIONS else ""
 
 
 def is_mapped(X: Any) -> bool:
@@ -119,13 +119,14 @@ IN_PLACE: dict[Callable, str] = {**_found(CHANGING, torch, Tensor), **_found(CHA
 DESCRIBING: frozenset[object] = frozenset(
     [*_found(DESCRIPTIONS, torch, Tensor), *(getattr(Tensor, name).__get__ for name in PROPERTIES)]
 )
-# What else makes a call one that vmap does not serve, by its keywords.
+# What else makes a call one that vmap does not serve; torch's functions written in Python pass keywords.
 CONDITIONS: dict[Callable, Callable[..., str]] = {
-    F.embedding: lambda max_norm=None, sparse=False, scale_grad_by_freq=False, **_: (
+    F.embedding: lambda *_, max_norm=None, sparse=False, scale_grad_by_freq=False, **__: (
         "with max_norm, sparse or scale_grad_by_freq" if max_norm is not None or sparse or scale_grad_by_freq else ""
     ),
-    F.instance_norm: lambda running_mean=None, **_: "" if running_mean is None else "with running statistics",
-    F.interpolate: lambda mode="nearest", **_: f"with mode {mode!r}" if mode == "nearest-exact" else "",
+    F.instance_norm: lambda *_, running_mean=None, **__: "" if running_mean is None else "with running statistics",
+    F.one_hot: lambda _, num_classes=-1: "without a number of classes" if num_classes == -1 else "",
+    F.interpolate: lambda *_, mode="nearest", **__: f"with mode {mode!r}" if mode == "nearest-exact" else "",
 }
 # Their results share memory with their first argument or not, as its layout has it.
 SHARING: frozenset[Callable] = frozenset(

@@ -7,8 +7,7 @@ since batch norm subtracts it again, and how large the activations are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kfo_ext.functional import per_task
 
 from .composed import COMPOSED
+from .undone import PLAIN, undone
 from .verified import DESCRIBING, IN_PLACE, SHARING, refusal
 
 _GLOBAL_HOOKS = (
@@ -56,21 +56,15 @@ class Plan(NamedTuple):
     largest: int = 0
 
 
-def mapped(module: nn.Module, function: Callable, plan: Plan | None, recorder: _Forward | None = None) -> Callable:
+def mapped(module: nn.Module, function: Callable, plan: Plan) -> Callable:
     """`function`, which calls `module`, for all tasks: arguments and results have a leading task dimension."""
 
     def run(*arguments: Any) -> Any:
-        forward = recorder or _Forward(plan, _counters(module))
-        forward.tasks = len(tree_leaves(arguments)[0])
-
-        def one(*arguments: Any) -> Any:
-            forward.begin(arguments)
-            result = function(*arguments)
-            forward.finish(result)
-            return result
-
-        with forward:
-            return vmap(one, randomness="different")(*arguments)
+        forward = _Forward(plan, module)
+        results = _through_vmap(forward, function, arguments)
+        # In the order of a loop: all calls of the first task, then those of the second.
+        forward.statistics.follow()
+        return results
 
     return run
 
@@ -87,19 +81,32 @@ def make_plan(module: nn.Module, function: Callable, *arguments: Any) -> Plan:
             return Plan(f"{type(each).__name__}{f' {name!r}' if name else ''} has a hook")
     if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
         return Plan("torch.jit does not report the functions that it calls")
-    recorder = _Forward(None, _counters(module))
     try:
-        with torch.no_grad(), _undone(module, arguments) as changed:
-            mapped(module, function, None, recorder)(*arguments)
+        with torch.enable_grad(), undone(module, arguments) as changed:
+            recorder = _Forward(None, module)
+            _through_vmap(recorder, function, arguments)
             if attribute := changed():
                 raise Unserved(f"its forward sets {attribute}")
     except Unserved as reason:
         return Plan(str(reason))
     except Exception as error:
-        with torch.no_grad(), _undone(module, arguments):
+        with torch.enable_grad(), undone(module, arguments):
             function(*(tree_map(lambda X: X[0], argument) for argument in arguments))
         return Plan(f"torch.func.vmap: {(str(error).splitlines() or [type(error).__name__])[0]}")
     return recorder.plan_made()
+
+
+def _through_vmap(forward: _Forward, function: Callable, arguments: tuple) -> Any:
+    forward.tasks = len(tree_leaves(arguments)[0])
+
+    def one(*arguments: Any) -> Any:
+        forward.begin(arguments)
+        result = function(*arguments)
+        forward.finish(result)
+        return result
+
+    with forward:
+        return vmap(one, randomness="different")(*arguments)
 
 
 def signature(module: nn.Module) -> tuple:
@@ -107,32 +114,46 @@ def signature(module: nn.Module) -> tuple:
     everywhere = any(getattr(_modules, hooks) for hooks in _GLOBAL_HOOKS)
     # The modules themselves: an identity alone may come again.
     return everywhere, *(
-        (each, type(each).forward, _has_hooks(each), *(item for item in vars(each).items() if type(item[1]) in _PLAIN))
+        (each, type(each).forward, _has_hooks(each), *(item for item in vars(each).items() if type(item[1]) in PLAIN))
         for each in module.modules()
     )
 
 
-_PLAIN = (bool, int, float, str, type(None))
+class _Output(NamedTuple):
+    """What a function returned for whose consumer something is left out, or could be.
+
+    shown: what the forward has of it: X itself while planning; afterwards NaN, which no function may read unseen.
+    maker: the kind of function that made it, and the number of the call.
+    taker: the one kind of function that may take it, once.
+    left_out: the bias of a convolution that X lacks.
+    """
+
+    shown: Tensor
+    X: Tensor
+    maker: tuple[str, int]
+    taker: str
+    left_out: Tensor | None
 
 
 class _Forward(TorchFunctionMode):
     """Sees every function of torch in a forward: replaces some by ours, lets the verified pass, stops at any other.
 
-    plan: what may be left out; None records what could be, and leaves running statistics alone.
-    counters: buffers in which batch norms count the tasks.
+    plan: what is left out; None records what could be, and leaves running statistics alone.
     """
 
-    def __init__(self, plan: Plan | None, counters: Sequence[Tensor] = ()) -> None:
+    def __init__(self, plan: Plan | None, module: nn.Module) -> None:
         super().__init__()
         self.plan = plan
-        self.counters = counters
+        norms = [each for each in module.modules() if isinstance(each, nn.modules.batchnorm._NormBase)]
+        # What batch norms follow and count in: buffers that nothing else may read, as all tasks come to them at once.
+        self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+        self.followed = {id(X): X for norm in norms for X in (norm.running_mean, norm.running_var) if X is not None}
+        self.statistics = per_task.Statistics()
         self.channels_last = False
         self.tasks = 0
         self.counts = {"convolution": 0, "norm": 0}
-        # Outputs by identity, what made them, and the one kind of function that may take them.
-        self.outputs: dict[int, tuple[Tensor, tuple[str, int], str]] = {}
-        # By the same identity, the bias that a convolution has left out.
-        self.biases: dict[int, Tensor] = {}
+        # By the identity of what is shown.
+        self.outputs: dict[int, _Output] = {}
         self.uses: dict[tuple[str, int], list[str]] = {}
         self.largest = 0
         # While planning: tensors whose memory a change in place would reach in a loop and not here, or the reverse.
@@ -158,11 +179,17 @@ class _Forward(TorchFunctionMode):
             raise Unserved("its forward calls a transform of torch.func")
         if torch._C._autograd._top_saved_tensors_default_hooks(True) != self.hooks:
             raise Unserved("its forward saves tensors by hooks, as torch.utils.checkpoint does")
+        if func in IN_PLACE and any(args[0] is counter for counter in self.counters):
+            return args[0] if self.plan is None else func(args[0], args[1] * self.tasks)
         kind = _KINDS.get(func, "other")
-        if self.outputs:
+        if self.outputs or self.followed:
             for X in _tensors((args, tuple(kwargs.values()))):
-                if id(X) in self.outputs and self._taken(X, kind) == "relu":
-                    return X
+                if id(X) in self.followed and kind != "norm":
+                    raise Unserved(f"{_name(func)} reads running statistics")
+                if id(X) in self.outputs:
+                    self._take(self.outputs[id(X)], kind)
+        if kind == "relu" and self.plan is not None and id(args[0]) in self.outputs:
+            return self.outputs[id(args[0])].X
         if kind == "convolution":
             return self._conv2d(func, *args, **kwargs)
         if kind == "norm":
@@ -171,8 +198,8 @@ class _Forward(TorchFunctionMode):
             # Of torch's convolutions; ours is channels last anyway.
             self.channels_last = True
             kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
-        if func in IN_PLACE and any(args[0] is counter for counter in self.counters):
-            return args[0] if self.plan is None else func(args[0], args[1] * self.tasks)
+        if func in _VALUES:
+            raise Unserved(f"its forward reads the values of a tensor ({func.__name__})")
         if reason := refusal(func, args, kwargs):
             raise Unserved(f"{_name(func)} {reason}")
         if (func in IN_PLACE or kwargs.get("inplace")) and _memory(args[0]) in self.fixed:
@@ -187,11 +214,11 @@ class _Forward(TorchFunctionMode):
         leaves = tree_leaves(result)
         if not all(isinstance(X, Tensor) for X in leaves):
             raise Unserved("its output is not of tensors alone")
-        if self.plan is not None and self.outputs:
-            raise Unserved(_CHANGES)
         for X in leaves:
             if id(X) in self.outputs:
-                self.uses[self.outputs[id(X)][1]].append("result")
+                self._take(self.outputs[id(X)], "result")
+        if self.plan is not None and not all(self.uses[output.maker] for output in self.outputs.values()):
+            raise Unserved(_CHANGES)
 
     def plan_made(self) -> Plan:
         """What a later forward may leave out."""
@@ -201,23 +228,19 @@ class _Forward(TorchFunctionMode):
         )
         return Plan("", fused, unbiased, self.largest)
 
-    def _taken(self, X: Tensor, kind: str) -> str | None:
-        """Notes that a function of this kind takes X; in a planned forward the kind that X has been made for."""
-        _, maker, taker = self.outputs[id(X)]
-        if self.plan is None:
-            self.uses[maker].append(kind)
-            return None
-        if kind != taker:
+    def _take(self, output: _Output, kind: str) -> None:
+        """Notes that a function of this kind takes an output; after planning only the one that the plan has seen."""
+        self.uses[output.maker].append(kind)
+        if self.plan is not None and self.uses[output.maker] != [output.taker]:
             raise Unserved(_CHANGES)
-        # From here on it stands for that function's result.
-        del self.outputs[id(X)]
-        return taker
 
-    def _made(self, X: Tensor, kind: str, taker: str) -> Tensor:
-        """Notes an output for whose consumer something has been, or could be, left out."""
-        self.outputs[id(X)] = X, (kind, self.counts[kind]), taker
-        self.uses[kind, self.counts[kind]] = []
-        return X
+    def _made(self, X: Tensor, kind: str, taker: str, left_out: Tensor | None = None) -> Tensor:
+        """What the forward is shown of an output for whose consumer something is left out, or could be."""
+        maker = kind, self.counts[kind]
+        shown = X if self.plan is None else X.new_full((), torch.nan).expand(X.shape)
+        self.outputs[id(shown)] = _Output(shown, X, maker, taker, left_out)
+        self.uses[maker] = []
+        return shown
 
     def _measured(self, result: Any) -> Any:
         if self.plan is None:
@@ -231,40 +254,44 @@ class _Forward(TorchFunctionMode):
             return self._measured(COMPOSED[func](input, weight, bias, stride, padding, dilation, groups))
         unbiased = self.plan is not None and self.counts["convolution"] in self.plan.unbiased
         y = per_task.conv2d(input, weight, stride, padding, self.channels_last)
-        if bias is not None and unbiased:
-            self.biases[id(y)] = bias
-        elif bias is not None:
+        if bias is not None and not unbiased:
             y = y + bias.to(y.dtype).view(-1, 1, 1)
+        self._measured(y)
         if self.plan is None or unbiased:
-            self._made(y, "convolution", "norm")
+            y = self._made(y, "convolution", "norm", bias if unbiased else None)
         self.counts["convolution"] += 1
-        return self._measured(y)
+        return y
 
     def _batch_norm(
         self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
     ):
         if not training:
             raise Unserved("batch norm with running statistics")
+        left_out = None
+        if id(input) in self.outputs:
+            _, input, _, _, left_out = self.outputs[id(input)]
         if not _mapped(input):
             raise Unserved("batch norm of a tensor that all tasks share")
         fused = self.plan is not None and self.counts["norm"] in self.plan.fused
         weight = input.new_ones(input.shape[1]) if weight is None else weight
         bias = input.new_zeros(input.shape[1]) if bias is None else bias
-        left_out = self.biases.pop(id(input), None)
         if left_out is not None:
             # It has no effect on the output, and so a gradient of zeros.
             bias = bias + 0 * left_out
         follows = self.plan is not None and running_mean is not None
-        running = per_task.Running(running_mean, running_var, momentum) if follows else None
-        y = per_task.batch_norm(input, weight, bias, eps, fused, running, left_out)
+        running = per_task.Running(self.statistics, running_mean, running_var, momentum) if follows else None
+        y = self._measured(per_task.batch_norm(input, weight, bias, eps, fused, running, left_out))
         if self.plan is None or fused:
-            self._made(y, "norm", "relu")
+            y = self._made(y, "norm", "relu")
         self.counts["norm"] += 1
-        return self._measured(y)
+        return y
 
 
 _FORMATS = (Tensor.contiguous, Tensor.to)
 _CHANGES = "its forward is not the same in each call"
+
+
+_VALUES = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist)
 
 
 def _name(func: Callable) -> str:
@@ -296,40 +323,7 @@ def _tensors(values: tuple) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _counters(module: nn.Module) -> list[Tensor]:
-    norms = (each for each in module.modules() if isinstance(each, nn.modules.batchnorm._NormBase))
-    return [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-
-
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-
-
-@contextmanager
-def _undone(module: nn.Module, arguments: tuple) -> Iterator[Callable[[], str]]:
-    """Sets back buffers, attributes and random states; yields what names an attribute or buffer that was changed."""
-    before = [(each, dict(vars(each)), dict(each._buffers)) for each in module.modules()]
-    sizes = {id(value): len(value) for _, own, _ in before for value in own.values() if isinstance(value, (list, set))}
-
-    def changed() -> str:
-        for each, own, buffers in before:
-            for name, value in vars(each).items():
-                if own.get(name) is not value or sizes.get(id(value), 0) != (len(value) if id(value) in sizes else 0):
-                    return f"{type(each).__name__}.{name}"
-            for name, buffer in each._buffers.items():
-                if buffers.get(name) is not buffer:
-                    return f"the buffer {name!r}"
-        return ""
-
-    cuda = {X.device for X in tree_leaves(arguments) if isinstance(X, Tensor) and X.is_cuda}
-    with torch.random.fork_rng(devices=cuda, device_type="cuda"):
-        try:
-            yield changed
-        finally:
-            for each, own, buffers in before:
-                vars(each).clear()
-                vars(each).update(own)
-                each._buffers.clear()
-                each._buffers.update(buffers)

@@ -44,28 +44,45 @@ class _BatchNorm(_UnderVmap):
         rows = pixels.reshape(len(x), -1, x.shape[2])
         if running is not None:
             shift = 0 if left_out is None else _tasks(left_out, in_dims[-1], info.batch_size)
-            _follow(running, rows, shift)
+            running.statistics.note(running, rows, shift)
         y = batch_norm_relu(rows, weight, bias, eps=eps, relu=relu)
         return y.view(pixels.shape).movedim(-1, 2), 0
 
 
-class Running(NamedTuple):
-    """The running statistics of a batch norm, (channels,) each, and how fast they follow."""
+class Statistics:
+    """What running statistics are to follow once a forward is done: each task's own, of every call."""
 
+    def __init__(self) -> None:
+        # By the identity of a running mean.
+        self._calls: dict[int, list[tuple[Running, Tensor, Tensor]]] = {}
+
+    @torch.no_grad()
+    def note(self, running: Running, rows: Tensor, shift: Tensor | float) -> None:
+        """One call of all tasks: rows (tasks, n, channels), and what each of them lacks."""
+        variances, means = torch.var_mean(rows, 1)
+        self._calls.setdefault(id(running.mean), []).append((running, means + shift, variances))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Takes them in, task by task, as so many calls of torch's batch norm would."""
+        for calls in self._calls.values():
+            runnings, means, variances = zip(*calls)
+            running = runnings[0]
+            for statistic, values in ((running.mean, means), (running.variance, variances)):
+                rows = torch.stack(values, 1).flatten(0, 1)
+                kept = 1 - running.momentum
+                ages = torch.arange(len(rows) - 1, -1, -1, dtype=rows.dtype, device=rows.device)
+                # By `data`: a graph may hold them, and torch's own batch norm leaves their version as it is.
+                statistic.data.mul_(kept ** len(rows)).add_((running.momentum * kept**ages) @ rows)
+
+
+class Running(NamedTuple):
+    """The running statistics of a batch norm, (channels,) each, how fast they follow, and where that is noted."""
+
+    statistics: Statistics
     mean: Tensor
     variance: Tensor
     momentum: float
-
-
-@torch.no_grad()
-def _follow(running: Running, rows: Tensor, shift: Tensor | float) -> None:
-    """Takes in the statistics of each task, one after the other, as so many calls of torch's batch norm would."""
-    variances, means = torch.var_mean(rows, 1)
-    kept = 1 - running.momentum
-    weights = running.momentum * kept ** torch.arange(len(rows) - 1, -1, -1, dtype=rows.dtype, device=rows.device)
-    for statistic, values in ((running.mean, means + shift), (running.variance, variances)):
-        # By `data`: a graph may hold them, and torch's own batch norm leaves their version as it is.
-        statistic.data.mul_(kept ** len(rows)).add_(weights @ values)
 
 
 def _tasks(X: Tensor, dim: int | None, tasks: int) -> Tensor:
