@@ -24,14 +24,18 @@ KINDS = {
 }
 HEAD = """# Functions of torch in one forward of all tasks
 
-`MAML` and `ANIL` compute all tasks in one forward (`learner.route == "vmap"`) if the network calls only the functions below.
-Each is compared with a loop over tasks in float64: value, first and second derivative, in four layouts of its operands
-(`python_tests/test_verified.py`). `conv2d` with equal strides and paddings, one group and no dilation, and batch norm by
-batch statistics, with a following ReLU, run on kfo_ext's kernels. `python docs/make_functions.py` writes this page.
+`MAML` and `ANIL` compute all tasks in one forward (`learner.route == "vmap"`) if the network calls only the functions
+below. Each is compared with a loop over tasks in float64: value, first and second derivative, in four layouts of its
+operands (`python_tests/test_verified.py`). `conv2d` with equal strides and paddings, one group and no dilation, and
+batch norm by batch statistics, with a following ReLU, run on kfo_ext's kernels. `python docs/make_functions.py` writes this.
 
-Everything else goes task by task (`learner.route` says why): recurrent layers, branches on values, random factories (`rand`,
-`randn_like`, `bernoulli`), hooks, forwards that store something on a module, batch norm in eval mode with running statistics,
-embeddings with `max_norm` or `sparse`. Functions made by `torch.jit` are not reported to Python: do not use them in a network.
+Everything else goes task by task, and `learner.route` says why: recurrent layers, branches on values, random factories
+(`rand`, `randn_like`, `bernoulli`), hooks, forwards that store something on a module, batch norm in eval mode with
+running statistics, embeddings with `max_norm` or `sparse`. Functions made by `torch.jit` are not reported to Python: do
+not use them in a network.
+
+Small networks and those of our kernels gain most. A network with group norm on large images may be faster task by task:
+`route="loop"`.
 """
 
 

@@ -11,19 +11,19 @@ if sys.version_info < (3, 10):  # noqa: UP036
     raise ImportError(f"kfo_ext needs Python 3.10 or later, {sys.executable} is {sys.version.split()[0]}")
 
 if TYPE_CHECKING:
-    from kfo_ext.adapt import ANIL, MAML, MetaResult
+    from kfo_ext.adapt import ANIL, MAML, Adapted, MetaResult
     from kfo_ext.transform import Problems, transform
-    from kfo_ext.updates import KFO
+    from kfo_ext.updates import KFO, Update
     from kfo_ext.version import __version__
 
-__all__ = ["ANIL", "KFO", "MAML", "MetaResult", "Problems", "__version__", "transform"]
+__all__ = ["ANIL", "KFO", "MAML", "Adapted", "MetaResult", "Problems", "Update", "__version__", "transform"]
 
 __getattr__, __dir__ = lazily(
     globals(),
     {
-        "adapt": ["ANIL", "MAML", "MetaResult"],
+        "adapt": ["ANIL", "MAML", "Adapted", "MetaResult"],
         "transform": ["Problems", "transform"],
-        "updates": ["KFO"],
+        "updates": ["KFO", "Update"],
         "version": ["__version__"],
     },
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.transform.packing import Packing
-from kfo_ext.updates import KFO
+from kfo_ext.updates import Update
 
 
 def check_rate(lr: Any) -> float:
@@ -88,7 +88,7 @@ def check_modules(model: nn.Module) -> None:
             )
 
 
-def check_alike(update: KFO, like: Tensor) -> None:
+def check_alike(update: Update, like: Tensor) -> None:
     """Raises TypeError or ValueError unless the update's meta-parameters are as the model's parameters are now."""
     for row in update.phi[:1]:
         if row.dtype != like.dtype:
@@ -97,9 +97,9 @@ def check_alike(update: KFO, like: Tensor) -> None:
             raise ValueError(f"update: expected {like.device} as the parameters, got {row.device}; use learner.to()")
 
 
-def check_update(update: KFO, packing: Packing) -> None:
+def check_update(update: Update, packing: Packing) -> None:
     """Raises ValueError unless the update was made for the adapted parameters, in their order."""
-    theirs = update.problems.packing
+    theirs = update.packing
     if len(theirs) != len(packing):
         raise ValueError(
             f"update: expected one made for {len(packing)} parameters, got one for {len(theirs)}"

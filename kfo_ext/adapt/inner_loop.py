@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from kfo_ext.updates import KFO
+from kfo_ext.updates import Update
 
 from .calls import BufferReplay
 from .routes import Route
@@ -46,7 +46,7 @@ class InnerLoop(NamedTuple):
 
     route: Route
     losses: Callable[[Sequence[Tensor]], Tensor]
-    update: KFO | None
+    update: Update | None
     lr: float
     adapt_update: bool
     first_order: bool

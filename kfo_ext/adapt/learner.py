@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.transform.packing import Packing
-from kfo_ext.updates import KFO
+from kfo_ext.updates import Update
 
 from .adapted import Adapted
 from .calls import exclusive
@@ -56,7 +56,7 @@ class MAML(nn.Module):
 
     Args:
         model: any module whose forward takes one tensor of examples; batch norm must use batch statistics.
-        update: a KFO made for the adapted parameters, or None for plain gradient descent.
+        update: an `Update` made for the adapted parameters, such as a KFO, or None for plain gradient descent.
         lr: the inner learning rate.
         steps: inner steps.
         adapt_update: adapt the update's meta-parameters per task as well, from the second step on.
@@ -87,7 +87,7 @@ class MAML(nn.Module):
         self,
         model: nn.Module,
         *,
-        update: KFO | None = None,
+        update: Update | None = None,
         lr: float,
         steps: int,
         adapt_update: bool = False,
@@ -100,8 +100,8 @@ class MAML(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        if update is not None and not isinstance(update, KFO):
-            raise TypeError(f"update: expected a KFO or None, got {type(update).__name__}")
+        if update is not None and not isinstance(update, Update):
+            raise TypeError(f"update: expected an Update, such as KFO, or None, got {type(update).__name__}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, got {model!r}")
         if loss is not None and (not callable(loss) or isinstance(loss, type)):

@@ -1,5 +1,6 @@
 """Learned updates: modules that turn gradients into updates."""
 
+from kfo_ext.updates.base import Update
 from kfo_ext.updates.kfo import KFO
 
-__all__ = ["KFO"]
+__all__ = ["KFO", "Update"]

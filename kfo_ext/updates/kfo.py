@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kfo_ext.transform import BACKENDS, Problems
 from kfo_ext.transform.operands import HALF, KERNEL_DTYPES
-from kfo_ext.transform.packing import listed, name_parameters
+from kfo_ext.transform.packing import name_parameters
 from kfo_ext.updates import state
 from kfo_ext.updates.activations import ACTIVATIONS, activation_name
-from kfo_ext.updates.gradients import gradients
-from kfo_ext.updates.layer import KroneckerLayer, Phi
+from kfo_ext.updates.base import Phi, Update
+from kfo_ext.updates.layer import KroneckerLayer
 from kfo_ext.updates.memory import room_for_factors
 
 
-class KFO(nn.Module):
+class KFO(Update):
     """A learned update of gradients; at the start U(g) = g in every setting: plain gradient descent.
 
     Without hidden layers U(g) = R^T g L, with psd R^T R g L^T L, plus the bias term. With `hidden_layers` = h,
@@ -64,7 +63,6 @@ class KFO(nn.Module):
         activation: str | Callable[[Tensor], Tensor] = "tanh",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         if isinstance(parameters, Tensor):
             got = type(parameters).__name__
             raise TypeError(
@@ -73,7 +71,9 @@ class KFO(nn.Module):
                 "LearnableOptimizer), pass kfo_ext.interop.learn2learn.gradient_transform()"
             )
         named = name_parameters(parameters)
-        self.problems = Problems.of(named)
+        problems = Problems.of(named)
+        super().__init__(problems.packing)
+        self.problems = problems
         _check_alike(named)
         if not isinstance(psd, bool):
             raise TypeError(f"psd: expected True or False, got {psd!r}")
@@ -129,64 +129,6 @@ class KFO(nn.Module):
         for i, layer in enumerate(self.layers):
             hidden = layer.rule(phi[i * width : (i + 1) * width], activation(hidden) if i else hidden)
         return hidden if len(self.layers) == 1 else G + hidden
-
-    def transform(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The updates of a list of gradients, one per parameter, None where the gradient is None.
-
-        Args:
-            grads: tensors of the parameters' shapes, or all of them with one leading task dimension.
-
-        Raises:
-            ValueError: another length, a shape, task dimension or device that does not fit.
-            TypeError: a dtype other than the factors'.
-        """
-        grads = listed(grads, "grads")
-        packing = self.problems.packing
-        rows = packing.tasks(grads, "grads")
-        present = next((grad for grad in grads if grad is not None), None)
-        if present is None:
-            return [None] * len(grads)
-        factor = self.layers[0].R
-        if present.dtype != factor.dtype and not torch.is_autocast_enabled(present.device.type):
-            raise TypeError(f"grads: expected {factor.dtype} as the factors have, got {present.dtype}")
-        if present.device != factor.device:
-            raise ValueError(f"grads: expected device {factor.device} as the factors have, got {present.device}")
-        updates = packing.unpack(self.rule(self.phi, packing.pack(grads, "grads")), batched=rows is not None)
-        return [None if grad is None else update for grad, update in zip(grads, updates)]
-
-    def forward(
-        self,
-        loss: Tensor,
-        parameters: Iterable[Tensor],
-        create_graph: bool = False,
-        retain_graph: bool | None = None,
-        allow_unused: bool = False,
-        allow_nograd: bool = False,
-    ) -> list[Tensor | None]:
-        """Differentiates `loss` by `parameters` and returns their updates, None where there is no gradient.
-
-        Args:
-            loss: (), the loss.
-            parameters: the tensors to update, in the order given to the constructor.
-            create_graph: keep the graph of the gradients, for second-order meta-gradients.
-            retain_graph: keep the loss's graph; as `create_graph` by default.
-            allow_unused: parameters the loss does not depend on get None.
-            allow_nograd: parameters that do not require a gradient get None.
-
-        Raises:
-            ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; a frozen or unused
-                parameter without its flag.
-        """
-        grads = gradients(
-            loss,
-            parameters,
-            self.problems.packing,
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=allow_unused,
-            allow_nograd=allow_nograd,
-        )
-        return self.transform(grads)
 
     def factors(self, layer: int = 0) -> list[tuple[Tensor, Tensor]]:
         """One (R (p, p), L (q, q)) pair of views per parameter, read from the module as it is now.

@@ -1,0 +1,122 @@
+"""An update of one's own, a few lines outside the package, through every learner."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from plain_maml import assert_equal_truth, plain_maml
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from kfo_ext import ANIL, KFO, MAML, Update
+from kfo_ext.tasks import Examples, TaskBatch
+
+WAYS, TASKS = 3, 3
+
+
+class MetaSGD(Update):
+    """A learned rate per element (Li et al. 2017): U(g) = a * g."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters)
+        self.a = nn.Parameter(torch.ones(1, self.packing.numel, dtype=torch.float64))
+
+    @property
+    def phi(self):
+        return (self.a,)
+
+    def rule(self, phi, G):
+        return phi[0] * G
+
+
+class Halving(Update):
+    """Learns nothing."""
+
+    phi = ()
+
+    def rule(self, phi, G):
+        return 0.5 * G
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        # A convolution of one dimension: of a shape that KFO has no factors for.
+        self.body, self.head = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten()), nn.Linear(8, WAYS)
+
+    def features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def batch() -> TaskBatch:
+    def examples() -> Examples:
+        x = torch.randn(TASKS, 5, 1, 6, dtype=torch.float64)
+        return Examples(x, torch.randint(0, WAYS, (TASKS, 5)))
+
+    return TaskBatch(examples(), examples())
+
+
+def plain_meta_sgd(phi, gradients):
+    pieces = phi[0][0].split([g.numel() for g in gradients])
+    return [a.view(g.shape) * g for a, g in zip(pieces, gradients)]
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+@pytest.mark.parametrize("adapt_update", [False, True])
+@pytest.mark.parametrize(("learner", "head"), [(MAML, False), (ANIL, True)], ids=["maml", "anil"])
+def test_meta_sgd_equals_plain_torch(learner, head, adapt_update, route):
+    model, tasks = Net().double(), batch()
+    update = MetaSGD((model.head if head else model).named_parameters())
+    nn.init.uniform_(update.a, 0.5, 1.5)
+    options = {"lr": 0.2, "steps": 3, "adapt_update": adapt_update}
+    truth = plain_maml(model, tasks, cross_entropy, head=head, rule=plain_meta_sgd, phi=update.phi, **options)
+    assert_equal_truth(learner(model, update=update, route=route, **options), tasks, truth)
+
+
+def test_it_meta_trains():
+    torch.manual_seed(0)
+    model = Net().double()
+    learner = MAML(model, update=MetaSGD(model.named_parameters()), lr=0.1, steps=2)
+    optimizer, tasks = torch.optim.Adam(learner.parameters(), 0.01), batch()
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = learner(tasks).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert not torch.equal(learner.update.a, torch.ones_like(learner.update.a))
+    state = copy.deepcopy(learner.state_dict())
+    again = MAML(Net().double(), update=MetaSGD(model.named_parameters()), lr=0.1, steps=2)
+    again.load_state_dict(state)
+    assert torch.equal(again(tasks).loss, learner(tasks).loss)
+
+
+def test_an_update_that_learns_nothing():
+    model, tasks = Net().double(), batch()
+    truth = plain_maml(model, tasks, cross_entropy, rule=lambda phi, g: [x / 2 for x in g], lr=0.2, steps=2)
+    assert_equal_truth(MAML(model, update=Halving(model.named_parameters()), lr=0.2, steps=2), tasks, truth)
+
+
+def test_in_a_loop_of_ones_own():
+    model, update = Net().double(), None
+    update = MetaSGD(model.named_parameters())
+    x, y = torch.randn(5, 1, 6, dtype=torch.float64), torch.randint(0, WAYS, (5,))
+    updates = update(cross_entropy(model(x), y), model.parameters(), create_graph=True)
+    gradients = torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
+    for one, other in zip(updates, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_update_is_a_subclass_with_a_rule():
+    with pytest.raises(TypeError, match="abstract"):
+        Update([torch.ones(3)])
+    with pytest.raises(TypeError, match=r"update: expected an Update, such as KFO, or None, got Linear"):
+        MAML(Net(), update=nn.Linear(2, 2), lr=0.1, steps=1)
+    assert issubclass(KFO, Update)
