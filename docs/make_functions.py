@@ -27,7 +27,8 @@ HEAD = """# Functions of torch in one forward of all tasks
 `MAML` and `ANIL` compute all tasks in one forward (`learner.route == "vmap"`) if the network calls only the functions
 below. Each is compared with a loop over tasks in float64: value, first and second derivative, in four layouts of its
 operands (`python_tests/test_verified.py`). `conv2d` with equal strides and paddings, one group and no dilation, and
-batch norm by batch statistics, with a following ReLU, run on kfo_ext's kernels. `python docs/make_functions.py` writes this.
+batch norm by batch statistics, with a following ReLU, run on kfo_ext's kernels. `python docs/make_functions.py` writes
+this page.
 
 Everything else goes task by task, and `learner.route` says why: recurrent layers, branches on values, random factories
 (`rand`, `randn_like`, `bernoulli`), hooks, forwards that store something on a module, batch norm in eval mode with

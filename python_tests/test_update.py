@@ -82,7 +82,7 @@ def test_it_meta_trains():
     torch.manual_seed(0)
     model = Net().double()
     learner = MAML(model, update=MetaSGD(model.named_parameters()), lr=0.1, steps=2)
-    optimizer, tasks = torch.optim.Adam(learner.parameters(), 0.01), batch()
+    optimizer, tasks = torch.optim.Adam(learner.parameters(), 0.03), batch()
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
