@@ -348,7 +348,9 @@ def test_bad_gradients():
         kfo.transform([good[0][:1], *good[1:]])
     with pytest.raises(ValueError, match=r"grads\['conv.bias'\]: expected the task dimension"):
         kfo.transform([good[0][None], *good[1:]])
-    with pytest.raises(TypeError, match=r"grads: expected torch\.float64 as the meta-parameters have, got torch\.float32"):
+    with pytest.raises(
+        TypeError, match=r"grads: expected torch\.float64 as the meta-parameters have, got torch\.float32"
+    ):
         kfo.transform([grad.float() for grad in good])
     with pytest.raises(TypeError, match=r"grads\['conv.bias'\]: expected torch.float64"):
         kfo.transform([good[0], good[1].float(), *good[2:]])

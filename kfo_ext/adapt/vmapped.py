@@ -155,6 +155,7 @@ class _Forward(TorchFunctionMode):
         # By the identity of what is shown.
         self.outputs: dict[int, _Output] = {}
         self.uses: dict[tuple[str, int], list[str]] = {}
+        self.nans: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.largest = 0
         # While planning: tensors whose memory a change in place would reach in a loop and not here, or the reverse.
         self.fixed: dict[int, Tensor] = {}
@@ -237,10 +238,15 @@ class _Forward(TorchFunctionMode):
     def _made(self, X: Tensor, kind: str, taker: str, left_out: Tensor | None = None) -> Tensor:
         """What the forward is shown of an output for whose consumer something is left out, or could be."""
         maker = kind, self.counts[kind]
-        shown = X if self.plan is None else X.new_full((), torch.nan).expand(X.shape)
+        shown = X if self.plan is None else self._nan(X.dtype, X.device).expand(X.shape)
         self.outputs[id(shown)] = _Output(shown, X, maker, taker, left_out)
         self.uses[maker] = []
         return shown
+
+    def _nan(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if (dtype, device) not in self.nans:
+            self.nans[dtype, device] = torch.full((), torch.nan, dtype=dtype, device=device)
+        return self.nans[dtype, device]
 
     def _measured(self, result: Any) -> Any:
         if self.plan is None:

@@ -6,47 +6,30 @@ layer reads what the one before has written, without a copy.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import _add_batch_dim, _unwrap_batched
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from kfo_ext.functional import batch_norm_relu
 from kfo_ext.functional import conv2d as tasks_conv2d
 
 
-class _UnderVmap(torch.autograd.Function):
-    """A function whose vmap rule is all there is of it; ordinary autograd differentiates what the rule computes."""
+def _all_tasks(function: Callable, *operands: Any) -> Tensor:
+    """What `function` computes of all tasks' operands, as one task's result: the innermost vmap maps over tasks.
 
-    @staticmethod
-    def forward(*operands):
-        raise RuntimeError("expected an input that torch.func.vmap maps over")
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-
-class _Conv2d(_UnderVmap):
-    @staticmethod
-    def vmap(info, in_dims, x, weight, stride, padding, channels_last):
-        x, weight = (_tasks(X, dim, info.batch_size) for X, dim in zip((x, weight), in_dims))
-        x = x.permute(0, 1, 3, 4, 2).contiguous()
-        y = tasks_conv2d(x, weight, stride=stride, padding=padding, channels_last=channels_last)
-        return y.permute(0, 1, 4, 2, 3), 0
-
-
-class _BatchNorm(_UnderVmap):
-    @staticmethod
-    def vmap(info, in_dims, x, weight, bias, eps, relu, running, left_out):
-        x, weight, bias = (_tasks(X, dim, info.batch_size) for X, dim in zip((x, weight, bias), in_dims))
-        pixels = x.movedim(2, -1)
-        rows = pixels.reshape(len(x), -1, x.shape[2])
-        if running is not None:
-            shift = 0 if left_out is None else _tasks(left_out, in_dims[-1], info.batch_size)
-            running.statistics.note(running, rows, shift)
-        y = batch_norm_relu(rows, weight, bias, eps=eps, relu=relu)
-        return y.view(pixels.shape).movedim(-1, 2), 0
+    function: of the number of tasks, and the operands with their dimension of tasks, None where they have none.
+    """
+    # As torch does for the vmap rule of an autograd.Function, without making one for each call.
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    pairs = [_unwrap_batched(X, level) if isinstance(X, Tensor) else (X, None) for X in operands]
+    with interpreter.lower():
+        y = function(interpreter.batch_size(), *pairs)
+    return _add_batch_dim(y, 0, level)
 
 
 class Statistics:
@@ -85,7 +68,8 @@ class Running(NamedTuple):
     momentum: float
 
 
-def _tasks(X: Tensor, dim: int | None, tasks: int) -> Tensor:
+def _tasks(pair: tuple[Tensor, int | None], tasks: int) -> Tensor:
+    X, dim = pair
     return X.expand(tasks, *X.shape) if dim is None else X.movedim(dim, 0)
 
 
@@ -102,7 +86,13 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, channels_last: 
     Returns:
         y: (images, out_channels, out_height, out_width).
     """
-    return _Conv2d.apply(x, weight, stride, padding, channels_last)
+
+    def compute(tasks: int, x: Any, weight: Any) -> Tensor:
+        images = _tasks(x, tasks).permute(0, 1, 3, 4, 2).contiguous()
+        options = {"stride": stride, "padding": padding, "channels_last": channels_last}
+        return tasks_conv2d(images, _tasks(weight, tasks), **options).permute(0, 1, 4, 2, 3)
+
+    return _all_tasks(compute, x, weight)
 
 
 def batch_norm(
@@ -128,4 +118,13 @@ def batch_norm(
     Returns:
         y: as x.
     """
-    return _BatchNorm.apply(x, weight, bias, eps, relu, running, left_out)
+
+    def compute(tasks: int, x: Any, weight: Any, bias: Any, left_out: Any) -> Tensor:
+        pixels = _tasks(x, tasks).movedim(2, -1)
+        rows = pixels.reshape(tasks, -1, pixels.shape[-1])
+        if running is not None:
+            running.statistics.note(running, rows, 0 if left_out[0] is None else _tasks(left_out, tasks))
+        y = batch_norm_relu(rows, _tasks(weight, tasks), _tasks(bias, tasks), eps=eps, relu=relu)
+        return y.view(pixels.shape).movedim(-1, 2)
+
+    return _all_tasks(compute, x, weight, bias, left_out)
