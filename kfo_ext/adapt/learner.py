@@ -66,9 +66,9 @@ class MAML(nn.Module):
             numbers and buffers are those of the first computation.
         allow_unused: parameters that a task's loss does not depend on stay as they are.
         allow_nograd: parameters that do not require a gradient stay as they are.
-        route: how all tasks are computed: "vmap", in one forward, several times as fast, for networks whose functions
-            are all in `kfo_ext.adapt.verified`; "loop", one after the other; "auto", by vmap where it serves the
-            network. The property `route` says which was taken, and why.
+        route: how all tasks are computed: "vmap", in one forward, usually several times as fast, for networks whose
+            functions are all in `kfo_ext.adapt.verified`; "loop", one after the other; "auto", by vmap where it serves
+            the network. The property `route` says which was taken, and why.
         bf16: run the model's forward under torch.autocast in bfloat16, and so its derivatives; parameters, gradients,
             updates, features for a head and losses stay in float32.
 
@@ -148,9 +148,10 @@ class MAML(nn.Module):
         theta: (tasks, n), packed parameters.
         x: (tasks, n, ...), the examples.
         """
-        loop, reason = TaskByTask(module, packing), ""
+        reason = ""
         if self._wanted != "loop":
-            route = Vmapped(module, packing)
+            with exclusive():
+                route = Vmapped(module, packing)
             key = (signature(module), x.shape[1:], x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
             if key not in self._plans:
                 with exclusive(), self._precision(x):
@@ -165,7 +166,8 @@ class MAML(nn.Module):
             if self._wanted == "vmap":
                 raise ValueError(f"route: expected a network that vmap can serve: {reason}")
         self._chosen = {**self._chosen, part: f"loop: {reason}" if reason else "loop"}
-        return loop
+        with exclusive():
+            return TaskByTask(module, packing)
 
     def _at_once(self, theta: Tensor, batch: TaskBatch) -> int:
         """How many tasks of the batch are to be in one graph."""
