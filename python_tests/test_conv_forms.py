@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from kfo_ext.models import CNN
 from kfo_ext.transform import native
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -74,7 +72,7 @@ def test_every_order_equals_float64(forms, name, at_once, number):
 def test_layers_are_those_of_the_network(forms):
     for network in (forms.NETWORKS[name] for name in ("omniglot_cnn4", "cifar_fs_cnn2")):
         x = torch.rand(2, network.in_channels, network.image_size, network.image_size)
-        blocks, layers = CNN(**asdict(network)).blocks, forms.layers_of(network)
+        blocks, layers = network.make().blocks, forms.layers_of(network)
         for block, layer in zip(blocks, layers, strict=True):
             y = block(x)
             sizes = layer.in_channels, layer.size, layer.out_channels, layer.out_size
