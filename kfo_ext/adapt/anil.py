@@ -49,7 +49,8 @@ class ANIL(MAML):
         return self.model.head
 
     def _at_once(self, theta: Tensor, batch: TaskBatch) -> int:
-        x = _together(batch)
+        # The shape alone counts: one task's examples stand for all.
+        x = _together(batch.split(1)[0]).expand(len(batch.support.x), -1, *batch.support.x.shape[2:])
         route, _ = self._body_route(x)
         return tasks_at_once(route, x, x.shape[1])
 

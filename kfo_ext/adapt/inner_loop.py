@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from kfo_ext.updates import Update
+from kfo_ext.updates.base import Phi
 
 from .calls import BufferReplay
 from .routes import Route
 
-Phi = tuple[Tensor, ...]
 # Of each task's loss, packed (tasks, n), and a mask where some parameters are unused.
 Gradient = tuple[Tensor, Tensor | None]
 

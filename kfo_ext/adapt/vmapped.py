@@ -22,7 +22,7 @@ from kfo_ext.functional import per_task
 
 from .composed import COMPOSED
 from .undone import PLAIN, undone
-from .verified import DESCRIBING, IN_PLACE, SHARING, refusal
+from .verified import DESCRIBING, IN_PLACE, SHARING, is_mapped, refusal
 
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -256,7 +256,7 @@ class _Forward(TorchFunctionMode):
     def _conv2d(self, func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         stride, padding, dilation = map(_single, (stride, padding, dilation))
         plain = isinstance(stride, int) and isinstance(padding, int) and dilation == groups == 1
-        if not plain or input.dim() != 4 or not _mapped(input):
+        if not plain or input.dim() != 4 or not is_mapped(input):
             return self._measured(COMPOSED[func](input, weight, bias, stride, padding, dilation, groups))
         unbiased = self.plan is not None and self.counts["convolution"] in self.plan.unbiased
         y = per_task.conv2d(input, weight, stride, padding, self.channels_last)
@@ -276,7 +276,7 @@ class _Forward(TorchFunctionMode):
         left_out = None
         if id(input) in self.outputs:
             _, input, _, _, left_out = self.outputs[id(input)]
-        if not _mapped(input):
+        if not is_mapped(input):
             raise Unserved("batch norm of a tensor that all tasks share")
         fused = self.plan is not None and self.counts["norm"] in self.plan.fused
         weight = input.new_ones(input.shape[1]) if weight is None else weight
@@ -315,10 +315,6 @@ def _memory(X: Tensor) -> int:
     while torch._C._functorch.is_functorch_wrapped_tensor(X):
         X = torch._C._functorch.get_unwrapped(X)
     return X.untyped_storage().data_ptr() if X.numel() else 0
-
-
-def _mapped(X: Tensor) -> bool:
-    return torch._C._functorch.is_batchedtensor(X)
 
 
 def _tensors(values: tuple) -> Iterator[Tensor]:

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kfo_ext.transform import Problems, adjoint, transform
-
-# The packed meta-parameters of a layer, in this order: R, L and, where the layer has one, the bias.
-Phi = tuple[Tensor, ...]
+from kfo_ext.updates.base import Phi
 
 
 class KroneckerLayer(nn.Module):
@@ -41,7 +39,7 @@ class KroneckerLayer(nn.Module):
 
     @property
     def phi(self) -> Phi:
-        """The layer's packed meta-parameters, one row each."""
+        """The layer's packed meta-parameters, one row each: R, L and, where the layer has one, the bias."""
         return (self.R, self.L) if self.bias is None else (self.R, self.L, self.bias)
 
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
