@@ -101,10 +101,10 @@ class RunFolder:
 
         Raises: ValueError if the folder holds anything else.
         """
-        if not self.path.is_dir():
-            if self.path.exists():
-                raise ValueError(f"{self.path}: expected a folder for the run, got a file")
-        elif self._content() and not self.unfinished():
+        # In this order: another start may make the folder meanwhile.
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: expected a folder for the run, got a file")
+        if self.path.is_dir() and self._content() and not self.unfinished():
             if self.config.exists():
                 raise ValueError(f"{self.path}: already holds a run; resume it, or choose another folder")
             raise ValueError(f"{self.path}: expected an absent or empty folder for a new run")
