@@ -51,7 +51,7 @@ test-wheel: wheel
 # Both libraries under a CUDA build of torch, without a GPU.
 test-cuda-load:
 	$(MAKE) test-wheel WHEEL_TORCH=torch==2.11.0
-	.venv-wheel/bin/python -c 'from kfo_ext.transform import native; loads, why = native.status()["cuda"]; exit(None if loads else why)'
+	.venv-wheel/bin/python -c 'from kfo_ext.ops import library; loads, why = library.status()["cuda"]; exit(None if loads else why)'
 
 wheel: $(STAMPS)/build
 	rm -rf dist

@@ -34,12 +34,12 @@ from kfo_ext.bench.measure import TOLERANCE, one_line
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved, rested
 from kfo_ext.functional import conv2d
+from kfo_ext.machine import keep_freed_memory
+from kfo_ext.ops import library
 from kfo_ext.testing import relative_error
-from kfo_ext.trainer.allocator import keep_freed_memory
-from kfo_ext.transform import native
 
 IMAGES = WAYS * SHOTS
-# Of every convolution of `kfo_ext.models.CNN`.
+# Of every convolution of `kfo_ext.networks.CNN`.
 KERNEL, PADDING = 3, 1
 # The orders, and the names of their outputs; those of a first layer.
 OUTPUTS = {
@@ -386,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write; the table goes beside it, ending in .md")
     options = parser.parse_args(arguments)
     full_float32()
-    facts = facts_of(options) | {"backends": native.status(), "keeps_freed_memory": keep_freed_memory()}
+    facts = facts_of(options) | {"backends": library.status(), "keeps_freed_memory": keep_freed_memory()}
     entries: list[Row] = []
     for network in options.networks:
         entries.append(measure_network(network, options))

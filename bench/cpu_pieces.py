@@ -23,7 +23,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 from kfo_ext.bench.result import facts_of, provenance, write_result
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -177,12 +177,12 @@ def main(arguments: list[str] | None = None) -> int:
     problem, layer = numbers(3, "B,p,q"), numbers(5, "images,size,channels,out channels,stride")
     parser.add_argument("--problems", nargs="*", type=problem, default=[(32, 32, 9), (1, 32, 1), (1, 5, 32)])
     parser.add_argument("--layers", nargs="*", type=layer, default=[(10, 14, 32, 32, 2), (10, 32, 32, 32, 1)])
-    parser.add_argument("--isa", choices=native.supported_isas(), help="default: the best one here")
+    parser.add_argument("--isa", choices=library.supported_isas(), help="default: the best one here")
     parser.add_argument("--against", metavar="COMMIT", type=full_name, help="whose csrc to time in the same rounds")
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    options.isa = options.isa or native.cpu_isa()
+    options.isa = options.isa or library.cpu_isa()
     facts, cases = facts_of(options), []
     with tempfile.TemporaryDirectory() as scratch:
         libraries = [compiled(options.isa, ROOT / "csrc", Path(scratch, "here.so"))]

@@ -31,8 +31,9 @@ from kfo_ext.bench.points import GROUPS, TASKS, Point
 from kfo_ext.bench.providers import PROVIDERS
 from kfo_ext.bench.roofs import fma_rate
 from kfo_ext.bench.timing import interleaved, rested, wall_clock
-from kfo_ext.trainer.allocator import keep_freed_memory
-from kfo_ext.transform import Problems, native
+from kfo_ext.machine import keep_freed_memory
+from kfo_ext.ops import library
+from kfo_ext.problems import Problems
 
 NETWORKS = ("CNN(2)", "CNN(4)")
 PLAIN_TORCH = ("torch-matmul", "torch-einsum", "torch-formulas", "torch-compile", "torch-formulas-compile")
@@ -100,7 +101,7 @@ def serve(group: str) -> None:
         if reasons:
             raise AssertionError(reasons)
         calls[order] = good[0].call
-    print(native.cpu_isa(), flush=True)
+    print(library.cpu_isa(), flush=True)
     for line in sys.stdin:
         order, count = line.split()
         print(awake(calls[order], int(count)), flush=True)
@@ -146,7 +147,7 @@ def multiply_adds(threads: int) -> tuple[Callable[[], object], float]:
     pool = ThreadPoolExecutor(threads)
 
     def call() -> float:
-        return sum(pool.map(native.cpu_multiply_adds, [FMA_STEPS] * threads))
+        return sum(pool.map(library.cpu_multiply_adds, [FMA_STEPS] * threads))
 
     return call, call()
 
@@ -176,8 +177,8 @@ def measure_group(group: str, repeats: int, ratios_alone: bool) -> list[Row]:
     providers = {name: PROVIDERS[name] for name in TIMED}
     expected, made = truth(case), contenders(providers, providers, case)
     alone = {} if ratios_alone else {PACKING: packing(case), **parts(case)}
-    supported = native.supported_isas()
-    slower = [] if ratios_alone else supported[supported.index(native.cpu_isa()) + 1 :]
+    supported = library.supported_isas()
+    slower = [] if ratios_alone else supported[supported.index(library.cpu_isa()) + 1 :]
     others = {isa: OtherIsa(isa, group) for isa in slower}
     point, rows = Point("tasks", TASKS, group, case.problems), []
     multiply_add, operations = multiply_adds(torch.get_num_threads())

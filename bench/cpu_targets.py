@@ -22,8 +22,8 @@ from cpu_target_lines import markdown
 from cpu_target_run import Row
 
 from kfo_ext.bench.result import facts_of, write_result
-from kfo_ext.trainer.files import read_json
-from kfo_ext.transform import native
+from kfo_ext.ops import library
+from kfo_ext.runs.files import read_json
 
 RUN = Path(__file__).with_name("cpu_target_run.py")
 
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--meta", nargs="*", default=[], help="what bench/meta_peers.py wrote")
     parser.add_argument("--out", type=Path, help="JSON file to write; the table goes beside it")
     options = parser.parse_args(arguments)
-    available, reason = native.status()["cpu"]
+    available, reason = library.status()["cpu"]
     if not available:
         parser.error(f"the compiled CPU library: {reason}")
     if min(options.runs, options.repeats) < 1:
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         kept.append(run(options.repeats))
         as_it_comes.append(run(options.repeats, "--as-glibc-comes"))
     result = facts | {
-        "cpu_isa": native.cpu_isa(),
+        "cpu_isa": library.cpu_isa(),
         "keeps_freed_memory": [run["keeps_freed_memory"] for run in kept],
         "fma_gflop_per_s": [run["fma_gflop_per_s"] for run in kept],
         "rows": over_runs([in_order(run["rows"]) for run in kept]),

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from kfo_ext.transform.native import CUDA_LIBRARY
+from kfo_ext.ops.library import CUDA_LIBRARY
 
 ELEMENTS = {"f": "float32", "d": "float64"}
 # Static shared memory; what the kernels stage is dynamic, and in the table of launches.

@@ -25,7 +25,8 @@ from kfo_ext.bench.points import GROUPS as ALL_GROUPS
 from kfo_ext.bench.providers import PROVIDERS, Provider, kfo_gradients_on
 from kfo_ext.bench.result import facts_of, write_result
 from kfo_ext.bench.timing import Timing
-from kfo_ext.transform import Problems, native
+from kfo_ext.ops import library
+from kfo_ext.problems import Problems
 
 GROUPS = {name: ALL_GROUPS[name] for name in ("CNN(2)", "CNN(4)", "conv_64", "head_5x1600")}
 CONTENDERS = {
@@ -163,7 +164,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     floor = measure_floor(device, options.repeats, options.seconds)
     launches = ", ".join(f"{mode} {1e6 * seconds:.2f} us" for mode, seconds in floor.launch.items())
     print(f"floor: copy {floor.bandwidth / 1e9:.0f} GB/s; smallest operation: {launches}\n")
-    facts |= {"backends": native.status(), "floor": floor._asdict()}
+    facts |= {"backends": library.status(), "floor": floor._asdict()}
     rows: list[Row] = []
     for tasks in options.tasks:
         for group in options.groups:

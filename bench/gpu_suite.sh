@@ -88,8 +88,8 @@ timeout 60 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available
 part build 150 "$PYTHON" setup.py build_ext --inplace
 part doctor 60 "$PYTHON" -m kfo_ext.cli doctor
 # With a device every test of it would be skipped, and nothing fail, if the library did not load.
-on_device loads 30 "$PYTHON" -c 'from kfo_ext.transform import native
-loads, reason = native.status()["cuda"]
+on_device loads 30 "$PYTHON" -c 'from kfo_ext.ops import library
+loads, reason = library.status()["cuda"]
 raise SystemExit(0 if loads else reason)'
 on_device gpu_tests 200 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider python_tests/gpu
 

@@ -16,8 +16,8 @@ import triton_resources
 
 from kfo_ext import _plan
 from kfo_ext.bench.result import facts_of, provenance, write_result
+from kfo_ext.problems import Problems
 from kfo_ext.testing import model_case
-from kfo_ext.transform import Problems
 
 TASKS = 16
 GROUPS = {"omniglot_cnn2": model_case(2), "omniglot_cnn4": model_case(4), "head_5x1600": [(1, 5, 1600)]}

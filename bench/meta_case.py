@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from user_networks import ResNet, dense_network
 
 from kfo_ext import KFO
-from kfo_ext.models import CNN
+from kfo_ext.networks import CNN
 from kfo_ext.tasks import Examples, Glyphs, TaskBatch
 from kfo_ext.tasks.batch import generator_for
 
@@ -37,7 +37,7 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Network:
-    """A CNN of the paper without pooling, its head on the spatial mean: the arguments of `kfo_ext.models.CNN`.
+    """A CNN of the paper without pooling, its head on the spatial mean: the arguments of `kfo_ext.networks.CNN`.
 
     form: cnn, or of `user_networks` resnet (widths doubling from `hidden`) or dense.
     """

@@ -11,7 +11,7 @@ from meta_jax import Jax
 from meta_ours import Ours, OursCaptured
 from meta_torch_func import TorchFunc
 
-from kfo_ext.transform import BACKENDS
+from kfo_ext.ops.dispatch import BACKENDS
 
 Factory = Callable[[MetaCase], Contender]
 

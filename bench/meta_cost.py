@@ -22,7 +22,7 @@ from meta_peers import finished
 from kfo_ext.bench.fits import cliffs, exponent, upper_half
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved
-from kfo_ext.trainer.allocator import keep_freed_memory
+from kfo_ext.machine import keep_freed_memory
 
 AXES = {
     "tasks": [1, 2, 4, 8, 16, 32, 64, 160],

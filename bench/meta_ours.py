@@ -19,7 +19,7 @@ class Ours:
     """Our learner; all tasks of the batch in one graph.
 
     backend: of the transform
-    plain: take torch.nn's own network in the place of `kfo_ext.models`'
+    plain: take torch.nn's own network in the place of `kfo_ext.networks`'
     bf16, route: see `MAML`
 
     Raises:

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kfo_ext.bench.result import facts_of, finite, write_result
 from kfo_ext.bench.timing import interleaved, rested, wall_clock
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 # Relative errors allowed. In float32 rounding takes some ReLU to the other side of its kink, here or there by chance: a
 # right contender errs by 1e-5 or by 1e-2.
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     full_float32()
-    facts = facts_of(options) | {"backends": native.status()}
+    facts = facts_of(options) | {"backends": library.status()}
     rows = []
     for network in options.networks:
         for method in options.methods:

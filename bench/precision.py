@@ -22,9 +22,9 @@ from meta_peers import Row, find_truth, finished
 
 from kfo_ext.bench.result import facts_of, finite, write_result
 from kfo_ext.bench.timing import interleaved
+from kfo_ext.ops import library
 from kfo_ext.trainer import Config
 from kfo_ext.trainer.precision import PRECISIONS
-from kfo_ext.transform import native
 
 QUICK = Network(2, in_channels=1, image_size=12, stride=2, hidden=8)
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         network, options.tasks, options.steps, options.repeats = QUICK, 2, 2, 2
     # The convolutions' own switch is what the options set.
     torch.backends.cuda.matmul.allow_tf32 = False
-    facts = facts_of(options) | {"backends": native.status()}
+    facts = facts_of(options) | {"backends": library.status()}
     rows = [row for method in METHODS for row in measure(network, method, options)]
     show(rows)
     if options.out:

@@ -12,6 +12,8 @@ import argparse
 
 import torch
 
+from kfo_ext.ops import triton_support
+from kfo_ext.problems import Problems
 from kfo_ext.testing import (
     CASES,
     OUTPUTS,
@@ -23,7 +25,6 @@ from kfo_ext.testing import (
     run_order,
     truth,
 )
-from kfo_ext.transform import Problems, triton_launch
 
 # The second group's factors fit in no block's shared memory.
 GROUPS = {"mixed": (CASES["mixed"] + CASES["primes"], 3), "large": ([(1, 5, 260), (2, 130, 9)], 2)}
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="+", help="native and, on a CUDA device, triton where it is installed")
     options = parser.parse_args(arguments)
     if options.backends is None:
-        on_device = options.device != "cpu" and triton_launch.available(torch.device(options.device))
+        on_device = options.device != "cpu" and triton_support.available(torch.device(options.device))
         options.backends = ["native", "triton"] if on_device else ["native"]
     lines, cases = [], 0
     for backend in options.backends:

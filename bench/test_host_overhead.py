@@ -17,8 +17,8 @@ from kfo_ext.bench.orders import error_of, packed_already
 from kfo_ext.bench.orders import truth as truth_of_case
 from kfo_ext.bench.providers import kfo_gradients_on
 from kfo_ext.bench.result import environment
+from kfo_ext.problems import Problems
 from kfo_ext.testing import OUTPUTS, relative_error, truth
-from kfo_ext.transform import Problems
 
 OPERATOR = "host time of one call: operator"
 THROUGH_AUTOGRAD = "host time of one call: through autograd"

@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import torch
 
+from kfo_ext.ops import triton_support
+from kfo_ext.ops.transform.triton import launch
+from kfo_ext.ops.transform.triton.plan import SUM_COLUMNS, plan_of
+from kfo_ext.problems import Problems
 from kfo_ext.testing import model_case
-from kfo_ext.transform import Problems, triton_launch
-from kfo_ext.transform.triton_plan import SUM_COLUMNS, plan_of
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {torch.float32: "fp32", torch.float64: "fp64"}
@@ -54,7 +56,7 @@ def rows(
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
-    if triton_launch._INTERPRETED:
+    if triton_support.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled under the interpreter")
     for arch in architectures:
         for dtype in dtypes:
@@ -72,23 +74,23 @@ def _configurations(
     """(label, kernel, constexprs, compiler options) with everything present and needed."""
     for group in groups:
         classes = plan_of(Problems(GROUPS[group]).flat).classes
-        double = triton_launch.double_backward_terms([True] * 3, [True] * 4)
+        double = launch.double_backward_terms([True] * 3, [True] * 4)
         for order, terms in {
-            "forward": [None, None, None, triton_launch.PLAIN],
-            "backward": [triton_launch.PLAIN] * 3,
+            "forward": [None, None, None, launch.PLAIN],
+            "backward": [launch.PLAIN] * 3,
             "double_backward": double,
         }.items():
-            outputs = triton_launch.wanted_outputs(terms)
+            outputs = launch.wanted_outputs(terms)
             constants = {"OUTPUTS": outputs, "HAS_BIAS": order == "forward", "CLASSES": classes}
-            yield f"{order},{group}", "form_kernel", constants, triton_launch.group_options(classes)
+            yield f"{order},{group}", "form_kernel", constants, launch.group_options(classes)
     for product in products:
-        options = triton_launch.product_options(*PRODUCTS[product], dtype)
+        options = launch.product_options(*PRODUCTS[product], dtype)
         blocks = {name: options.pop(name) for name in ("BM", "BN", "BK")}
         for turned in ((False, False), (True, False), (False, True)):
             flags = {"HAS_2": True, "HAS_BIAS": False, "TRANS_A": turned[0], "TRANS_B": turned[1]}
             label = product + "".join(f",{side}^T" for side, yes in zip("AB", turned) if yes)
             yield label, "product_kernel", flags | blocks, options
-    shared = {"SHARED_R": True, "SHARED_L": False, "ROWS": triton_launch.SUM_ROWS, "COLUMNS": SUM_COLUMNS}
+    shared = {"SHARED_R": True, "SHARED_L": False, "ROWS": launch.SUM_ROWS, "COLUMNS": SUM_COLUMNS}
     yield "any", "sum_kernel", shared, {"num_warps": 4}
 
 
@@ -97,7 +99,7 @@ def _row(label: str, arch: int, kernel: str, element: str, constants: dict, opti
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(triton_launch._kernels(), kernel)
+    function = getattr(launch._kernels(), kernel)
     signature = {name: _type(name, element) for name in function.arg_names}
     source = ASTSource(function, signature, constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

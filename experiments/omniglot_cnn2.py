@@ -24,10 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from kfo_ext.models import INITS
-from kfo_ext.trainer import Config, RunFolder, compare_runs, plot_runs
-from kfo_ext.trainer.metrics import is_validation, read_metrics
-from kfo_ext.trainer.run_folder import environment
+from kfo_ext.machine import environment
+from kfo_ext.networks import INITS
+from kfo_ext.runs import RunFolder, plot_runs
+from kfo_ext.runs.metrics import is_validation, read_metrics
+from kfo_ext.trainer import Config, compare_runs
 
 # MAML's grid: the paper's rate (Table D.6) and larger ones; KFO's: as many, around the paper's 0.1.
 GRIDS = {"none": (0.08, 0.25, 0.5, 1.0, 1.5, 2.0), "kfo": (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)}

@@ -15,8 +15,8 @@ import typer
 
 from kfo_ext.bench.names import AXES, GROUPS, ORDERS, PROVIDERS
 from kfo_ext.choices import LARGEST_INTEGER, MOST_THREADS
+from kfo_ext.machine import keep_freed_memory
 from kfo_ext.streams import complain, echo, open_streams, settle
-from kfo_ext.trainer.allocator import keep_freed_memory
 from kfo_ext.trainer.config import Config
 from kfo_ext.trainer.signals import interrupt_ends
 
@@ -147,7 +147,8 @@ def evaluate(
 ) -> None:
     """Score a run on a fixed list of unseen tasks, with a 95 % interval."""
     with interrupt_ends():
-        from kfo_ext.trainer import RunFolder, evaluate_run
+        from kfo_ext.runs import RunFolder
+        from kfo_ext.trainer import evaluate_run
 
     root = None if data_root is None else str(data_root)
     changes = {"device": device, "data_root": root, "threads": threads, "precision": precision}
@@ -171,7 +172,8 @@ def compare(
 ) -> None:
     """Compare two evaluated runs by the paired difference over their common list of tasks."""
     with interrupt_ends():
-        from kfo_ext.trainer import RunFolder, compare_runs
+        from kfo_ext.runs import RunFolder
+        from kfo_ext.trainer import compare_runs
 
     changes = {} if precision is None else {"precision": precision}
     a, b, gap = compare_runs(RunFolder.open(run_a), RunFolder.open(run_b), split=split, name=checkpoint, **changes)

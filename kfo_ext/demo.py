@@ -23,7 +23,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kfo_ext.choices import LARGEST_INTEGER
-from kfo_ext.trainer import RunFolder, compare_runs, plot_runs
+from kfo_ext.runs import RunFolder, plot_runs
+from kfo_ext.trainer import compare_runs
 from kfo_ext.trainer.signals import stop_requested
 
 RATES = {"none": 0.5, "kfo": 0.5}

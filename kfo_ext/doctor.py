@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import kfo_ext
-from kfo_ext.trainer.run_folder import processor_name
-from kfo_ext.transform import Problems, native, transform, triton_launch
+from kfo_ext.functional import transform
+from kfo_ext.machine import processor_name
+from kfo_ext.ops import library, triton_support
+from kfo_ext.problems import Problems
 
 # A conv, a linear and a bias problem, none of them square, with sizes on both sides of the vector widths.
 SHAPES = ((8, 5, 9), (1, 7, 33), (1, 7, 1))
@@ -39,12 +41,12 @@ def examine(echo: Callable[[str], None]) -> bool:
     echo(f"processor: {processor_name()}")
     echo(f"build: {_build()}")
     healthy = True
-    for name, (available, reason) in {**native.status(), "triton": triton_launch.status()}.items():
+    for name, (available, reason) in {**library.status(), "triton": triton_support.status()}.items():
         echo(f"{name}: {'loads' if available else 'not available'} ({reason})")
         if not available:
             continue
         if name == "cpu":
-            echo(f"  instruction set in use: {native.cpu_isa()}")
+            echo(f"  instruction set in use: {library.cpu_isa()}")
         if ROUTES[name][1] == "cuda" and not torch.cuda.is_available():
             echo("  not tested: torch sees no CUDA device")
             continue

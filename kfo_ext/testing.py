@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfo_ext.models import omniglot_cnn
-from kfo_ext.transform import Problems, reference
-from kfo_ext.transform.autograd import Family
-from kfo_ext.transform.op import NATIVE, TRITON, resolve
+from kfo_ext.networks import omniglot_cnn
+from kfo_ext.ops.transform import reference
+from kfo_ext.ops.transform.autograd import Family
+from kfo_ext.ops.transform.op import NATIVE, OPERATOR, TRITON
+from kfo_ext.problems import Problems
 
 # Small enough for every test; names say what each is there for.
 CASES: dict[str, list[tuple[int, int, int]]] = {
@@ -119,7 +120,7 @@ def family_of(backend: str, device: torch.device | str) -> Family:
     """
     if backend not in ("native", "triton"):
         raise ValueError(f"backend: expected native or triton, got {backend!r}")
-    return {"native": NATIVE, "triton": TRITON}[resolve(backend, torch.device(device))]
+    return {"native": NATIVE, "triton": TRITON}[OPERATOR.resolve(backend, torch.device(device))]
 
 
 def run_order(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kfo_ext import ANIL, KFO, MAML
-from kfo_ext.models import CNN
+from kfo_ext.networks import CNN
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.testing import EagerRecorder
 from kfo_ext.trainer.captured_step import CapturedMetaStep

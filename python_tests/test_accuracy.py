@@ -9,10 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfo_ext.functional import batch_norm_relu, conv2d, reference
+from kfo_ext.functional import batch_norm_relu, conv2d, transform
+from kfo_ext.ops import library
+from kfo_ext.ops.batch_norm import reference as plain_batch_norm
+from kfo_ext.ops.conv2d import reference as plain_conv2d
+from kfo_ext.ops.transform import reference as plain
+from kfo_ext.problems import Problems
 from kfo_ext.testing import relative_error
-from kfo_ext.transform import Problems, native, transform
-from kfo_ext.transform import reference as plain
 
 SLACK = 1e-6
 CASES = {
@@ -77,7 +80,7 @@ def compare_transform(backend: str, case: str, tasks: int, rows: tuple[int, int,
     )
 
 
-needs_cpu = pytest.mark.skipif(not native.status()["cpu"][0], reason="no compiled CPU library")
+needs_cpu = pytest.mark.skipif(not library.status()["cpu"][0], reason="no compiled CPU library")
 
 
 def sharing(tasks: int) -> list[tuple[int, int, int]]:
@@ -128,7 +131,7 @@ def test_native_conv2d(case):
     weight = torch.rand((size[0], out, size[-1], *kernel), generator=generator)
     compare(
         lambda x, weight: conv2d(x, weight, stride=stride, padding=padding, backend="native"),
-        lambda x, weight: reference.conv2d(x, weight, stride, padding),
+        lambda x, weight: plain_conv2d.conv2d(x, weight, stride, padding),
         {"x": x, "weight": weight},
         case,
     )
@@ -144,7 +147,7 @@ def test_native_batch_norm(tasks, rows, shared):
     # Without the ReLU: rounding moves values near zero to its other side, in torch as here, but not the same values.
     compare(
         lambda x, weight, bias: batch_norm_relu(x, weight, bias, relu=False, backend="native"),
-        lambda x, weight, bias: reference.batch_norm_relu(x, weight, bias, 1e-5, False),
+        lambda x, weight, bias: plain_batch_norm.batch_norm_relu(x, weight, bias, 1e-5, False),
         {"x": x, "weight": weight, "bias": bias},
         f"{tasks} tasks, {rows} rows",
     )

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from kfo_ext import ANIL, KFO, MAML
-from kfo_ext.models import omniglot_cnn, sinusoid_mlp
+from kfo_ext.networks import omniglot_cnn, sinusoid_mlp
 from kfo_ext.tasks import Examples, TaskBatch
 
 DTYPE = torch.float64

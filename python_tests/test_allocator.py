@@ -16,7 +16,7 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 BYTES = 20 * (4 << 20) + 5 * (16 << 20)  # of an iteration of the script
 SCRIPT = """
 import resource, sys, torch
-from kfo_ext.trainer.allocator import keep_freed_memory
+from kfo_ext.machine import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 

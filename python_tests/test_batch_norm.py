@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from kfo_ext.functional import batch_norm_relu, reference
-from kfo_ext.functional.batch_norm_autograd import BATCH_NORM
+from kfo_ext.functional import batch_norm_relu
+from kfo_ext.ops.batch_norm import reference
+from kfo_ext.ops.batch_norm.autograd import BATCH_NORM
 from kfo_ext.testing import STRIDES, relative_error, with_strides
 
 needs_native = pytest.mark.skipif(BATCH_NORM is None, reason="the compiled CPU library is not built")

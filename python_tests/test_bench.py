@@ -20,13 +20,14 @@ from kfo_ext.bench.device_timing import Floor
 from kfo_ext.bench.measure import Contender, affordable
 from kfo_ext.bench.orders import LeftOut, error_of, truth
 from kfo_ext.bench.points import Point
-from kfo_ext.transform import Problems, native
+from kfo_ext.ops import library
+from kfo_ext.problems import Problems
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 SMALL = Problems.of([torch.empty(3, 2, 3, 3), torch.empty(3), torch.empty(4, 3), torch.empty(1, 5)])
 UPDATES = {"plain": (False, 0), "psd": (True, 0), "hidden": (False, 2), "psd_hidden": (True, 1)}
 
-needs_library = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+needs_library = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 
 @pytest.mark.parametrize("size", [2.5, 1, 0, -0.7])
@@ -90,8 +91,8 @@ def test_floor_is_the_larger_bound():
 @needs_library
 def test_rate_of_multiply_adds():
     steps = 1000
-    lanes = {"avx512": 16, "avx2": 8, "baseline": 4}[native.cpu_isa()]
-    assert native.cpu_multiply_adds(steps) == steps * 12 * lanes * 2
+    lanes = {"avx512": 16, "avx2": 8, "baseline": 4}[library.cpu_isa()]
+    assert library.cpu_multiply_adds(steps) == steps * 12 * lanes * 2
 
 
 @pytest.mark.parametrize("threads", [1, 2])

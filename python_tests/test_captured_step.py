@@ -10,9 +10,10 @@ from meta_steps import RATES, WAVES, WAYS, adam_of, assert_equal, captured, lear
 from torch import nn
 
 from kfo_ext import MAML
+from kfo_ext.runs import checkpoint
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.testing import EagerRecorder
-from kfo_ext.trainer import Config, Trainer, checkpoint
+from kfo_ext.trainer import Config, Trainer
 from kfo_ext.trainer.captured_step import WARMUPS, CapturedMetaStep, GraphRecorder, undone
 from kfo_ext.trainer.meta_step import MetaStep
 

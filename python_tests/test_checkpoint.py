@@ -16,8 +16,9 @@ import pytest
 import torch
 from deadlines import seconds
 
-from kfo_ext.trainer import Config, Trainer, checkpoint, load_learner
-from kfo_ext.trainer.files import atomic_write
+from kfo_ext.runs import checkpoint
+from kfo_ext.runs.files import atomic_write
+from kfo_ext.trainer import Config, Trainer, load_learner
 
 OPTIONS = {
     "dataset": "sinusoid",
@@ -59,8 +60,8 @@ def refused(run, reason: str) -> None:
 KILLER = """
 import os, signal, sys, time, torch
 from pathlib import Path
-from kfo_ext.trainer import checkpoint
-from kfo_ext.trainer.files import partials
+from kfo_ext.runs import checkpoint
+from kfo_ext.runs.files import partials
 
 folder, kills, inside = Path(sys.argv[1]), 12, 0
 path = folder / "last.pt"

@@ -20,7 +20,8 @@ import torch
 from deadlines import seconds
 
 from kfo_ext import cli, demo, doctor
-from kfo_ext.trainer import Config, checkpoint
+from kfo_ext.runs import checkpoint
+from kfo_ext.trainer import Config
 
 TINY = {
     "dataset": "sinusoid",

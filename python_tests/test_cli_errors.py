@@ -13,8 +13,9 @@ from deadlines import seconds
 
 from kfo_ext import choices, demo
 from kfo_ext.bench import cases, names, points, providers
+from kfo_ext.runs import RunFolder
 from kfo_ext.tasks import FAMILIES
-from kfo_ext.trainer import Config, RunFolder
+from kfo_ext.trainer import Config
 
 TINY = ["--dataset", "sinusoid", "--hidden", "4", "--steps", "1", "--meta-batch", "2"]
 TINY += ["--iterations", "2", "--validation-every", "1", "--validation-tasks", "2"]

@@ -7,10 +7,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from kfo_ext.functional import conv2d
+from kfo_ext.ops import library
 from kfo_ext.testing import relative_error
-from kfo_ext.transform import native
 
-pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the CPU library is not built")
+pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the CPU library is not built")
 
 # name -> tasks, images, height, width, in channels, out channels, kernel height, kernel width, stride, padding
 CASES = {

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 pytestmark = [
     pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests"),
-    pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built"),
+    pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built"),
 ]
 
 NAMES = ["ours", "grouped", "grouped_closed", "loop", "loop_closed", "vmap", "patches"]

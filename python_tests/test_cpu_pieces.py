@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from kfo_ext import _plan
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench/ is not beside the tests"),
-    pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built"),
+    pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built"),
     pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++").split()[0]), reason="no C++ compiler"),
 ]
 

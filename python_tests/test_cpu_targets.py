@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 pytestmark = [
     pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests"),
-    pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built"),
+    pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built"),
 ]
 
 
@@ -83,7 +83,7 @@ def test_the_floor_is_that_of_the_same_rounds(script, run, lines):
 def test_multiply_adds_count_their_operations(run, monkeypatch):
     monkeypatch.setattr(run, "FMA_STEPS", 1 << 8)
     call, operations = run.multiply_adds(2)
-    assert call() == operations == 2 * native.cpu_multiply_adds(1 << 8)
+    assert call() == operations == 2 * library.cpu_multiply_adds(1 << 8)
 
 
 def test_the_median_over_the_runs_decides(script, run, lines):
@@ -179,7 +179,7 @@ def test_files_of_several_processes(script, run, monkeypatch, tmp_path, capsys):
     assert text in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("isa", native.supported_isas()[1:])
+@pytest.mark.parametrize("isa", library.supported_isas()[1:])
 def test_another_instruction_set(run, isa):
     other = run.OtherIsa(isa, "CNN(2)")
     try:

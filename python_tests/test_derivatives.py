@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
+from kfo_ext.functional import transform
+from kfo_ext.ops.transform import reference
+from kfo_ext.ops.transform.op import NATIVE
+from kfo_ext.problems import Problems
 from kfo_ext.testing import CASES, random_operands
-from kfo_ext.transform import Problems, reference, transform
-from kfo_ext.transform.op import NATIVE
 
 SHAPES = [(3, 2, 3), (1, 2, 1), (1, 2, 3)]
 PROBLEMS = Problems(SHAPES)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from kfo_ext.ops import library
 from kfo_ext.testing import LARGE_CASES, model_case
-from kfo_ext.transform import native
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 pytestmark = [
-    pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built"),
+    pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built"),
     pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests"),
 ]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from deadlines import seconds
 
+from kfo_ext.ops import library
 from kfo_ext.testing import LARGE_CASES
-from kfo_ext.transform import native
 
 
-@pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+@pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 def test_their_bodies_pass():
     # On a CPU the large cases take as long as all others.
     small = " and ".join(f"not {name}" for name in LARGE_CASES)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from deadlines import seconds
 
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 TESTS = Path(__file__).parent
 # What runs the compiled operators.
 FILES = ("test_transform.py", "test_batch_norm.py", "test_conv.py", "test_accuracy.py")
 
-pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
@@ -26,9 +26,9 @@ def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_each_isa(isa):
-    if isa not in native.supported_isas():
+    if isa not in library.supported_isas():
         pytest.skip(f"this machine has no {isa}")
-    if isa == native.cpu_isa():
+    if isa == library.cpu_isa():
         pytest.skip("the isa in use: the files themselves run it")
     done = _run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(str(TESTS / file) for file in FILES))
     assert done.returncode == 0, done.stdout[-3000:]
@@ -42,5 +42,5 @@ def test_an_unknown_isa_is_refused():
     )
     assert done.returncode != 0
     assert "KFO_CPU_ISA: expected avx512, avx2 or baseline, got 'avx1024'" in done.stderr
-    named = _run("avx1024", "-c", "from kfo_ext.transform import native; native.cpu_isa()")
+    named = _run("avx1024", "-c", "from kfo_ext.ops import library; library.cpu_isa()")
     assert "KFO_CPU_ISA: expected one of" in named.stderr

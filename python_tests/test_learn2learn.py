@@ -20,7 +20,7 @@ from kfo_ext.interop.learn2learn import (
     kronecker_factors_to,
     light_import,
 )
-from kfo_ext.models import CNN
+from kfo_ext.networks import CNN
 from kfo_ext.tasks import Examples, TaskBatch
 
 l2l = light_import()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfo_ext import ANIL, KFO, MAML
-from kfo_ext.models import CNN
+from kfo_ext.networks import CNN
 from kfo_ext.tasks import Examples, TaskBatch
 
 OPTIONS = {"lr": 0.1, "steps": 1}

@@ -15,13 +15,13 @@ import torch
 from deadlines import seconds
 
 from kfo_ext.interop.learn2learn import light_import
+from kfo_ext.ops import library
 from kfo_ext.testing import EagerRecorder
-from kfo_ext.transform import native
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests")
-needs_library = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+needs_library = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 SMALL = {"tasks": 2, "steps": 2, "lr": 0.1}
 
@@ -58,9 +58,9 @@ def require(name):
             light_import()
         except ImportError as error:
             pytest.skip(str(error).splitlines()[0])
-    for library in ("jax", "torchopt", "higher"):
-        if name.startswith(library):
-            pytest.importorskip(library, exc_type=ImportError)
+    for peer in ("jax", "torchopt", "higher"):
+        if name.startswith(peer):
+            pytest.importorskip(peer, exc_type=ImportError)
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries that are not ours

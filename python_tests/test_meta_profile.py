@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import kfo_ext.models  # noqa: F401  registers the ops
-from kfo_ext.transform import native
+import kfo_ext.networks  # noqa: F401  registers the ops
+from kfo_ext.ops import library
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 pytestmark = [
     pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests"),
-    pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built"),
+    pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built"),
 ]
 # Nodes of our autograd Functions; torch's own are classes of `torch._C._functions`.
 OURS = {"Conv2dBackward", "Conv2dInputBackward", "Conv2dWeightBackward"}

@@ -11,9 +11,9 @@ from meta_steps import RATES, TASKS, adam_of, assert_equal, captured, learners, 
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfo_ext.runs import checkpoint
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.testing import EagerRecorder
-from kfo_ext.trainer import checkpoint
 from kfo_ext.trainer.captured_step import CapturedMetaStep
 from kfo_ext.trainer.meta_step import MetaReport, MetaStep
 

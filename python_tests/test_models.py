@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfo_ext.models import CNN, cifar_fs_cnn, omniglot_cnn
+from kfo_ext.networks import CNN, cifar_fs_cnn, omniglot_cnn
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 6])

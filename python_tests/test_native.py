@@ -14,11 +14,11 @@ import pytest
 import torch
 from deadlines import seconds
 
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 PACKAGE = Path(importlib.util.find_spec("kfo_ext").submodule_search_locations[0])
 
-pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_status_names_every_backend():
-    status = native.status()
+    status = library.status()
     assert set(status) == {"reference", "cpu", "cuda"}
     assert status["cpu"][0]
     assert "build" in status["cpu"][1]
@@ -44,8 +44,8 @@ def test_status_names_every_backend():
 
 
 def test_the_cuda_library_loads_under_a_cuda_torch_and_is_refused_under_another():
-    loaded, reason = native.status()["cuda"]
-    if not native.CUDA_LIBRARY.exists():
+    loaded, reason = library.status()["cuda"]
+    if not library.CUDA_LIBRARY.exists():
         pytest.skip("the CUDA library is not built: no nvcc")
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
     for op in ("transform", "transform_backward", "transform_double_backward"):
@@ -58,7 +58,7 @@ def test_the_cuda_library_loads_under_a_cuda_torch_and_is_refused_under_another(
 
 def test_a_second_copy_is_refused_with_both_paths(copy):
     first = PACKAGE / "_kfo_cpu.so"
-    done = run(f"import torch; torch.ops.load_library({str(first)!r}); import kfo_ext.transform", copy.parent)
+    done = run(f"import torch; torch.ops.load_library({str(first)!r}); import kfo_ext.functional", copy.parent)
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert message.startswith("ImportError: kfo_ext: a second copy of the package")
@@ -72,7 +72,7 @@ def test_binaries_of_different_builds_are_refused(copy):
     binary = library.read_bytes()
     assert binary.count(found) == 1
     library.write_bytes(binary.replace(found, b"0" * len(found)))
-    done = run("import kfo_ext.transform", copy.parent)
+    done = run("import kfo_ext.functional", copy.parent)
     assert done.returncode == 1
     assert f"{library} is not of build {found.decode()}, as _plan is" in done.stderr
 
@@ -81,7 +81,7 @@ def test_a_library_that_does_not_load_names_both_versions(copy):
     library = copy / "_kfo_cpu.so"
     build, built = (getattr(importlib.import_module("kfo_ext._plan"), name)() for name in ("build_id", "build_info"))
     library.write_bytes(b"no library, but of this build: " + build.encode())
-    done = run("import kfo_ext; from kfo_ext.transform import native; print(native.status()['cpu'])", copy.parent)
+    done = run("import kfo_ext; from kfo_ext.ops import library; print(library.status()['cpu'])", copy.parent)
     assert done.returncode == 0, done.stderr
     message = f"_kfo_cpu.so, built with torch {built['torch']}, does not load under torch {torch.__version__}: "
     assert f"RuntimeWarning: kfo_ext: no compiled CPU library ({message}" in done.stderr
@@ -110,28 +110,26 @@ transform(*X, Problems([(1, 1, 1)]), backend="native")
 def test_what_to_do_about_a_library_that_is_not_there(tmp_path, monkeypatch):
     tree, site = tmp_path / "a tree", tmp_path / "site"
     (tree / "kfo_ext").mkdir(parents=True)
-    monkeypatch.setattr(native, "_PACKAGE", tree / "kfo_ext")
+    monkeypatch.setattr(library, "_PACKAGE", tree / "kfo_ext")
     monkeypatch.setattr("sys.path", ["", str(tree), str(site)])
     monkeypatch.chdir(tree)
-    assert native._way_out() == "install kfo_ext anew with this Python and this torch"
+    assert library._way_out() == "install kfo_ext anew with this Python and this torch"
     (tree / "setup.py").touch()
     build = f"build it: {sys.executable} -m pip install -e '{tree}'"
-    assert native._way_out() == f"{tree} is a source tree; {build}"
+    assert library._way_out() == f"{tree} is a source tree; {build}"
     (site / "kfo_ext").mkdir(parents=True)
     (site / "kfo_ext" / "_kfo_cpu.so").touch()
     hidden = f"this source tree hides the kfo_ext installed in {site}; start Python in another folder, or {build}"
-    assert native._way_out() == hidden
-    assert native._why_no_plan() == "not built: _plan is not in the package"
+    assert library._way_out() == hidden
+    assert library._why_no_plan() == "not built: _plan is not in the package"
     (tree / "kfo_ext" / "_plan.cpython-39-x86_64-linux-gnu.so").touch()
-    assert native._why_no_plan() == "built for another Python: _plan.cpython-39-x86_64-linux-gnu.so"
+    assert library._why_no_plan() == "built for another Python: _plan.cpython-39-x86_64-linux-gnu.so"
 
 
 def test_names_of_the_package():
     import kfo_ext
 
-    # A room and a function of one name: whoever imports the room, the name is the function's.
-    assert importlib.import_module("kfo_ext.transform").native is native
-    assert kfo_ext.transform is sys.modules["kfo_ext.transform"].transform
+    assert kfo_ext.transform is importlib.import_module("kfo_ext.functional").transform
     assert set(kfo_ext.__all__) <= set(dir(kfo_ext))
     assert pickle.loads(pickle.dumps(kfo_ext.transform)) is kfo_ext.transform
     assert pickle.loads(pickle.dumps(kfo_ext.KFO)) is kfo_ext.KFO
@@ -145,7 +143,7 @@ def test_the_function_is_there_after_an_import_of_its_room():
     code = """
 import kfo_ext
 assert "torch" not in sys.modules
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 import kfo_ext.updates
 import torch
 problems = kfo_ext.Problems([(1, 1, 1)])
@@ -164,7 +162,8 @@ def test_import_touches_no_device(copy):
 def test_too_little_memory_is_an_error_that_says_so(tmp_path):
     code = """
 import resource, torch
-from kfo_ext.transform import Problems, transform
+from kfo_ext.problems import Problems
+from kfo_ext.functional import transform
 problems = Problems([(1000, 10, 10)])
 R, L = torch.eye(10).view(1, -1), torch.eye(10).view(1, -1)
 G = torch.zeros(1, 100000).expand(100000, -1)

@@ -12,15 +12,16 @@ import torch
 from torch.nn import functional as F
 
 from kfo_ext import KFO
-from kfo_ext.functional import batch_norm_relu, conv2d
-from kfo_ext.transform import Problems, native, transform
+from kfo_ext.functional import batch_norm_relu, conv2d, transform
+from kfo_ext.ops import library
+from kfo_ext.problems import Problems
 
 HUGE = (20_000, 2**31, 2**40, 2**62, 2**63 - 1)
 BACKENDS = [
-    pytest.param("native", marks=pytest.mark.skipif(not native.status()["cpu"][0], reason="no compiled CPU library")),
+    pytest.param("native", marks=pytest.mark.skipif(not library.status()["cpu"][0], reason="no compiled CPU library")),
     "reference",
 ]
-compiled = pytest.mark.skipif(not native.status()["cpu"][0], reason="no compiled CPU library")
+compiled = pytest.mark.skipif(not library.status()["cpu"][0], reason="no compiled CPU library")
 
 
 def draw(*shape: int) -> torch.Tensor:

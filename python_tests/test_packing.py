@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfo_ext.transform.packing import Packing
+from kfo_ext.packing import Packing
 
 SHAPES = [torch.Size(shape) for shape in ((3, 2, 2), (4,), (1, 1), (2, 3))]
 PACKING = Packing([f"p{i}" for i in range(len(SHAPES))], SHAPES)

@@ -12,9 +12,9 @@ from torch import nn
 from torch.func import functional_call
 
 from kfo_ext import MAML
+from kfo_ext.runs import checkpoint
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.testing import EagerRecorder
-from kfo_ext.trainer import checkpoint
 from kfo_ext.trainer.captured_step import CapturedMetaStep
 from kfo_ext.trainer.meta_step import MetaStep, make_adam
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from kfo_ext.trainer import plot_runs
+from kfo_ext.runs import plot_runs
 
 METRICS = """{"iteration": 1, "loss": 2.0}
 {"iteration": 2, "loss": 1.0}

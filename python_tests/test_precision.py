@@ -12,8 +12,9 @@ from meta_steps import WAVES, WAYS, make_batch, make_learner
 from torch import nn
 
 from kfo_ext import MAML
-from kfo_ext.functional import reference
-from kfo_ext.trainer import Config, Trainer, checkpoint, evaluate_run, load_learner
+from kfo_ext.ops.conv2d import reference
+from kfo_ext.runs import checkpoint
+from kfo_ext.trainer import Config, Trainer, evaluate_run, load_learner
 from kfo_ext.trainer.meta_step import MetaStep
 from kfo_ext.trainer.precision import convolution_precision
 

@@ -12,10 +12,10 @@ from meta_steps import make_batch, make_learner
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
-from kfo_ext.functional import batch_norm_relu, conv2d
+from kfo_ext.functional import batch_norm_relu, conv2d, transform
+from kfo_ext.ops.transform.op import NATIVE
+from kfo_ext.problems import Problems
 from kfo_ext.testing import random_operands, relative_error
-from kfo_ext.transform import Problems, transform
-from kfo_ext.transform.op import NATIVE
 
 SHAPES = [(3, 2, 3), (1, 4, 5)]
 PROBLEMS = Problems(SHAPES)

@@ -104,7 +104,7 @@ def test_the_plan_counts_beyond_32_bits():
 
 def test_indices_of_kernels_are_64_bits_before_they_are_multiplied():
     """As written: the number of a program or block, and what is added to an offset, is widened where it is read."""
-    triton = (ROOT / "kfo_ext" / "transform" / "triton_kernels.py").read_text()
+    triton = (ROOT / "kfo_ext" / "ops" / "transform" / "triton" / "kernels.py").read_text()
     found = re.findall(r"(?:tl\.program_id\(0\)|\+ tl\.arange\(.*?\))(\S*)", triton)
     assert len(found) > 5
     assert set(found) == {".to(tl.int64)"}

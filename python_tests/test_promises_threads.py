@@ -10,10 +10,10 @@ import torch
 from deadlines import seconds
 from meta_steps import make_batch, make_learner
 
-from kfo_ext.functional import batch_norm_relu, conv2d
+from kfo_ext.functional import batch_norm_relu, conv2d, transform
+from kfo_ext.ops.transform.op import NATIVE
+from kfo_ext.problems import Problems
 from kfo_ext.testing import model_case, random_operands
-from kfo_ext.transform import Problems, transform
-from kfo_ext.transform.op import NATIVE
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the compiled CPU library is not built")
 

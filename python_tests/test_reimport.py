@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_native import PACKAGE, run
 
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
-pytestmark = pytest.mark.skipif(not native.status()["cpu"][0], reason="the compiled CPU library is not built")
+pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ for _ in range(2):
     purge()
     for a, b in zip(use(), expected, strict=True):
         assert torch.equal(a, b)
-importlib.reload(sys.modules["kfo_ext.transform.native"])
-importlib.reload(sys.modules["kfo_ext.transform.op"])
-importlib.reload(sys.modules["kfo_ext.functional.conv_autograd"])
+importlib.reload(sys.modules["kfo_ext.ops.library"])
+importlib.reload(sys.modules["kfo_ext.ops.transform.op"])
+importlib.reload(sys.modules["kfo_ext.ops.conv2d.autograd"])
 gc.collect()
 assert all(map(torch.equal, use(), expected))
 from kfo_ext import doctor
-status = sys.modules["kfo_ext.transform.native"].status()
+status = sys.modules["kfo_ext.ops.library"].status()
 assert status["cpu"][0] and set(status) == {"reference", "cpu", "cuda"}, status
 print("same")
 """
@@ -89,7 +89,7 @@ def test_another_copy_or_build_after_a_purge_is_refused(package):
 use()
 purge()
 sys.path.insert(0, {str(PACKAGE.parent)!r})
-import kfo_ext.transform
+import kfo_ext.functional
 """
     done = run(AGAIN + code, package.parent)
     message = done.stderr.splitlines()[-1]
@@ -99,12 +99,12 @@ import kfo_ext.transform
     code = """
 use()
 from kfo_ext import _plan
-from kfo_ext.transform.native import CPU_LIBRARY
+from kfo_ext.ops.library import CPU_LIBRARY
 rebuilt = CPU_LIBRARY.read_bytes().replace(_plan.build_id().encode(), b"0" * len(_plan.build_id()))
 CPU_LIBRARY.unlink()
 CPU_LIBRARY.write_bytes(rebuilt)
 purge()
-import kfo_ext.transform
+import kfo_ext.functional
 """
     message = run(AGAIN + code, package.parent).stderr.splitlines()[-1]
     assert message.startswith("ImportError: kfo_ext: build ")

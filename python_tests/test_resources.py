@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kfo_ext import _plan
+from kfo_ext.ops.library import CUDA_LIBRARY
+from kfo_ext.problems import Problems
 from kfo_ext.testing import CASES, LARGE_CASES, model_case
-from kfo_ext.transform import Problems
-from kfo_ext.transform.native import CUDA_LIBRARY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 cuda_resources = pytest.importorskip("cuda_resources", reason="bench is not beside the tests")

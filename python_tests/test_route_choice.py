@@ -11,7 +11,7 @@ from plain_maml import assert_equal_truth, plain_maml
 from torch import nn
 
 from kfo_ext import ANIL, MAML
-from kfo_ext.models import CNN
+from kfo_ext.networks import CNN
 from kfo_ext.tasks import Examples, TaskBatch
 
 WAYS, TASKS = 3, 3

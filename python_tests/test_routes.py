@@ -11,7 +11,7 @@ from torch import nn
 
 from kfo_ext import ANIL, KFO, MAML
 from kfo_ext.adapt.routes import LARGEST_ACTIVATION
-from kfo_ext.models import CNN, cifar_fs_cnn
+from kfo_ext.networks import CNN, cifar_fs_cnn
 from kfo_ext.tasks import Examples, TaskBatch
 
 WAYS, TASKS = 3, 3

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from states import WAVES, assert_same
 
+from kfo_ext.runs.metrics import Metrics, is_validation, read_metrics
+from kfo_ext.runs.progress import Progress
 from kfo_ext.trainer import (
     Config,
     RunFolder,
@@ -33,8 +35,6 @@ from kfo_ext.trainer import (
     plot_runs,
     run_folder,
 )
-from kfo_ext.trainer.metrics import Metrics, is_validation, read_metrics
-from kfo_ext.trainer.progress import Progress
 from kfo_ext.trainer.recipe import build_family
 
 

@@ -16,8 +16,9 @@ import pytest
 from deadlines import seconds
 from states import WAVES
 
-from kfo_ext.trainer import Config, RunFolder, Trainer, checkpoint, compare_runs, evaluate_run, run_folder
-from kfo_ext.trainer.files import new_folder
+from kfo_ext.runs import RunFolder, checkpoint, run_folder
+from kfo_ext.runs.files import new_folder
+from kfo_ext.trainer import Config, Trainer, compare_runs, evaluate_run
 
 LOCKED = "run: another process or trainer is writing this run"
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfo_ext import ANIL, MAML
-from kfo_ext.models import CNN
+from kfo_ext.networks import CNN
 from kfo_ext.tasks import Examples, TaskBatch
 
 CLASSES, TASKS, COUNT = 3, 3, 6

@@ -13,6 +13,8 @@ import pytest
 import torch
 from states import assert_same
 
+from kfo_ext.runs.metrics import Metrics, is_validation, read_metrics
+from kfo_ext.runs.progress import Progress
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.trainer import (
     Config,
@@ -28,8 +30,6 @@ from kfo_ext.trainer import (
     paired_difference,
     plot_runs,
 )
-from kfo_ext.trainer.metrics import Metrics, is_validation, read_metrics
-from kfo_ext.trainer.progress import Progress
 from kfo_ext.trainer.recipe import build_family, build_learner
 
 TINY = {"shots": 2, "queries": 2, "hidden": 4, "steps": 2, "meta_batch": 2, "validation_tasks": 4}

@@ -18,6 +18,10 @@ import torch
 from deadlines import seconds
 from torch.autograd import gradcheck, gradgradcheck
 
+from kfo_ext.functional import transform
+from kfo_ext.ops.transform import reference
+from kfo_ext.ops.transform.op import NATIVE, OPERATOR, TRITON
+from kfo_ext.problems import Problems
 from kfo_ext.testing import (
     CASES,
     OUTPUTS,
@@ -29,8 +33,6 @@ from kfo_ext.testing import (
     truth,
     with_strides,
 )
-from kfo_ext.transform import Problems, reference, transform
-from kfo_ext.transform.op import NATIVE, TRITON, resolve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -99,12 +101,12 @@ def test_one_shared_factor_equals_truth(case, rows, dtype):
 
 @interpreted
 def test_the_sum_over_many_tasks_equals_truth_but_for_one_rounding():
-    from kfo_ext.transform import triton_kernels
+    from kfo_ext.ops.transform.triton import kernels
 
     tasks, width = 2000, 128
     parts, total = torch.rand(tasks, width), torch.empty(1, width)
     table = torch.tensor([[0, 0, 0, width, width, 1]])
-    triton_kernels.sum_kernel[(1,)](
+    kernels.sum_kernel[(1,)](
         table, parts, parts, total, total, width, width, 0, 0, 1, tasks,
         SHARED_R=True, SHARED_L=False, ROWS=16, COLUMNS=128,
     )  # fmt: skip
@@ -275,42 +277,42 @@ def test_operators_check_shapes(flat):
 
 @interpreted
 def test_auto_never_takes_the_interpreter():
-    assert resolve("auto", torch.device("cpu")) == ("reference" if NATIVE is None else "native")
-    assert resolve("triton", torch.device("cpu")) == "triton"
+    assert OPERATOR.resolve("auto", torch.device("cpu")) == ("reference" if NATIVE is None else "native")
+    assert OPERATOR.resolve("triton", torch.device("cpu")) == "triton"
 
 
 @compiled
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
-    from kfo_ext.transform import triton_launch
+    from kfo_ext.ops import triton_support
 
     problems = Problems([(1, 2, 2)])
     X = random_operands(problems.shapes, 1)[:3]
     message = r"does not run on cpu: Triton.s interpreter is off"
-    monkeypatch.setattr(triton_launch, "_INSTALLED", True)
+    monkeypatch.setattr(triton_support, "_INSTALLED", True)
     with pytest.raises(RuntimeError, match=message):
         transform(*X, problems, backend="triton")
     with pytest.raises(RuntimeError, match=message):
         TRITON.transform(*X, problems.flat)
     with pytest.raises(RuntimeError, match="does not run on meta: there are no kernels for meta tensors"):
-        resolve("triton", torch.device("meta"))
-    monkeypatch.setattr(triton_launch, "_INSTALLED", False)
+        OPERATOR.resolve("triton", torch.device("meta"))
+    monkeypatch.setattr(triton_support, "_INSTALLED", False)
     with pytest.raises(RuntimeError, match="does not run on cuda: triton is not installed"):
-        resolve("triton", torch.device("cuda"))
+        OPERATOR.resolve("triton", torch.device("cuda"))
 
 
 @compiled
 def test_auto_on_cuda_falls_back_with_a_warning(monkeypatch):
-    from kfo_ext.transform import native, triton_launch
+    from kfo_ext.ops import library, triton_support
 
     cuda = torch.device("cuda")
-    monkeypatch.setitem(native._status, "cuda", (False, "of the test"))
-    monkeypatch.setattr(triton_launch, "_INSTALLED", True)
-    assert resolve("auto", cuda) == "triton"
-    monkeypatch.setattr(triton_launch, "_INSTALLED", False)
+    monkeypatch.setitem(library._status, "cuda", (False, "of the test"))
+    monkeypatch.setattr(triton_support, "_INSTALLED", True)
+    assert OPERATOR.resolve("auto", cuda) == "triton"
+    monkeypatch.setattr(triton_support, "_INSTALLED", False)
     with pytest.warns(RuntimeWarning, match=r"plain torch on cuda: native: of the test; triton: triton is not inst"):
-        assert resolve("auto", cuda) == "reference"
-    monkeypatch.setitem(native._status, "cuda", (True, "of the test"))
-    assert resolve("auto", cuda) == "native"
+        assert OPERATOR.resolve("auto", cuda) == "reference"
+    monkeypatch.setitem(library._status, "cuda", (True, "of the test"))
+    assert OPERATOR.resolve("auto", cuda) == "native"
 
 
 def _python(code: str) -> str:
@@ -325,7 +327,8 @@ def _python(code: str) -> str:
 def test_importing_and_calling_leave_triton_and_the_driver_alone():
     _python("""
 import os, sys, torch, kfo_ext
-from kfo_ext.transform import Problems, transform
+from kfo_ext.problems import Problems
+from kfo_ext.functional import transform
 problems = Problems([(2, 3, 2)])
 X = [torch.randn(1, packing.numel, requires_grad=True) for packing in (problems.R, problems.packing, problems.L)]
 def work(backend):
@@ -353,7 +356,7 @@ class Without(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Without())
 warnings.simplefilter("ignore")
 import torch
-from kfo_ext.transform import op
+from kfo_ext.ops.transform import op
 assert op.NATIVE is None
 assert op.TRITON.transform is torch.ops.kfo_ext.transform_triton.default
 """)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kfo_ext.packing import Packing
 from kfo_ext.tasks import TaskBatch
-from kfo_ext.transform.packing import Packing
 
 from .calls import exclusive
 from .learner import MAML

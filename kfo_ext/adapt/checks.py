@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfo_ext.packing import Packing
 from kfo_ext.tasks import Examples, TaskBatch
-from kfo_ext.transform.packing import Packing
 from kfo_ext.updates import Update
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from kfo_ext.packing import Packing
 from kfo_ext.tasks import Examples, TaskBatch
-from kfo_ext.transform.packing import Packing
 from kfo_ext.updates import Update
 
 from .adapted import Adapted

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from kfo_ext.transform.packing import Packing
+from kfo_ext.packing import Packing
 
 from .calls import embedding_slots, slots
 from .composed import COMPOSED

@@ -1,6 +1,6 @@
 """One forward of all tasks for any network of verified functions: torch.func.vmap over the module's own forward.
 
-Convolutions and batch norms run on our operators (`kfo_ext.functional.per_task`). A plan, made by a forward of one
+Convolutions and batch norms run on our operators (`kfo_ext.ops.per_task`). A plan, made by a forward of one
 task, says whether the network can be served, which batch norms have a ReLU to fuse, which convolutions need no bias,
 since batch norm subtracts it again, and how large the activations are.
 """
@@ -18,7 +18,7 @@ from torch.nn.modules import module as _modules
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kfo_ext.functional import per_task
+from kfo_ext.ops import per_task
 
 from .composed import COMPOSED
 from .undone import PLAIN, undone

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfo_ext.packing import Packing
+from kfo_ext.problems import Problems
 from kfo_ext.testing import OUTPUTS, Operands, random_operands
-from kfo_ext.transform import Packing, Problems
 
 ORDERS = tuple(OUTPUTS)
 # One operand: a tensor per parameter, or one packed tensor.

@@ -18,7 +18,7 @@ from kfo_ext.bench.providers import PROVIDERS, Provider
 from kfo_ext.bench.result import environment, warn_unless_committed
 from kfo_ext.bench.roofs import measure_roofs
 from kfo_ext.bench.rows import Row, empty_row, fails, rows_of
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +118,10 @@ def run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
 
 def _run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
     start, device = perf_counter(), torch.device(settings.device)
-    facts = environment() | {"backends": native.status(), "settings": asdict(settings)}
+    facts = environment() | {"backends": library.status(), "settings": asdict(settings)}
     warn_unless_committed(facts)
-    if native.status()["cpu"][0]:
-        facts["cpu_isa"] = native.cpu_isa()
+    if library.status()["cpu"][0]:
+        facts["cpu_isa"] = library.cpu_isa()
     roofs = measure_roofs(device, min(settings.repeats, 7), settings.seconds)
     facts["roofs"] = roofs.facts()
     echo(f"{facts['device'] if settings.device == 'cuda' else facts['processor']}, torch {facts['torch']}, "

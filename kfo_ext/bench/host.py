@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from kfo_ext.problems import Problems
 from kfo_ext.testing import CASES, Operands, family_of, random_operands
-from kfo_ext.transform import Problems
 
 # Meant, for a call of the operator of each order.
 HOST_US = {"forward": 12, "backward": 18, "double_backward": 22}

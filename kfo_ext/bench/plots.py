@@ -9,8 +9,8 @@ from pathlib import Path
 from kfo_ext.bench.cases import ORDERS
 from kfo_ext.bench.points import AXES
 from kfo_ext.bench.providers import PROVIDERS
-from kfo_ext.trainer.files import atomic_write
-from kfo_ext.trainer.plots import PALETTE
+from kfo_ext.runs.files import atomic_write
+from kfo_ext.runs.plots import PALETTE
 
 Row = dict[str, object]
 MARKERS = "os^vDPX*<>"

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from kfo_ext.bench.names import AXES
-from kfo_ext.models import omniglot_cnn
-from kfo_ext.transform import Problems
+from kfo_ext.networks import omniglot_cnn
+from kfo_ext.problems import Problems
 
 
 def _omniglot(layers: int) -> Problems:

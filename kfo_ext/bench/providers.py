@@ -29,10 +29,10 @@ from kfo_ext.bench.orders import (
     task_after_task,
     through_autograd,
 )
+from kfo_ext.functional import transform
 from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
+from kfo_ext.ops.transform.op import OPERATOR
 from kfo_ext.testing import family_of, run_order
-from kfo_ext.transform import transform
-from kfo_ext.transform.op import resolve
 from kfo_ext.updates import KFO
 
 # The explicit matrix of a problem has (p q)^2 elements, for every task.
@@ -66,7 +66,7 @@ def kfo_rule(case: Case, backend: str = "native") -> Orders:
     Raises:
         RuntimeError: the backend does not run on the operands' device.
     """
-    resolve(backend, case.G.device)
+    OPERATOR.resolve(backend, case.G.device)
     parameters = [
         torch.empty(shape, dtype=case.G.dtype, device=case.G.device) for shape in case.problems.packing.shapes
     ]
@@ -237,7 +237,7 @@ class Provider(NamedTuple):
 def _ours(
     make: Callable[[Case], Orders], backend: str, pack: Callable = packed_already, saves: bool = False
 ) -> Provider:
-    return Provider(make, pack, check=lambda device: resolve(backend, device), ours=True, saves=saves)
+    return Provider(make, pack, check=lambda device: OPERATOR.resolve(backend, device), ours=True, saves=saves)
 
 
 PROVIDERS: dict[str, Provider] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kfo_ext.bench.measure import TOO_SLOW
 from kfo_ext.bench.rows import COLUMNS, Row, loses
-from kfo_ext.trainer.files import atomic_write, read_json, write_json
+from kfo_ext.runs.files import atomic_write, read_json, write_json
 
 # The first key of a results.json, by which it is known.
 FORMAT = "kfo bench 1"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from kfo_ext.trainer.files import atomic_write, write_json
-from kfo_ext.trainer.run_folder import environment as run_environment
+from kfo_ext.machine import environment as run_environment
+from kfo_ext.runs.files import atomic_write, write_json
 
 Facts = dict[str, object]
 DIRTY = "-dirty"

@@ -10,7 +10,7 @@ import torch
 
 from kfo_ext.bench.device_timing import Floor, events, measure_floor
 from kfo_ext.bench.timing import interleaved
-from kfo_ext.transform import native
+from kfo_ext.ops import library
 
 SGEMM = 8192
 SAMPLES = 7
@@ -57,10 +57,10 @@ def measure_roofs(device: torch.device, repeats: int, seconds: float) -> Roofs:
     if device.type == "cuda":
         rate = sgemm_rate(device, repeats, seconds)
         return Roofs(rate, f"torch.matmul of {SGEMM} x {SGEMM} float32", floor, True)
-    if not native.status()["cpu"][0]:
+    if not library.status()["cpu"][0]:
         return Roofs(None, "not measured: needs the compiled CPU library", floor, False)
     threads = torch.get_num_threads()
-    return Roofs(fma_rate(threads), f"multiply-adds in registers, {native.cpu_isa()}, {threads} threads", floor, False)
+    return Roofs(fma_rate(threads), f"multiply-adds in registers, {library.cpu_isa()}, {threads} threads", floor, False)
 
 
 def fma_rate(threads: int, seconds: float = 0.03) -> float:
@@ -73,7 +73,7 @@ def fma_rate(threads: int, seconds: float = 0.03) -> float:
 
         def sample() -> tuple[float, float]:
             start = perf_counter()
-            done = sum(pool.map(native.cpu_multiply_adds, [steps] * threads))
+            done = sum(pool.map(library.cpu_multiply_adds, [steps] * threads))
             return perf_counter() - start, done
 
         elapsed, _ = sample()

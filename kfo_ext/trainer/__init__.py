@@ -1,4 +1,4 @@
-"""Meta-training: configuration, trainer, run folders, evaluation, pictures."""
+"""Meta-training: configuration, trainer, evaluation."""
 
 from typing import TYPE_CHECKING
 
@@ -8,16 +8,13 @@ if TYPE_CHECKING:
     from .config import Config
     from .evaluation import Evaluation, Interval, evaluate, mean_interval, paired_difference
     from .loop import Outcome, Trainer
-    from .plots import plot_runs
     from .run_evaluation import RunScore, compare_runs, evaluate_run, load_learner
-    from .run_folder import RunFolder
 
 __all__ = [
     "Config",
     "Evaluation",
     "Interval",
     "Outcome",
-    "RunFolder",
     "RunScore",
     "Trainer",
     "compare_runs",
@@ -26,7 +23,6 @@ __all__ = [
     "load_learner",
     "mean_interval",
     "paired_difference",
-    "plot_runs",
 ]
 
 __getattr__, __dir__ = lazily(
@@ -35,8 +31,6 @@ __getattr__, __dir__ = lazily(
         "config": ["Config"],
         "evaluation": ["Evaluation", "Interval", "evaluate", "mean_interval", "paired_difference"],
         "loop": ["Outcome", "Trainer"],
-        "plots": ["plot_runs"],
         "run_evaluation": ["RunScore", "compare_runs", "evaluate_run", "load_learner"],
-        "run_folder": ["RunFolder"],
     },
 )

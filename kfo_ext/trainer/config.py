@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from kfo_ext.choices import DATASETS, INITS, LARGEST_INTEGER, MOST_LAYERS, MOST_THREADS, PRECISIONS
-
-from .files import is_number, read_json, write_json
+from kfo_ext.runs.files import is_number, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +62,7 @@ class Config:
     checkpoint_inner: bool = _field(False, "recompute the inner steps in the backward pass to save memory")
     layers: int = _field(2, "convolution blocks (sinusoid: ignored)", least=1, most=MOST_LAYERS)
     hidden: int = _field(32, "channels of a block, or units of a hidden layer", least=1)
-    init: str = _field("reference", "start of the network: see kfo_ext.models (sinusoid: ignored)", choices=INITS)
+    init: str = _field("reference", "start of the network: see kfo_ext.networks (sinusoid: ignored)", choices=INITS)
     ways: int = _field(5, "classes of a task", least=2)
     shots: int = _field(5, "support examples of a class", least=1)
     queries: int = _field(5, "query examples of a class", least=1)

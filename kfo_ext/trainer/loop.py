@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kfo_ext.runs import checkpoint
+from kfo_ext.runs.metrics import Metrics, Record
+from kfo_ext.runs.plots import plot_runs
+from kfo_ext.runs.progress import Progress
+from kfo_ext.runs.run_folder import RunFolder
 from kfo_ext.tasks import TaskBatch, batches
 
-from . import checkpoint
 from .captured_step import CapturedMetaStep
 from .config import Config, difference
 from .evaluation import Evaluation, evaluate, mean_interval
 from .meta_step import MetaStep, make_adam
-from .metrics import Metrics, Record
-from .plots import plot_runs
 from .precision import convolution_precision
-from .progress import Progress
 from .recipe import EVALUATION_SEED, build_family, build_learner
-from .run_folder import RunFolder
 from .signals import stop_requested
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Trainer:
         step = CapturedMetaStep if config.cuda_graph else MetaStep
         self.meta_step = step(self.learner, self.optimizer, clip_norm=config.clip_norm)
         # Last: what fails above leaves no folder.
-        self.run = RunFolder.make(config) if run is None else run
+        self.run = RunFolder.make(f"{config.dataset}-{config.method}-{config.update}") if run is None else run
 
     @classmethod
     def start(cls, config: Config, path: str | PathLike[str] | None = None) -> Trainer:
@@ -72,7 +72,7 @@ class Trainer:
         Raises: ValueError if the folder is taken, or the tasks or the device are not there.
         """
         if path is not None:
-            RunFolder(path).check_free()
+            RunFolder(path).check_free(Config.load)
         trainer = cls(config, None if path is None else RunFolder(path))
         trainer._begin()
         return trainer
@@ -89,7 +89,7 @@ class Trainer:
         with run.writing():
             run.remove_partials()
             config = replace(Config.load(run.config), **changes)
-            if run.unfinished():
+            if run.unfinished(Config.load):
                 trainer = cls(config, run)
                 trainer._save()
             else:
@@ -117,11 +117,11 @@ class Trainer:
             return self._fit(time_budget)
 
     def _begin(self) -> None:
-        self.run.check_free()
+        self.run.check_free(Config.load)
         self.run.path.mkdir(parents=True, exist_ok=True)
         with self.run.writing():
             # Another process may have begun a run since the first check, which keeps the lock out of foreign folders.
-            self.run.check_free()
+            self.run.check_free(Config.load)
             self.run.remove_partials()
             # Before the first checkpoint: a folder that holds only this file can be started again, or resumed.
             self.config.save(self.run.config)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfo_ext.adapt import ANIL, MAML
-from kfo_ext.models import omniglot_cnn, sinusoid_mlp
+from kfo_ext.networks import omniglot_cnn, sinusoid_mlp
 from kfo_ext.tasks import TaskFamily, make_family
 from kfo_ext.updates import KFO
 

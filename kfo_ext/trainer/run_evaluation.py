@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import checkpoint
+from kfo_ext.runs import checkpoint
+from kfo_ext.runs.files import is_count, is_number, read_json, write_json
+from kfo_ext.runs.progress import Progress
+from kfo_ext.runs.run_folder import RunFolder
+
 from .config import Config, difference, settings
 from .evaluation import Interval, evaluate, mean_interval, paired_difference
-from .files import is_count, is_number, read_json, write_json
 from .precision import convolution_precision
-from .progress import Progress
 from .recipe import EVALUATION_SEED, build_family, build_learner
-from .run_folder import RunFolder
 
 # How training went fast is not how the learner is judged, and may not exist on another device.
 _PLAIN = {"cuda_graph": False, "channels_last": False}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfo_ext.transform.packing import Packing, listed
+from kfo_ext.packing import Packing, listed
 from kfo_ext.updates.gradients import gradients
 
 # Packed meta-parameters, (1, n) each.

@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor
 
-from kfo_ext.transform.packing import Packing, listed, some
+from kfo_ext.packing import Packing, listed, some
 
 
 def gradients(

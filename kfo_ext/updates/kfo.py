@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kfo_ext.transform import BACKENDS, Problems
-from kfo_ext.transform.operands import HALF, KERNEL_DTYPES
-from kfo_ext.transform.packing import name_parameters
+from kfo_ext.ops.dispatch import BACKENDS
+from kfo_ext.ops.operands import HALF, KERNEL_DTYPES
+from kfo_ext.packing import name_parameters
+from kfo_ext.problems import Problems
 from kfo_ext.updates import state
 from kfo_ext.updates.activations import ACTIVATIONS, activation_name
 from kfo_ext.updates.base import Phi, Update
@@ -40,7 +41,7 @@ class KFO(Update):
             with hidden layers alone, as the paper's non-linear update has it.
         hidden_layers: Kronecker layers before the last one, with an activation after each.
         activation: between layers: tanh, relu, sigmoid, gelu, softplus or any elementwise function.
-        backend: see `kfo_ext.transform.transform`.
+        backend: see `kfo_ext.transform`.
 
     Raises:
         ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or

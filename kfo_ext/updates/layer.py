@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kfo_ext.transform import Problems, adjoint, transform
+from kfo_ext.functional import adjoint, transform
+from kfo_ext.problems import Problems
 from kfo_ext.updates.base import Phi
 
 
@@ -18,7 +19,7 @@ class KroneckerLayer(nn.Module):
         bias: learn a (p, q) term per parameter, broadcast over B; it starts at 0.
         zero: start R at 0 in place of the identity: the zero map, which still learns because L is the identity.
         like: a tensor that gives dtype and device.
-        backend: see `kfo_ext.transform.transform`.
+        backend: see `kfo_ext.transform`.
 
     Source: paper, appendix C.1; learn2learn's KroneckerTransform is psd by default.
     """

@@ -8,40 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from kfo_ext.transform import Problems
+from kfo_ext.machine import available_bytes
+from kfo_ext.problems import Problems
 
-# Limits of a container, of the two versions of Linux control groups.
-_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # torch counts the bytes of a tensor in 64 bits, on every device.
 _MOST = 2**63 - 1
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that a device has left, None where it does not say.
-
-    On the CPU that is Linux's MemAvailable, or the limit of the container where that is less.
-    """
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    if device.type != "cpu":
-        return None
-    limits = [int(text) for path in _GROUP_LIMITS if (text := _read(path)).isdigit()]
-    lines = _read(Path("/proc/meminfo")).splitlines()
-    limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return min(limits, default=None)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 @contextmanager

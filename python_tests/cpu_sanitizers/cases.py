@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from kfo_ext.functional import reference
+from kfo_ext.ops import library
+from kfo_ext.problems import Problems
 from kfo_ext.testing import (
     CASES,
     LARGE_CASES,
@@ -32,7 +34,6 @@ from kfo_ext.testing import (
     truth,
     with_strides,
 )
-from kfo_ext.transform import Problems, native
 
 OPS = torch.ops.kfo_ext
 DTYPES = (torch.float32, torch.float64)
@@ -119,7 +120,7 @@ def batch_norms(choose: random.Random) -> int:
 
 def main() -> None:
     wanted = os.environ.get("KFO_CPU_ISA")
-    if wanted and wanted not in native.supported_isas():
+    if wanted and wanted not in library.supported_isas():
         print(f"{wanted}: not on this machine")
         return
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
@@ -127,7 +128,7 @@ def main() -> None:
     torch.set_num_threads(2)
     choose = random.Random(seed)
     counts = [work(choose) for work in (transforms, convolutions, batch_norms)]
-    print(f"{native.cpu_isa()}: {sum(counts)} calls of kernels", flush=True)
+    print(f"{library.cpu_isa()}: {sum(counts)} calls of kernels", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+from kfo_ext.ops.transform.autograd import Family
 from kfo_ext.testing import family_of
-from kfo_ext.transform.autograd import Family
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kfo_ext import ANIL, KFO, MAML
-from kfo_ext.models import cifar_fs_cnn, omniglot_cnn
+from kfo_ext.networks import cifar_fs_cnn, omniglot_cnn
 from kfo_ext.tasks import Examples, TaskBatch
 
 pytestmark = pytest.mark.gpu

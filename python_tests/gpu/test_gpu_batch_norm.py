@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from kfo_ext.functional import batch_norm_relu, reference
-from kfo_ext.functional.backends import resolve
-from kfo_ext.functional.batch_norm_autograd import BATCH_NORM
+from kfo_ext.functional import batch_norm_relu
+from kfo_ext.ops.batch_norm import reference
+from kfo_ext.ops.batch_norm.autograd import BATCH_NORM
+from kfo_ext.ops.batch_norm.op import OPERATOR
 from kfo_ext.testing import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +27,7 @@ rows_param = pytest.mark.parametrize("shared", [False, True], ids=["per_task", "
 @pytest.fixture(autouse=True)
 def native_runs(device):
     try:
-        resolve("native", device, ("cpu", "cuda"))
+        OPERATOR.resolve("native", device)
     except RuntimeError as error:
         pytest.skip(str(error))
 

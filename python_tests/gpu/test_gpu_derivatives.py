@@ -7,8 +7,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from kfo_ext import transform
+from kfo_ext.ops.transform import reference
+from kfo_ext.problems import Problems
 from kfo_ext.testing import random_operands, with_strides
-from kfo_ext.transform import Problems, reference
 
 pytestmark = pytest.mark.gpu
 

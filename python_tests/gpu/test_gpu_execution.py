@@ -9,8 +9,8 @@ import warnings
 import pytest
 import torch
 
+from kfo_ext.problems import Problems
 from kfo_ext.testing import OUTPUTS, Operands, assert_close, model_case, random_operands, run_order, truth
-from kfo_ext.transform import Problems
 
 pytestmark = pytest.mark.gpu
 
@@ -135,7 +135,7 @@ AFTER_AN_ERROR = """
 import sys
 import torch
 from kfo_ext.testing import family_of, random_operands, run_order
-from kfo_ext.transform import Problems
+from kfo_ext.problems import Problems
 
 shapes = [(2, 3, 4)]
 family = family_of(sys.argv[1], "cuda")

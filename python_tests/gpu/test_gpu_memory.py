@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kfo_ext.problems import Problems
 from kfo_ext.testing import LARGE_CASES, OUTPUTS, Operands, assert_close, model_case, random_operands, run_order, truth
-from kfo_ext.transform import Problems
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kfo_ext import ANIL, KFO, MAML
-from kfo_ext.models import omniglot_cnn
+from kfo_ext.networks import omniglot_cnn
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.testing import EagerRecorder
 from kfo_ext.trainer import Config, Trainer

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kfo_ext import transform
+from kfo_ext.ops.transform import reference
+from kfo_ext.problems import Problems
 from kfo_ext.testing import (
     CASES,
     LARGE_CASES,
@@ -22,7 +24,6 @@ from kfo_ext.testing import (
     truth,
     with_strides,
 )
-from kfo_ext.transform import Problems, reference
 
 pytestmark = pytest.mark.gpu
 

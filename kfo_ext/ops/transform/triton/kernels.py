@@ -1,10 +1,10 @@
-"""The three orders as Triton kernels. Importing this imports triton: only `triton_launch` does, at the first call.
+"""The three orders as Triton kernels. Importing this imports triton: only `launch` does, at the first call.
 
 The small problems of a whole group go in one launch of `form_kernel`, whatever the order: with F = sum <R^T G L, dY>,
 an output is the gradient of F by one slot, summed over terms in which another slot's operand gives way to its cotangent
-(see `kfo_ext.transform.autograd`). A program makes one output of some of the B matrices of one problem, for one task:
-with all outputs in one program registers spill. `CLASSES` are the padded (p, q) of the group; a program branches to the
-body of its own, so that a bias is not padded to the size of a convolution.
+(see `kfo_ext.ops.transform.autograd`). A program makes one output of some of the B matrices of one problem, for one
+task: with all outputs in one program registers spill. `CLASSES` are the padded (p, q) of the group; a program branches
+to the body of its own, so that a bias is not padded to the size of a convolution.
 
 Work table, int64, one row per program of a task and output (offsets in elements, into one packed row):
 

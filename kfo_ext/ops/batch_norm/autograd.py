@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kfo_ext.functional import reference
-from kfo_ext.transform import native
-from kfo_ext.transform.autograd import mark_not_needed, pick, register_operator
+from kfo_ext.ops import library
+from kfo_ext.ops.batch_norm import reference
+from kfo_ext.ops.registration import mark_not_needed, pick, register_operator
 
 
 class BatchNormFamily(NamedTuple):
@@ -163,13 +163,13 @@ def _fakes() -> tuple[Callable, Callable, Callable]:
     return forward, backward, double_backward
 
 
-def _register(library: torch.library.Library) -> BatchNormFamily:
+def _register(fragment: torch.library.Library) -> BatchNormFamily:
     names = ("batch_norm_relu", "batch_norm_relu_backward", "batch_norm_relu_double_backward")
     family = BatchNormFamily(*(getattr(torch.ops.kfo_ext, name).default for name in names))
     for overload, function, fake in zip(family, _functions(family), _fakes()):
-        register_operator(library, overload, function, fake, "kfo_ext.functional.batch_norm_relu")
+        register_operator(fragment, overload, function, fake, "kfo_ext.functional.batch_norm_relu")
     return family
 
 
 # The compiled operators; None where the CPU library, which holds their schemas, is not there.
-BATCH_NORM = native.once("batch_norm", _register) if native.status()["cpu"][0] else None
+BATCH_NORM = library.once("batch_norm", _register) if library.status()["cpu"][0] else None

@@ -1,6 +1,6 @@
-"""The operators in plain torch: short, right to any order, the ground truth of every kernel.
+"""The convolution of each task's images in plain torch: right to any order, the ground truth of the kernels.
 
-It is also what the public functions run under torch.func transforms and forward-mode AD.
+It is also what `conv2d` runs under torch.func transforms and forward-mode AD.
 """
 
 from __future__ import annotations
@@ -8,25 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-
-def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float | Tensor, relu: bool = True) -> Tensor:
-    """relu(weight * (x - mean) * (variance + eps)^-1/2 + bias), statistics per task and channel over the rows.
-
-    Args:
-        x: (tasks, rows, channels).
-        weight: (tasks or 1, channels).
-        bias: (tasks or 1, channels).
-        eps: a number, or one that broadcasts with (tasks, 1, channels).
-        relu: whether negative values become zero.
-
-    Returns:
-        y: (tasks, rows, channels).
-    """
-    d = x - x.mean(1, keepdim=True)
-    rstd = (d.square().mean(1, keepdim=True) + eps).rsqrt()
-    z = d * rstd * weight.unsqueeze(1) + bias.unsqueeze(1)
-    return z.relu() if relu else z
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, channels_last: bool = False) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._C._functorch import _add_batch_dim, _unwrap_batched
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-from kfo_ext.functional import batch_norm_relu
-from kfo_ext.functional import conv2d as tasks_conv2d
+from kfo_ext.ops.batch_norm.op import batch_norm_relu
+from kfo_ext.ops.conv2d.op import conv2d as tasks_conv2d
 
 
 def _all_tasks(function: Callable, *operands: Any) -> Tensor:

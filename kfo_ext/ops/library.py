@@ -126,6 +126,11 @@ def available(device: torch.device) -> bool:
     return _status.get(device.type, (False, ""))[0]
 
 
+def why_not(device_type: str) -> str:
+    """Why there is no compiled kernel for tensors on such a device; what is loaded, where there is one."""
+    return _status.get(device_type, (False, f"there are no kernels for {device_type} tensors"))[1]
+
+
 def cpu_isa() -> str:
     """The instruction set of the CPU kernels in use: avx512, avx2 or baseline.
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd import Function
 
-from kfo_ext.transform import native
-from kfo_ext.transform.autograd import register_operator
+from kfo_ext.ops import library
+from kfo_ext.ops.registration import register_operator
 
 
 class ConvFamily(NamedTuple):
@@ -92,14 +92,14 @@ def _fakes() -> tuple[Callable, Callable, Callable]:
     return conv2d, conv2d_input, conv2d_weight
 
 
-def _register(library: torch.library.Library) -> ConvFamily:
+def _register(fragment: torch.library.Library) -> ConvFamily:
     family = ConvFamily(
         *(getattr(torch.ops.kfo_ext, f"conv2d{suffix}").default for suffix in ("", "_input", "_weight"))
     )
     for overload, function, fake in zip(family, _functions(family), _fakes()):
-        register_operator(library, overload, function, fake, "kfo_ext.functional.conv2d")
+        register_operator(fragment, overload, function, fake, "kfo_ext.functional.conv2d")
     return family
 
 
 # The compiled operators; None where the CPU library is not there.
-CONV = native.once("conv", _register) if native.status()["cpu"][0] else None
+CONV = library.once("conv", _register) if library.status()["cpu"][0] else None

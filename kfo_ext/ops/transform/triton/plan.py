@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfo_ext.transform.checks import Columns
+from kfo_ext.ops.transform.checks import Columns
 
 # The smallest side of a block that tl.dot takes on every GPU.
 MIN_BLOCK = 16
@@ -93,11 +93,11 @@ class Plan:
         self._tables: dict[tuple, Tensor] = {}
 
     def work(self, device: torch.device) -> Tensor:
-        """The work table (work_rows, 10), int64, largest class first; see `triton_kernels`."""
+        """The work table (work_rows, 10), int64, largest class first; see `kernels`."""
         return self._table("work", device)
 
     def sums(self, device: torch.device, sum_R: bool, sum_L: bool) -> Tensor:
-        """The sum table (rows, 6), int64, of the factors whose partial sums are to be added; see `triton_kernels`."""
+        """The sum table (rows, 6), int64, of the factors whose partial sums are to be added; see `kernels`."""
         return self._table(("sums", sum_R, sum_L), device)
 
     def _table(self, key: str | tuple, device: torch.device) -> Tensor:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
-from kfo_ext.transform.operands import check_dense, is_dense
-from kfo_ext.transform.packing_autograd import Pack, Unpack, plain
+from kfo_ext.ops.operands import check_dense, is_dense
+from kfo_ext.ops.registration import pick
+from kfo_ext.ops.torch_private import transformed
 
 
 def listed(tensors: Iterable[Any], argument: str, *, pairs: bool = False) -> list[Any]:
@@ -59,6 +61,11 @@ def some(texts: Sequence[str], most: int = 3) -> str:
     """The first few of them, and how many more there are."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
+
+
+def plain() -> bool:
+    """Whether torch's own operations are the better way: nothing to differentiate, or by rules that they alone have."""
+    return not torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling()
 
 
 class Packing:
@@ -194,3 +201,38 @@ class Packing:
             [piece.view(view) for piece, view in zip(pieces[i * len(self) : (i + 1) * len(self)], self._views)]
             for i in range(count)
         ]
+
+
+# In torch's own the derivative of a concatenation is a slice for each tensor, and that of a slice a full row of zeros
+# around it: n tensors cost n rows each time that a derivative of packing is differentiated.
+class Pack(Function):
+    """Tensors, None for zeros, to one packed tensor; see `Packing.pack`. `Unpack` is its derivative, and it is its."""
+
+    @staticmethod
+    def forward(ctx, packing: Packing, rows: int | None, *tensors: Tensor | None):
+        ctx.set_materialize_grads(False)
+        ctx.packing, ctx.batched = packing, rows is not None
+        return packing.joined(tensors, rows)
+
+    @staticmethod
+    def backward(ctx, dpacked):
+        if dpacked is None:
+            return (None,) * (2 + len(ctx.packing))
+        dtensors = ctx.packing.unpack(dpacked, batched=ctx.batched)
+        return None, None, *map(pick, ctx.needs_input_grad[2:], dtensors)
+
+
+class Unpack(Function):
+    """One packed tensor to its tensors; see `Packing.unpack`."""
+
+    @staticmethod
+    def forward(ctx, packing: Packing, batched: bool, packed: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.packing, ctx.rows = packing, len(packed) if batched else None
+        return tuple(packing.pieces(packed, batched))
+
+    @staticmethod
+    def backward(ctx, *dtensors: Tensor | None):
+        if all(dtensor is None for dtensor in dtensors):
+            return None, None, None
+        return None, None, ctx.packing.join(dtensors, ctx.rows)

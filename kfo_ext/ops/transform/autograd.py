@@ -16,33 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
-from torch.autograd.function import FunctionCtx
+from torch.autograd import Function
 
-from kfo_ext.transform.reference import sum_over_B
-
-
-def _private(owner: object, name: str):
-    """A name of torch that is not public; where a torch lacks it, the import fails: a guess could lose a derivative."""
-    try:
-        return getattr(owner, name)
-    except AttributeError:
-        raise ImportError(f"kfo_ext: torch {torch.__version__} has no {name}, which kfo_ext needs") from None
-
-
-in_functorch = _private(torch._C, "_are_functorch_transforms_active")
-_after_autograd = _private(torch._C, "_after_autograd_keyset")
-_private(forward_ad, "_current_level")
-
-
-def in_forward_mode() -> bool:
-    """Whether a level of forward-mode AD is open."""
-    return forward_ad._current_level >= 0
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is under way: there only plain torch has every rule."""
-    return in_functorch() or in_forward_mode()
+from kfo_ext.ops.registration import mark_not_needed, pick, register_operator
+from kfo_ext.ops.transform.reference import sum_over_B
 
 
 class Family(NamedTuple):
@@ -87,16 +64,6 @@ def form_gradients(
 def distinct(*operands: Tensor | None) -> list[Tensor | None]:
     """Aliases, so that one tensor in two slots stays two operands for `form_gradients`."""
     return [None if operand is None else operand.view_as(operand) for operand in operands]
-
-
-def pick(needed: bool, gradient: Tensor | None) -> Tensor | None:
-    return gradient if needed else None
-
-
-def mark_not_needed(ctx: FunctionCtx, outputs: Sequence[Tensor], need: Sequence[bool]) -> None:
-    """Tells autograd that the empty tensors in the place of outputs that are not needed have no derivative."""
-    if False in need:
-        ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
 
 
 def _functions(family: Family) -> tuple[type[Function], type[Function], type[Function]]:
@@ -175,50 +142,6 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
     return Transform, TransformBackward, TransformDoubleBackward
 
 
-def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: str) -> Callable:
-    """The kernel under the Autograd key: differentiates by `function`, and refuses what it has no rule for."""
-    schema = overload._schema.arguments
-    defaults = (None,) * len(schema)
-    tensors = [i for i, argument in enumerate(schema) if "Tensor" in str(argument.type)]
-    # Function.apply itself first looks for what functorch left behind, which the dispatcher has dealt with already.
-    apply = super(Function, function).apply
-
-    def kernel(keyset, *arguments):
-        # The dispatcher leaves out trailing arguments that have their default, here always None.
-        arguments += defaults[len(arguments) :]
-        if in_functorch():
-            raise NotImplementedError(
-                f"{overload.name()} has no rule for torch.func transforms: call {public}, which runs plain torch there"
-            )
-        if in_forward_mode() and any(_has_tangent(arguments[i]) for i in tensors):
-            raise NotImplementedError(
-                f"{overload.name()} has no rule for forward-mode AD: call {public}, which runs plain torch there"
-            )
-        below = keyset & _after_autograd
-        try:
-            if torch.is_grad_enabled():
-                for i in tensors:
-                    operand = arguments[i]
-                    if operand is not None and operand.requires_grad:
-                        return apply(*arguments, below)
-            return overload.redispatch(below, *arguments)
-        except RuntimeError as error:
-            # The allocator's own error does not pass torch's stable ABI: what arrives names a call that failed.
-            if "aten::new_empty" not in str(error):
-                raise
-            device = arguments[0].device
-            earlier = "" if device.type == "cpu" else ", or an earlier error of the device"
-            raise torch.OutOfMemoryError(
-                f"{overload.name()}: no memory left on {device} for its outputs or its scratch memory{earlier}"
-            ) from error
-
-    return kernel
-
-
-def _has_tangent(operand: Tensor | None) -> bool:
-    return operand is not None and forward_ad.unpack_dual(operand).tangent is not None
-
-
 def _empty(like: Tensor, needed: bool, columns: int, rows: int) -> Tensor:
     return like.new_empty((rows, columns)) if needed else like.new_empty((0,))
 
@@ -236,35 +159,10 @@ def _fakes() -> tuple[Callable, Callable, Callable]:
     return transform, backward, double_backward
 
 
-def register_operator(
-    library: torch.library.Library,
-    overload: torch._ops.OpOverload,
-    function: type[Function],
-    fake: Callable,
-    public: str,
-) -> None:
-    """Registers fake, autograd and autocast of one operator, whose schema and kernels exist already.
-
-    Must run at import, before any call: a late registration leaves stale dispatch behind.
-
-    Args:
-        library: where the registrations belong.
-        overload: the operator.
-        function: its derivative; takes the operator's arguments, and last the keyset to redispatch it with.
-        fake: its outputs without data.
-        public: the function that messages name, for what the operator has no rule for.
-    """
-    name = overload.name()
-    torch.library.register_fake(name, fake, lib=library)
-    library.impl(name.partition("::")[2], _kernel(overload, function, public), "Autograd", with_keyset=True)
-    for device in ("cpu", "cuda"):
-        torch.library.register_autocast(name, device, torch.float32, lib=library)
-
-
-def register(library: torch.library.Library, suffix: str = "") -> Family:
+def register(fragment: torch.library.Library, suffix: str = "") -> Family:
     """Registers the three orders `kfo_ext::transform*<suffix>`; see `register_operator`."""
     names = [f"transform{suffix}", f"transform_backward{suffix}", f"transform_double_backward{suffix}"]
     family = Family(*(getattr(torch.ops.kfo_ext, name).default for name in names))
     for overload, function, fake in zip(family, _functions(family), _fakes()):
-        register_operator(library, overload, function, fake, "kfo_ext.transform.transform")
+        register_operator(fragment, overload, function, fake, "kfo_ext.transform")
     return family

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kfo_ext.functional import reference
-from kfo_ext.functional.backends import runs_plain_torch
-from kfo_ext.functional.batch_norm_autograd import BATCH_NORM
-from kfo_ext.transform.operands import check_dimensions, check_tensors, in_one_dtype, ready
+from kfo_ext.ops.batch_norm import reference
+from kfo_ext.ops.batch_norm.autograd import BATCH_NORM, BatchNormFamily
+from kfo_ext.ops.dispatch import Operator
+from kfo_ext.ops.operands import check_dimensions
 
-_KERNELS = ("cpu", "cuda")
+OPERATOR = Operator(("x", "weight", "bias"), {"native": BATCH_NORM}, ("cpu", "cuda"))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> None:
@@ -61,16 +61,13 @@ def batch_norm_relu(
 
     Source: Ioffe and Szegedy 2015, algorithm 1, with the batch's statistics always (paper, section 5).
     """
-    operands = {"x": x, "weight": weight, "bias": bias}
-    usual = ready((x, weight, bias))
-    if not usual:
-        check_tensors(operands)
+    given = (x, weight, bias)
+    usual = OPERATOR.check(given)
     _check(x, weight, bias, eps, relu)
-    plain = runs_plain_torch(backend, x.device, _KERNELS)
 
-    def compute(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if plain:
+    def compute(family: BatchNormFamily | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if family is None:
             return reference.batch_norm_relu(x, weight, bias, eps, relu)
-        return BATCH_NORM.forward(x, weight, bias, eps, relu)[0]
+        return family.forward(x, weight, bias, eps, relu)[0]
 
-    return compute(x, weight, bias) if usual else in_one_dtype(compute, operands)
+    return OPERATOR.run(compute, given, backend, usual)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfo_ext.functional import reference
-from kfo_ext.functional.backends import runs_plain_torch
-from kfo_ext.functional.conv_autograd import CONV
-from kfo_ext.transform.operands import autocasts, check_dimensions, check_tensors, in_one_dtype, ready
+from kfo_ext.ops.conv2d import reference
+from kfo_ext.ops.conv2d.autograd import CONV, ConvFamily
+from kfo_ext.ops.dispatch import Operator
+from kfo_ext.ops.operands import autocasts, check_dimensions
 
-# torch's convolution serves the rest: a grouped one, with a group of channels for each task.
-_KERNELS = ("cpu",)
+# Where there are no kernels, torch's convolution serves: a grouped one, with a group of channels for each task.
+OPERATOR = Operator(("x", "weight"), {"native": CONV}, ("cpu",))
 _MOST_PADDING = 1 << 60  # csrc/cpu/conv2d.cpp: padded sizes stay within 64 bits
 _MOST_OF_TORCH = (1 << 31) - 1  # some of torch's kernels cut sizes to 32 bits
 
@@ -85,24 +85,18 @@ def conv2d(
 
     Source: paper, appendix D (the networks); torch.nn.functional.conv2d, for each task.
     """
-    operands = {"x": x, "weight": weight}
-    usual = ready((x, weight))
-    if not usual:
-        check_tensors(operands)
+    usual = OPERATOR.check((x, weight))
     _check(x, weight, stride, padding)
     reach = max(x.shape[2:4]) + 2 * padding
     # A stride beyond the padded image leaves one result, as that of its size does.
     stride = min(stride, reach)
-    if backend == "auto" and autocasts(x.device) and torch.float64 not in (x.dtype, weight.dtype):
-        _check_for_torch(reach, padding)
-        return reference.conv2d(x, weight, stride, padding, channels_last)
-    plain = runs_plain_torch(backend, x.device, _KERNELS)
-    if plain:
-        _check_for_torch(reach, padding)
 
-    def compute(x: Tensor, weight: Tensor) -> Tensor:
-        if plain:
+    def compute(family: ConvFamily | None, x: Tensor, weight: Tensor) -> Tensor:
+        if family is None:
+            _check_for_torch(reach, padding)
             return reference.conv2d(x, weight, stride, padding, channels_last)
-        return CONV.conv2d(x, weight, stride, padding)
+        return family.conv2d(x, weight, stride, padding)
 
-    return compute(x, weight) if usual else in_one_dtype(compute, operands)
+    if backend == "auto" and autocasts(x.device) and torch.float64 not in (x.dtype, weight.dtype):
+        return compute(None, x, weight)
+    return OPERATOR.run(compute, (x, weight), backend, usual)

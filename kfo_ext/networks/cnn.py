@@ -1,4 +1,4 @@
-"""The networks of the paper: CNN(k) for few-shot images, and a small network for regression.
+"""CNN(k), the paper's network for few-shot images.
 
 A block is a 3x3 convolution with padding 1, batch norm by batch statistics, ReLU and, for mini-ImageNet, max-pooling.
 Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the rest:
@@ -145,8 +145,3 @@ def cifar_fs_cnn(
 ) -> CNN:
     """CNN(layers) for 3x32x32 images: stride-1 blocks, spatial mean (paper, appendix D)."""
     return CNN(layers, in_channels=3, hidden=hidden, ways=ways, image_size=32, init=init, channels_last=channels_last)
-
-
-def sinusoid_mlp(hidden: int = 40) -> nn.Sequential:
-    """(n, 1) -> (n, 1): two hidden layers of `hidden` ReLU units (Finn et al. 2017, section 5.1)."""
-    return nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))

@@ -1,4 +1,4 @@
-"""The operators `kfo_ext::transform*_triton`: schemas, checks, and launches of the kernels of `triton_kernels`.
+"""The operators `kfo_ext::transform*_triton`: schemas, checks, and launches of the kernels of `kernels`.
 
 Importing this touches neither triton nor a driver; the first call does. The operators run on CUDA tensors, and on CPU
 tensors in Triton's interpreter (TRITON_INTERPRET=1 in the environment before kfo_ext and triton are imported).
@@ -10,18 +10,16 @@ Launches of one call: one for all small problems and all tasks; for each larger 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kfo_ext.transform.checks import check
-from kfo_ext.transform.triton_plan import SUM_COLUMNS, Part, Plan, pad, plan_of
+from kfo_ext.ops import triton_support
+from kfo_ext.ops.transform.checks import check
+from kfo_ext.ops.transform.triton.plan import SUM_COLUMNS, Part, Plan, pad, plan_of
 
 _SCHEMAS = (
     "transform_triton(Tensor R, Tensor G, Tensor L, int[] shapes, Tensor? bias=None) -> Tensor",
@@ -31,42 +29,12 @@ _SCHEMAS = (
     " int[] shapes, bool[] need) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 SUM_ROWS = 16
-_INSTALLED = importlib.util.find_spec("triton") is not None
-# As triton reads it, and at one moment: its own functions are made for the interpreter or the compiler at import.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of `device`."""
-    return _INSTALLED and (device.type == "cuda" or (device.type == "cpu" and _INTERPRETED))
-
-
-def reason(device_type: str) -> str:
-    """Why `available` is false for tensors of that device, or what runs."""
-    if not _INSTALLED:
-        return "triton is not installed (pip install triton)"
-    if device_type == "cpu" and not _INTERPRETED:
-        return "Triton's interpreter is off: it needs TRITON_INTERPRET=1 in the environment before kfo_ext is imported"
-    if device_type not in ("cpu", "cuda"):
-        return f"there are no kernels for {device_type} tensors"
-    try:
-        name = f"triton {version('triton')}"
-    except PackageNotFoundError:
-        name = "triton of unknown version"
-    return f"{name}, in its interpreter" if _INTERPRETED else name
-
-
-def status() -> tuple[bool, str]:
-    """Whether triton runs on this machine, and the reason or the detail; asks the driver."""
-    if _INSTALLED and not _INTERPRETED and not torch.cuda.is_available():
-        return False, f"{reason('cuda')}, but torch sees no CUDA device, and {reason('cpu')}"
-    return _INSTALLED, reason("cuda")
 
 
 @cache
 def _kernels() -> ModuleType:
-    kernels = importlib.import_module("kfo_ext.transform.triton_kernels")
-    if hasattr(kernels.sum_kernel, "cache_key") == _INTERPRETED:
+    kernels = importlib.import_module("kfo_ext.ops.transform.triton.kernels")
+    if hasattr(kernels.sum_kernel, "cache_key") == triton_support.INTERPRETED:
         raise RuntimeError(
             "backend 'triton': TRITON_INTERPRET changed after kfo_ext was imported: set it before Python starts"
         )
@@ -74,8 +42,8 @@ def _kernels() -> ModuleType:
 
 
 def _require(device: torch.device) -> ModuleType:
-    if not available(device):
-        raise RuntimeError(f"backend 'triton' does not run on {device.type}: {reason(device.type)}")
+    if not triton_support.available(device):
+        raise RuntimeError(f"backend 'triton' does not run on {device.type}: {triton_support.reason(device.type)}")
     return _kernels()
 
 
@@ -248,7 +216,7 @@ def _partials(part: Part, part_R: Tensor, part_L: Tensor, need_R: bool, need_L: 
 
 
 def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tensor | None = None) -> Tensor:
-    """Y = R^T G L (+ bias): the operator `transform_triton`; shapes and errors as `kfo_ext.transform.transform`."""
+    """Y = R^T G L (+ bias): the operator `transform_triton`; shapes and errors as `kfo_ext.transform`."""
     kernels, plan = _require(G.device), plan_of(shapes)
     tasks = check("transform_triton", plan.columns, R, G, L, bias=bias)
     launch = _Launch(kernels, plan, G, tasks)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfo_ext.transform.operands import KERNEL_DTYPES
+from kfo_ext.ops.operands import KERNEL_DTYPES
 
 
 class Columns(NamedTuple):

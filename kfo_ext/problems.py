@@ -9,13 +9,13 @@ A parameter W is B matrices of shape (p, q) that share one pair of factors R (p,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from kfo_ext.transform.checks import Columns
-from kfo_ext.transform.packing import Packing, name_parameters
+from kfo_ext.ops.transform.group import Group
+from kfo_ext.packing import Packing, name_parameters
 
 
 def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int, int]:
@@ -38,30 +38,8 @@ def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int,
     )
 
 
-def _triple(i: int, shape: Sequence[int]) -> tuple[int, int, int]:
-    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(isinstance(size, int) for size in shape):
-        raise TypeError(f"shapes[{i}]: expected three integers (B, p, q), got {shape!r}")
-    if min(shape) < 1:
-        raise ValueError(f"shapes[{i}]: expected B, p and q of at least 1, got {tuple(shape)}")
-    return shape[0], shape[1], shape[2]
-
-
-def _check_rows(shapes: Sequence[tuple[int, int, int]], packing: Packing | None) -> None:
-    """Raises ValueError at the shape with which a packed row has more elements than torch counts."""
-    sums = {"R": 0, "L": 0, "G": 0}
-    for i, (B, p, q) in enumerate(shapes):
-        for operand, size in (("R", p * p), ("L", q * q), ("G", B * p * q)):
-            sums[operand] += size
-            if sums[operand] >= 2**63:
-                what = f"shapes[{i}]" if packing is None else f"parameter {packing.names[i]!r}"
-                raise ValueError(
-                    f"{what}: expected rows of fewer than 2**63 elements, "
-                    f"but with (B, p, q) = {(B, p, q)} that of {operand} has {sums[operand]}: leave it out"
-                )
-
-
-class Problems:
-    """The group: one (B, p, q) per parameter, and the sizes of the packed rows of R, G, L and the bias term.
+class Problems(Group):
+    """The group: one (B, p, q) per parameter, and how rows of G, R, L and the bias term are packed.
 
     Args:
         shapes: (B, p, q) triples.
@@ -73,16 +51,13 @@ class Problems:
     """
 
     def __init__(self, shapes: Iterable[tuple[int, int, int]], packing: Packing | None = None) -> None:
-        self.shapes = tuple(_triple(i, shape) for i, shape in enumerate(shapes))
-        _check_rows(self.shapes, packing)
-        self.flat = [size for shape in self.shapes for size in shape]
+        super().__init__(shapes, None if packing is None else packing.names)
         if packing is None:
             packing = Packing([str(i) for i in range(len(self.shapes))], [torch.Size(shape) for shape in self.shapes])
         self.packing = packing
         self.R = Packing(packing.names, [torch.Size((p, p)) for _, p, _ in self.shapes])
         self.L = Packing(packing.names, [torch.Size((q, q)) for _, _, q in self.shapes])
         self.bias = Packing(packing.names, [torch.Size((p, q)) for _, p, q in self.shapes])
-        self.columns = Columns(self.shapes, self.R.numel, packing.numel, self.L.numel, self.bias.numel)
 
     @classmethod
     def of(cls, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> Problems:
@@ -97,9 +72,3 @@ class Problems:
             raise ValueError("parameters: expected at least one parameter, got none")
         shapes = [problem_shape(tensor.shape, name) for name, tensor in named]
         return cls(shapes, Packing.of(named))
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def __repr__(self) -> str:
-        return f"Problems({list(self.shapes)})"

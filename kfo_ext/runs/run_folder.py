@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
-import shlex
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from kfo_ext.machine import environment
 
-import kfo_ext
-
-from .config import Config
 from .files import new_folder, partials, read_json, write_json
 
 
@@ -55,10 +48,9 @@ class RunFolder:
         return self.path / f"eval-{split}-{checkpoint}{apart}.json"
 
     @classmethod
-    def make(cls, config: Config) -> RunFolder:
-        """Make runs/DATASET-METHOD-UPDATE-TIME, with a number behind it if that exists."""
-        name = f"{config.dataset}-{config.method}-{config.update}-{datetime.now():%Y%m%d-%H%M%S}"
-        return cls(new_folder(Path("runs") / name))
+    def make(cls, title: str) -> RunFolder:
+        """Make runs/TITLE-TIME, with a number behind it if that exists."""
+        return cls(new_folder(Path("runs") / f"{title}-{datetime.now():%Y%m%d-%H%M%S}"))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -96,25 +88,29 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def check_free(self) -> None:
+    def check_free(self, load_config: Callable[[Path], object]) -> None:
         """Check that a new run may begin here: in an absent or empty folder, or after an `unfinished` start.
 
+        load_config: see `unfinished`.
         Raises: ValueError if the folder holds anything else.
         """
         # In this order: another start may make the folder meanwhile.
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: expected a folder for the run, got a file")
-        if self.path.is_dir() and self._content() and not self.unfinished():
+        if self.path.is_dir() and self._content() and not self.unfinished(load_config):
             if self.config.exists():
                 raise ValueError(f"{self.path}: already holds a run; resume it, or choose another folder")
             raise ValueError(f"{self.path}: expected an absent or empty folder for a new run")
 
-    def unfinished(self) -> bool:
-        """Whether the folder holds nothing but a configuration: its run was stopped before the first checkpoint."""
+    def unfinished(self, load_config: Callable[[Path], object]) -> bool:
+        """Whether the folder holds nothing but a configuration: its run was stopped before the first checkpoint.
+
+        load_config: reads config.json; raises ValueError for a file that is no configuration.
+        """
         if self._content() != {self.config}:
             return False
         try:
-            Config.load(self.config)
+            load_config(self.config)
         except ValueError:
             return False
         return True
@@ -142,39 +138,3 @@ class RunFolder:
 
     def _partials(self) -> list[Path]:
         return partials((self.config, self.metrics, self.last, self.best, self.curve, self.environment))
-
-
-def environment() -> dict[str, Any]:
-    """Describe this process: machine, versions, git commit of the package if it lies in a checkout, command."""
-    return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "kfo_ext": kfo_ext.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": _commit(),
-    }
-
-
-def processor_name() -> str:
-    """The processor as Linux names it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

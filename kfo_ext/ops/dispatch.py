@@ -1,0 +1,101 @@
+"""Which implementation of an operator runs a call, and in which dtype: one rule for all operators."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfo_ext.ops import library, triton_support
+from kfo_ext.ops.operands import check_tensors, in_one_dtype, ready
+from kfo_ext.ops.torch_private import transformed
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+
+class Operator:
+    """The implementations of one operator.
+
+    Args:
+        operands: their names, in the order of `run`'s; the first gives dtype and device.
+        families: the registered overloads by backend: native, triton or both; None where they could not be loaded.
+        devices: types of device that the compiled kernels exist for.
+    """
+
+    def __init__(self, operands: tuple[str, ...], families: Mapping[str, Any], devices: tuple[str, ...]) -> None:
+        self.operands = operands
+        self.families = families
+        self.devices = devices
+        self.backends = tuple(name for name in BACKENDS if name in ("auto", "reference") or name in families)
+
+    def resolve(self, backend: str, device: torch.device) -> str:
+        """The implementation that `backend` means on `device`: native, triton or reference.
+
+        "auto" is native where its kernels are loaded; else on CUDA triton where the operator has it and it is
+        installed; else reference. On CUDA that last step warns for an operator with CUDA kernels, with both reasons; on
+        CPU importing kfo_ext has warned already. On CPU it is never triton, whose interpreter there is for tests.
+
+        Raises:
+            ValueError: an unknown backend.
+            RuntimeError: a named backend that does not run here, with the reason.
+        """
+        if backend not in self.backends:
+            raise ValueError(f"backend: expected one of {', '.join(self.backends)}, got {backend!r}")
+        native = device.type in self.devices and library.available(device)
+        if backend == "auto":
+            if native:
+                return "native"
+            if device.type == "cuda" and "triton" in self.families:
+                if triton_support.available(device):
+                    return "triton"
+                _warn_plain_torch()
+            return "reference"
+        if backend == "native" and not native:
+            raise RuntimeError(f"backend 'native' does not run on {device.type}: {self._why_not_native(device.type)}")
+        if backend == "triton" and not triton_support.available(device):
+            raise RuntimeError(f"backend 'triton' does not run on {device.type}: {triton_support.reason(device.type)}")
+        return backend
+
+    def _why_not_native(self, device_type: str) -> str:
+        if device_type in library.status() and device_type not in self.devices:
+            return f"it has kernels for {', '.join(self.devices)}"
+        return library.why_not(device_type)
+
+    def check(self, given: tuple[Tensor, ...]) -> bool:
+        """Whether it is the usual call, which `run` computes as it is; see `kfo_ext.ops.operands.ready`.
+
+        Raises:
+            TypeError, ValueError: operands that are no dense floating-point tensors on one device.
+        """
+        usual = ready(given)
+        if not usual:
+            check_tensors(dict(zip(self.operands, given)))
+        return usual
+
+    def run(self, compute: Callable[..., Tensor], given: tuple[Tensor, ...], backend: str, usual: bool) -> Tensor:
+        """compute(family, *given) on the implementation that `backend` means; family None is plain torch.
+
+        Under torch.func transforms and forward-mode AD that is always plain torch, which has all their rules.
+
+        usual: what `check` said of `given`.
+        """
+        name = self.resolve(backend, given[0].device)
+        family = None if name == "reference" or transformed() else self.families[name]
+        if usual:
+            return compute(family, *given)
+        return in_one_dtype(partial(compute, family), dict(zip(self.operands, given)))
+
+
+def _warn_plain_torch() -> None:
+    # A compiled graph is traced once and cannot warn.
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"kfo_ext: backend='auto' runs plain torch on cuda: native: {library.why_not('cuda')}; "
+            f"triton: {triton_support.reason('cuda')}",
+            RuntimeWarning,
+            stacklevel=5,
+        )

@@ -1,0 +1,1 @@
+"""The Kronecker-factored transform Y = R^T G L and its derivatives."""

@@ -1,0 +1,94 @@
+"""`transform`: Y = R^T G L for every problem of every task, on the best backend that runs here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfo_ext.ops import library
+from kfo_ext.ops.dispatch import Operator
+from kfo_ext.ops.operands import check_dimensions
+from kfo_ext.ops.transform import autograd, reference
+from kfo_ext.ops.transform.autograd import Family
+from kfo_ext.ops.transform.checks import check
+from kfo_ext.ops.transform.group import Group
+from kfo_ext.ops.transform.triton import launch
+
+
+def _register_triton(fragment: torch.library.Library) -> Family:
+    launch.define(fragment)
+    return autograd.register(fragment, "_triton")
+
+
+# The compiled operators; None where the CPU library, which holds their schemas, is not there.
+NATIVE = library.once("transform", autograd.register) if library.status()["cpu"][0] else None
+# Defined in Python, so there without the CPU library, and without triton, which the first call asks for.
+TRITON = library.once("triton", _register_triton)
+OPERATOR = Operator(("G", "R", "L", "bias"), {"native": NATIVE, "triton": TRITON}, ("cpu", "cuda"))
+
+
+def transform(
+    R: Tensor, G: Tensor, L: Tensor, problems: Group, *, bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Y = R^T G L (+ bias), differentiable to any order by every operand.
+
+    Before a call is captured in a CUDA graph, make it once with the same problems and tasks.
+
+    Args:
+        R: (tasks or 1, problems.R.numel), packed left factors.
+        G: (tasks, problems.packing.numel), packed matrices.
+        L: (tasks or 1, problems.L.numel), packed right factors.
+        problems: the group.
+        bias: (tasks or 1, problems.bias.numel), added to each of the B matrices of a problem.
+        backend: "auto" (see `kfo_ext.ops.dispatch.Operator.resolve`), "native" (compiled), "triton" (compiled at the
+            first call) or "reference" (plain torch). Under torch.func transforms and forward-mode AD every backend runs
+            plain torch, which has all their rules.
+
+    Returns:
+        Y: (tasks, problems.packing.numel), of G's dtype. Half types, and everything under autocast, compute in float32.
+
+    Raises:
+        ValueError: sizes, rows or devices that do not fit, or an unknown backend.
+        TypeError: operands that are no dense floating-point tensors or, outside autocast, of several dtypes.
+        RuntimeError: the backend asked for does not run here.
+
+    Source: paper, appendix C.1 (W = R^T (x) L, the factorised weight of equation 21).
+    """
+    given = (G, R, L) if bias is None else (G, R, L, bias)
+    usual = _check(problems, given)
+
+    def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
+        if family is None:
+            check("transform", problems.columns, R, G, L, bias=bias)
+            return reference.transform(R, G, L, problems.flat, bias)
+        return family.transform(R, G, L, problems.flat, bias)
+
+    return OPERATOR.run(compute, given, backend, usual)
+
+
+def adjoint(R: Tensor, G: Tensor, L: Tensor, problems: Group, *, backend: str = "auto") -> Tensor:
+    """R G L^T, the adjoint of `transform`: <transform(R, X, L), G> = <X, adjoint(R, G, L)>; no factor is transposed.
+
+    Args, Returns, Raises: as `transform`.
+    """
+    usual = _check(problems, (G, R, L))
+
+    def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor) -> Tensor:
+        if family is None:
+            check("adjoint", problems.columns, R, G, L)
+            return reference.adjoint(R, G, L, problems.flat)
+        # The transform's own derivative by its matrices, which are not read for it: what stands there is of no account.
+        return family.backward(R, G.detach(), L, G, problems.flat, [False, True, False])[1]
+
+    return OPERATOR.run(compute, (G, R, L), backend, usual)
+
+
+def _check(problems: Group, given: tuple[Tensor, ...]) -> bool:
+    """Whether it is the usual call; see `Operator.check`."""
+    if not isinstance(problems, Group):
+        raise TypeError(f"problems: expected Problems, got {type(problems).__name__}")
+    usual = OPERATOR.check(given)
+    for name, operand in zip(OPERATOR.operands, given):
+        if operand.dim() != 2:
+            check_dimensions(name, operand, ("tasks", "elements"))
+    return usual

@@ -1,0 +1,1 @@
+"""The transform's Triton kernels: their plan, their launches, and the kernels."""
