@@ -10,11 +10,12 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from kfo_ext.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 # Limits of a container, of the two versions of Linux control groups.
 _GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -25,6 +26,9 @@ LARGEST_MMAP_THRESHOLD = 32 << 20
 
 def environment() -> dict[str, Any]:
     """Describe this process: machine, versions, git commit of the package if it lies in a checkout, command."""
+    # Here, since the command line asks this module before it needs torch.
+    import torch
+
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -64,6 +68,8 @@ def available_bytes(device: torch.device) -> int | None:
 
     On the CPU that is Linux's MemAvailable, or the limit of the container where that is less.
     """
+    import torch
+
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

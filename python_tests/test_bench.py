@@ -106,7 +106,7 @@ def test_rate_is_that_of_the_fastest_sample(monkeypatch, threads):
         now += steps * (3e-9 if len(asked) % 3 == 0 else 1e-9)
         return 10.0 * steps
 
-    monkeypatch.setattr(roofs.native, "cpu_multiply_adds", multiply_adds)
+    monkeypatch.setattr(roofs.library, "cpu_multiply_adds", multiply_adds)
     monkeypatch.setattr(roofs, "perf_counter", lambda: now)
     assert roofs.fma_rate(threads, 0.01) == pytest.approx(10e9)
     # Doubled until a sample lasts as long as it should.

@@ -18,23 +18,10 @@ from pathlib import Path
 import pytest
 from states import WAVES, assert_same
 
+from kfo_ext.runs import RunFolder, checkpoint, files, metrics, plot_runs, run_folder
 from kfo_ext.runs.metrics import Metrics, is_validation, read_metrics
 from kfo_ext.runs.progress import Progress
-from kfo_ext.trainer import (
-    Config,
-    RunFolder,
-    Trainer,
-    checkpoint,
-    compare_runs,
-    evaluate,
-    evaluate_run,
-    files,
-    load_learner,
-    loop,
-    metrics,
-    plot_runs,
-    run_folder,
-)
+from kfo_ext.trainer import Config, Trainer, compare_runs, evaluate, evaluate_run, load_learner, loop
 from kfo_ext.trainer.recipe import build_family
 
 

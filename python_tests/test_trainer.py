@@ -13,14 +13,13 @@ import pytest
 import torch
 from states import assert_same
 
+from kfo_ext.runs import RunFolder, checkpoint, plot_runs
 from kfo_ext.runs.metrics import Metrics, is_validation, read_metrics
 from kfo_ext.runs.progress import Progress
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.trainer import (
     Config,
-    RunFolder,
     Trainer,
-    checkpoint,
     compare_runs,
     evaluate,
     evaluate_run,
@@ -28,7 +27,6 @@ from kfo_ext.trainer import (
     loop,
     mean_interval,
     paired_difference,
-    plot_runs,
 )
 from kfo_ext.trainer.recipe import build_family, build_learner
 

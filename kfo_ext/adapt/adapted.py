@@ -71,7 +71,6 @@ class Adapted:
         for held, value in zip(slots(part, packing.names), values):
             # A parameter of its own: what is tied to another part of the model stays as it is there.
             parameter = nn.Parameter(value.clone())
-            for slot in held:
-                owner, _, own = slot.rpartition(".")
-                part.get_submodule(owner).register_parameter(own, parameter)
+            for owner, own in held:
+                owner.register_parameter(own, parameter)
         return copied

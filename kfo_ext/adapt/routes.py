@@ -8,13 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from kfo_ext.packing import Packing
 
-from .calls import embedding_slots, slots
+from .calls import call_with, slots
 from .composed import COMPOSED
 from .vmapped import Plan, make_plan, mapped
 
@@ -80,8 +79,7 @@ class Vmapped:
 
     def call(self, pieces: Sequence[Tensor], x: Tensor) -> Any:
         """The module's output for one task, from its parameters in the packing's order."""
-        parameters = {slot: piece for held, piece in zip(self.slots, pieces) for slot in held}
-        return functional_call(self.module, parameters, (x,), tie_weights=False)
+        return call_with(self.module, self.slots, pieces, x)
 
     def outputs(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor | list[Any]:
         outputs = mapped(self.module, self.call, self.plan)(list(leaves), x)
@@ -105,12 +103,13 @@ class TaskByTask:
     def __init__(self, module: nn.Module, packing: Packing) -> None:
         self.module, self.packing = module, packing
         self.slots = slots(module, packing.names)
-        sparse = embedding_slots(module, lambda embedding: embedding.sparse)
-        bounded = embedding_slots(module, lambda embedding: embedding.max_norm is not None)
         self.weight_norm = any(type(each).__name__ in _WEIGHT_NORMS for each in _parts(module))
         # The parameters whose gradients are sparse, and those that the forward scales down in place.
-        self.sparse = [i for i, held in enumerate(self.slots) if sparse.intersection(held)]
-        self.bounded = [i for i, held in enumerate(self.slots) if bounded.intersection(held)]
+        embeddings = [
+            [owner for owner, _ in held if isinstance(owner, (nn.Embedding, nn.EmbeddingBag))] for held in self.slots
+        ]
+        self.sparse = [i for i, owners in enumerate(embeddings) if any(each.sparse for each in owners)]
+        self.bounded = [i for i, owners in enumerate(embeddings) if any(each.max_norm is not None for each in owners)]
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
         if self.bounded:
@@ -129,10 +128,8 @@ class TaskByTask:
                 row[index] = row[index].clone()
             for index in self.sparse:
                 row[index] = _DenseGradient.apply(row[index])
-            parameters = {slot: piece for held, piece in zip(self.slots, row) for slot in held}
-            # The slots say all that is tied; by itself functional_call would enter a shared module twice.
             with _WeightNorm() if self.weight_norm else nullcontext():
-                outputs.append(functional_call(self.module, parameters, (each,), tie_weights=False))
+                outputs.append(call_with(self.module, self.slots, row, each))
             for piece, index in zip(pieces, self.bounded):
                 # theta goes on from the scaled values, as a tensor of its own would; no graph has saved them.
                 piece.data.copy_(row[index].data)

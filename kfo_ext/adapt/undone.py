@@ -29,7 +29,7 @@ def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
             (f"{type(each).__name__}.{name}", value, copy.copy(_contents(value)))
             for each, attributes in own
             for name, value in attributes.items()
-            # torch's functional_call is at work on the first.
+            # `call_with` is at work on the first.
             if name not in ("_parameters", "_modules") and _contents(value) is not None
         ]
 

@@ -281,9 +281,6 @@ class _Forward(TorchFunctionMode):
         fused = self.plan is not None and self.counts["norm"] in self.plan.fused
         weight = input.new_ones(input.shape[1]) if weight is None else weight
         bias = input.new_zeros(input.shape[1]) if bias is None else bias
-        if left_out is not None:
-            # It has no effect on the output, and so a gradient of zeros.
-            bias = bias + 0 * left_out
         follows = self.plan is not None and running_mean is not None
         running = per_task.Running(self.statistics, running_mean, running_var, momentum) if follows else None
         y = self._measured(per_task.batch_norm(input, weight, bias, eps, fused, running, left_out))

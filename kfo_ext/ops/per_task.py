@@ -70,7 +70,10 @@ class Running(NamedTuple):
 
 def _tasks(pair: tuple[Tensor, int | None], tasks: int) -> Tensor:
     X, dim = pair
-    return X.expand(tasks, *X.shape) if dim is None else X.movedim(dim, 0)
+    if dim is None:
+        return X.expand(tasks, *X.shape)
+    # A view that changes nothing would still be a step of every derivative.
+    return X if dim == 0 else X.movedim(dim, 0)
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, channels_last: bool = False) -> Tensor:
@@ -113,7 +116,7 @@ def batch_norm(
         eps: added to the variance.
         relu: whether negative values become zero.
         running: the statistics to bring up to date.
-        left_out: (channels,), what x lacks in every row: it changes the running mean alone.
+        left_out: (channels,), what x lacks in every row: it changes the running mean alone; its gradient is zero.
 
     Returns:
         y: as x.
@@ -122,9 +125,13 @@ def batch_norm(
     def compute(tasks: int, x: Any, weight: Any, bias: Any, left_out: Any) -> Tensor:
         pixels = _tasks(x, tasks).movedim(2, -1)
         rows = pixels.reshape(tasks, -1, pixels.shape[-1])
+        shift = None if left_out[0] is None else _tasks(left_out, tasks)
         if running is not None:
-            running.statistics.note(running, rows, 0 if left_out[0] is None else _tasks(left_out, tasks))
-        y = batch_norm_relu(rows, _tasks(weight, tasks), _tasks(bias, tasks), eps=eps, relu=relu)
+            running.statistics.note(running, rows, 0 if shift is None else shift)
+        bias = _tasks(bias, tasks)
+        if shift is not None:
+            bias = torch.add(bias, shift, alpha=0)
+        y = batch_norm_relu(rows, _tasks(weight, tasks), bias, eps=eps, relu=relu)
         return y.view(pixels.shape).movedim(-1, 2)
 
     return _all_tasks(compute, x, weight, bias, left_out)
