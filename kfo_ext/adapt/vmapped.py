@@ -7,7 +7,7 @@ since batch norm subtracts it again, and how large the activations are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -159,7 +159,7 @@ class _Forward(TorchFunctionMode):
         self.largest = 0
         # While planning: tensors whose memory a change in place would reach in a loop and not here, or the reverse.
         self.fixed: dict[int, Tensor] = {}
-        self.depth = 0
+        self.depth: int | None = None
         self.hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def begin(self, arguments: tuple) -> None:
@@ -314,7 +314,7 @@ def _memory(X: Tensor) -> int:
     return X.untyped_storage().data_ptr() if X.numel() else 0
 
 
-def _tensors(values: tuple) -> Iterator[Tensor]:
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm2d(hidden, eps=1e-5, track_running_stats=False)
         self.pool = nn.MaxPool2d(pool) if pool > 1 else nn.Identity()
         nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        nn.init.constant_(self.conv.get_parameter("bias"), 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(torch.relu(self.norm(self.conv(x))))
@@ -105,7 +105,7 @@ class CNN(nn.Module):
             nn.init.zeros_(self.head.weight)
             return
         for block in self.blocks:
-            nn.init.uniform_(block.norm.weight)
+            nn.init.uniform_(block.get_parameter("norm.weight"))
         if normal_head:
             nn.init.normal_(self.head.weight)
         else:

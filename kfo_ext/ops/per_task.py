@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import _add_batch_dim, _unwrap_batched
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 
 from kfo_ext.ops.batch_norm.op import batch_norm_relu
 from kfo_ext.ops.conv2d.op import conv2d as tasks_conv2d
@@ -25,6 +25,8 @@ def _all_tasks(function: Callable, *operands: Any) -> Tensor:
     """
     # As torch does for the vmap rule of an autograd.Function, without making one for each call.
     interpreter = retrieve_current_functorch_interpreter()
+    if not isinstance(interpreter, VmapInterpreter):
+        raise RuntimeError("per_task: expected to be called under torch.func.vmap, innermost")
     level = interpreter.level()
     pairs = [_unwrap_batched(X, level) if isinstance(X, Tensor) else (X, None) for X in operands]
     with interpreter.lower():
@@ -92,8 +94,8 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, channels_last: 
 
     def compute(tasks: int, x: Any, weight: Any) -> Tensor:
         images = _tasks(x, tasks).permute(0, 1, 3, 4, 2).contiguous()
-        options = {"stride": stride, "padding": padding, "channels_last": channels_last}
-        return tasks_conv2d(images, _tasks(weight, tasks), **options).permute(0, 1, 4, 2, 3)
+        y = tasks_conv2d(images, _tasks(weight, tasks), stride=stride, padding=padding, channels_last=channels_last)
+        return y.permute(0, 1, 4, 2, 3)
 
     return _all_tasks(compute, x, weight)
 

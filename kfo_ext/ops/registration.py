@@ -28,7 +28,7 @@ def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: s
     defaults = (None,) * len(schema)
     tensors = [i for i, argument in enumerate(schema) if "Tensor" in str(argument.type)]
     # Function.apply itself first looks for what functorch left behind, which the dispatcher has dealt with already.
-    apply = super(Function, function).apply
+    apply = super(Function, function).apply  # type: ignore[misc]  # of torch's C++ base class
 
     def kernel(keyset, *arguments):
         # The dispatcher leaves out trailing arguments that have their default, here always None.

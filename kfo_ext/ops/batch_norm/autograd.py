@@ -7,7 +7,8 @@ derivative by x holds what goes through them: as operands of their own they have
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -98,50 +99,50 @@ def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function],
         def backward(ctx, ex, eweight, ey):
             if ex is None and eweight is None and ey is None:
                 return (None,) * 12
-            x, weight, bias, rstd, *cotangents = ctx.saved_tensors
+            x, weight, bias, rstd, dy, *dd = ctx.saved_tensors
             needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:9]]
-            gradients = _third_order((x, weight, bias, *cotangents), rstd, ctx.relu, (ex, eweight, ey), needed)
+            gradients = _third_order((x, weight, bias, dy), tuple(dd), rstd, ctx.relu, (ex, eweight, ey), needed)
             return *gradients[:3], None, None, *gradients[3:], None, None, None
 
     return BatchNormRelu, BatchNormReluBackward, BatchNormReluDoubleBackward
 
 
-def _paired(cotangents: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> Tensor | None:
-    """sum <cotangent, output> over the pairs of which neither is missing."""
+def _paired(cotangents: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> Tensor:
+    """sum <cotangent, output> over the pairs of which neither is missing; there is one at least."""
     terms = [(c * out).sum() for c, out in zip(cotangents, outputs) if c is not None and out is not None]
-    return sum(terms) if terms else None
+    return reduce(torch.add, terms)
 
 
 def _third_order(
-    operands: tuple[Tensor | None, ...],
+    operands: tuple[Tensor, Tensor, Tensor, Tensor],
+    dd: tuple[Tensor | None, ...],
     rstd: Tensor,
     relu: bool,
     cotangents: tuple[Tensor | None, ...],
     needed: list[bool],
 ) -> list[Tensor | None]:
-    """The derivatives of the double backward by its operands, by plain torch; differentiable where grad mode is on.
+    """The derivatives of the double backward by operands and dd, by plain torch; differentiable where grad mode is on.
 
-    operands: x, weight, bias, dy, ddx, ddweight, ddbias; cotangents: of dx, dweight, ddy.
+    operands: x, weight, bias, dy; dd: ddx, ddweight, ddbias; cotangents: of dx, dweight, ddy.
     """
     again = torch.is_grad_enabled()
 
-    def own(operand: Tensor | None) -> Tensor | None:
+    def own(operand: Tensor) -> Tensor:
         """An alias for this derivative alone: of the graph if that is to be differentiated again, else a leaf."""
-        if operand is None:
-            return None
         return operand.view_as(operand) if again and operand.requires_grad else operand.detach().requires_grad_()
 
     with torch.enable_grad():
-        x, weight, bias, dy, *dd = owned = [own(operand) for operand in operands]
+        x, weight, bias, dy = map(own, operands)
+        dd = tuple(None if X is None else own(X) for X in dd)
         # The eps that rstd was made with: rstd and all its derivatives by x then come out as they were.
-        eps = rstd.square().reciprocal().unsqueeze(1) - operands[0].detach().var(1, unbiased=False, keepdim=True)
+        eps = rstd.square().reciprocal().unsqueeze(1) - x.detach().var(1, unbiased=False, keepdim=True)
         y = reference.batch_norm_relu(x, weight, bias, eps, relu)
         first = torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True)
         second = torch.autograd.grad(
             _paired(dd, first), (x, weight, dy), create_graph=True, allow_unused=True, materialize_grads=True
         )
         value = _paired(cotangents, second)
-        wanted = [operand for operand, need in zip(owned, needed) if need]
+        wanted = [X for X, need in zip((x, weight, bias, dy, *dd), needed) if need and X is not None]
         gradients = iter(torch.autograd.grad(value, wanted, create_graph=again, materialize_grads=True))
         return [next(gradients) if need else None for need in needed]
 

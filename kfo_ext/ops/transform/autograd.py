@@ -44,7 +44,8 @@ def form_gradients(
     def add(slot_value: Tensor, gradient: Tensor) -> None:
         for i, operand in enumerate(wanted):
             if operand is slot_value:
-                gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
+                sum_so_far = gradients[i]
+                gradients[i] = gradient if sum_so_far is None else sum_so_far + gradient
                 return
 
     for R, G, L, Y in terms:

@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,8 +206,8 @@ def _factors(part: Part, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     return _cut(R, part.R, part.p**2), _cut(L, part.L, part.q**2)
 
 
-def _matrices(part: Part, *tensors: Tensor) -> list[Tensor]:
-    return [_cut(X, part.G, part.B * part.p * part.q) for X in tensors]
+def _matrices(part: Part, X: Tensor) -> Tensor:
+    return _cut(X, part.G, part.B * part.p * part.q)
 
 
 def _partials(part: Part, part_R: Tensor, part_L: Tensor, need_R: bool, need_L: bool) -> tuple[Tensor, Tensor]:
@@ -230,7 +231,7 @@ def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tens
         for part in plan.large:
             p, q = part.p, part.q
             R_i, L_i = _factors(part, R, L)
-            G_i, Y_i = _matrices(part, G, Y)
+            G_i, Y_i = _matrices(part, G), _matrices(part, Y)
             N = launch.scratch(part)
             launch.product(N, (p, q, q), [(G_i, L_i)], part)
             bias_i = None if bias is None else _cut(bias, part.bias, p * q)
@@ -259,13 +260,13 @@ def backward(
         for part in plan.large:
             p, q = part.p, part.q
             R_i, L_i = _factors(part, R, L)
-            G_i, dY_i = _matrices(part, G, dY)
+            G_i, dY_i = _matrices(part, G), _matrices(part, dY)
             dR_i, dL_i = _partials(part, part_R, part_L, need_R, need_L)
             if need_G or need_L:
                 M = launch.scratch(part)
                 launch.product(M, (p, q, p), [(R_i, dY_i)], part)
             if need_G:
-                launch.product(*_matrices(part, dG), (p, q, q), [(M, L_i)], part, turned=(False, True))
+                launch.product(_matrices(part, dG), (p, q, q), [(M, L_i)], part, turned=(False, True))
             if need_R:
                 N = launch.scratch(part)
                 launch.product(N, (p, q, q), [(G_i, L_i)], part)
@@ -331,7 +332,7 @@ def _large_double_backward(
     p, q = part.p, part.q
     R_i, L_i = _factors(part, R, L)
     ddR_i, ddL_i = _factors(part, ddR, ddL)
-    G_i, dY_i, ddG_i = _matrices(part, G, dY, ddG)
+    G_i, dY_i, ddG_i = (_matrices(part, X) for X in (G, dY, ddG))
     dR_i, dL_i = _partials(part, part_R, part_L, need_R, need_L)
 
     def matrices(sizes: tuple[int, int, int], *terms: tuple[Tensor, Tensor]) -> Tensor:
@@ -339,17 +340,20 @@ def _large_double_backward(
         launch.product(out, sizes, terms, part)
         return out
 
-    def write(out: Tensor, sizes: tuple[int, int, int], terms: list, turned: tuple[bool, bool], over_B: bool) -> None:
+    def write(
+        out: Tensor, sizes: tuple[int, int, int], terms: list[Any], turned: tuple[bool, bool], over_B: bool
+    ) -> None:
         if terms:
             launch.product(out, sizes, terms, part, turned=turned, over_B=over_B)
         else:
             out.zero_()
 
+    terms: list[tuple[Tensor | None, Tensor | None]]
     S = matrices((p, q, p), (ddR_i, dY_i)) if has_R and (need_G or need_L) else None
     M = matrices((p, q, p), (R_i, dY_i)) if (has_L and need_G) or (has_G and need_L) else None
     if need_G:
         terms = [(S, L_i)] * has_R + [(M, ddL_i)] * has_L
-        write(*_matrices(part, dG), (p, q, q), terms, (False, True), False)
+        write(_matrices(part, dG), (p, q, q), terms, (False, True), False)
     if need_L:
         terms = [(G_i, S)] * has_R + [(ddG_i, M)] * has_G
         write(dL_i, (q, q, p), terms, (True, False), True)
@@ -360,7 +364,7 @@ def _large_double_backward(
     if need_Y:
         N = matrices((p, q, q), (G_i, L_i)) if has_R else None
         terms = [(ddR_i, N)] * has_R + [(R_i, K)] * (K is not None)
-        write(*_matrices(part, ddY), (p, q, p), terms, (True, False), False)
+        write(_matrices(part, ddY), (p, q, p), terms, (True, False), False)
 
 
 def define(library: torch.library.Library) -> None:
