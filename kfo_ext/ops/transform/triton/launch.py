@@ -348,7 +348,7 @@ def _large_double_backward(
         else:
             out.zero_()
 
-    terms: list[tuple[Tensor | None, Tensor | None]]
+    terms: list[tuple[Any, Any]]
     S = matrices((p, q, p), (ddR_i, dY_i)) if has_R and (need_G or need_L) else None
     M = matrices((p, q, p), (R_i, dY_i)) if (has_L and need_G) or (has_G and need_L) else None
     if need_G:
