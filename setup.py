@@ -119,7 +119,8 @@ def build_graph(version: str, torch: str, nvcc: tuple[str, str] | None) -> str:
         program = f"TMPDIR=. {shlex.quote(nvcc[0])} -ccbin {shlex.quote(' '.join(words))}".replace("$", "$$")
         code = " ".join(f"-gencode arch=compute_{name.rpartition('_')[2]},code={name}" for name in codes)
         host = "-fPIC,-fvisibility=hidden,-g0,-ffp-contract=off"
-        device = f"-O3 -std=c++17 {code} --compress-mode=size -Xcompiler {host}"
+        # torch's stable headers declare their CUDA functions under USE_CUDA.
+        device = f"-O3 -std=c++17 -DUSE_CUDA {code} --compress-mode=size -Xcompiler {host}"
         graph.rule("nvcc", f"{program} -MMD -MF $out.d {device} $flags -c $in -o $out")
         # libtorch by name, although nothing is taken from it: under a CUDA torch it is what brings libtorch_cuda in.
         graph.rule(

@@ -1,5 +1,5 @@
-// Batch norm by batch statistics, then ReLU, and its derivatives: what each order does with a channel, given sums over
-// its N rows. No torch. Internal linkage: this is compiled for each instruction set.
+// Batch norm by batch statistics, then ReLU where it is asked for: what both derivatives do with a channel, given sums
+// over its N rows. No torch. Internal linkage: this is compiled for each instruction set.
 //
 //     d = x - mean,  xhat = r d,  a = w r,  z = a d + b,  y = [z > 0] z,  g = [z > 0] dy
 //
@@ -7,10 +7,7 @@
 // values, with coefficients that belong to the channel; u, p and q are the cotangents of dx, dweight and dbias.
 #pragma once
 
-#if !defined(__CUDACC__) && !defined(__host__)
-#define __host__
-#define __device__
-#endif
+#include "qualifiers.h"
 
 namespace {
 

@@ -1,6 +1,11 @@
 // Every check of an operand of the three batch norm ops, in one place: the CPU and the CUDA library both call these.
 #pragma once
 
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
 #include "check.h"
 
 namespace kfo {

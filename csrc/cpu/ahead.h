@@ -6,7 +6,7 @@
 
 namespace kfo::cpu {
 
-// Ranges still to be asked for, first to last. Data alone: what works on it belongs to each instruction set.
+// Ranges still to be asked for, first to last.
 struct Ahead {
   static constexpr int kLine = 64;    // bytes of a line of the cache
   static constexpr int kRanges = 12;  // five results of a job, seven operands of the next

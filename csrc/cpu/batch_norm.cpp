@@ -1,11 +1,15 @@
 // The three batch norm ops on the CPU: checks, outputs, channels over threads, and their registration.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../check_batch_norm.h"
-#include "../outputs.h"
+#include "../integers.h"
+#include "../tensors.h"
 #include "batch_norm_kernels.h"
 #include "isa.h"
 #include "parts.h"
@@ -21,31 +25,12 @@ constexpr int64_t kUnitBytes = 128;             // of a row: two cache lines, wh
 int64_t unit_channels(int64_t tasks, int64_t channels, int64_t element_size) {
   const int64_t line = kUnitBytes / 2 / element_size;
   const int64_t wide = std::min(kBatchNormChannels, 2 * line);
-  return tasks * ((channels + wide - 1) / wide) < 8 ? line : wide;
+  return tasks * ceil_div(channels, wide) < 8 ? line : wide;
 }
 
 struct Sizes {
   explicit Sizes(const Tensor& x) : tasks(x.size(0)), rows(x.size(1)), channels(x.size(2)) {}
   int64_t tasks, rows, channels;
-};
-
-// A contiguous operand, which it keeps alive; absent if there is no tensor.
-class Input {
- public:
-  explicit Input(const std::optional<Tensor>& tensor) {
-    if (tensor) tensor_ = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
-  }
-
-  // Element (task, 0, channel), or (task, channel) of a parameter, whose one row may be that of every task.
-  template <class T>
-  const T* at(int64_t task, int64_t channel) const {
-    if (!tensor_) return nullptr;
-    const bool shared = tensor_->dim() == 2 && tensor_->size(0) == 1;
-    return static_cast<const T*>(tensor_->const_data_ptr()) + (shared ? 0 : task * tensor_->stride(0)) + channel;
-  }
-
- private:
-  std::optional<Tensor> tensor_;
 };
 
 // What both derivatives read.
@@ -62,22 +47,16 @@ struct Saved {
 };
 
 // A new tensor of x's shape, or of shape (0,) if it is not needed.
-class Output {
- public:
-  Output(const Tensor& x, bool needed) : needed_(needed) {
-    tensor = new_output(x, needed, {x.size(0), x.size(1), x.size(2)});
-  }
+struct Output {
+  Output(const Tensor& x, bool needed) : tensor(new_output(x, needed, {x.size(0), x.size(1), x.size(2)})) {}
 
   template <class T>
   T* at(int64_t task, int64_t channel) const {
-    if (!needed_) return nullptr;
-    return static_cast<T*>(tensor.mutable_data_ptr()) + task * tensor.stride(0) + channel;
+    T* const data = written<T>(tensor);
+    return data ? data + task * tensor.stride(0) + channel : nullptr;
   }
 
   Tensor tensor;
-
- private:
-  bool needed_;
 };
 
 // The gradient of a parameter: a row for each task; `sum` adds them up where the parameter has one row for all.
@@ -128,7 +107,7 @@ const BatchNormKernels& chosen_kernels() {
 template <class T, class Fill>
 void for_jobs(const Sizes& sizes, void (*kernel)(const BatchNormJob<T>&), Fill fill) {
   const int64_t width = unit_channels(sizes.tasks, sizes.channels, sizeof(T));
-  const int64_t groups = (sizes.channels + width - 1) / width, jobs = sizes.tasks * groups;
+  const int64_t groups = ceil_div(sizes.channels, width), jobs = sizes.tasks * groups;
   const bool worth_threads = sizes.tasks * sizes.rows * sizes.channels >= kParallelElements;
   run_parts(jobs, worth_threads, [&](int64_t i, int64_t) {
     const int64_t task = i / groups, channel = i % groups * width;
@@ -151,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& x, const Tensor
   const Tensor rstd = new_tensor(x, {sizes.tasks, sizes.channels});
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
-    T *means = static_cast<T*>(mean.mutable_data_ptr()), *rstds = static_cast<T*>(rstd.mutable_data_ptr());
+    T *means = written<T>(mean), *rstds = written<T>(rstd);
     for_jobs<T>(sizes, kernels.of<T>().forward, [&](BatchNormJob<T>& job, int64_t t, int64_t c) {
       job.eps = eps, job.relu = relu;
       job.x = in_x.at<T>(t, c), job.weight = in_weight.at<T>(t, c), job.bias = in_bias.at<T>(t, c);

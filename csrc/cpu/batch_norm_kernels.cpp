@@ -11,16 +11,16 @@
 #include <cmath>
 
 #include "../batch_norm.h"
+#include "../integers.h"
 #include "vec.h"
 
 namespace {
 
+using kfo::smaller;
 using kfo::cpu::BatchNormJob;
 using kfo::cpu::kBatchNormChannels;
 
 constexpr int64_t kBlockRows = 64;
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Up to kLanes<T> channels, the first of them `first`.
 template <class T>

@@ -1,5 +1,6 @@
 // The two layouts the orders are computed in. Each block holds some matrices X_b of one problem and offers the same
-// operations on them: load, left (F X), right (X F), left_gradient (sum X Y^T), right_gradient (sum X^T Y) and store.
+// operations on them: load, clear, left (F X), right (X F), left_gradient (sum X Y^T), right_gradient (sum X^T Y) and
+// store.
 #pragma once
 
 #include "large.h"
@@ -24,11 +25,9 @@ class LaneBlock {
   using Matrix = T*;
 
   LaneBlock(const Job<T>& job, int64_t first, int64_t rows, T* memory)
-      : job_(job), first_(first), rows_(rows), width_(ceil_div(rows, kLanes<T>) * kLanes<T>), free_(memory) {}
+      : job_(job), first_(first), rows_(rows), width_(round_up(rows, kLanes<T>)), free_(memory) {}
 
-  static int64_t matrix_elements(const Job<T>& job, int64_t rows) {
-    return job.p * job.q * ceil_div(rows, kLanes<T>) * kLanes<T>;
-  }
+  static int64_t matrix_elements(const Job<T>& job, int64_t rows) { return job.p * job.q * round_up(rows, kLanes<T>); }
 
   Matrix matrix() {
     Matrix out = free_;
@@ -99,7 +98,7 @@ class RowBlock {
     return matrices * matrix_elements(job) + (needs_copies(job) ? copies_memory<T>() : 0);
   }
 
-  static int64_t width(const Job<T>& job) { return ceil_div(job.q, kLanes<T>) * kLanes<T>; }
+  static int64_t width(const Job<T>& job) { return round_up(job.q, kLanes<T>); }
   static int64_t matrix_elements(const Job<T>& job) { return job.p * width(job); }
 
   Matrix matrix() {

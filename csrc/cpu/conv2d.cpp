@@ -2,7 +2,6 @@
 // and registration. The three are each other's derivatives.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <string>
@@ -10,7 +9,8 @@
 #include <vector>
 
 #include "../check.h"
-#include "../outputs.h"
+#include "../integers.h"
+#include "../tensors.h"
 #include "conv2d_kernels.h"
 #include "isa.h"
 #include "parts.h"
@@ -95,20 +95,10 @@ class Conv2dOperands : public OpChecks {
   }
 };
 
-// The tensor itself where each task's elements are contiguous, at whatever distance the tasks lie; else a copy.
-Tensor contiguous_tasks(const Tensor& tensor) {
-  int64_t expected = 1;
-  for (int64_t d = tensor.dim() - 1; d > 0; --d) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return torch::stable::contiguous(tensor);
-    expected *= tensor.size(d);
-  }
-  return tensor;
-}
-
 // Points to a task's elements.
 template <class T>
-void set(const T*& pointer, const Tensor& tensor, int64_t task) {
-  pointer = static_cast<const T*>(tensor.const_data_ptr()) + task * tensor.stride(0);
+void set(const T*& pointer, const Input& input, int64_t task) {
+  pointer = input.at<T>(task);
 }
 template <class T>
 void set(T*& pointer, const Tensor& tensor, int64_t task) {
@@ -129,7 +119,7 @@ void run(const Tensor& like, int64_t count, const Conv2dShape& s, KernelOf kerne
   const double flops =
       2.0 * static_cast<double>(tasks * s.N * s.Ho() * s.Wo()) * static_cast<double>(s.O * s.C * s.KH * s.KW);
   const bool worth_threads = flops >= kParallelFlops;
-  const int64_t parts = worth_threads ? std::min(count, (kParts + tasks - 1) / tasks) : 1;
+  const int64_t parts = worth_threads ? std::min(count, ceil_div(kParts, tasks)) : 1;
   with_type(like, [&](auto type) {
     using T = decltype(type);
     const auto kernel = kernel_of(kernels().of<T>());
@@ -142,59 +132,59 @@ void run(const Tensor& like, int64_t count, const Conv2dShape& s, KernelOf kerne
   });
 }
 
-Tensor conv2d(const Tensor& x_, const Tensor& weight_, int64_t stride, int64_t padding) {
-  Conv2dOperands operands("conv2d", "x", x_, kImages, stride, padding);
-  operands.other("weight", weight_, kWeights);
+Tensor conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  Conv2dOperands operands("conv2d", "x", x, kImages, stride, padding);
+  operands.other("weight", weight, kWeights);
   Conv2dShape& s = operands.shape_;
-  operands.images(x_);
-  operands.same("weight", "in channels", weight_.size(2), s.C);
-  s.O = weight_.size(1), s.KH = weight_.size(3), s.KW = weight_.size(4);
+  operands.images(x);
+  operands.same("weight", "in channels", weight.size(2), s.C);
+  s.O = weight.size(1), s.KH = weight.size(3), s.KW = weight.size(4);
   operands.shape();
-  const Tensor x = contiguous_tasks(x_), weight = contiguous_tasks(weight_);
+  const Input in_x(x), in_weight(weight);
   Tensor y = new_tensor(x, {x.size(0), s.N, s.Ho(), s.Wo(), s.O});
   run(
       x, s.N, s, [](const auto& ops) { return ops.forward; },
       [&](auto& job, int64_t t) {
-        set(job.x, x, t);
-        set(job.weight, weight, t);
+        set(job.x, in_x, t);
+        set(job.weight, in_weight, t);
         set(job.y, y, t);
       });
   return y;
 }
 
-Tensor conv2d_input(const Tensor& dy_, const Tensor& weight_, const std::vector<int64_t>& size, int64_t stride,
+Tensor conv2d_input(const Tensor& dy, const Tensor& weight, const std::vector<int64_t>& size, int64_t stride,
                     int64_t padding) {
-  Conv2dOperands operands("conv2d_input", "dy", dy_, kResults, stride, padding);
-  operands.other("weight", weight_, kWeights);
+  Conv2dOperands operands("conv2d_input", "dy", dy, kResults, stride, padding);
+  operands.other("weight", weight, kWeights);
   Conv2dShape& s = operands.shape_;
   operands.pair("size", size);
-  s = {dy_.size(1),     size[0],         size[1],  weight_.size(2), weight_.size(1),
-       weight_.size(3), weight_.size(4), s.stride, s.padding};
+  s = {dy.size(1),     size[0],        size[1],  weight.size(2), weight.size(1),
+       weight.size(3), weight.size(4), s.stride, s.padding};
   operands.shape();
-  operands.results(dy_);
-  const Tensor dy = contiguous_tasks(dy_), weight = contiguous_tasks(weight_);
+  operands.results(dy);
+  const Input in_dy(dy), in_weight(weight);
   Tensor dx = new_tensor(dy, {dy.size(0), s.N, s.H, s.W, s.C});
   run(
       dy, s.N, s, [](const auto& ops) { return ops.input; },
       [&](auto& job, int64_t t) {
-        set(job.dy, dy, t);
-        set(job.weight, weight, t);
+        set(job.dy, in_dy, t);
+        set(job.weight, in_weight, t);
         set(job.dx, dx, t);
       });
   return dx;
 }
 
-Tensor conv2d_weight(const Tensor& x_, const Tensor& dy_, const std::vector<int64_t>& kernel_size, int64_t stride,
+Tensor conv2d_weight(const Tensor& x, const Tensor& dy, const std::vector<int64_t>& kernel_size, int64_t stride,
                      int64_t padding) {
-  Conv2dOperands operands("conv2d_weight", "x", x_, kImages, stride, padding);
-  operands.other("dy", dy_, kResults);
+  Conv2dOperands operands("conv2d_weight", "x", x, kImages, stride, padding);
+  operands.other("dy", dy, kResults);
   Conv2dShape& s = operands.shape_;
-  operands.images(x_);
+  operands.images(x);
   operands.pair("kernel_size", kernel_size);
-  s.O = dy_.size(4), s.KH = kernel_size[0], s.KW = kernel_size[1];
+  s.O = dy.size(4), s.KH = kernel_size[0], s.KW = kernel_size[1];
   operands.shape();
-  operands.results(dy_);
-  const Tensor x = contiguous_tasks(x_), dy = contiguous_tasks(dy_);
+  operands.results(dy);
+  const Input in_x(x), in_dy(dy);
   Tensor dweight = new_tensor(x, {x.size(0), s.O, s.C, s.KH, s.KW});
   if (s.N == 0) {
     torch::stable::zero_(dweight);
@@ -203,8 +193,8 @@ Tensor conv2d_weight(const Tensor& x_, const Tensor& dy_, const std::vector<int6
   run(
       x, s.KH * s.KW * s.C, s, [](const auto& ops) { return ops.weight; },
       [&](auto& job, int64_t t) {
-        set(job.x, x, t);
-        set(job.dy, dy, t);
+        set(job.x, in_x, t);
+        set(job.dy, in_dy, t);
         set(job.dweight, dweight, t);
       });
   return dweight;

@@ -160,7 +160,7 @@ class Pieces {
  public:
   template <class U>
   static int64_t bytes(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+    return round_up(count * static_cast<int64_t>(sizeof(U)), Ahead::kLine);
   }
   explicit Pieces(int64_t bytes) : next_(static_cast<char*>(scratch(static_cast<size_t>(bytes)))) {}
   template <class U>

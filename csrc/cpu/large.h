@@ -7,14 +7,13 @@
 
 namespace {
 
-constexpr int64_t kLargeDepth = 256;             // k of a block
 constexpr int64_t kLargeRows = 192;              // rows of A of a block, which stays in the second-level cache
 constexpr int64_t kLargeVectors = kTileVectors;  // of a row of a block of X: one strip
 
 // Elements of memory that `product_of_copies` needs.
 template <class T>
 constexpr int64_t copies_memory() {
-  return kLargeDepth * (kLargeRows + kLargeVectors * kLanes<T>);
+  return kStripDepth * (kLargeRows + kLargeVectors * kLanes<T>);
 }
 
 // Whether copies of the operands cost little beside the product, and their strides much.
@@ -46,16 +45,16 @@ void product_of_copies(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> 
                        T* memory) {
   constexpr int W = kLanes<T>;
   T* rows_of_A = memory;
-  T* strip_of_X = memory + kLargeDepth * kLargeRows;
-  for (int64_t k = 0; k < K; k += kLargeDepth) {
-    const int64_t depth = smaller(K - k, kLargeDepth);
+  T* strip_of_X = memory + kStripDepth * kLargeRows;
+  for (int64_t k = 0; k < K; k += kStripDepth) {
+    const int64_t depth = smaller(K - k, kStripDepth);
     const bool keep = add || k > 0;
     Cut(M, kLargeRows).each([&](int64_t m, int64_t rows) {
-      const int64_t width = ceil_div(rows, W) * W;
+      const int64_t width = round_up(rows, W);
       pack<T>({A.data + m * A.row + k * A.column, A.row, A.column}, rows, depth, rows_of_A, width);
       const Factor<T> a{rows_of_A, 1, width};
       for (int64_t n = 0; n < N; n += kLargeVectors * W) {
-        const int64_t columns = smaller(N - n, kLargeVectors * W), stride = ceil_div(columns, W) * W;
+        const int64_t columns = smaller(N - n, kLargeVectors * W), stride = round_up(columns, W);
         pack<T>({X.data + n * X.row + k * X.column, X.row, X.column}, columns, depth, strip_of_X, stride);
         product<T>(ahead, rows, columns, depth, a, {strip_of_X, stride}, {C.data + m * C.row + n, C.row}, keep);
       }

@@ -1,8 +1,7 @@
-// What the calls of all ops share: parts over the threads of torch, and the type of their elements.
+// The parts of a call, over the threads of torch.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
@@ -36,15 +35,6 @@ void run_parts(int64_t count, bool worth_threads, Run run) {
     });
   }
   trim_scratch();
-}
-
-// Calls run(T{}) with the C++ type of a checked tensor's elements.
-template <class Run>
-void with_type(const torch::stable::Tensor& tensor, Run run) {
-  if (tensor.scalar_type() == torch::headeronly::ScalarType::Float)
-    run(float{});
-  else
-    run(double{});
 }
 
 }  // namespace kfo::cpu

@@ -1,11 +1,16 @@
-// The two small matrix products every order is made of. Both accumulate in a fixed order that depends on sizes only.
+// The two small matrix products that the transform's orders are made of, `product` and `dots`, and what convolutions
+// share with them. Both accumulate in a fixed order that depends on sizes only.
 #pragma once
 
+#include "../integers.h"
 #include "ahead.h"
 #include "vec.h"
 
 namespace {
 
+using kfo::ceil_div;
+using kfo::round_up;
+using kfo::smaller;
 using kfo::cpu::Ahead;
 
 // Element (m, k) is data[m * row + k * column].
@@ -21,9 +26,6 @@ struct Rows {
   T* data;
   int64_t row;
 };
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // n in as few parts of about the same size as hold `most` each: first the longer ones, which have one more.
 struct Cut {
@@ -91,7 +93,7 @@ void product_tile(Ahead* ahead, Factor<T> A, Rows<const T> X, Rows<T> C, int64_t
     fetch_ahead(ahead);
     const T* x = X.data + i * times.x_step;
     // A pointer for each kApart rows of A: the others are within reach of an address, without a register of their own.
-    constexpr int kApart = 3, kPointers = (M + kApart - 1) / kApart;
+    constexpr int kApart = 3, kPointers = ceil_div(M, kApart);
     const T* a[kPointers];
 #pragma GCC unroll 16
     for (int m = 0; m < kPointers; ++m) a[m] = A.data + i * times.a_step + m * kApart * A.row;
@@ -183,16 +185,17 @@ void product_strip(Ahead* ahead, int64_t M, int64_t K, Factor<T> A, Rows<const T
   }
 }
 
+// Rows of X of a strip: 24 KB with AVX2, in the first-level cache; 64 KB with AVX-512, in the second.
+constexpr int64_t kStripDepth = 256;
+
 // C (M, N) = A (M, K) X (K, N), or C += A X.
 template <class T>
 void product(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, bool add = false,
              Times times = {}) {
   constexpr int W = kLanes<T>;
-  // Rows of X of a strip: 24 KB with AVX2, in the first-level cache; 64 KB with AVX-512, in the second.
-  constexpr int64_t kDepth = 256;
   const int64_t vectors = N / W;
-  for (int64_t k = 0; k < K; k += kDepth) {
-    const int64_t depth = smaller(K - k, kDepth);
+  for (int64_t k = 0; k < K; k += kStripDepth) {
+    const int64_t depth = smaller(K - k, kStripDepth);
     const Factor<T> a{A.data + k * A.column, A.row, A.column};
     const T* x = X.data + k * X.row;
     const bool keep = add || k > 0;
@@ -229,7 +232,7 @@ struct Runs {
 template <class T, int M, int N>
 void dots_tile(Ahead* ahead, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add, int64_t times) {
   constexpr int W = kLanes<T>, kSums = M * N;
-  constexpr int kGroup = kSums >= W ? W : power_of_two(kSums), kPadded = (kSums + kGroup - 1) / kGroup * kGroup;
+  constexpr int kGroup = kSums >= W ? W : power_of_two(kSums), kPadded = static_cast<int>(round_up(kSums, kGroup));
   const int64_t whole = runs.length / W * W;
   const int rest = static_cast<int>(runs.length - whole);
   for (int64_t i = 0; i < times; ++i) {
@@ -253,7 +256,7 @@ void dots_tile(Ahead* ahead, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs r
       for (int64_t k = 0; k < whole; k += W) step(a + k, x + k, [](const T* p) { return load(p); });
       if (rest) step(a + whole, x + whole, [rest](const T* p) { return load_first(p, rest); });
     }
-    alignas(64) T totals[(kPadded + W - 1) / W * W];
+    alignas(64) T totals[round_up(kPadded, W)];
 #pragma GCC unroll 16
     for (int i = 0; i < kPadded; i += kGroup) store(totals + i, lane_sums<T, kGroup>(sums + i));
     T* c = C.data + i * N;
@@ -301,7 +304,7 @@ void dots(Ahead* ahead, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, 
           bool add = false) {
   constexpr int64_t kCached = 131072 / sizeof(T);  // elements of X that stay cached while all of A passes by
   if (runs.count > 1 && runs.step == runs.length) runs = {1, runs.count * runs.length, 0};
-  const int64_t block = ceil_div(kCached / (runs.count * runs.length) + 1, 16) * 16;
+  const int64_t block = round_up(kCached / (runs.count * runs.length) + 1, 16);
   for (int64_t n = 0; n < N; n += block)
     Cut(M, kDotsRows).each([&](int64_t m, int64_t strip) {
       const Rows<const T> a{A.data + m * A.row, A.row}, x{X.data + n * X.row, X.row};

@@ -1,6 +1,6 @@
 // How the CPU library cuts a group into chunks, and how the partial gradients of factors are added up. Depends on
-// shapes, tasks and sharing only, never on the number of threads: so does the order of every sum, and every bit of the
-// result.
+// shapes, tasks, order and sharing only, never on the number of threads: so does the order of every sum, and every bit
+// of the result.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "../integers.h"
 #include "../plan.h"
 
 namespace kfo::cpu {
@@ -49,14 +50,12 @@ constexpr int64_t kRowMajorSide = 32, kRowMajorElements = 4096;  // from either 
 constexpr int64_t kPartialElements = int64_t{1} << 23;           // of one problem
 constexpr double kFlopsPerPartial = 128;  // below, a chunk's partial results cost more than it computes
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Into how many chunks `rows` rows of a problem are cut, and the rows of each but the last.
 inline int64_t chunk_rows(const Problem& problem, int64_t rows, Order order) {
   const double wanted = kChunkFlops / flops_per_matrix(problem, order);
   int64_t size = std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, rows);
   const bool row_major = std::min(problem.p, problem.q) >= kRowMajorSide || problem.p * problem.q >= kRowMajorElements;
-  if (!row_major) size = ceil_div(size, kRowsMultiple) * kRowsMultiple;
+  if (!row_major) size = round_up(size, kRowsMultiple);
   if (order != Order::forward) {
     size = std::min(size, kRowsAtMost);
     const int64_t partial = problem.p * problem.p + problem.q * problem.q;
@@ -78,7 +77,7 @@ inline Schedule make_schedule(const std::vector<int64_t>& shapes, int64_t tasks,
     const Problem& problem = schedule.group.problems[i];
     const int64_t rows = joined ? problem.B * tasks : problem.B;
     const int64_t size = rows ? detail::chunk_rows(problem, rows, order) : 1;
-    const int64_t parts = detail::ceil_div(rows, size);
+    const int64_t parts = ceil_div(rows, size);
     const double flops = flops_per_matrix(problem, order);
 
     // The chunks of a row of a factor's gradient follow each other: of one task, or of all of them where it is shared.

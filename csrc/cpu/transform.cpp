@@ -1,4 +1,7 @@
-// The three ops on the CPU: checks, outputs, chunks over threads, and their registration.
+// The three transform ops on the CPU: checks, outputs, chunks over threads, and their registration.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <initializer_list>
 #include <memory>
@@ -6,8 +9,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
-#include "../outputs.h"
+#include "../check_transform.h"
+#include "../tensors.h"
 #include "ahead.h"
 #include "isa.h"
 #include "parts.h"
@@ -26,7 +29,7 @@ thread_local Scratch partial_memory;
 // Operands and results of a call as bare pointers. Null data: absent, or not wanted.
 template <class T>
 struct Call {
-  Packed<T> R, G, L, bias, dY, ddR, ddG, ddL;
+  PackedRows<const T> R, G, L, bias, dY, ddR, ddG, ddL;
   T *Y = nullptr, *dG = nullptr, *ddY = nullptr;
   T *dR = nullptr, *dL = nullptr;
   int64_t dR_stride = 0, dL_stride = 0;
@@ -35,10 +38,10 @@ struct Call {
 template <class T>
 Job<T> job_of(const Call<T>& call, const Schedule& schedule, const Chunk& chunk, T* partials) {
   const Problem& problem = schedule.group.problems[static_cast<size_t>(chunk.problem)];
-  const auto row = [&](const Packed<T>& operand, int64_t offset) -> const T* {
+  const auto row = [&](const PackedRows<const T>& operand, int64_t offset) -> const T* {
     return operand.data ? operand.data + chunk.task * operand.stride + offset : nullptr;
   };
-  const auto matrices = [&](const Packed<T>& operand, int64_t offset) -> Matrices<const T> {
+  const auto matrices = [&](const PackedRows<const T>& operand, int64_t offset) -> Matrices<const T> {
     return {row(operand, offset), operand.stride};
   };
   const auto result = [&](T* data) -> Matrices<T> {
@@ -172,74 +175,59 @@ Tensor gradient_output(const Tensor& factor, bool need, int64_t tasks) {
   return out;
 }
 
-template <class T>
-T* written(const Tensor& tensor, bool need) {
-  return need ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
-}
-
-std::optional<Tensor> contiguous_rows_of(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(contiguous_rows(*tensor)) : std::nullopt;
-}
-
-template <class T>
-Packed<T> packed_of(const std::optional<Tensor>& tensor) {
-  return tensor ? packed<T>(*tensor) : Packed<T>{};
-}
-
 const TransformKernels& chosen_kernels() {
   return chosen(avx512::transform_kernels, avx2::transform_kernels, baseline::transform_kernels);
 }
 
-Tensor transform(const Tensor& R_, const Tensor& G_, const Tensor& L_, const std::vector<int64_t>& shapes,
-                 const std::optional<Tensor>& bias_) {
+Tensor transform(const Tensor& R, const Tensor& G, const Tensor& L, const std::vector<int64_t>& shapes,
+                 const std::optional<Tensor>& bias) {
   const TransformKernels& kernels = chosen_kernels();
-  const int64_t tasks = check_transform(make_group(shapes), shapes, R_, G_, L_, bias_);
-  const auto schedule = schedule_of(shapes, tasks, Order::forward, R_.size(0) == 1, L_.size(0) == 1);
-  const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_);
-  const std::optional<Tensor> bias = contiguous_rows_of(bias_);
+  const int64_t tasks = check_transform(make_group(shapes), shapes, R, G, L, bias);
+  const auto schedule = schedule_of(shapes, tasks, Order::forward, R.size(0) == 1, L.size(0) == 1);
+  const Input in_R(R), in_G(G), in_L(L), in_bias(bias);
   Tensor Y = new_tensor(G, {tasks, schedule->group.G});
   with_type(G, [&](auto type) {
     using T = decltype(type);
     Call<T> call;
-    call.R = packed<T>(R), call.G = packed<T>(G), call.L = packed<T>(L), call.bias = packed_of<T>(bias);
-    call.Y = written<T>(Y, true);
+    call.R = in_R.rows<T>(), call.G = in_G.rows<T>(), call.L = in_L.rows<T>(), call.bias = in_bias.rows<T>();
+    call.Y = written<T>(Y);
     execute(call, *schedule, kernels.of<T>().forward);
   });
   return Y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> transform_backward(const Tensor& R_, const Tensor& G_, const Tensor& L_,
-                                                      const Tensor& dY_, const std::vector<int64_t>& shapes,
+std::tuple<Tensor, Tensor, Tensor> transform_backward(const Tensor& R, const Tensor& G, const Tensor& L,
+                                                      const Tensor& dY, const std::vector<int64_t>& shapes,
                                                       const std::vector<bool>& need) {
   const TransformKernels& kernels = chosen_kernels();
-  const int64_t tasks = check_transform_backward(make_group(shapes), shapes, R_, G_, L_, dY_, need);
-  const auto schedule = schedule_of(shapes, tasks, Order::backward, R_.size(0) == 1, L_.size(0) == 1);
-  const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_), dY = contiguous_rows(dY_);
+  const int64_t tasks = check_transform_backward(make_group(shapes), shapes, R, G, L, dY, need);
+  const auto schedule = schedule_of(shapes, tasks, Order::backward, R.size(0) == 1, L.size(0) == 1);
+  const Input in_R(R), in_G(G), in_L(L), in_dY(dY);
   Tensor dR = gradient_output(R, need[0], tasks);
   Tensor dG = new_output(G, need[1], {tasks, schedule->group.G});
   Tensor dL = gradient_output(L, need[2], tasks);
   with_type(G, [&](auto type) {
     using T = decltype(type);
     Call<T> call;
-    call.R = packed<T>(R), call.G = packed<T>(G), call.L = packed<T>(L), call.dY = packed<T>(dY);
-    call.dR = written<T>(dR, need[0]), call.dG = written<T>(dG, need[1]), call.dL = written<T>(dL, need[2]);
+    call.R = in_R.rows<T>(), call.G = in_G.rows<T>(), call.L = in_L.rows<T>(), call.dY = in_dY.rows<T>();
+    call.dR = written<T>(dR), call.dG = written<T>(dG), call.dL = written<T>(dL);
     call.dR_stride = schedule->group.R, call.dL_stride = schedule->group.L;
     execute(call, *schedule, kernels.of<T>().backward);
   });
   return {dR, dG, dL};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(
-    const Tensor& R_, const Tensor& G_, const Tensor& L_, const Tensor& dY_, const std::optional<Tensor>& ddR_,
-    const std::optional<Tensor>& ddG_, const std::optional<Tensor>& ddL_, const std::vector<int64_t>& shapes,
-    const std::vector<bool>& need) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(const Tensor& R, const Tensor& G, const Tensor& L,
+                                                                     const Tensor& dY, const std::optional<Tensor>& ddR,
+                                                                     const std::optional<Tensor>& ddG,
+                                                                     const std::optional<Tensor>& ddL,
+                                                                     const std::vector<int64_t>& shapes,
+                                                                     const std::vector<bool>& need) {
   const TransformKernels& kernels = chosen_kernels();
-  const int64_t tasks =
-      check_transform_double_backward(make_group(shapes), shapes, R_, G_, L_, dY_, ddR_, ddG_, ddL_, need);
-  const auto schedule = schedule_of(shapes, tasks, Order::double_backward, R_.size(0) == 1, L_.size(0) == 1);
-  const Tensor R = contiguous_rows(R_), G = contiguous_rows(G_), L = contiguous_rows(L_), dY = contiguous_rows(dY_);
-  const std::optional<Tensor> ddR = contiguous_rows_of(ddR_), ddG = contiguous_rows_of(ddG_),
-                              ddL = contiguous_rows_of(ddL_);
+  const int64_t tasks = check_transform_double_backward(make_group(shapes), shapes, R, G, L, dY, ddR, ddG, ddL, need);
+  const auto schedule = schedule_of(shapes, tasks, Order::double_backward, R.size(0) == 1, L.size(0) == 1);
+  const Input in_R(R), in_G(G), in_L(L), in_dY(dY);
+  const Input in_ddR(ddR), in_ddG(ddG), in_ddL(ddL);
   Tensor dR = gradient_output(R, need[0], tasks);
   Tensor dG = new_output(G, need[1], {tasks, schedule->group.G});
   Tensor dL = gradient_output(L, need[2], tasks);
@@ -247,10 +235,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward(
   with_type(G, [&](auto type) {
     using T = decltype(type);
     Call<T> call;
-    call.R = packed<T>(R), call.G = packed<T>(G), call.L = packed<T>(L), call.dY = packed<T>(dY);
-    call.ddR = packed_of<T>(ddR), call.ddG = packed_of<T>(ddG), call.ddL = packed_of<T>(ddL);
-    call.dR = written<T>(dR, need[0]), call.dG = written<T>(dG, need[1]), call.dL = written<T>(dL, need[2]);
-    call.ddY = written<T>(ddY, need[3]);
+    call.R = in_R.rows<T>(), call.G = in_G.rows<T>(), call.L = in_L.rows<T>(), call.dY = in_dY.rows<T>();
+    call.ddR = in_ddR.rows<T>(), call.ddG = in_ddG.rows<T>(), call.ddL = in_ddL.rows<T>();
+    call.dR = written<T>(dR), call.dG = written<T>(dG), call.dL = written<T>(dL);
+    call.ddY = written<T>(ddY);
     call.dR_stride = schedule->group.R, call.dL_stride = schedule->group.L;
     execute(call, *schedule, kernels.of<T>().double_backward);
   });

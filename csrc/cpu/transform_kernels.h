@@ -1,4 +1,4 @@
-// What a kernel is asked to do, and the kernels compiled for each instruction set. No torch here.
+// What a kernel of the transform is asked to do, and the kernels compiled for each instruction set. No torch here.
 #pragma once
 
 #include <cstddef>

@@ -3,6 +3,9 @@
 #include <tuple>
 #include <vector>
 
+#include "../check_batch_norm.h"
+#include "../integers.h"
+#include "../tensors.h"
 #include "batch_norm.cuh"
 #include "launch.h"
 
@@ -32,11 +35,6 @@ Tensor new_output(const Tensor& x, bool needed) {
 
 Tensor new_gradient(const Tensor& x, const Tensor& parameter, bool needed) {
   return kfo::new_output(x, needed, {parameter.size(0), x.size(2)});
-}
-
-template <typename T>
-T* written(const Tensor& tensor) {
-  return tensor.dim() == 1 ? nullptr : static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 template <typename T>
@@ -91,7 +89,7 @@ void run_batch_norm(const char* op, const Tensor& x, BatchNormArguments<T> args,
     launcher.launch<kOrder>(tiles * args.launched, S * kBatchNormSharedBytes, args);
   }
   if (over_tasks.to[0] || over_tasks.to[1])
-    launcher.launch<batch_norm_task_sum_kernel<T>>((2 * args.channels + kThreads - 1) / kThreads, 0, over_tasks);
+    launcher.launch<batch_norm_task_sum_kernel<T>>(ceil_div<int64_t>(2 * args.channels, kThreads), 0, over_tasks);
 }
 
 }  // namespace
@@ -104,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_cuda(const Tensor& x, const T
   const Tensor y = new_output(x, true);
   const Tensor mean = new_tensor(x, {x.size(0), x.size(2)});
   const Tensor rstd = new_tensor(x, {x.size(0), x.size(2)});
-  with_type(x.scalar_type(), [&](auto zero) {
+  with_type(x, [&](auto zero) {
     using T = decltype(zero);
     BatchNormArguments<T> args = arguments<T>(x, weight, bias, relu);
     args.eps = static_cast<T>(eps);
@@ -125,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward_cuda(const Tensor& x
   const Contiguous in_x(x), in_weight(weight), in_bias(bias), in_mean(mean), in_rstd(rstd), in_dy(dy);
   const Tensor dx = new_output(x, need[0]);
   const Tensor dweight = new_gradient(x, weight, need[1]), dbias = new_gradient(x, bias, need[2]);
-  with_type(x.scalar_type(), [&](auto zero) {
+  with_type(x, [&](auto zero) {
     using T = decltype(zero);
     BatchNormArguments<T> args = arguments<T>(x, weight, bias, relu);
     args.x = in_x.data<T>(), args.weight = in_weight.data<T>(), args.bias = in_bias.data<T>();
@@ -146,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_double_backward_cuda(
   const Contiguous in_x(x), in_weight(weight), in_bias(bias), in_mean(mean), in_rstd(rstd), in_dy(dy);
   const Contiguous in_ddx(ddx), in_ddweight(ddweight), in_ddbias(ddbias);
   const Tensor dx = new_output(x, need[0]), dweight = new_gradient(x, weight, need[1]), ddy = new_output(x, need[2]);
-  with_type(x.scalar_type(), [&](auto zero) {
+  with_type(x, [&](auto zero) {
     using T = decltype(zero);
     BatchNormArguments<T> args = arguments<T>(x, weight, bias, relu);
     args.x = in_x.data<T>(), args.weight = in_weight.data<T>(), args.bias = in_bias.data<T>();

@@ -2,12 +2,14 @@
 //
 // Each order is two launches over the same blocks, one for each (task, group of channels, chunk of rows): sums over the
 // chunk to the scratch memory; then every block adds its group's sums in the order of the chunks and does what is
-// elementwise. A block per (task, group) would be one launch, but 16 blocks for 16 tasks of 32 channels.
+// elementwise. A block per (task, group) would be one launch, but 16 blocks for 16 tasks of 32 channels. A third launch
+// sums the gradients of parameters that all tasks share.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "../integers.h"
 #include "table.h"
 
 namespace kfo::cuda {
@@ -42,13 +44,12 @@ __host__ __device__ constexpr int group_channels() {
 template <typename T>
 int64_t cut_batch_norm(BatchNormArguments<T>& args) {
   constexpr int64_t kBlocks = 528, kMostChunks = 128, kLeastRows = 2 * kBatchNormLanes;
-  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
-  const int64_t groups = parts(args.channels, group_channels<T>()), tiles = args.tasks * groups;
-  int64_t chunks = tiles ? std::clamp<int64_t>(parts(kBlocks, tiles), 1, kMostChunks) : 1;
-  chunks = std::min(chunks, parts(args.rows, kLeastRows));
-  args.chunk_rows = parts(args.rows, chunks);
+  const int64_t groups = ceil_div<int64_t>(args.channels, group_channels<T>()), tiles = args.tasks * groups;
+  int64_t chunks = tiles ? std::clamp<int64_t>(ceil_div(kBlocks, tiles), 1, kMostChunks) : 1;
+  chunks = std::min(chunks, ceil_div(args.rows, kLeastRows));
+  args.chunk_rows = ceil_div(args.rows, chunks);
   args.groups = static_cast<int32_t>(groups);
-  args.chunks = args.launched = static_cast<int32_t>(parts(args.rows, args.chunk_rows));
+  args.chunks = args.launched = static_cast<int32_t>(ceil_div(args.rows, args.chunk_rows));
   return tiles * args.chunks;
 }
 

@@ -1,9 +1,5 @@
-// What the three ops share on the host: operands and outputs as the kernels see them, and launches on torch's stream.
+// What all ops share on the host: launches on torch's stream, and their errors.
 #pragma once
-
-#ifndef USE_CUDA
-#define USE_CUDA  // torch's stable headers declare their CUDA functions under it
-#endif
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -13,57 +9,12 @@
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
-#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <vector>
 
-#include "../check.h"
-#include "../check_batch_norm.h"
-#include "../memo.h"
-#include "../outputs.h"
-#include "schedule.h"
+#include "table.h"
 
 namespace kfo::cuda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// An operand with contiguous rows, which it keeps alive; absent if there is no tensor.
-class Input {
- public:
-  explicit Input(const std::optional<Tensor>& tensor) {
-    if (tensor) tensor_ = contiguous_rows(*tensor);
-  }
-
-  template <typename T>
-  Operand<T> operand() const {
-    if (!tensor_) return {};
-    const Packed<T> rows = packed<T>(*tensor_);
-    return {rows.data, rows.stride};
-  }
-
- private:
-  std::optional<Tensor> tensor_;
-};
-
-template <typename T>
-Output<T> output(const Tensor& tensor) {
-  if (tensor.dim() == 1) return {};
-  return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.size(1)};
-}
-
-// The schedule of a call, made once for a group and a request. One of many launches costs more to keep than to make.
-inline std::shared_ptr<const Schedule> schedule_of(const std::vector<int64_t>& shapes, const Group& group,
-                                                   const Request& request) {
-  constexpr size_t kept_launches = 16;
-  static Memo<std::pair<std::vector<int64_t>, decltype(request.key())>, Schedule> memo;
-  return memo.get(
-      {shapes, request.key()}, [&] { return make_schedule(group, request); },
-      [](const Schedule& schedule) { return schedule.launches.size() + schedule.tiled.size() <= kept_launches; });
-}
 
 // Launches for one call of an op, on torch's current stream of a device whose guard the caller holds.
 class Launcher {
@@ -115,37 +66,5 @@ class Launcher {
     fail(std::string("CUDA error ") + when + ", of this or of earlier work: " + cudaGetErrorString(error));
   }
 };
-
-// Kernels that all orders share; defined for float and double, each in a file of its own.
-template <typename T>
-void launch_sums(const Launcher& launcher, const Launch& part, const Data<T>& data);
-template <typename T>
-void launch_tiles(const Launcher& launcher, const TiledLaunch& part, const Data<T>& data);
-
-// The order's kernel and the sums of dR and dL, then the tiles of the large problems. `like` gives dtype and device.
-template <auto kKernel, typename T>
-void run(const char* op, const Schedule& schedule, const Tensor& like, Data<T> data) {
-  const Launcher launcher(op, like.get_device_index());
-  // Freed on return but safe: torch's allocator reuses it on this stream only.
-  std::optional<Tensor> scratch;
-  if (schedule.scratch) scratch = new_tensor(like, {schedule.scratch});
-  T* memory = scratch ? static_cast<T*>(scratch->mutable_data_ptr()) : nullptr;
-  data[kIntermediates] = {memory, schedule.scratch_columns};
-  data[kScratch] = {memory, schedule.scratch_columns};
-  for (const Launch& part : schedule.launches) {
-    launcher.launch<kKernel>(part.blocks, part.shared_bytes, Arguments<T, Table>{part.table, data});
-    launch_sums(launcher, part, data);
-  }
-  for (const TiledLaunch& part : schedule.tiled) launch_tiles(launcher, part, data);
-}
-
-// f(T()) with the C++ type of a checked dtype.
-template <typename F>
-void with_type(ScalarType dtype, F f) {
-  if (dtype == ScalarType::Float)
-    f(float());
-  else
-    f(double());
-}
 
 }  // namespace kfo::cuda

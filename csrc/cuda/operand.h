@@ -3,10 +3,8 @@
 
 #include <cstdint>
 
-#if !defined(__CUDACC__) && !defined(__host__)
-#define __host__
-#define __device__
-#endif
+#include "../packed_rows.h"
+#include "../qualifiers.h"
 
 namespace kfo::cuda {
 
@@ -14,29 +12,15 @@ namespace kfo::cuda {
 enum Source : int8_t { kR, kG, kL, kdY, kddR, kddG, kddL, kBias, kIntermediates, kSources };
 enum Target : int8_t { kY, kdR, kdG, kdL, kddY, kScratch, kTargets };
 
-// A packed input. Row stride 0: one row for all tasks. Null data: an absent operand.
-template <typename T>
-struct Operand {
-  const T* data;
-  int64_t stride;
-};
-
-// A packed output. Null data: not needed.
-template <typename T>
-struct Output {
-  T* data;
-  int64_t stride;
-};
-
 template <typename T>
 struct Data {
-  Operand<T> sources[kSources];
-  Output<T> targets[kTargets];
+  PackedRows<const T> sources[kSources];
+  PackedRows<T> targets[kTargets];
 
-  __host__ __device__ Operand<T>& operator[](Source source) { return sources[source]; }
-  __host__ __device__ const Operand<T>& operator[](Source source) const { return sources[source]; }
-  __host__ __device__ Output<T>& operator[](Target target) { return targets[target]; }
-  __host__ __device__ const Output<T>& operator[](Target target) const { return targets[target]; }
+  __host__ __device__ PackedRows<const T>& operator[](Source source) { return sources[source]; }
+  __host__ __device__ const PackedRows<const T>& operator[](Source source) const { return sources[source]; }
+  __host__ __device__ PackedRows<T>& operator[](Target target) { return targets[target]; }
+  __host__ __device__ const PackedRows<T>& operator[](Target target) const { return targets[target]; }
 
   __host__ __device__ bool has(Source source) const { return sources[source].data; }
   __host__ __device__ bool needs(Target target) const { return targets[target].data; }

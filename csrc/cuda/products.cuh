@@ -2,6 +2,7 @@
 // columns in registers; every sum runs in one fixed order.
 #pragma once
 
+#include "../integers.h"
 #include "table.h"
 
 namespace kfo::cuda {
@@ -77,7 +78,7 @@ struct Job {
 template <int kRows, int kCols, typename T>
 __device__ __forceinline__ void write_tiles(T* shared, const Job<T>& job, int thread) {
   const Product& product = job.product;
-  const int row_tiles = (product.rows + kRows - 1) / kRows, col_tiles = (product.cols + kCols - 1) / kCols;
+  const int row_tiles = ceil_div(product.rows, kRows), col_tiles = ceil_div(product.cols, kCols);
   for (int tile = thread; tile < row_tiles * col_tiles; tile += kThreads) {
     const int i0 = tile / col_tiles, j0 = tile % col_tiles;
     int i[kRows], j[kCols];
@@ -102,9 +103,7 @@ __device__ __forceinline__ void write_tiles(T* shared, const Job<T>& job, int th
 // tile reads shared memory less often for each multiply-add.
 template <typename T>
 __device__ __forceinline__ void write_product(T* shared, const Job<T>& job, int thread) {
-  const auto tiles = [&](int side) {
-    return ((job.product.rows + side - 1) / side) * ((job.product.cols + side - 1) / side);
-  };
+  const auto tiles = [&](int side) { return ceil_div(job.product.rows, side) * ceil_div(job.product.cols, side); };
   if (tiles(4) >= kThreads / 2)
     write_tiles<4, 4>(shared, job, thread);
   else if (tiles(2) >= kThreads / 2)

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../integers.h"
 #include "../plan.h"
 #include "table.h"
 #include "tiled.h"
@@ -53,8 +54,6 @@ struct Schedule {
 };
 
 namespace detail {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a thread block keeps in shared memory: pairs (R, L) of factors, and matrices for each of its rows of B.
 struct Footprint {
@@ -167,7 +166,7 @@ inline void schedule_blocks(Schedule& schedule, const std::vector<Problem>& prob
                       (request.dL_rows && !table.is_complete(entry, request.dL_rows));
     if (sums) {
       schedule.scratch += request.tasks * chunks * size;
-      launch.sum_blocks += ceil_div(size, kSumColumns) * std::max(request.dR_rows, request.dL_rows);
+      launch.sum_blocks += ceil_div<int64_t>(size, kSumColumns) * std::max(request.dR_rows, request.dL_rows);
     }
     launch.shared_bytes =
         std::max(launch.shared_bytes, kept.bytes(problem, ceil_div(problem.B, chunks), request.element_size));
@@ -287,7 +286,7 @@ inline void schedule_tiles(Schedule& schedule, const std::vector<TiledProduct>& 
     TiledProduct& added = launch.table.products[launch.table.count++] = product;
     added.first_block = block_index(launch.blocks, request.tasks);
     const TileSize size = tile_size(product.shape);
-    const int64_t tiles = ceil_div(product.rows, size.rows) * ceil_div(product.cols, size.cols);
+    const int64_t tiles = ceil_div<int64_t>(product.rows, size.rows) * ceil_div<int64_t>(product.cols, size.cols);
     launch.blocks += tiles * (product.sum ? product.output_rows : request.tasks * product.B);
     block_index(launch.blocks, request.tasks);
   }

@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "orders.h"
 #include "sum.cuh"
 
 namespace kfo::cuda {

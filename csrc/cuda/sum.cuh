@@ -1,6 +1,7 @@
 // dR and dL from the partial sums of the blocks, added in a fixed order: slice by slice, then the slices.
 #pragma once
 
+#include "../integers.h"
 #include "block.cuh"
 
 namespace kfo::cuda {
@@ -11,7 +12,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ A
   const Table& table = args.table;
   const Entry& entry = find_entry(table, &Entry::first_sum_block);
   const int64_t size = table.partials_size(entry), R_size = table.dR_rows ? int64_t{entry.p} * entry.p : 0;
-  const int64_t blocks_per_row = (size + kSumColumns - 1) / kSumColumns;
+  const int64_t blocks_per_row = ceil_div<int64_t>(size, kSumColumns);
   const int64_t block = static_cast<int64_t>(blockIdx.x) - entry.first_sum_block, row = block / blocks_per_row;
   const int column = threadIdx.x % kSumColumns, slice = threadIdx.x / kSumColumns;
   const int64_t element = block % blocks_per_row * kSumColumns + column;
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ A
   __syncthreads();
   if (!summed || slice != 0) return;
   for (int s = 1; s < kSumSlices; ++s) sum += slices[s * kSumColumns + column];
-  const Output<T>& output = args.data[is_R ? kdR : kdL];
+  const PackedRows<T>& output = args.data[is_R ? kdR : kdL];
   output.data[row * output.stride + (is_R ? entry.R + element : entry.L + element - R_size)] = static_cast<T>(sum);
 }
 

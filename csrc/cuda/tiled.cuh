@@ -1,6 +1,7 @@
 // One tile of one product for each thread block: slabs of both operands pass through shared memory.
 #pragma once
 
+#include "../integers.h"
 #include "block.cuh"
 #include "tiled.h"
 
@@ -96,7 +97,7 @@ class Tile {
   template <int kSize, int kCount>
   static __device__ __forceinline__ void load(T (&values)[kCount], const Data<T>& data, const TiledMatrix& matrix,
                                               const Slab& slab, int first, int size, int depth) {
-    const Operand<T>& source = data[matrix.source];
+    const PackedRows<const T>& source = data[matrix.source];
     const T* from = source.data + slab.task * source.stride + matrix.offset + slab.b * matrix.batch;
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(const __grid_constant__
     ++index;
   const TiledProduct& product = args.table.products[index];
   const TileSize size = tile_size(product.shape);
-  const int64_t row_tiles = (product.rows + size.rows - 1) / size.rows;
-  const int64_t col_tiles = (product.cols + size.cols - 1) / size.cols;
+  const int64_t row_tiles = ceil_div(product.rows, size.rows);
+  const int64_t col_tiles = ceil_div(product.cols, size.cols);
   const int64_t block = static_cast<int64_t>(blockIdx.x) - product.first_block;
   const int64_t tile = block % (row_tiles * col_tiles), batch = block / (row_tiles * col_tiles);
   const int first_row = static_cast<int>(tile / col_tiles * size.rows);
@@ -155,9 +156,9 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(const __grid_constant__
   const int64_t all = product.sum && product.output_rows == 1 ? args.table.tasks : 1;
   const int64_t tasks = product.X.depth ? all : 0;
   const Slab slab{product, task, task + tasks, b, product.sum ? product.B : b + 1, false, 0};
-  const Output<T>& target = args.data[product.target];
+  const PackedRows<T>& target = args.data[product.target];
   T* out = target.data + task * target.stride + product.offset + b * product.batch;
-  const Operand<T>& terms = args.data[kBias];
+  const PackedRows<const T>& terms = args.data[kBias];
   const T* bias = product.bias < 0 || !terms.data ? nullptr : terms.data + task * terms.stride + product.bias;
 
   switch (product.shape) {

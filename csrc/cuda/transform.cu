@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "orders.h"
 #include "transform.cuh"
 
 namespace kfo::cuda {
@@ -11,13 +11,13 @@ Tensor transform_cuda(const Tensor& R, const Tensor& G, const Tensor& L, const s
   const Input in_R(R), in_G(G), in_L(L), in_bias(bias);
   const Tensor Y = new_tensor(G, {tasks, group.G});
   const auto schedule = schedule_of(shapes, group, {Order::forward, tasks, static_cast<int64_t>(G.element_size())});
-  with_type(G.scalar_type(), [&](auto zero) {
+  with_type(G, [&](auto zero) {
     using T = decltype(zero);
     Data<T> data{};
-    data[kR] = in_R.operand<T>();
-    data[kG] = in_G.operand<T>();
-    data[kL] = in_L.operand<T>();
-    data[kBias] = in_bias.operand<T>();
+    data[kR] = in_R.rows<T>();
+    data[kG] = in_G.rows<T>();
+    data[kL] = in_L.rows<T>();
+    data[kBias] = in_bias.rows<T>();
     data[kY] = output<T>(Y);
     run<forward_kernel<T>>("transform", *schedule, G, data);
   });

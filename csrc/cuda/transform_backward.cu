@@ -1,6 +1,6 @@
 #include <tuple>
 
-#include "launch.h"
+#include "orders.h"
 #include "transform_backward.cuh"
 
 namespace kfo::cuda {
@@ -18,13 +18,13 @@ std::tuple<Tensor, Tensor, Tensor> transform_backward_cuda(const Tensor& R, cons
   Request request{Order::backward, tasks, static_cast<int64_t>(G.element_size()), dR.size(0), dL.size(0)};
   request.need_G = need[1];
   const auto schedule = schedule_of(shapes, group, request);
-  with_type(G.scalar_type(), [&](auto zero) {
+  with_type(G, [&](auto zero) {
     using T = decltype(zero);
     Data<T> data{};
-    data[kR] = in_R.operand<T>();
-    data[kG] = in_G.operand<T>();
-    data[kL] = in_L.operand<T>();
-    data[kdY] = in_dY.operand<T>();
+    data[kR] = in_R.rows<T>();
+    data[kG] = in_G.rows<T>();
+    data[kL] = in_L.rows<T>();
+    data[kdY] = in_dY.rows<T>();
     data[kdR] = output<T>(dR);
     data[kdG] = output<T>(dG);
     data[kdL] = output<T>(dL);

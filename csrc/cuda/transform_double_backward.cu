@@ -1,6 +1,6 @@
 #include <tuple>
 
-#include "launch.h"
+#include "orders.h"
 #include "transform_double_backward.cuh"
 
 namespace kfo::cuda {
@@ -24,16 +24,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transform_double_backward_cuda(
   request.has_G = ddG.has_value();
   request.has_L = ddL.has_value();
   const auto schedule = schedule_of(shapes, group, request);
-  with_type(G.scalar_type(), [&](auto zero) {
+  with_type(G, [&](auto zero) {
     using T = decltype(zero);
     Data<T> data{};
-    data[kR] = in_R.operand<T>();
-    data[kG] = in_G.operand<T>();
-    data[kL] = in_L.operand<T>();
-    data[kdY] = in_dY.operand<T>();
-    data[kddR] = in_ddR.operand<T>();
-    data[kddG] = in_ddG.operand<T>();
-    data[kddL] = in_ddL.operand<T>();
+    data[kR] = in_R.rows<T>();
+    data[kG] = in_G.rows<T>();
+    data[kL] = in_L.rows<T>();
+    data[kdY] = in_dY.rows<T>();
+    data[kddR] = in_ddR.rows<T>();
+    data[kddG] = in_ddG.rows<T>();
+    data[kddL] = in_ddL.rows<T>();
     data[kdR] = output<T>(dR);
     data[kdG] = output<T>(dG);
     data[kdL] = output<T>(dL);

@@ -61,7 +61,7 @@ class Memory {
 template <typename T>
 struct Device {
   std::unique_ptr<Memory<T>> memory;
-  Operand<T> operand{nullptr, 0};
+  PackedRows<const T> operand;
   Device(const Packed& rows, int64_t pad) {
     if (rows.empty()) return;
     const int64_t n = rows[0].size(), stride = n + pad;
