@@ -1,5 +1,6 @@
 // A group of Kronecker problems: where each lies in the packed rows, and what its orders cost in operations and bytes.
-// No torch and no Python here: kernels, the pybind11 module, tests and benchmarks all read this one definition.
+// No torch and no Python here: both libraries and the pybind11 module, hence tests and benchmarks, read this one
+// definition.
 #pragma once
 
 #include <cstdint>

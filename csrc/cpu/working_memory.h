@@ -1,4 +1,4 @@
-// What kernels ask the library for. No inline code: it would be compiled for each instruction set.
+// The working memory that kernels ask the library for. No inline code: it would be compiled for each instruction set.
 #pragma once
 
 #include <cstddef>

@@ -1,12 +1,12 @@
 // The three orders of batch norm + ReLU by batch statistics: see batch_norm.h for the launches, ../batch_norm.h for the
-// formulas. Sums are in T, by thread, then thread by thread of a block, then chunk by chunk: a tree of fixed order. The
-// variance is that of each chunk about its own mean, merged with the chunks' means, so it holds for means far from
-// zero.
+// formulas. Sums over rows are in T, by thread, then thread by thread of a block, then chunk by chunk: a tree of fixed
+// order. The variance is that of each chunk about its own mean, merged with the chunks' means, so it holds for means
+// far from zero.
 #pragma once
 
 #include "../batch_norm.h"
 #include "batch_norm.h"
-#include "block.cuh"
+#include "staging.cuh"
 
 namespace kfo::cuda {
 

@@ -1,5 +1,5 @@
-// The work of one thread block: rows of one problem and task, their operands in shared memory, and what is made of
-// them.
+// The work of one thread block: the entry of the table that it is for, rows of that problem and task, their operands in
+// shared memory, and what is made of them.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,6 @@ __device__ __forceinline__ const Entry& find_entry(const Table& table, int32_t E
     (table.entries[middle].*first_block <= static_cast<int32_t>(blockIdx.x) ? low : high) = middle;
   }
   return table.entries[low];
-}
-
-// The dynamic shared memory of the launch.
-template <typename T>
-__device__ __forceinline__ T* shared_array() {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  return reinterpret_cast<T*>(shared_memory);
 }
 
 // A matrix per row of the block (n, p, q), or a factor, in shared memory: an offset; -1 is an absent operand.

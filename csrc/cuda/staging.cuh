@@ -1,4 +1,5 @@
-// Copies between packed global memory and shared rows of odd length, 16 bytes at a time where the rows have no gap.
+// Shared memory, and copies between packed global memory and its rows of odd length, 16 bytes at a time where the rows
+// have no gap.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -8,6 +9,13 @@
 #include "table.h"
 
 namespace kfo::cuda {
+
+// The dynamic shared memory of the launch.
+template <typename T>
+__device__ __forceinline__ T* shared_array() {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  return reinterpret_cast<T*>(shared_memory);
+}
 
 template <typename T>
 struct alignas(16) Vector {

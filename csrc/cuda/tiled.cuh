@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../integers.h"
-#include "block.cuh"
+#include "staging.cuh"
 #include "tiled.h"
 
 namespace kfo::cuda {

@@ -1,5 +1,5 @@
-// Products of large problems, whose factors do not fit in shared memory: tiles of each product, one phase a launch.
-// No torch, no CUDA.
+// Products of large problems, whose factors do not fit in shared memory: tiles of each product, a launch or more for
+// each phase. No torch, no CUDA.
 #pragma once
 
 #include <algorithm>
