@@ -1,4 +1,4 @@
-"""Checks of the operands of the three operators in Python, for what is not C++: what `csrc/check.h` checks."""
+"""Checks of the operands of the three operators in Python, as `csrc/check_transform.h` makes them in C++."""
 
 from __future__ import annotations
 
