@@ -282,7 +282,7 @@ def run_case(seed: int) -> str:
     for route in ("auto", "loop"):
         built = learner(model, route=route, **options, **flags)
         assert_equal_truth(built, batch, truth, tolerance=1e-8)
-        accuracies = built(batch).accuracies
+        accuracies = built(batch).metrics
         taken = taken or ("vmap" if built.route == "vmap" else "loop")
         if ignored is None:
             assert accuracies is None

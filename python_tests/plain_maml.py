@@ -139,7 +139,7 @@ def measured(learner, batch) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor
     learned = [p for p in learner.model.parameters() if p.requires_grad]
     learned += list(learner.update.phi) if learner.update is not None else []
     gradients = torch.autograd.grad(result.loss, learned, materialize_grads=True, allow_unused=True)
-    return result.loss.detach(), result.query_losses, result.accuracies, list(gradients)
+    return result.loss.detach(), result.query_losses, result.metrics, list(gradients)
 
 
 def assert_equal_truth(learner, batch, truth: Truth, tolerance: float = 1e-9) -> None:

@@ -170,6 +170,17 @@ def test_checkpointing_is_bit_equal(setting, first_order):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_an_update_is_evaluated_once_per_step(evaluates, monkeypatch):
+    model, batch, calls = network(), random_batch(), []
+    kfo = random_kfo(model.named_parameters())
+    rule = kfo.rule
+    monkeypatch.setattr(kfo, "rule", lambda phi, G: (calls.append(len(G)), rule(phi, G))[1])
+    with torch.set_grad_enabled(not evaluates):
+        MAML(model, update=kfo, lr=0.1, steps=4, adapt_update=True)(batch)
+    assert calls == [3] * 4
+
+
 def saved_bytes(learner: MAML, batch: TaskBatch) -> int:
     """Bytes that the graph of one meta-loss holds, each storage counted once."""
     storages: dict[int, int] = {}
@@ -262,7 +273,7 @@ def test_result_has_losses_and_accuracies():
     model, batch = network(), random_batch()
     result = MAML(model, lr=0.1, steps=2)(batch)
     assert result.support_losses.shape == (2, 3)
-    assert result.query_losses.shape == result.accuracies.shape == (3,)
+    assert result.query_losses.shape == result.metrics.shape == (3,)
     torch.testing.assert_close(result.query_losses.mean(), result.loss.detach())
     expected = torch.stack([cross_entropy(model(x), y) for x, y in zip(*batch.support)])
     torch.testing.assert_close(result.support_losses[0], expected.detach())
@@ -273,7 +284,7 @@ def test_regression_has_no_accuracy():
     x = torch.randn(2, 5, 1, dtype=DTYPE)
     batch = TaskBatch(Examples(x, x.sin()), Examples(x, x.sin()))
     result = MAML(model, lr=0.01, steps=1, loss=nn.functional.mse_loss)(batch)
-    assert result.accuracies is None
+    assert result.metrics is None
 
 
 def test_parameters_of_any_shape_adapt_without_a_learned_update():

@@ -62,7 +62,8 @@ def test_equals_plain_torch(learner, head, route):
     total = 0
     for t in range(TASKS):
         theta = adapted_by_hand(model, head, support.x[t], support.y[t], steps=3)
-        for value, (name, own) in zip(theta, module.named_parameters(), strict=True):
+        named = [(f"head.{name}" if head else name, own) for name, own in module.named_parameters()]
+        for value, (name, own) in zip(theta, named, strict=True):
             close(result.parameters[name][t], value)
             assert result.parameters[name].shape == (TASKS, *own.shape)
         x = model.features(query.x[t]) if head else query.x[t]
@@ -72,7 +73,7 @@ def test_equals_plain_torch(learner, head, route):
         one = maml.adapt((support.x[t], support.y[t]), steps=3)
         close(one.predict(query.x[t]), expected)
         assert one.losses.shape == (3,)
-        shapes = {name: own.shape for name, own in module.named_parameters()}
+        shapes = {name: own.shape for name, own in named}
         assert {name: X.shape for name, X in one.parameters.items()} == shapes
         total = total + expected.square().sum()
     # A loss of one's own on the predictions is a meta-loss.

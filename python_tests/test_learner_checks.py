@@ -109,12 +109,12 @@ def _renamed(model):
 
 
 CHANGES = {
-    "appended": (_append, r"parameter '3\.weight' was added or made trainable"),
-    "unfrozen": (_unfreeze, r"parameter '0\.weight' was added or made trainable"),
-    "wider": (_wider, r"parameter '2\.weight' had shape \(3, 4\) and got \(5, 4\)"),
-    "gone": (_gone, r"parameter '2\.weight' was removed or renamed"),
-    "frozen": (_frozen, r"parameter '2\.bias' was frozen"),
-    "renamed": (_renamed, r"parameter '2\.weight' was removed or renamed"),
+    "appended": (_append, r"parameter '(head\.)?3\.weight' was added or made trainable"),
+    "unfrozen": (_unfreeze, r"parameter '(head\.)?0\.weight' was added or made trainable"),
+    "wider": (_wider, r"parameter '(head\.)?2\.weight' had shape \(3, 4\) and got \(5, 4\)"),
+    "gone": (_gone, r"parameter '(head\.)?2\.weight' was removed or renamed"),
+    "frozen": (_frozen, r"parameter '(head\.)?2\.bias' was frozen"),
+    "renamed": (_renamed, r"parameter '(head\.)?2\.weight' was removed or renamed"),
 }
 
 

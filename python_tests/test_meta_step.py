@@ -46,7 +46,7 @@ def test_equals_a_loop_by_hand(kind, clip_norm):
         torch.testing.assert_close(report.gradient_norm, norm, rtol=1e-8, atol=0)
         torch.testing.assert_close(report.query_losses, result.query_losses, rtol=1e-10, atol=0)
         torch.testing.assert_close(report.support_losses, result.support_losses, rtol=1e-10, atol=0)
-        assert report.accuracy == result.accuracies.mean()
+        assert report.metric == result.metrics.mean()
         step.check_finite(report.on_host())
         # Adam divides by the gradient's size: 1e-8 where a bias before batch norm has none but rounding.
         assert not report.loss.requires_grad
@@ -174,8 +174,8 @@ def test_a_report_travels_as_one_tensor():
         assert a.shape == b.shape
         assert torch.equal(a, b.double())
     assert len({X.untyped_storage().data_ptr() for X in host}) == 1
-    regression = report._replace(accuracy=None).on_host()
-    assert regression.accuracy is None
+    regression = report._replace(metric=None).on_host()
+    assert regression.metric is None
     assert torch.equal(regression.gradient_norm, report.gradient_norm)
 
 

@@ -164,7 +164,7 @@ def test_what_is_not_finite_stays_in_its_task(kind, part, value):
     assert not result.loss.isfinite()
     assert torch.equal(result.query_losses[others], expected.query_losses[others])
     assert torch.equal(result.support_losses[:, others], expected.support_losses[:, others])
-    assert torch.equal(result.accuracies[others], expected.accuracies[others])
+    assert torch.equal(result.metrics[others], expected.metrics[others])
 
 
 @pytest.mark.parametrize("route", ["auto", "loop"])

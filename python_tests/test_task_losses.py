@@ -79,7 +79,7 @@ def test_each_loss_is_that_of_torch_for_each_task(kind, loss, route):
     expected = [
         (output.argmax(1) == y)[y != ignored].double().mean() for output, y in zip(truth.outputs, batch.query.y)
     ]
-    torch.testing.assert_close(learner(batch).accuracies.double(), torch.stack(expected), rtol=0, atol=1e-7)
+    torch.testing.assert_close(learner(batch).metrics.double(), torch.stack(expected), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("route", ["auto", "loop"])
@@ -88,7 +88,7 @@ def test_a_task_whose_labels_are_all_ignored_has_no_loss(route):
     batch.query.y[1] = -100
     result = learner_of("linear", route=route, **OPTIONS)(batch)
     assert result.query_losses.isnan().tolist() == [False, True, False]
-    assert result.accuracies.isnan().tolist() == [False, True, False]
+    assert result.metrics.isnan().tolist() == [False, True, False]
 
 
 class Shaped(nn.Module):
@@ -143,7 +143,7 @@ def test_no_accuracy_without_classes(kind):
     x = torch.randn(TASKS, COUNT, 4, dtype=torch.float64)
     batch = TaskBatch(Examples(x, targets), Examples(x + 1, targets))
     learner = MAML(model, loss=loss, **OPTIONS)
-    assert learner(batch).accuracies is None
+    assert learner(batch).metrics is None
     assert_equal_truth(learner, batch, plain_maml(model, batch, loss, **OPTIONS))
 
 
@@ -157,7 +157,7 @@ def test_classes_are_in_dimension_one(size):
     truth = plain_maml(model, batch, F.cross_entropy, **OPTIONS)
     assert_equal_truth(learner, batch, truth)
     expected = [(output.argmax(1) == t)[t != -100].double().mean() for output, t in zip(truth.outputs, y)]
-    torch.testing.assert_close(learner(batch).accuracies.double(), torch.stack(expected), rtol=0, atol=1e-7)
+    torch.testing.assert_close(learner(batch).metrics.double(), torch.stack(expected), rtol=0, atol=1e-7)
 
 
 def test_a_target_that_is_no_class_leaves_no_accuracy():
@@ -167,7 +167,7 @@ def test_a_target_that_is_no_class_leaves_no_accuracy():
     batch = TaskBatch(Examples(x, y), Examples(x, y))
     for route in ("auto", "loop"):
         learner = MAML(model, loss=lambda o, y: squares(o[:, 0], y), route=route, **OPTIONS)
-        assert learner(batch).accuracies.isnan().tolist() == [False, True, False]
+        assert learner(batch).metrics.isnan().tolist() == [False, True, False]
 
 
 def test_bfloat16_outputs_of_any_form():

@@ -393,7 +393,7 @@ def test_evaluation_is_reproducible_and_blind_to_its_batch():
     first = evaluate(learner, family, tasks=7, batch=7)
     second = evaluate(learner, family, tasks=7, batch=3, workers=2)
     assert first.digest == second.digest
-    assert torch.equal(first.accuracies, second.accuracies)
+    assert torch.equal(first.metrics, second.metrics)
     torch.testing.assert_close(first.losses, second.losses)
     assert evaluate(learner, build_family(config, "test", seed=1), tasks=7).digest != first.digest
     assert evaluate(learner, family, tasks=7, cancelled=lambda: True) is None
@@ -418,7 +418,7 @@ def test_evaluation_leaves_no_gradient_and_no_graph():
     config = Config(**WAVES)
     learner = build_learner(config)
     scores = evaluate(learner, build_family(config, "validation", seed=0), tasks=4)
-    assert scores.accuracies is None
+    assert scores.metrics is None
     assert not scores.losses.requires_grad
     assert all(p.grad is None for p in learner.parameters())
 

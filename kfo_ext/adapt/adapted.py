@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .calls import slots
+from .calls import exclusive, slots
+from .selection import named_under
 
 if TYPE_CHECKING:
     from .learner import MAML
@@ -17,8 +18,8 @@ class Adapted:
     """What `MAML.adapt` returns, for one task or for a batch of tasks.
 
     Under torch.no_grad() it holds numbers; otherwise its parameters and predictions are differentiable by all that is
-    meta-learned, so that any loss of them is a meta-loss. As in plain torch, each forward of a batch norm in training
-    updates its running statistics.
+    meta-learned, so that any loss of them is a meta-loss. What is not adapted is the model's own, as it is at a call.
+    As in plain torch, each forward of a batch norm in training updates its running statistics.
 
     Attributes:
         losses: (steps,) or (steps, tasks), the support loss before each step, detached.
@@ -30,7 +31,7 @@ class Adapted:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The adapted parameters by their names in `learner.adapted`: of their own shapes, or (tasks, *shape)."""
+        """The adapted parameters by name, as in `learner.adapted`: of their own shapes, or (tasks, *shape)."""
         packing = self._learner.packing
         return dict(zip(packing.names, packing.unpack(self._theta, batched=not self._single)))
 
@@ -44,7 +45,8 @@ class Adapted:
             As the model returns them: (n, ...) for one task, (tasks, n, ...) or one output per task for a batch.
 
         Raises:
-            ValueError: examples of another number of tasks.
+            ValueError: examples of another number of tasks, a model whose parameters are others than when the learner
+                was built.
             TypeError: x that is no tensor.
         """
         if not isinstance(x, Tensor):
@@ -60,17 +62,19 @@ class Adapted:
 
         Raises:
             IndexError: there is no such task.
+            ValueError: a model whose parameters are others than when the learner was built.
         """
-        if isinstance(task, bool) or not 0 <= task < len(self._theta):
+        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < len(self._theta):
             raise IndexError(f"task: expected 0 to {len(self._theta) - 1}, got {task}")
-        model, adapted = self._learner.model, self._learner.adapted
-        name = next(name for name, each in model.named_modules() if each is adapted)
-        copied = copy.deepcopy(model)
-        part, packing = copied.get_submodule(name), self._learner.packing
-        values = packing.unpack(self._theta[task : task + 1].detach(), batched=False)
-        for held, value in zip(slots(part, packing.names), values):
+        learner = self._learner
+        learner.current()
+        with exclusive():
+            copied = copy.deepcopy(learner.model)
+        part, named = copied.get_submodule(learner.part), named_under(copied, learner.part)
+        values = learner.packing.unpack(self._theta[task : task + 1].detach(), batched=False)
+        for places, value in zip(slots(part, [named[name] for name in learner.adapted]), values):
             # A parameter of its own: what is tied to another part of the model stays as it is there.
             parameter = nn.Parameter(value.clone())
-            for owner, own in held:
+            for owner, own in places:
                 owner.register_parameter(own, parameter)
         return copied

@@ -1,81 +1,129 @@
-"""ANIL: MAML that adapts the head alone."""
+"""ANIL: MAML that adapts the head alone, on features that are computed once."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kfo_ext.packing import Packing
 from kfo_ext.tasks import TaskBatch
+from kfo_ext.updates import Update
 
 from .calls import exclusive
 from .learner import MAML
-from .routes import Route, Vmapped, tasks_at_once
+from .losses import Loss
+from .metric import Metric
+from .plans import precision
+from .routes import Route, tasks_at_once
+
+# All parameters of a body are shared by the tasks: none is packed.
+NONE = Packing((), ())
 
 
 class ANIL(MAML):
     """MAML that adapts the head alone: the body's features are computed once per task and shared by all inner steps.
 
     The body sees support and query examples in one forward, so its batch statistics are over both, as in the reference.
+    Where the model's forward is head(features(x)), without batch statistics and ties between body and head,
+    `MAML(model, adapted=["head.*"])` gives the same numbers, but computes the body in every step.
 
     Args:
-        model: a module with a method `features(x)` and a submodule `head`.
-        update: a KFO made for `model.head`'s parameters, or None.
-        options: as for `MAML`.
+        model: a module with a method or submodule `features(x)` and a submodule that is the head.
+        head: the name of the head, such as "classifier" or "net.fc".
+        update: one made for the head's parameters, such as `KFO(model.head.named_parameters())`, or None.
+        lr, steps, adapt_update, first_order, loss, metric, checkpoint, allow_unused, allow_nograd, route, bf16: as for
+            `MAML`.
 
     Raises:
-        TypeError: a model without `features` or `head`.
+        TypeError: a model without `features` or the head; as `MAML`.
         ValueError: as `MAML`.
 
     Source: Raghu et al. 2020; paper, appendix B.5.
     """
 
-    def __init__(self, model: nn.Module, **options) -> None:
-        if not callable(getattr(model, "features", None)) or not isinstance(getattr(model, "head", None), nn.Module):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        head: str = "head",
+        update: Update | None = None,
+        lr: float,
+        steps: int,
+        adapt_update: bool = False,
+        first_order: bool = False,
+        loss: Loss | None = None,
+        metric: Metric | None = None,
+        checkpoint: bool = False,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+        route: str = "auto",
+        bf16: bool = False,
+    ) -> None:
+        if not isinstance(head, str) or not head:
+            raise TypeError(f"head: expected the name of a submodule, got {head!r}")
+        # A property may give the head, too.
+        found: Any = reduce(lambda owner, name: getattr(owner, name, None), head.split("."), cast(Any, model))
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        part = next((name for name, module in modules if name and module is found), None)
+        if not callable(getattr(model, "features", None)) or part is None:
             children = ", ".join(name for name, _ in model.named_children()) if isinstance(model, nn.Module) else ""
             raise TypeError(
-                "model: expected a module with a method features(x) and a submodule named head, got "
-                f"{type(model).__name__}{f' with {children}' if children else ''}"
+                f"model: expected a module with a method features(x) and a submodule named {head}, got "
+                f"{type(model).__name__}{f' with {children}' if children else ''}; head= names another one"
             )
-        super().__init__(model, **options)
+        self._label, self._part = head, part
+        super().__init__(
+            model,
+            update=update,
+            lr=lr,
+            steps=steps,
+            adapt_update=adapt_update,
+            first_order=first_order,
+            loss=loss,
+            metric=metric,
+            checkpoint=checkpoint,
+            allow_unused=allow_unused,
+            allow_nograd=allow_nograd,
+            route=route,
+            bf16=bf16,
+        )
         # In a tuple, so that it is no submodule: its parameters are the model's.
         self._body = (_Body(model),)
 
-    _part = "head"
-
     @property
-    def adapted(self) -> nn.Module:
-        """The head."""
-        return self.model.head
+    def part(self) -> str:
+        """The name of the head."""
+        return self._part
 
-    def _at_once(self, theta: Tensor, batch: TaskBatch) -> int:
+    def _at_once(self, parameters: Sequence[Tensor], theta: Tensor, batch: TaskBatch) -> int:
         # The shape alone counts: one task's examples stand for all.
         x = _together(batch.split(1)[0]).expand(len(batch.support.x), -1, *batch.support.x.shape[2:])
-        route, _ = self._body_route(x)
-        return tasks_at_once(route, x, x.shape[1])
+        return tasks_at_once(self._body_route(x), x, x.shape[1])
 
-    def _body_route(self, x: Tensor) -> tuple[Route, Tensor]:
-        """The route of the features, and the packed parameters (1, n) that they are made with."""
+    def _body_route(self, x: Tensor) -> Route:
         (body,) = self._body
-        trained = [(name, p) for name, p in body.named_parameters() if p.requires_grad]
-        packing = Packing.of(trained)
-        theta = packing.pack([p for _, p in trained]) if trained else x.new_zeros((1, 0), dtype=torch.float32)
-        return self._choose("body", body, packing, theta, x), theta
+        return self._plans.choose("body", body, NONE, (), _nothing(x), x)
 
     def features(self, x: Tensor) -> Tensor:
         """(tasks, n, ...) to (tasks, n, features)."""
         with exclusive():
-            route, theta = self._body_route(x)
-            with self._precision(x):
-                if isinstance(route, Vmapped):
-                    features = route.outputs(route.leaves(theta.expand(len(x), -1)), x)
-                else:
-                    features = torch.stack([self.model.features(each) for each in x])
-        return features.float() if self.bf16 else features
+            route = self._body_route(x)
+            with precision(x, self.bf16):
+                outputs = route.outputs(route.leaves(_nothing(x)), x)
+        if not isinstance(outputs, Tensor):
+            if not all(isinstance(output, Tensor) for output in outputs):
+                raise TypeError(f"model: expected features(x) to return a tensor, got {type(outputs[0]).__name__}")
+            outputs = torch.stack(outputs)
+        return outputs.float() if self.bf16 else outputs
 
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """The features of support and query examples, of one forward: (tasks, n, features) each."""
-        return self.features(_together(batch)).split([part.x.shape[1] for part in batch], 1)
+        support, query = self.features(_together(batch)).split([part.x.shape[1] for part in batch], 1)
+        return support, query
 
 
 class _Body(nn.Module):
@@ -83,11 +131,16 @@ class _Body(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.model.features(x)
 
 
 def _together(batch: TaskBatch) -> Tensor:
     return torch.cat([batch.support.x, batch.query.x], 1)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    """The packed parameters of a body, (tasks, 0)."""
+    return x.new_zeros((len(x), 0), dtype=torch.float32)

@@ -29,21 +29,20 @@ def exclusive(differentiable: bool = False) -> Iterator[None]:
 Slot = tuple[nn.Module, str]
 
 
-def slots(module: nn.Module, names: Sequence[str]) -> list[list[Slot]]:
-    """Every place in `module` that holds the parameter, for each named parameter.
+def slots(module: nn.Module, parameters: Sequence[Tensor]) -> list[list[Slot]]:
+    """Every place in `module` that holds the parameter, for each of some of its parameters.
 
     Raises:
         TypeError: a module whose parameters cannot be exchanged: it runs outside Python, or on copies.
     """
     if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)):
         raise TypeError(f"model: expected a module of Python, got {type(module).__name__}: pass the one it was made of")
-    held: dict[int, list[Slot]] = {}
+    held: dict[int, list[Slot]] = {id(parameter): [] for parameter in parameters}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                held.setdefault(id(parameter), []).append((owner, name))
-    parameters = dict(module.named_parameters())
-    return [held[id(parameters[name])] for name in names]
+            if id(parameter) in held:
+                held[id(parameter)].append((owner, name))
+    return [held[id(parameter)] for parameter in parameters]
 
 
 def call_with(module: nn.Module, places: Sequence[Sequence[Slot]], tensors: Sequence[Tensor], x: Tensor) -> Any:

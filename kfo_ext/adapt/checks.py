@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -22,9 +22,16 @@ def check_rate(lr: Any) -> float:
             "; learned rates and rates per parameter are not supported" if isinstance(lr, (Tensor, Iterable)) else ""
         )
         raise TypeError(f"lr: expected a number, got {type(lr).__name__}{learned}")
-    if not 0 <= lr < math.inf:
+    rate = float(lr)
+    if not 0 <= rate < math.inf:
         raise ValueError(f"lr: expected a finite number of at least 0, got {lr!r}")
-    return float(lr)
+    return rate
+
+
+def check_function(argument: str, function: Any) -> None:
+    """Raises TypeError for a loss or metric that cannot be called with (output, target)."""
+    if function is not None and (not callable(function) or isinstance(function, type)):
+        raise TypeError(f"{argument}: expected a function of (output, target) or None, got {function!r}")
 
 
 def check_steps(steps: Any, least: int = 1) -> int:
@@ -32,50 +39,6 @@ def check_steps(steps: Any, least: int = 1) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
         raise ValueError(f"steps: expected an integer of at least {least}, got {steps!r}")
     return steps
-
-
-def adapted_packing(module: nn.Module, allow_nograd: bool) -> Packing:
-    """The packing of the parameters that the inner loop adapts."""
-    parameters = dict(module.named_parameters())
-    adapted = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    frozen = next((name for name in parameters if name not in adapted), None)
-    if frozen is not None and not allow_nograd:
-        raise ValueError(f"parameter {frozen!r} does not require a gradient; allow_nograd=True leaves it as it is")
-    if not adapted:
-        raise ValueError("model: expected at least one parameter that requires a gradient, got none")
-    (first, like), *others = adapted.items()
-    for name, parameter in others:
-        if parameter.dtype != like.dtype:
-            raise TypeError(
-                f"model: expected parameters of one dtype, got {first!r} of {like.dtype} "
-                f"and {name!r} of {parameter.dtype}"
-            )
-        if parameter.device != like.device:
-            raise ValueError(
-                f"model: expected parameters on one device, got {first!r} on {like.device} "
-                f"and {name!r} on {parameter.device}"
-            )
-    return Packing.of(list(adapted.items()))
-
-
-def check_structure(module: nn.Module, packing: Packing) -> list[Tensor]:
-    """The adapted parameters as the module has them now, in the packing's order."""
-    parameters = dict(module.named_parameters())
-    again = "after the learner was built: build it again"
-    for name, shape in zip(packing.names, packing.shapes):
-        if name not in parameters:
-            raise ValueError(f"parameter {name!r} was removed or renamed {again}")
-        if not parameters[name].requires_grad:
-            raise ValueError(f"parameter {name!r} was frozen {again}")
-        if parameters[name].shape != shape:
-            raise ValueError(
-                f"parameter {name!r} had shape {tuple(shape)} and got {tuple(parameters[name].shape)} {again}"
-            )
-    known = set(packing.names)
-    for name, parameter in parameters.items():
-        if parameter.requires_grad and name not in known:
-            raise ValueError(f"parameter {name!r} was added or made trainable {again}")
-    return [parameters[name] for name in packing.names]
 
 
 def check_modules(model: nn.Module) -> None:
@@ -105,12 +68,20 @@ def check_update(update: Update, packing: Packing) -> None:
             f"update: expected one made for {len(packing)} parameters, got one for {len(theirs)}"
             f"{_missing(theirs, packing)}; make it of those that are adapted and require a gradient"
         )
+    renamed = theirs.named and not _same_names(packing.names, theirs.names)
     for name, shape, other_name, other_shape in zip(packing.names, packing.shapes, theirs.names, theirs.shapes):
-        if shape != other_shape or (theirs.named and name != other_name):
+        if shape != other_shape or (renamed and name != other_name):
             raise ValueError(
                 f"update: expected factors for parameter {name!r} of shape {tuple(shape)}, "
                 f"got some made for {other_name!r} of shape {tuple(other_shape)}"
             )
+
+
+def _same_names(mine: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether names agree, or would with the name of one module before all those of one side."""
+    longer, shorter = (mine, theirs) if len(mine[0]) >= len(theirs[0]) else (theirs, mine)
+    prefix = longer[0].removesuffix(shorter[0])
+    return prefix[-1:] in ("", ".") and list(longer) == [prefix + name for name in shorter]
 
 
 def _missing(theirs: Packing, packing: Packing) -> str:
@@ -134,7 +105,7 @@ def check_batch(batch: TaskBatch) -> int:
             "batch: expected TaskBatch(Examples(x, y), Examples(x, y)) of kfo_ext.tasks, support and query, "
             f"each tensor (tasks, examples, ...), got {type(batch).__name__}"
         )
-    tasks: int | None = None
+    tasks = -1
     for part, examples in zip(TaskBatch._fields, batch):
         if not isinstance(examples, Examples):
             raise TypeError(f"batch.{part}: expected Examples(x, y), got {type(examples).__name__}")
@@ -147,7 +118,7 @@ def check_batch(batch: TaskBatch) -> int:
                 )
             if tensor.layout != torch.strided:
                 raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
-            tasks = tensor.shape[0] if tasks is None and tensor.dim() else tasks
+            tasks = tensor.shape[0] if tasks < 0 and tensor.dim() else tasks
             if tasks == 0:
                 raise ValueError("batch: expected at least one task, got none")
             if tensor.dim() < 2 or tensor.shape[0] != tasks:

@@ -60,36 +60,54 @@ class InnerLoop(NamedTuple):
         theta: (tasks, n), packed parameters.
         phi: (1, n) each, the update's meta-parameters.
         """
-        # Factors that are frozen are not adapted either, in training as in evaluation.
-        learned = [row.requires_grad for row in phi]
-        last: Gradient | None = None
+        if self.adapt_update and steps > 1:
+            # Each task adapts meta-parameters of its own.
+            phi = tuple(row.expand(len(theta), -1) for row in phi)
+        step: Callable = self._step
+        if self.replayed is not None and self.outer:
+            step = partial(self._replayed_step, self.replayed)
+        gradient: Gradient | None = None
         step_losses = []
         for _ in range(steps):
-            if not self.outer:
-                theta = theta.detach().requires_grad_()
-                phi = tuple(row.detach().requires_grad_(needed) for row, needed in zip(phi, learned))
-            step = self._step if self.replayed is None or not self.outer else self._replayed_step
-            theta, phi, losses, last = step(theta, phi, last)
+            theta, phi, losses, gradient = step(theta, phi, gradient)
             step_losses.append(losses)
-        return theta, torch.stack(step_losses) if step_losses else theta.new_empty((0, len(theta)))
+        if gradient is None:
+            return theta, theta.new_empty((0, len(theta)))
+        return theta - self.lr * self._update(phi, gradient), torch.stack(step_losses)
 
     def _step(
         self, theta: Tensor, phi: Phi, last: Gradient | None, observe: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Phi, Tensor, Gradient]:
-        """theta, phi, losses (tasks,) and the gradient of one step; `last` is the gradient of the step before."""
+        """Moves theta by the update of its last gradient, then takes the next one, by which phi moves.
+
+        One evaluation of U serves both: a step begins with it, so that a step depends on tensors alone.
+
+        last: the gradient at theta, None in the first step.
+        observe: is called with the losses.
+
+        Returns:
+            theta, phi, the support losses (tasks,) at theta, and their gradient.
+        """
+        U = None
+        if not self.outer:
+            phi = tuple(row.detach().requires_grad_(row.requires_grad) for row in phi)
+        if last is not None:
+            U = self._update(phi, last)
+            theta = theta - self.lr * U
+        if not self.outer:
+            theta = theta.detach().requires_grad_()
         leaves = self.route.leaves(theta)
         losses = self.losses(leaves)
         if observe is not None:
             observe(losses.detach())
         gradient = self._gradient(leaves, losses)
-        U = gradient[0]
-        if self.update is not None:
-            if self.adapt_update and last is not None:
-                phi = self._adapted(phi, last, gradient[0])
-            U = self._used_update(phi, gradient)
-        return theta - self.lr * U, phi, losses.detach(), gradient
+        if U is not None and self.adapt_update:
+            phi = self._adapted(phi, U, gradient[0])
+        return theta, phi, losses.detach(), gradient
 
-    def _replayed_step(self, theta: Tensor, phi: Phi, last: Gradient | None) -> tuple[Tensor, Phi, Tensor, Gradient]:
+    def _replayed_step(
+        self, module: nn.Module, theta: Tensor, phi: Phi, last: Gradient | None
+    ) -> tuple[Tensor, Phi, Tensor, Gradient]:
         """`_step`, of which nothing is kept but its arguments."""
         first: list[Tensor] = []
 
@@ -103,23 +121,20 @@ class InnerLoop(NamedTuple):
                     "reads, and that is no buffer; use checkpoint=False"
                 )
 
-        step, again = partial(self._step, observe=same), BufferReplay(self.replayed)
+        step, again = partial(self._step, observe=same), BufferReplay(module)
         return checkpointed(step, theta, phi, last, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
-    def _used_update(self, phi: Phi, gradient: Gradient) -> Tensor:
+    def _update(self, phi: Phi, gradient: Gradient) -> Tensor:
         G, used = gradient
-        U = self.update.rule(phi, G)
+        U = G if self.update is None else self.update.rule(phi, G)
         return U if used is None else U * used
 
-    def _adapted(self, phi: Phi, last: Gradient, G: Tensor) -> Phi:
-        """phi after its own step, from the gradient of the step before and the one now."""
-        # One row per task from here on: each task's factors go their own way.
-        phi = tuple(row.expand(len(G), -1) for row in phi)
+    def _adapted(self, phi: Phi, U: Tensor, G: Tensor) -> Phi:
+        """phi after its own step, from the update U by phi that theta has moved by, and the gradient there."""
+        # Rows that are frozen are not adapted either, in training as in evaluation.
         learned = [row for row in phi if row.requires_grad]
         if not learned:
             return phi
-        # U is evaluated again, so that a step depends on tensors alone and checkpointing changes no bit.
-        U = self._used_update(phi, last)
         products = iter(torch.autograd.grad(U, learned, grad_outputs=G, create_graph=self.outer))
         # Minus lr times (minus lr times the VJP).
         return tuple(row + self.lr**2 * next(products) if row.requires_grad else row for row in phi)

@@ -43,7 +43,7 @@ def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) ->
     return torch.stack(losses)
 
 
-def ignored_target(loss: Loss) -> int:
+def ignored_target(loss: Loss | None) -> int:
     """The target that the loss leaves out: its own `ignore_index` where it has one, else that of cross-entropy."""
     if isinstance(loss, partial):
         return loss.keywords.get("ignore_index", ignored_target(loss.func))

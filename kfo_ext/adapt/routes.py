@@ -64,11 +64,22 @@ def tasks_at_once(route: Route, x: Tensor, examples: int) -> int:
 
 
 class Vmapped:
-    """One forward of all tasks, made from the module's own: see `vmapped`."""
+    """One forward of all tasks, made from the module's own: see `vmapped`.
 
-    def __init__(self, module: nn.Module, packing: Packing, plan: Plan | None = None) -> None:
-        self.module, self.packing, self.plan = module, packing, plan
-        self.slots = slots(module, packing.names)
+    Args:
+        module: what is called.
+        packing: of the parameters that theta holds; the module's other parameters are as they are, in all tasks.
+        parameters: the module's own, in the packing's order.
+
+    Attributes:
+        plan: from `planned`, of this call or an earlier one; to be set before outputs are computed.
+    """
+
+    plan: Plan
+
+    def __init__(self, module: nn.Module, packing: Packing, parameters: Sequence[Tensor]) -> None:
+        self.module, self.packing = module, packing
+        self.slots = slots(module, parameters)
 
     def planned(self, theta: Tensor, x: Tensor) -> Plan:
         """The plan of this route, from the parameters and examples of one task, (1, ...) each."""
@@ -98,11 +109,11 @@ class Vmapped:
 
 
 class TaskByTask:
-    """The module's own forward, for one task after the other."""
+    """The module's own forward, for one task after the other; arguments are as for `Vmapped`."""
 
-    def __init__(self, module: nn.Module, packing: Packing) -> None:
+    def __init__(self, module: nn.Module, packing: Packing, parameters: Sequence[Tensor]) -> None:
         self.module, self.packing = module, packing
-        self.slots = slots(module, packing.names)
+        self.slots = slots(module, parameters)
         self.weight_norm = any(type(each).__name__ in _WEIGHT_NORMS for each in _parts(module))
         # The parameters whose gradients are sparse, and those that the forward scales down in place.
         embeddings = [

@@ -30,16 +30,16 @@ class Interval(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Scores by task: losses (n,), accuracies (n,) or None for regression, and a digest of the tasks themselves."""
+    """Scores by task: losses (n,), metrics (n,) or None without one, and a digest of the tasks themselves."""
 
     losses: Tensor
-    accuracies: Tensor | None
+    metrics: Tensor | None
     digest: str
 
     @property
     def scores(self) -> Tensor:
-        """The accuracies, or for regression the losses."""
-        return self.losses if self.accuracies is None else self.accuracies
+        """The metrics (accuracies by default), or without them the losses."""
+        return self.losses if self.metrics is None else self.metrics
 
 
 def mean_interval(values: Sequence[float] | Tensor) -> Interval:
@@ -97,7 +97,7 @@ def evaluate(
         raise ValueError(f"batch: expected at least 1, got {batch}")
     like = next(learner.parameters())
     digest = hashlib.blake2b(digest_size=16)
-    losses, accuracies = [], []
+    losses, metrics = [], []
     stream = batches(family, 1, start=0, workers=workers)
     with closing(stream), torch.no_grad():
         for start in tqdm(range(0, tasks, batch), disable=None if progress else True, unit="batch"):
@@ -116,9 +116,9 @@ def evaluate(
                 last = start + len(on_cpu.support.x) - 1
                 raise FloatingPointError(f"tasks {start} to {last} of the list: {error}") from None
             losses.append(result.query_losses.double().cpu())
-            if result.accuracies is not None:
-                accuracies.append(result.accuracies.double().cpu())
-    return Evaluation(torch.cat(losses), torch.cat(accuracies) if accuracies else None, digest.hexdigest())
+            if result.metrics is not None:
+                metrics.append(result.metrics.double().cpu())
+    return Evaluation(torch.cat(losses), torch.cat(metrics) if metrics else None, digest.hexdigest())
 
 
 def _joined(group: list[TaskBatch]) -> TaskBatch:

@@ -177,8 +177,8 @@ class Trainer:
         self.progress.iteration = iteration
         self.progress.elapsed = time.monotonic() - self._clock
         record = {"iteration": iteration, "loss": report.loss.item()}
-        if report.accuracy is not None:
-            record["accuracy"] = report.accuracy.item()
+        if report.metric is not None:
+            record["accuracy"] = report.metric.item()
         self._show(bar, record)
         metrics.append({**record, "learning_rate": rate, "elapsed": self.progress.elapsed})
 
@@ -281,7 +281,7 @@ def _summary(scores: Evaluation) -> tuple[float, Record]:
     """What to select by (larger is better), and what to write down."""
     loss, half = mean_interval(scores.losses)
     record = {"validation_loss": loss, "validation_loss_interval": half}
-    if scores.accuracies is None:
+    if scores.metrics is None:
         return -loss, record
-    accuracy, half = mean_interval(scores.accuracies)
+    accuracy, half = mean_interval(scores.metrics)
     return accuracy, {"validation_accuracy": accuracy, "validation_interval": half, **record}

@@ -21,14 +21,14 @@ class MetaReport(NamedTuple):
     support_losses: (steps, tasks), before each inner step.
     query_losses: (tasks,).
     gradient_norm: (), of the meta-gradients of the optimizer's parameters, before clipping.
-    accuracy: (), the mean query accuracy, or None for regression.
+    metric: (), the mean query metric, accuracy by default, or None without one.
     """
 
     loss: Tensor
     support_losses: Tensor
     query_losses: Tensor
     gradient_norm: Tensor
-    accuracy: Tensor | None
+    metric: Tensor | None
 
     def on_host(self) -> MetaReport:
         """The same on the CPU, by one transfer, which waits for the device; in the widest of their types."""
@@ -160,5 +160,5 @@ class MetaStep:
             self.optimizer.step()
         finally:
             del self.optimizer.found_inf
-        accuracy = None if result.accuracies is None else result.accuracies.mean()
-        return MetaReport(result.loss.detach(), result.support_losses, result.query_losses, norm, accuracy)
+        metric = None if result.metrics is None else result.metrics.mean()
+        return MetaReport(result.loss.detach(), result.support_losses, result.query_losses, norm, metric)

@@ -1,0 +1,114 @@
+"""Which parameters of a model the inner loop adapts; the rest is only meta-learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from kfo_ext.packing import Packing, some
+
+
+class Selection:
+    """The parameters whose names fit one of the patterns, or all of them.
+
+    Args:
+        patterns: names, or shell patterns such as "head.*"; None for all.
+
+    Raises:
+        TypeError: patterns that are no sequence of strings.
+        ValueError: an empty sequence.
+    """
+
+    def __init__(self, patterns: Sequence[str] | None) -> None:
+        if patterns is not None:
+            if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+                raise TypeError(
+                    f'adapted: expected a sequence of names or patterns, such as ["head.*"], or None, got {patterns!r}'
+                )
+            for pattern in patterns:
+                if not isinstance(pattern, str):
+                    raise TypeError(f"adapted: expected names or patterns, got {type(pattern).__name__}")
+            if not patterns:
+                raise ValueError("adapted: expected at least one name or pattern, got none")
+            patterns = tuple(patterns)
+        self.patterns = patterns
+        self._fitting: dict[str, bool] = {}
+
+    def fits(self, name: str) -> bool:
+        """Whether a parameter of this name is to be adapted."""
+        if self.patterns is None:
+            return True
+        if name not in self._fitting:
+            self._fitting[name] = any(name == pattern or fnmatchcase(name, pattern) for pattern in self.patterns)
+        return self._fitting[name]
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError for a pattern that fits no parameter, or only some of the names of a tied one."""
+        names = list(model.named_parameters(remove_duplicate=False))
+        for pattern in self.patterns or ():
+            if not any(name == pattern or fnmatchcase(name, pattern) for name, _ in names):
+                have = some([name for name, _ in names])
+                raise ValueError(f"adapted: {pattern!r} fits no parameter of the model, which has {have}")
+        first: dict[int, str] = {}
+        for name, parameter in names:
+            other = first.setdefault(id(parameter), name)
+            if self.fits(name) != self.fits(other):
+                raise ValueError(
+                    f"adapted: {other!r} and {name!r} are one parameter, of which a pattern fits one name alone; "
+                    "name both, or neither"
+                )
+
+    def packing(self, parameters: Mapping[str, Tensor], allow_nograd: bool) -> Packing:
+        """The packing of the parameters to be adapted.
+
+        Raises:
+            ValueError: a frozen one without `allow_nograd`, none at all, several devices.
+            TypeError: several dtypes.
+        """
+        adapted = {}
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and self.fits(name):
+                adapted[name] = parameter
+            elif self.fits(name) and not allow_nograd:
+                raise ValueError(
+                    f"parameter {name!r} does not require a gradient; allow_nograd=True leaves it as it is"
+                )
+        if not adapted:
+            raise ValueError("model: expected at least one parameter that requires a gradient, got none")
+        (first, like), *others = adapted.items()
+        for name, parameter in others:
+            if parameter.dtype != like.dtype:
+                raise TypeError(
+                    f"model: expected parameters of one dtype, got {first!r} of {like.dtype} "
+                    f"and {name!r} of {parameter.dtype}"
+                )
+            if parameter.device != like.device:
+                raise ValueError(
+                    f"model: expected parameters on one device, got {first!r} on {like.device} "
+                    f"and {name!r} on {parameter.device}"
+                )
+        return Packing.of(list(adapted.items()))
+
+    def current(self, parameters: Mapping[str, Tensor], packing: Packing) -> list[Tensor]:
+        """The adapted parameters as the model has them now, in the packing's order.
+
+        Raises:
+            ValueError: they are others than when the packing was made.
+        """
+        again = "after the learner was built: build it again"
+        for name, shape in zip(packing.names, packing.shapes):
+            if name not in parameters:
+                raise ValueError(f"parameter {name!r} was removed or renamed {again}")
+            if not parameters[name].requires_grad:
+                raise ValueError(f"parameter {name!r} was frozen {again}")
+            if parameters[name].shape != shape:
+                raise ValueError(
+                    f"parameter {name!r} had shape {tuple(shape)} and got {tuple(parameters[name].shape)} {again}"
+                )
+        known = set(packing.names)
+        for name, parameter in parameters.items():
+            if name not in known and parameter.requires_grad and self.fits(name):
+                raise ValueError(f"parameter {name!r} was added or made trainable {again}")
+        return [parameters[name] for name in packing.names]
