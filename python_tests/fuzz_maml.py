@@ -265,6 +265,11 @@ def run_case(seed: int) -> str:
     kfo = rule = None
     phi: tuple = ()
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+    only = None
+    if learner is MAML and rng.random() < 0.4:
+        trained = rng.sample(trained, rng.randint(1, len(trained)))
+        trained = [(name, p) for name, p in adapted.named_parameters() if any(p is chosen for _, chosen in trained)]
+        only = {name for name, _ in trained}
     if rng.random() < 0.5 and all(p.dim() in (1, 2, 4) for _, p in trained):
         layers = rng.choice([0, 0, 1])
         settings = {"psd": rng.random() < 0.5, "bias": rng.random() < 0.5}
@@ -276,8 +281,15 @@ def run_case(seed: int) -> str:
     head = learner is ANIL
     plain = F.cross_entropy if loss is None else loss
     with right_weight_norm():
-        truth = plain_maml(model, batch, plain, head=head, rule=rule, phi=phi, **options)
+        truth = plain_maml(model, batch, plain, head=head, only=only, rule=rule, phi=phi, **options)
     flags = {"allow_nograd": True, "allow_unused": True, "checkpoint": rng.random() < 0.2, "update": kfo, "loss": loss}
+    if only is not None:
+        # By all the names of a tied parameter.
+        flags["adapted"] = [
+            name
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if any(p is chosen for _, chosen in trained)
+        ]
     taken = ""
     for route in ("auto", "loop"):
         built = learner(model, route=route, **options, **flags)

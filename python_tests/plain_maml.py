@@ -7,7 +7,7 @@ a learned update are differentiated the long way, by a second pass through the m
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -53,6 +53,7 @@ def plain_maml(
     steps: int,
     first_order: bool = False,
     head: bool = False,
+    only: Collection[str] | None = None,
     rule: Rule | None = None,
     phi: list[Tensor] = (),
     adapt_update: bool = False,
@@ -60,9 +61,11 @@ def plain_maml(
     """The meta-loss of a batch and its gradients by the model's trainable parameters, then by phi.
 
     head: adapt `model.head` alone, on features of support and query together.
+    only: the names of the parameters to adapt; None for all.
     """
     adapted = model.head if head else model
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    named = adapted.named_parameters()
+    parameters = [p for name, p in named if p.requires_grad and (only is None or name in only)]
     losses, outputs = [], []
     for sx, sy, qx, qy in zip(*batch.support, *batch.query):
         if head:
@@ -134,7 +137,7 @@ def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1) -> Rule:
 
 
 def measured(learner, batch) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """What a learner of kfo_ext gives: loss, query losses, accuracies and gradients in the order of `plain_maml`."""
+    """What a learner of kfo_ext gives: loss, query losses, metrics and gradients in the order of `plain_maml`."""
     result = learner(batch)
     learned = [p for p in learner.model.parameters() if p.requires_grad]
     learned += list(learner.update.phi) if learner.update is not None else []

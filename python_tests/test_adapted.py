@@ -115,6 +115,27 @@ def test_without_steps_it_is_the_model_as_it_is(route):
     assert adapted.losses.shape == (0, TASKS)
 
 
+@routes
+@pytest.mark.parametrize(("learner", "head"), [(MAML, False), (ANIL, True)], ids=["maml", "anil"])
+def test_evaluation_with_other_steps_and_shots(learner, head, route):
+    model = Net().double()
+    options = {"update": KFO((model.head if head else model).named_parameters()), "adapt_update": True, "route": route}
+    maml, batch = learner(model, **options, **OPTIONS), TaskBatch(examples(3), examples(4))
+    maml(TaskBatch(examples(6), examples(2))).loss.backward()
+    for steps in (0, 1, 4):
+        result = maml(batch, steps=steps)
+        assert result.support_losses.shape == (steps, TASKS)
+        if steps:
+            expected = learner(model, lr=OPTIONS["lr"], steps=steps, **options)(batch)
+            assert all(torch.equal(a, b) for a, b in zip(result, expected))
+        with torch.no_grad():
+            close(maml(batch, steps).query_losses, result.query_losses)
+    as_it_is = torch.stack([cross_entropy(model(x), y) for x, y in zip(*batch.query)])
+    close(MAML(model, **OPTIONS)(batch, steps=0).query_losses, as_it_is.detach())
+    with pytest.raises(ValueError, match="steps: expected an integer of at least 0, got True"):
+        maml(batch, steps=True)
+
+
 def test_a_head_tied_to_the_body_is_untied_in_a_module():
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -157,5 +178,6 @@ def test_what_is_refused():
         adapted.predict(support.x[:2])
     with pytest.raises(TypeError, match="x: expected a tensor, got list"):
         adapted.predict([1])
-    with pytest.raises(IndexError, match="task: expected 0 to 2, got 3"):
-        adapted.module(3)
+    for wrong in (3, -1, 0.0, True):
+        with pytest.raises(IndexError, match=f"task: expected 0 to 2, got {wrong}"):
+            adapted.module(wrong)

@@ -270,3 +270,109 @@ def test_a_route_by_name_never_falls_back():
     model.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="route: expected a network that vmap can serve: Linear has a hook"):
         learner(TaskBatch(GOOD, GOOD))
+
+
+def test_a_route_by_name_names_the_function():
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.GRUCell(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.head(self.cell(x))
+
+    with pytest.raises(ValueError, match=r"route: expected a network that vmap can serve: torch\.gru_cell has no"):
+        MAML(Recurrent(), route="vmap", **OPTIONS)(TaskBatch(GOOD, GOOD))
+
+
+def _double_head(model):
+    model[2].double()
+
+
+def _parametrized(model):
+    nn.utils.parametrizations.weight_norm(model[2])
+
+
+def _frozen_where_shared(model):
+    model[0].requires_grad_(False)
+
+
+def _no_parameter(model):
+    weight = model[2].weight
+    del model[2].weight
+    model[2].weight = weight.detach()
+
+
+STATES = {
+    "dtype of a part": (
+        _double_head,
+        TypeError,
+        r"parameters\['2\.weight'\]: expected torch\.float32 as '0\.weight'",
+    ),
+    "parametrized": (
+        _parametrized,
+        ValueError,
+        r"parameter '2\.weight' was removed or renamed after the learner",
+    ),
+    "frozen where shared": (_frozen_where_shared, ValueError, r"parameter '0\.weight' was frozen after the learner"),
+    "no parameter": (_no_parameter, ValueError, r"parameter '2\.weight' was removed or renamed after the learner"),
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_a_state_changed_since_is_refused(change):
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, layer, nn.Linear(4, 3))
+    learner = MAML(model, **OPTIONS)
+    adapted = learner.adapt(GOOD)
+    function, error, message = STATES[change]
+    function(model)
+    with pytest.raises(error, match=message):
+        learner(TaskBatch(GOOD, GOOD))
+    with pytest.raises(error, match=message):
+        learner.adapt(GOOD)
+    if error is ValueError:
+        for use in (lambda: adapted.predict(X), adapted.module):
+            with pytest.raises(ValueError, match=message):
+                use()
+
+
+def _assigned(model):
+    model[2].weight = nn.Parameter(torch.randn(3, 4))
+
+
+def _replaced(model):
+    model[2] = nn.Linear(4, 3)
+
+
+def _doubled(model):
+    model.double()
+
+
+def _buffered(model):
+    model[2].register_buffer("scale", torch.ones(3))
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+@pytest.mark.parametrize("change", [_assigned, _replaced, _doubled, _buffered])
+def test_a_network_of_the_same_structure_is_followed(change, route):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    learner, batch = MAML(model, adapted=["2.*"], route=route, **OPTIONS), TaskBatch(GOOD, GOOD)
+    learner(batch)
+    change(model)
+    batch = batch.to(dtype=model[0].weight.dtype)
+    results = [each(batch) for each in (learner, MAML(model, adapted=["2.*"], route=route, **OPTIONS))]
+    gradients = [torch.autograd.grad(result.loss, list(model.parameters())) for result in results]
+    for a, b in zip([*results[0], *gradients[0]], [*results[1], *gradients[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_head_that_is_gone_is_named():
+    model = nn.Module()
+    model.features, model.head = nn.Linear(4, 4), nn.Linear(4, 3)
+    learner = ANIL(model, **OPTIONS)
+    model.head = nn.Linear(4, 3)
+    learner(TaskBatch(GOOD, GOOD))
+    del model.head
+    with pytest.raises(ValueError, match="module 'head' was removed or renamed after the learner was built"):
+        learner(TaskBatch(GOOD, GOOD))

@@ -201,3 +201,77 @@ def test_a_loss_that_cannot_be_meant_is_refused():
             MAML(nn.Linear(4, 3), loss=lambda o, y: o.detach().sum(), route=route, **OPTIONS)(
                 TaskBatch(*[Examples(x, ints(3))] * 2)
             )
+
+
+def right(output, target):
+    return (output.argmax(1) == target).sum()
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+@pytest.mark.parametrize("kind", ["linear", "anil own"])
+def test_a_metric_of_ones_own(kind, route):
+    batch = batch_for(kind)
+    learner = learner_of(kind, metric=right, route=route, **OPTIONS)
+    truth = plain_maml(learner.model, batch, F.cross_entropy, head=isinstance(learner, ANIL), **OPTIONS)
+    assert_equal_truth(learner, batch, truth)
+    metrics = learner(batch).metrics
+    assert metrics.tolist() == [right(*pair).item() for pair in zip(truth.outputs, batch.query.y)]
+    assert metrics.dtype == torch.float64 and not metrics.requires_grad
+    # A number of Python, and a tensor that would have a graph.
+    for metric in (lambda o, y: right(o, y).item(), lambda o, y: o.sum() * 0 + right(o, y)):
+        learner.metric = metric
+        assert torch.equal(learner(batch).metrics, metrics)
+        with torch.no_grad():
+            assert torch.equal(learner(batch).metrics, metrics)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "object", "dict", "one logit"])
+def test_a_metric_takes_the_outputs_that_the_loss_takes(kind):
+    width, form, loss, targets = WITHOUT_CLASSES[kind]
+    model = Shaped(width, form).double()
+    x = torch.randn(TASKS, COUNT, 4, dtype=torch.float64)
+    batch = TaskBatch(Examples(x, targets), Examples(x + 1, targets))
+    learner = MAML(model, loss=loss, metric=lambda o, y: loss(o, y).item(), **OPTIONS)
+    result = learner(batch)
+    torch.testing.assert_close(result.metrics, result.query_losses)
+    # Of groups of tasks too.
+    parts = [learner(part).metrics for part in batch.split(1)]
+    torch.testing.assert_close(torch.cat(parts), result.metrics)
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "message"),
+    [
+        (
+            lambda o, y: o.argmax(1) == y,
+            TypeError,
+            r"metric: expected a number or a tensor of shape \(\) .* torch.bool",
+        ),
+        (lambda o, y: None, TypeError, "metric: expected a number .* per task, got NoneType"),
+        (lambda o, y: "good", TypeError, "metric: expected a number .* per task, got str"),
+        (lambda o, y: 1j, TypeError, "metric: expected a number .* per task, got complex"),
+        (lambda o, y: o.sum().to(torch.complex64), TypeError, "metric: .* got torch.complex64 of shape"),
+        (lambda o, y: o["logits"], RuntimeError, "metric: raised IndexError: "),
+    ],
+)
+def test_a_metric_that_is_no_number_is_named(metric, error, message):
+    batch = batch_for("linear")
+    with pytest.raises(error, match=message):
+        learner_of("linear", metric=metric, **OPTIONS)(batch)
+
+
+def test_a_metric_that_cannot_be_called_is_refused():
+    for wrong in ("accuracy", nn.CrossEntropyLoss):
+        with pytest.raises(TypeError, match=r"metric: expected a function of \(output, target\) or None, got"):
+            MAML(nn.Linear(4, 3), metric=wrong, **OPTIONS)
+
+
+def test_an_error_of_the_metric_is_not_blamed_on_the_batch():
+    class Converting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.to(self.weight.dtype))
+
+    x = torch.randn(TASKS, COUNT, 4, dtype=torch.float64)
+    batch = TaskBatch(*[Examples(x, ints(3))] * 2)
+    with pytest.raises(RuntimeError, match="metric: raised KeyError: 'mine'"):
+        MAML(Converting(4, 3), metric=lambda o, y: {}["mine"], **OPTIONS)(batch)

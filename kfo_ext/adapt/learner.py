@@ -34,7 +34,7 @@ from .metric import Metric, task_accuracies, task_metrics
 from .plans import Plans, precision
 from .result import MetaResult
 from .routes import ROUTES, Route, tasks_at_once
-from .selection import Selection
+from .selection import Selection, named_under
 from .vmapped import Unserved
 
 
@@ -129,7 +129,7 @@ class MAML(nn.Module):
         self._plans = Plans(route, bf16)
         self._selection = Selection(adapted)
         self._selection.check(model)
-        self.packing = self._selection.packing(self._named(), allow_nograd)
+        self.packing = self._selection.packing(named_under(model, self.part), allow_nograd)
         if update is not None:
             check_update(update, self.packing)
 
@@ -149,22 +149,12 @@ class MAML(nn.Module):
     @property
     def called(self) -> nn.Module:
         """The module that the inner loop calls."""
-        try:
-            return self.model.get_submodule(self.part)
-        except AttributeError:
-            raise ValueError(
-                f"module {self.part!r} was removed or renamed after the learner was built: build it again"
-            ) from None
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        """The parameters of the module that the inner loop calls, by their names in the model."""
-        prefix = f"{self.part}." if self.part else ""
-        return {prefix + name: parameter for name, parameter in self.called.named_parameters()}
+        return self.model.get_submodule(self.part)
 
     def current(self) -> list[Tensor]:
         """The adapted parameters as the model has them now; raises ValueError if they are others than at the start."""
         with exclusive():
-            return self._selection.current(self._named(), self.packing)
+            return self._selection.current(named_under(self.model, self.part), self.packing)
 
     @property
     def route(self) -> str:

@@ -9,6 +9,18 @@ from torch import Tensor, nn
 
 from kfo_ext.packing import Packing, some
 
+AGAIN = "after the learner was built: build it again"
+
+
+def named_under(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    """The parameters of the submodule of this name, "" for the model itself, by their names in the model."""
+    try:
+        module = model.get_submodule(part)
+    except AttributeError:
+        raise ValueError(f"module {part!r} was removed or renamed {AGAIN}") from None
+    prefix = f"{part}." if part else ""
+    return {prefix + name: parameter for name, parameter in module.named_parameters()}
+
 
 class Selection:
     """The parameters whose names fit one of the patterns, or all of them.
@@ -97,18 +109,17 @@ class Selection:
         Raises:
             ValueError: they are others than when the packing was made.
         """
-        again = "after the learner was built: build it again"
         for name, shape in zip(packing.names, packing.shapes):
             if name not in parameters:
-                raise ValueError(f"parameter {name!r} was removed or renamed {again}")
+                raise ValueError(f"parameter {name!r} was removed or renamed {AGAIN}")
             if not parameters[name].requires_grad:
-                raise ValueError(f"parameter {name!r} was frozen {again}")
+                raise ValueError(f"parameter {name!r} was frozen {AGAIN}")
             if parameters[name].shape != shape:
                 raise ValueError(
-                    f"parameter {name!r} had shape {tuple(shape)} and got {tuple(parameters[name].shape)} {again}"
+                    f"parameter {name!r} had shape {tuple(shape)} and got {tuple(parameters[name].shape)} {AGAIN}"
                 )
         known = set(packing.names)
         for name, parameter in parameters.items():
             if name not in known and parameter.requires_grad and self.fits(name):
-                raise ValueError(f"parameter {name!r} was added or made trainable {again}")
+                raise ValueError(f"parameter {name!r} was added or made trainable {AGAIN}")
         return [parameters[name] for name in packing.names]
