@@ -220,7 +220,8 @@ def test_a_metric_of_ones_own(kind, route):
     # A number of Python, and a tensor that would have a graph.
     for metric in (lambda o, y: right(o, y).item(), lambda o, y: o.sum() * 0 + right(o, y)):
         learner.metric = metric
-        assert torch.equal(learner(batch).metrics, metrics)
+        result = learner(batch)
+        assert torch.equal(result.metrics, metrics) and not result.metrics.requires_grad
         with torch.no_grad():
             assert torch.equal(learner(batch).metrics, metrics)
 

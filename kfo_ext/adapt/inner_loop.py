@@ -12,6 +12,8 @@ hence
     grad_phi loss(theta_t) = -lr * (VJP of U at (phi_{t-1}, g_{t-1}) applied to g_t)
 
 exactly, because the loss holds phi only through theta_t and the step is plain gradient descent with one scalar lr.
+U is evaluated once per step: the evaluation that moves theta has that VJP. Only where steps are recomputed
+(checkpoint) does each gradient inside a step evaluate it again.
 """
 
 from __future__ import annotations

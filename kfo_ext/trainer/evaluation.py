@@ -10,9 +10,10 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from kfo_ext.adapt import MAML
 from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
 
 # No list of scores in memory is longer.
@@ -67,11 +68,12 @@ def paired_difference(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor) 
 
 
 def evaluate(
-    learner: nn.Module,
+    learner: MAML,
     family: TaskFamily,
     *,
     tasks: int = 1000,
     batch: int = 16,
+    steps: int | None = None,
     workers: int = 0,
     progress: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
@@ -84,6 +86,7 @@ def evaluate(
     family: a task family of the split to evaluate on.
     tasks: n, the length of the list.
     batch: tasks adapted at a time.
+    steps: inner steps, as many as the learner was built with by default.
     progress: show a bar where stderr is a terminal.
     cancelled: asked before each batch; once true, the result is None.
     Raises: ValueError for fewer than two tasks, too many or an empty batch, FloatingPointError at a loss that is not
@@ -105,7 +108,7 @@ def evaluate(
                 return None
             group = _joined(list(islice(stream, min(batch, tasks - start))))
             on_cpu = group.to("cpu")
-            result = learner(group.to(like.device, like.dtype))
+            result = learner(group.to(like.device, like.dtype), steps)
             # Here, a device computes meanwhile.
             for task in zip(*on_cpu.support, *on_cpu.query, strict=True):
                 for tensor in task:
@@ -118,7 +121,9 @@ def evaluate(
             losses.append(result.query_losses.double().cpu())
             if result.metrics is not None:
                 metrics.append(result.metrics.double().cpu())
-    return Evaluation(torch.cat(losses), torch.cat(metrics) if metrics else None, digest.hexdigest())
+    return Evaluation(
+        torch.cat(losses), torch.cat(metrics) if len(metrics) == len(losses) else None, digest.hexdigest()
+    )
 
 
 def _joined(group: list[TaskBatch]) -> TaskBatch:
