@@ -170,6 +170,18 @@ def test_a_target_that_is_no_class_leaves_no_accuracy():
         assert learner(batch).metrics.isnan().tolist() == [False, True, False]
 
 
+def test_logits_that_are_not_a_number_leave_no_accuracy():
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(TASKS, COUNT, 4, dtype=torch.float64), ints(3)
+    query = x.clone()
+    query[1, 2], query[2, 2] = torch.nan, torch.nan
+    counted = y.clone()
+    counted[2, 2] = -100
+    for route in ("auto", "loop"):
+        metrics = MAML(model, route=route, **OPTIONS)(TaskBatch(Examples(x, y), Examples(query, counted))).metrics
+        assert metrics.isnan().tolist() == [False, True, False]
+
+
 def test_bfloat16_outputs_of_any_form():
     model = Shaped(3, lambda x: (x, {"sum": x.sum()}, x.argmax(1)))
     x = torch.randn(TASKS, COUNT, 4)

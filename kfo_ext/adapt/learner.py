@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,15 @@ from .routes import ROUTES, Route, tasks_at_once
 from .selection import Selection, named_under
 from .vmapped import Unserved
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _eager(forward: Callable) -> Callable:
+
+def _eager(forward: Callable[P, R]) -> Callable[P, R]:
     """The forward, left out of torch.compile: a compiled region has no second derivative."""
 
     @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         # Only a process that compiles has loaded dynamo.
         return (torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward)(*args, **kwargs)
 
@@ -194,6 +197,10 @@ class MAML(nn.Module):
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """What the adapted module sees of the support and query examples, (tasks, n, ...) each."""
         return batch.support.x, batch.query.x
+
+    if TYPE_CHECKING:
+
+        def __call__(self, batch: TaskBatch, steps: int | None = None) -> MetaResult: ...
 
     @_eager
     def forward(self, batch: TaskBatch, steps: int | None = None) -> MetaResult:

@@ -43,8 +43,8 @@ def task_accuracies(outputs: Tensor | Sequence[Any], targets: Tensor, ignored: i
     """The fraction of right classes per task, (tasks,), or None where there are no classes to compare.
 
     There is one for integer targets (tasks, n, ...) and floating-point outputs (tasks, n, classes, ...) of at least two
-    classes: the dimensions of torch's cross-entropy. Ignored targets are left out. A task with any other target that is
-    no class has accuracy NaN, and so has one whose targets are all ignored.
+    classes: the dimensions of torch's cross-entropy. Ignored targets are left out. The accuracy of a task is NaN if any
+    other target is no class or has a logit that is NaN, and if all its targets are ignored.
 
     outputs: of all tasks, or one output per task.
     ignored: the target to leave out.
@@ -62,5 +62,6 @@ def task_accuracies(outputs: Tensor | Sequence[Any], targets: Tensor, ignored: i
     counted = targets != ignored
     right = (outputs.argmax(2) == targets) & counted
     accuracy = right.flatten(1).sum(1) / counted.flatten(1).sum(1)
-    foreign = ((targets < 0) | (targets >= outputs.shape[2])) & counted
-    return accuracy.masked_fill(foreign.flatten(1).any(1), torch.nan)
+    # argmax takes a logit that is NaN for the largest.
+    meaningless = ((targets < 0) | (targets >= outputs.shape[2]) | outputs.amax(2).isnan()) & counted
+    return accuracy.masked_fill(meaningless.flatten(1).any(1), torch.nan)

@@ -10,10 +10,9 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from kfo_ext.adapt import MAML
 from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
 
 # No list of scores in memory is longer.
@@ -68,7 +67,7 @@ def paired_difference(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor) 
 
 
 def evaluate(
-    learner: MAML,
+    learner: nn.Module,
     family: TaskFamily,
     *,
     tasks: int = 1000,
