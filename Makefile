@@ -24,7 +24,7 @@ help:
 	@echo "make sanitize   the CPU kernels over their cases under AddressSanitizer and UBSan (3 minutes, needs GCC's libasan)"
 	@echo "make wheel   build a wheel into dist/; make test-wheel installs it elsewhere and runs the operators' tests"
 	@echo "make test-cuda-load   the same under a CUDA build of torch (downloads gigabytes, needs no GPU)"
-	@echo "make lint    check style; make format applies it"
+	@echo "make lint    check style and types; make format applies it"
 	@echo "make clean   remove .venv and everything built"
 
 demo: $(STAMPS)/package
@@ -60,6 +60,7 @@ wheel: $(STAMPS)/build
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(STAMPS)/lint
@@ -98,6 +99,7 @@ $(STAMPS)/test: $(STAMPS)/build $(SOURCES)
 	$(PIP) $(LEARN2LEARN)
 	@touch $(STAMPS)/package $@
 
-$(STAMPS)/lint: $(STAMPS)/venv
-	$(PIP) ruff==0.17.6 clang-format==23.1.5
+# With what the package imports, whose types mypy reads.
+$(STAMPS)/lint: $(STAMPS)/build
+	$(PIP) $(CONSTRAINT) ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 tqdm typer matplotlib pillow
 	@touch $@
