@@ -35,7 +35,7 @@ test: $(STAMPS)/test
 
 # A build of its own, in a temporary folder.
 sanitize: $(STAMPS)/build
-	$(BIN)/python python_tests/cpu_sanitizers/run.py
+	$(BIN)/python -m python_tests.cpu_sanitizers.run
 
 # The wheel in a fresh environment of its own, from another directory; make test-wheel WHEEL_TORCH=torch==2.11.0 for a torch
 # other than the one that it was built with.

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from meta_case import NETWORKS, SHOTS, WAYS, Network, full_float32
-from meta_peers import finished
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from bench.meta_case import NETWORKS, SHOTS, WAYS, Network, full_float32
 from kfo_ext.adapt.routes import LARGEST_ACTIVATION
+from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.measure import TOLERANCE, one_line
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved, rested

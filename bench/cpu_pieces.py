@@ -15,20 +15,17 @@ import argparse
 import ctypes
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
+import setup as build  # the flags of the kernels; it lies beside bench/
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.ops import library
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import setup as build  # noqa: E402  its flags; it lies beside bench/
-
 SOURCES = ("conv2d_kernels.cpp", "fma_kernels.cpp", "working_memory.cpp")  # transform_kernels.cpp is included
 SAMPLE = 2e-4  # s
 PEAK = "multiply-adds in registers"

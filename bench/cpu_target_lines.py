@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from cpu_target_run import EMPTY, FMA, LARGE, NETWORKS, PACKING, PLAIN_TORCH, SMALL, Row, on
-
+from bench.cpu_target_run import EMPTY, FMA, LARGE, NETWORKS, PACKING, PLAIN_TORCH, SMALL, Row, on
 from kfo_ext.bench.cases import ORDERS
 from kfo_ext.bench.host import HOST_US
 from kfo_ext.bench.points import TASKS

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ EMPTY = "empty Function"
 FMA = "multiply-adds in registers"
 FMA_STEPS = 1 << 20
 PACKING, LARGE, SMALL = "packing alone", "native, largest parameters alone", "native, other parameters alone"
+ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, object]
 
 
@@ -55,9 +57,13 @@ class OtherIsa:
     """The packed orders in a process of their own, whose kernels are of another instruction set."""
 
     def __init__(self, isa: str, group: str) -> None:
-        command = [sys.executable, __file__, "--serve", group]
         self.process = subprocess.Popen(
-            command, env=os.environ | {"KFO_CPU_ISA": isa}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bench.cpu_target_run", "--serve", group],
+            env=os.environ | {"KFO_CPU_ISA": isa},
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         if (said := self._line()) != isa:
             raise RuntimeError(f"the process for {isa} says {said!r}")

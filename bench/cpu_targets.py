@@ -18,14 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpu_target_lines import markdown
-from cpu_target_run import Row
-
+from bench.cpu_target_lines import markdown
+from bench.cpu_target_run import Row
 from kfo_ext.bench.result import facts_of, write_result
 from kfo_ext.ops import library
 from kfo_ext.runs.files import read_json
 
-RUN = Path(__file__).with_name("cpu_target_run.py")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(repeats: int, *more: str) -> Row:
@@ -34,8 +33,8 @@ def run(repeats: int, *more: str) -> Row:
     Raises:
         subprocess.CalledProcessError: it failed, and its own words are on stderr.
     """
-    command = [sys.executable, str(RUN), "--repeats", str(repeats), *more]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "bench.cpu_target_run", "--repeats", str(repeats), *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
-from meta_case import NETWORKS, QUERIES, SHOTS, WAYS, full_float32, make_case
-from meta_ours import Ours
-from meta_peers import finished
 
+from bench.meta_case import NETWORKS, QUERIES, SHOTS, WAYS, full_float32, make_case
+from bench.meta_ours import Ours
+from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.result import facts_of, write_result
 from kfo_ext.bench.timing import Timing, interleaved
 from kfo_ext.tasks import ImageClasses, TaskBatch, batches

@@ -11,9 +11,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-import cuda_resources
-import triton_resources
-
+from bench import cuda_resources, triton_resources
 from kfo_ext import _plan
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.problems import Problems

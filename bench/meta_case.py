@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from user_networks import ResNet, dense_network
 
+from bench.user_networks import ResNet, dense_network
 from kfo_ext import KFO
 from kfo_ext.networks import CNN
 from kfo_ext.tasks import Examples, Glyphs, TaskBatch

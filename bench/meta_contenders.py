@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import meta_task_loops
-from meta_case import Contender, MetaCase
-from meta_jax import Jax
-from meta_ours import Ours, OursCaptured
-from meta_torch_func import TorchFunc
-
+from bench import meta_task_loops
+from bench.meta_case import Contender, MetaCase
+from bench.meta_jax import Jax
+from bench.meta_ours import Ours, OursCaptured
+from bench.meta_torch_func import TorchFunc
 from kfo_ext.ops.dispatch import BACKENDS
 
 Factory = Callable[[MetaCase], Contender]

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from meta_case import METHODS, NETWORKS, Network, full_float32, make_case
-from meta_contenders import CONTENDERS
-from meta_memory import peak_memory
-from meta_peers import finished
-
+from bench.meta_case import METHODS, NETWORKS, Network, full_float32, make_case
+from bench.meta_contenders import CONTENDERS
+from bench.meta_memory import peak_memory
+from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.fits import cliffs, exponent, upper_half
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved

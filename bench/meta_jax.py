@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 import torch
-from meta_case import Gradients, MetaCase
 from torch import Tensor
+
+from bench.meta_case import Gradients, MetaCase
 
 
 class Jax:

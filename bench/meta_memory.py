@@ -24,8 +24,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from meta_case import Contender, Network, make_case
 
+from bench.meta_case import Contender, Network, make_case
+
+ROOT = Path(__file__).resolve().parent.parent
 Memory = dict[str, int]
 TIMEOUT = 1200
 
@@ -40,8 +42,8 @@ def peak_memory(network: Network, method: str, contender: str, device: str, **se
         RuntimeError: that process failed; the message is its last line.
     """
     what = {"network": asdict(network), "method": method, "contender": contender, "device": device, **settings}
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(what)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    command = [sys.executable, "-m", "bench.meta_memory", json.dumps(what)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
@@ -105,7 +107,7 @@ def allocated() -> tuple[int, int]:
 
 
 def main() -> None:
-    from meta_contenders import CONTENDERS
+    from bench.meta_contenders import CONTENDERS
 
     what = json.loads(sys.argv[1])
     network, method, contender = Network(**what.pop("network")), what.pop("method"), what.pop("contender")

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Callable
 
 import torch
-from meta_case import Gradients, MetaCase, plain_network
 from torch import Tensor, nn
 
+from bench.meta_case import Gradients, MetaCase, plain_network
 from kfo_ext import KFO, MAML
 from kfo_ext.trainer.captured_step import CapturedMetaStep, Recorder
 from kfo_ext.trainer.meta_step import make_adam

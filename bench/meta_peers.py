@@ -12,114 +12,20 @@ says what the memory is. Times are medians of interleaved runs, compilation apar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
-from typing import NamedTuple
+from typing import Any
 
-import torch
-from meta_case import METHODS, NETWORKS, Network, flat, full_float32, make_case
-from meta_contenders import CONTENDERS, trusted
-from meta_memory import peak_memory
-from meta_task_loops import learn2learn
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-
-from kfo_ext.bench.result import facts_of, finite, write_result
-from kfo_ext.bench.timing import interleaved, rested, wall_clock
+from bench.meta_case import METHODS, NETWORKS, full_float32
+from bench.meta_contenders import CONTENDERS
+from bench.meta_memory import peak_memory
+from bench.meta_truth import find_truth, verified
+from kfo_ext.bench.device_timing import finished
+from kfo_ext.bench.result import facts_of, write_result
+from kfo_ext.bench.timing import interleaved, rested
 from kfo_ext.ops import library
 
-# Relative errors allowed. In float32 rounding takes some ReLU to the other side of its kink, here or there by chance: a
-# right contender errs by 1e-5 or by 1e-2.
-ALLOWED = {torch.float64: 1e-8, torch.float32: 0.1}
-Row = dict[str, object]
-
-
-class Truth(NamedTuple):
-    """What a meta-iteration must give, computed in float64 on the CPU by `meta_contenders.trusted`.
-
-    gradients: all of them, one vector
-    flops: of convolutions in one meta-iteration, counted as torch executes them
-    checked: how it was checked in turn
-    """
-
-    loss: float
-    gradients: Tensor
-    flops: int
-    checked: str
-
-
-def find_truth(network: Network, method: str, **settings) -> Truth:
-    """The trusted loss and meta-gradients, checked against learn2learn where that is installed.
-
-    Raises:
-        AssertionError: they differ from learn2learn's, or are not finite.
-    """
-    case = make_case(network, method, dtype=torch.float64, **settings)
-    right = trusted(case)
-    with FlopCounterMode(display=False) as counter:
-        loss = float(right.run())
-    convolutions = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
-    truth = Truth(loss, flat(right.gradients()), convolutions, "")
-    if not truth.gradients.isfinite().all():
-        raise AssertionError("the meta-gradients are not finite: choose a smaller lr")
-    try:
-        theirs = learn2learn(case)
-    except ImportError:
-        return truth._replace(checked="not checked: learn2learn is not installed")
-    error = error_of(float(theirs.run()), flat(theirs.gradients()), truth)
-    if not error <= ALLOWED[torch.float64]:
-        raise AssertionError(f"the trusted meta-gradients differ from learn2learn's by {error:.1e}")
-    return truth._replace(checked=f"against learn2learn: {error:.1e}")
-
-
-def error_of(loss: float, gradients: Tensor, truth: Truth) -> float:
-    """The larger of two relative errors: the loss's, and that of all meta-gradients as one vector."""
-    if gradients.shape != truth.gradients.shape:
-        raise AssertionError(f"WRONG: {len(gradients)} meta-gradients where there are {len(truth.gradients)}")
-    apart = (gradients - truth.gradients).norm() / truth.gradients.norm()
-    # Not max(): it may drop a NaN.
-    return torch.stack([apart, torch.tensor(abs(loss - truth.loss) / abs(truth.loss))]).max().item()
-
-
-def verified(
-    network: Network, method: str, names: Sequence[str], truth: Truth, *, device: str = "cpu", **settings
-) -> tuple[dict[str, Callable[[], object]], dict[str, Row]]:
-    """What may be timed, in float32, and a row per contender: its errors, or why it may not.
-
-    names: keys of `CONTENDERS[method]`
-    settings: of `make_case`: tasks, steps, lr
-    """
-    functions, rows = {}, {}
-    for name in names:
-        row = rows[name] = {"contender": name, "status": "ok"}
-        try:
-            for dtype, allowed in ALLOWED.items():
-                case = make_case(network, method, dtype=dtype, device=device, **settings)
-                start = perf_counter()
-                contender = CONTENDERS[method][name](case)
-                loss = float(contender.run())
-                row["first_run"] = perf_counter() - start
-                error = error_of(loss, flat(contender.gradients()), truth)
-                row[f"{dtype} error"] = finite(error)
-                if not error <= allowed:
-                    raise AssertionError(f"WRONG: {dtype} loss or meta-gradients are off by {error:.1e}")
-            functions[name] = contender.run
-        except Exception as error:  # whatever it is, it is the finding
-            row["status"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return functions, rows
-
-
-def finished(function: Callable[[], object], calls: int) -> float:
-    """Seconds of one call, of so many in a row, until a CUDA device too has finished them."""
-
-    def all_done() -> None:
-        for _ in range(calls):
-            function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return wall_clock(all_done, 1) / calls
+Row = dict[str, Any]
 
 
 def measure(network: str, method: str, names: Sequence[str], options: argparse.Namespace) -> list[Row]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from meta_case import METHODS, NETWORKS, Contender, full_float32, make_case
-from meta_contenders import CONTENDERS
-from meta_peers import finished
-from stages import STAGES, is_operation, stage_of
 from torch.profiler import ProfilerActivity, profile
 
+from bench.meta_case import METHODS, NETWORKS, Contender, full_float32, make_case
+from bench.meta_contenders import CONTENDERS
+from bench.stages import STAGES, is_operation, stage_of
+from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from meta_case import Gradients, MetaCase, plain_network
 from torch import Tensor, nn
 
+from bench.meta_case import Gradients, MetaCase, plain_network
 from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
 
 

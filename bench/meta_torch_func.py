@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from meta_case import Gradients, MetaCase, plain_network
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
+
+from bench.meta_case import Gradients, MetaCase, plain_network
 
 
 class ComposedBatchNorm(nn.Module):

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 import torch
-from gpu_bench import GROUPS
 
+from bench.gpu_bench import GROUPS
 from kfo_ext.bench.cases import ORDERS, random_case
 from kfo_ext.bench.providers import kfo_packed
 

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from meta_case import METHODS, NETWORKS, Network, flat, make_case
-from meta_ours import OursAtPrecision
-from meta_peers import Row, find_truth, finished
 
+from bench.meta_case import METHODS, NETWORKS, Network, flat, make_case
+from bench.meta_ours import OursAtPrecision
+from bench.meta_truth import Row, find_truth
+from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.result import facts_of, finite, write_result
 from kfo_ext.bench.timing import interleaved
 from kfo_ext.ops import library
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(rows)
     if options.out:
         write_result(options.out, facts | {"rows": rows})
-    # A ReLU at its kink may fall to either side: see `meta_peers.ALLOWED`.
+    # A ReLU at its kink may fall to either side: see `meta_truth.ALLOWED`.
     errors = [row["gradients error"] for row in rows if row["option"] == "ieee"]
     return int(any(error is None or error >= 0.1 for error in errors))
 

@@ -1,13 +1,10 @@
 """Registers, shared memory and spills of the Triton kernels, compiled ahead of time for GPUs that are not there.
 
-    python bench/triton_resources.py > triton_resources.json
-
 Triton compiles to a cubin with its own ptxas, and the cubin says what it needs: no driver, no GPU.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import tempfile
@@ -125,7 +122,3 @@ def _usage(ptx: str, arch: int) -> tuple[int, int]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     return registers, sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
-
-
-if __name__ == "__main__":
-    print(json.dumps([row._asdict() for row in rows()], indent=1))

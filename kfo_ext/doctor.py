@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 import kfo_ext
-from kfo_ext.functional import transform
 from kfo_ext.machine import processor_name
 from kfo_ext.ops import library, triton_support
-from kfo_ext.problems import Problems
+from kfo_ext.testing import CASES, OUTPUTS, TOLERANCE, Operands, random_operands, relative_error, run_backend, truth
 
-# A conv, a linear and a bias problem, none of them square, with sizes on both sides of the vector widths.
-SHAPES = ((8, 5, 9), (1, 7, 33), (1, 7, 1))
 TASKS = 3
-ORDERS = ("forward", "backward", "double backward")
-# Error allowed, relative to the largest entry of an output.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 # Entry of the report to the backend and the device that reach it.
 ROUTES = {
@@ -65,36 +58,26 @@ def _build() -> str:
 
 
 def _self_test(backend: str, device: str) -> Iterator[tuple[str, bool]]:
+    """A line for each dtype and order, and whether it holds for every case."""
     for dtype, tolerance in TOLERANCE.items():
+        errors: dict[str, list[float]] = {name: [] for names in OUTPUTS.values() for name in names}
         try:
-            truth = _orders("reference", "cpu", torch.float64)
-            found = _orders(backend, device, dtype)
-        except Exception as error:  # whatever it is, it is the finding
-            yield f"{dtype}: FAILED, {type(error).__name__}: {error}", False
+            for shapes in CASES.values():
+                for name, error in _errors(backend, device, dtype, shapes).items():
+                    errors[name].append(error)
+        except Exception as failure:  # whatever it is, it is the finding
+            yield f"{dtype}: FAILED, {type(failure).__name__}: {failure}", False
             continue
-        for order, right, ours in zip(ORDERS, truth, found, strict=True):
-            error = max(_error(a, b) for a, b in zip(ours, right, strict=True))
-            good = error <= tolerance
-            yield f"{dtype} {order}: {'ok' if good else 'FAILED'}, relative error {error:.1e}", good
+        for order, names in OUTPUTS.items():
+            # Not a number must fail the comparison, so the maximum is taken by torch, which keeps it.
+            worst = torch.tensor([errors[name] for name in names], dtype=torch.float64).max().item()
+            good = worst <= tolerance
+            what = order.replace("_", " ")
+            yield f"{dtype} {what}: {'ok' if good else 'FAILED'}, relative error {worst:.1e}", good
 
 
-def _orders(backend: str, device: str, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    """Outputs of the three orders on operands that are the same float32 numbers for every backend and dtype."""
-    problems = Problems(SHAPES)
-    generator = torch.Generator().manual_seed(0)
-
-    def operand(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).to(device, dtype).requires_grad_()
-
-    n_R, n_G, n_L = (packing.numel for packing in (problems.R, problems.packing, problems.L))
-    R, G, L, dY = operand(1, n_R), operand(TASKS, n_G), operand(TASKS, n_L), operand(TASKS, n_G)
-    cotangents = [operand(1, n_R), operand(TASKS, n_G), operand(TASKS, n_L)]
-    Y = transform(R, G, L, problems, backend=backend)
-    first = torch.autograd.grad(Y, (R, G, L), dY, create_graph=True)
-    second = torch.autograd.grad(first, (R, G, L, dY), cotangents)
-    return [(Y,), first, second]
-
-
-def _error(ours: Tensor, truth: Tensor) -> float:
-    # Not a number must fail every comparison, so the maximum is taken by torch, which keeps it.
-    return ((ours.cpu().double() - truth).abs().max() / truth.abs().max()).item()
+def _errors(backend: str, device: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> dict[str, float]:
+    """The relative error of every output, R shared by all tasks and L of each its own."""
+    here = random_operands(shapes, TASKS, rows=(1, TASKS), dtype=dtype)
+    found = run_backend(backend, Operands(*(operand.to(device) for operand in here)), shapes)
+    return {name: relative_error(found[name].cpu(), right) for name, right in truth(here, shapes).items()}

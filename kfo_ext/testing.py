@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfo_ext.networks import omniglot_cnn
 from kfo_ext.ops.transform import reference
 from kfo_ext.ops.transform.autograd import Family
-from kfo_ext.ops.transform.op import NATIVE, OPERATOR, TRITON
+from kfo_ext.ops.transform.op import NATIVE, OPERATOR, TRITON, transform
 from kfo_ext.problems import Problems
 
 # Small enough for every test; names say what each is there for.
@@ -98,17 +98,31 @@ def random_operands(
     )  # fmt: skip
 
 
+def by_autograd(operands: Operands, compute: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Every output of the three orders, by autograd of Y = compute(R, G, L), in the dtype of the operands."""
+    R, G, L, dY, *cotangents, _ = (operand.detach().requires_grad_() for operand in operands)
+    Y = compute(R, G, L)
+    first = torch.autograd.grad(Y, (R, G, L), dY, create_graph=True)
+    second = torch.autograd.grad(first, (R, G, L, dY), cotangents, allow_unused=True, materialize_grads=True)
+    names = [name for names in OUTPUTS.values() for name in names]
+    return {name: value.detach() for name, value in zip(names, (Y, *first, *second))}
+
+
 def truth(operands: Operands, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
     """Every output of the three orders, in float64 by autograd of the reference."""
     flat = Problems(shapes).flat
-    wide = Operands(*(operand.detach().double().requires_grad_() for operand in operands))
-    R, G, L, dY = wide.R, wide.G, wide.L, wide.dY
-    Y = reference.transform(R, G, L, flat)
-    first = torch.autograd.grad(Y, (R, G, L), dY, create_graph=True)
-    inner = sum((d * dd).sum() for d, dd in zip(first, (wide.ddR, wide.ddG, wide.ddL)))
-    second = torch.autograd.grad(inner, (R, G, L, dY), allow_unused=True, materialize_grads=True)
-    names = [name for names in OUTPUTS.values() for name in names]
-    return {name: value.detach() for name, value in zip(names, (Y, *first, *second))}
+    wide = Operands(*(operand.double() for operand in operands))
+    return by_autograd(wide, lambda R, G, L: reference.transform(R, G, L, flat))
+
+
+def run_backend(backend: str, operands: Operands, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+    """Every output of the three orders, by autograd of the public transform.
+
+    Raises:
+        RuntimeError: the backend does not run on the operands' device.
+    """
+    problems = Problems(shapes)
+    return by_autograd(operands, lambda R, G, L: transform(R, G, L, problems, backend=backend))
 
 
 def family_of(backend: str, device: torch.device | str) -> Family:
@@ -120,7 +134,9 @@ def family_of(backend: str, device: torch.device | str) -> Family:
     """
     if backend not in ("native", "triton"):
         raise ValueError(f"backend: expected native or triton, got {backend!r}")
-    return {"native": NATIVE, "triton": TRITON}[OPERATOR.resolve(backend, torch.device(device))]
+    family = {"native": NATIVE, "triton": TRITON}[OPERATOR.resolve(backend, torch.device(device))]
+    assert family is not None, "what resolves is registered"
+    return family
 
 
 def run_order(
@@ -220,7 +236,7 @@ class EagerRecorder:
                 if X is not None:
                     into.copy_(X)
             for into, p in zip(self.gradients, self.module.parameters(), strict=True):
-                if into is not None:
+                if into is not None and p.grad is not None:
                     into.copy_(p.grad)
             # A replay moves memory, not Python's names for it.
             give(before)

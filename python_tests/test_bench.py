@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import plot_results
 from kfo_ext import testing
 from kfo_ext.bench import command, cost, fits, memory, plots, points, providers, report, roofs, rows
 from kfo_ext.bench.cases import ORDERS, random_case
@@ -439,11 +440,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
 
 
 @needs_library
-@pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests")
-def test_pictures_of_committed_results(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import plot_results
-
+def test_pictures_of_committed_results(tiny, tmp_path, capsys):
     results, out = tmp_path / "results", tmp_path / "pictures"
     results.mkdir()
     (results / "other.json").write_text("{}")
@@ -466,7 +463,6 @@ def test_a_picture_needs_two_points(tmp_path):
 
 
 @needs_library
-@pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests")
 def test_benchmarks_for_pytest_run(tmp_path):
     pytest.importorskip("pytest_benchmark")
     # Benchmarks are off in a worker of xdist, and in what believes to be one.

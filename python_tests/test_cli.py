@@ -19,7 +19,7 @@ import pytest
 import torch
 from deadlines import seconds
 
-from kfo_ext import cli, demo, doctor
+from kfo_ext import cli, demo, testing
 from kfo_ext.runs import checkpoint
 from kfo_ext.trainer import Config
 
@@ -263,17 +263,17 @@ def test_doctor_reports_each_backend(kfo):
 
 
 def test_doctor_fails_for_a_backend_that_is_wrong(kfo, monkeypatch):
-    true = doctor.transform
+    true = testing.transform
 
     def wrong(R, G, L, problems, *, backend):
         Y = true(R, G, L, problems, backend=backend)
         return Y if R.dtype == torch.float64 else Y * (1 + 1e-4)
 
-    monkeypatch.setattr(doctor, "transform", wrong)
+    monkeypatch.setattr(testing, "transform", wrong)
     code, out, _ = kfo("doctor")
     assert code == 1
     assert "float32 forward: FAILED" in out
-    monkeypatch.setattr(doctor, "transform", lambda *a, **k: true(*a, **k) * float("nan"))
+    monkeypatch.setattr(testing, "transform", lambda *a, **k: true(*a, **k) * float("nan"))
     assert kfo("doctor")[0] == 1
 
 

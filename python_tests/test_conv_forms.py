@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench import conv_forms
+from bench.meta_case import Network
 from kfo_ext.ops import library
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-
-pytestmark = [
-    pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests"),
-    pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built"),
-]
+pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 NAMES = ["ours", "grouped", "grouped_closed", "loop", "loop_closed", "vmap", "patches"]
 ORDERS = ["forward", "backward", "double_backward"]
@@ -26,14 +21,12 @@ TASKS = 3
 @pytest.fixture
 def forms(monkeypatch):
     """The script, with a network of its own: two small layers."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    script = importlib.import_module("conv_forms")
-    tiny = importlib.import_module("meta_case").Network(2, in_channels=2, image_size=5, stride=2, hidden=4)
-    monkeypatch.setitem(script.NETWORKS, "tiny", tiny)
+    tiny = Network(2, in_channels=2, image_size=5, stride=2, hidden=4)
+    monkeypatch.setitem(conv_forms.NETWORKS, "tiny", tiny)
     # It is for the whole process, and for good; and threads need no rest before what is not compared.
-    monkeypatch.setattr(script, "keep_freed_memory", lambda: True)
-    monkeypatch.setattr(script, "rested", lambda sample: sample)
-    return script
+    monkeypatch.setattr(conv_forms, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(conv_forms, "rested", lambda sample: sample)
+    return conv_forms
 
 
 def by_autograd(operands, layer):

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench import cpu_target_lines as lines
+from bench import cpu_target_run as run
+from bench import cpu_targets
 from kfo_ext.ops import library
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-
-pytestmark = [
-    pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests"),
-    pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built"),
-]
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of bench/."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
-
-
-@pytest.fixture
-def lines(script):
-    return script("cpu_target_lines")
-
-
-@pytest.fixture
-def run(script):
-    return script("cpu_target_run")
+pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 
 def timed(median: float) -> dict[str, float]:
     return {"median": median, "low": median, "high": median, "repeats": 1, "calls_per_repeat": 1}
 
 
-def rows_of(run, group: str = "CNN(2)", order: str = "forward", saved: tuple[str, ...] = (), **seconds: float):
+def rows_of(group: str = "CNN(2)", order: str = "forward", saved: tuple[str, ...] = (), **seconds: float):
     """Rows of one process; `_` in a name stands for `-`, and for the rest of ours there is something."""
     names = {name.replace("_", "-"): value for name, value in seconds.items()}
     names |= {run.PACKING: 1e-4, run.LARGE: 1e-5, run.SMALL: 5e-6}
@@ -51,16 +30,16 @@ def rows_of(run, group: str = "CNN(2)", order: str = "forward", saved: tuple[str
     ]
 
 
-def lines_of(script, lines, *runs, other=()):
-    over = script("cpu_targets").over_runs
+def lines_of(*runs, other=()):
+    over = cpu_targets.over_runs
     return list(lines.transform_lines("CNN(2)", "forward", over(runs), over(other), [1e11] * len(runs), "avx512"))
 
 
-def test_ratios_of_an_order(script, run, lines):
+def test_ratios_of_an_order():
     seconds = {"lists": 1.5e-4, "torch_matmul": 1.5e-4, "torch_einsum": 1.8e-4, "learn2learn": 2.1e-3}
     seconds["gradient_lists"] = 1e-4
-    rows = rows_of(run, native=2e-5, avx2=4e-5, baseline=1e-4, saved=("torch-matmul",), **seconds)
-    found = lines_of(script, lines, rows)
+    rows = rows_of(native=2e-5, avx2=4e-5, baseline=1e-4, saved=("torch-matmul",), **seconds)
+    found = lines_of(rows)
     assert [(line.measured, line.holds) for line in found] == [
         ("21.0x", True),
         ("14.0x", False),
@@ -73,44 +52,42 @@ def test_ratios_of_an_order(script, run, lines):
     assert "| 0.20 |  |  |  |" in found[5].text() and "**no**" in found[2].text()
 
 
-def test_the_floor_is_that_of_the_same_rounds(script, run, lines):
-    rows = rows_of(run, native=2e-5, torch_matmul=1e-4, lists=1.0, gradient_lists=1.0)
+def test_the_floor_is_that_of_the_same_rounds():
+    rows = rows_of(native=2e-5, torch_matmul=1e-4, lists=1.0, gradient_lists=1.0)
     busy = {**rows[0], "contender": run.FMA, "flops": 3e6, "seconds": timed(6e-5)}
-    share = {line.target: line.measured for line in lines_of(script, lines, [*rows, busy])}
+    share = {line.target: line.measured for line in lines_of([*rows, busy])}
     assert share["share of the FMA floor: 0.5"] == "1.00"
 
 
-def test_multiply_adds_count_their_operations(run, monkeypatch):
+def test_multiply_adds_count_their_operations(monkeypatch):
     monkeypatch.setattr(run, "FMA_STEPS", 1 << 8)
     call, operations = run.multiply_adds(2)
     assert call() == operations == 2 * library.cpu_multiply_adds(1 << 8)
 
 
-def test_the_median_over_the_runs_decides(script, run, lines):
+def test_the_median_over_the_runs_decides():
     def of(native, torch_matmul):
-        return rows_of(
-            run, native=native, lists=1e-4, gradient_lists=1e-4, torch_matmul=torch_matmul, learn2learn=2.1e-3
-        )
+        return rows_of(native=native, lists=1e-4, gradient_lists=1e-4, torch_matmul=torch_matmul, learn2learn=2.1e-3)
 
-    found = lines_of(script, lines, of(2e-5, 1.2e-4), of(2e-5, 1.8e-4), of(1e-5, 0.82e-4))
+    found = lines_of(of(2e-5, 1.2e-4), of(2e-5, 1.8e-4), of(1e-5, 0.82e-4))
     assert (found[2].measured, found[2].holds) == ("8.2x (6.0..9.0) of torch-matmul", True)
-    found = lines_of(script, lines, of(2e-5, 1.2e-4), of(2e-5, 1.8e-4), of(1e-5, 0.78e-4))
+    found = lines_of(of(2e-5, 1.2e-4), of(2e-5, 1.8e-4), of(1e-5, 0.78e-4))
     assert (found[2].measured, found[2].holds) == ("7.8x (6.0..9.0) of torch-matmul", False)
     assert found[3].measured == "0.50 (0.50..1.00)"
 
 
-def test_without_kept_memory_stands_beside_it(script, run, lines):
-    kept = rows_of(run, native=2e-5, lists=1e-4, gradient_lists=5e-5, torch_matmul=1.8e-4, learn2learn=2.1e-3)
+def test_without_kept_memory_stands_beside_it():
+    kept = rows_of(native=2e-5, lists=1e-4, gradient_lists=5e-5, torch_matmul=1.8e-4, learn2learn=2.1e-3)
     other = rows_of(
-        run, native=2e-5, lists=2e-4, gradient_lists=1e-4, torch_matmul=3e-4, torch_einsum=2e-4, learn2learn=3e-3
+        native=2e-5, lists=2e-4, gradient_lists=1e-4, torch_matmul=3e-4, torch_einsum=2e-4, learn2learn=3e-3
     )
-    found = lines_of(script, lines, kept, other=[other])
+    found = lines_of(kept, other=[other])
     assert [line.as_glibc_comes for line in found] == ["30.0x", "15.0x", "10.0x of torch-einsum", ""]
 
 
-def test_rows_over_runs(script, run):
-    over, in_order = (getattr(script("cpu_targets"), name) for name in ("over_runs", "in_order"))
-    first, second = rows_of(run, native=1.0, jax=5.0), rows_of(run, jax=6.0, native=3.0)
+def test_rows_over_runs():
+    over, in_order = cpu_targets.over_runs, cpu_targets.in_order
+    first, second = rows_of(native=1.0, jax=5.0), rows_of(jax=6.0, native=3.0)
     del second[0]["seconds"]
     second[0]["why_not"] = "failed"
     rows = {row["contender"]: row for row in over([in_order(first), in_order(second)])}
@@ -119,7 +96,7 @@ def test_rows_over_runs(script, run):
     assert rows["jax"]["why_not"] == "failed" and "seconds" not in rows["jax"]
 
 
-def test_host_times(lines, run):
+def test_host_times():
     seconds = {"forward": (11e-6, 14e-6, 9e-6), "backward": (19e-6,) * 3, "double_backward": (22e-6,) * 3}
     seconds |= {run.EMPTY: (6e-6,) * 3}
     rows = [{"order": name, "runs": [timed(value) for value in values]} for name, values in seconds.items()]
@@ -128,7 +105,7 @@ def test_host_times(lines, run):
     assert found[0].measured == "11.0 us (9.0..14.0)"
 
 
-def test_meta_iterations(lines):
+def test_meta_iterations():
     facts = {"network": "n", "method": "kfo", "tasks": 16}
     rows = [
         facts | {"contender": "ours_native", "over_ours": 1.0, "memory": {"working": 160}},
@@ -147,8 +124,8 @@ def test_meta_iterations(lines):
     ]
 
 
-def test_files_of_several_processes(script, run, monkeypatch, tmp_path, capsys):
-    targets, asked = script("cpu_targets"), []
+def test_files_of_several_processes(monkeypatch, tmp_path, capsys):
+    targets, asked = cpu_targets, []
     seconds = {"lists": 1e-4, "gradient_lists": 1e-4, "torch_matmul": 1.5e-4, "learn2learn": 2.1e-3}
 
     def fake(repeats, *more):
@@ -157,7 +134,7 @@ def test_files_of_several_processes(script, run, monkeypatch, tmp_path, capsys):
             row
             for group in run.NETWORKS
             for order in ("forward", "backward", "double_backward")
-            for row in rows_of(run, group, order, native=1e-5 * len(asked), **seconds)
+            for row in rows_of(group, order, native=1e-5 * len(asked), **seconds)
         ]
         host = [
             {"order": name, "seconds": timed(1e-5)} for name in ("forward", "backward", "double_backward", run.EMPTY)
@@ -180,7 +157,7 @@ def test_files_of_several_processes(script, run, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("isa", library.supported_isas()[1:])
-def test_another_instruction_set(run, isa):
+def test_another_instruction_set(isa):
     other = run.OtherIsa(isa, "CNN(2)")
     try:
         assert 0 < run.awake(run.Remote(other, "forward"), 2) < 10
@@ -188,12 +165,12 @@ def test_another_instruction_set(run, isa):
         other.close()
 
 
-def test_lists_without_the_transform_are_differentiable(run):
+def test_lists_without_the_transform_are_differentiable():
     orders = run.packing(run.case_of("CNN(2)"))
     assert [len(orders[order]()) for order in run.ORDERS] == [10, 30, 40]
 
 
-def test_what_hands_on_computes_nothing(run):
+def test_what_hands_on_computes_nothing():
     R, G, L = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
     dY, ddR, ddG, ddL = (torch.randn(2, 3) for _ in range(4))
     dY.requires_grad_()

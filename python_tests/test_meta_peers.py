@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import subprocess
@@ -14,13 +13,26 @@ import pytest
 import torch
 from deadlines import seconds
 
+from bench import (
+    data_cost,
+    meta_case,
+    meta_contenders,
+    meta_cost,
+    meta_memory,
+    meta_ours,
+    meta_peers,
+    meta_profile,
+    meta_torch_func,
+    meta_truth,
+    precision,
+    stages,
+)
 from kfo_ext.interop.learn2learn import light_import
 from kfo_ext.ops import library
 from kfo_ext.testing import EagerRecorder
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests")
 needs_library = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 SMALL = {"tasks": 2, "steps": 2, "lr": 0.1}
@@ -39,16 +51,9 @@ needs_peaks = pytest.mark.skipif(not PEAKS, reason="/proc/self/clear_refs is not
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Imports a script of bench/."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
-
-
-@pytest.fixture
-def network(script):
+def network():
     """Two blocks of six channels, 12x12 images of two channels, three ways."""
-    return script("meta_case").Network(2, in_channels=2, image_size=12, stride=2, hidden=6, ways=3)
+    return meta_case.Network(2, in_channels=2, image_size=12, stride=2, hidden=6, ways=3)
 
 
 def require(name):
@@ -83,49 +88,45 @@ def require(name):
         ("maml", "torch_func"),
     ],
 )
-def test_meta_gradients_equal_the_trusted_ones(script, network, method, name):
+def test_meta_gradients_equal_the_trusted_ones(network, method, name):
     require(name)
-    peers = script("meta_peers")
-    case = peers.make_case(network, method, dtype=torch.float64, **SMALL)
-    truth = peers.find_truth(network, method, **SMALL)
-    contender = peers.CONTENDERS[method][name](case)
+    case = meta_case.make_case(network, method, dtype=torch.float64, **SMALL)
+    truth = meta_truth.find_truth(network, method, **SMALL)
+    contender = meta_contenders.CONTENDERS[method][name](case)
     loss = float(contender.run())
-    assert peers.error_of(loss, peers.flat(contender.gradients()), truth) < 1e-10
+    assert meta_truth.error_of(loss, meta_case.flat(contender.gradients()), truth) < 1e-10
     shapes = [X.shape for X in (*case.model.parameters(), *(X for pair in case.factors or [] for X in pair))]
     assert [gradient.shape for gradient in contender.gradients()] == shapes
     # Nothing is left over from one run for the next.
     assert float(contender.run()) == pytest.approx(loss, rel=1e-12)
-    assert peers.error_of(loss, peers.flat(contender.gradients()), truth) < 1e-10
+    assert meta_truth.error_of(loss, meta_case.flat(contender.gradients()), truth) < 1e-10
 
 
 @needs_library
 @pytest.mark.parametrize("form", ["resnet", "dense"])
-def test_networks_as_users_write_them(script, form):
-    network = script("meta_case").Network(2, in_channels=2, image_size=12, stride=1, hidden=4, ways=3, form=form)
-    peers = script("meta_peers")
-    truth = peers.find_truth(network, "kfo", **SMALL)
-    functions, rows = peers.verified(network, "kfo", ["ours_user", "ours_user_loop", "jax_vmap"], truth, **SMALL)
+def test_networks_as_users_write_them(form):
+    network = meta_case.Network(2, in_channels=2, image_size=12, stride=1, hidden=4, ways=3, form=form)
+    truth = meta_truth.find_truth(network, "kfo", **SMALL)
+    functions, rows = meta_truth.verified(network, "kfo", ["ours_user", "ours_user_loop", "jax_vmap"], truth, **SMALL)
     assert set(functions) == {"ours_user", "ours_user_loop"}, rows
-    case = peers.make_case(network, "kfo", dtype=torch.float64, **SMALL)
-    ours = peers.CONTENDERS["kfo"]["ours_user"](case)
+    case = meta_case.make_case(network, "kfo", dtype=torch.float64, **SMALL)
+    ours = meta_contenders.CONTENDERS["kfo"]["ours_user"](case)
     ours.run()
     assert ours.maml.route == "vmap"
 
 
-def test_a_replayed_iteration_with_adam_gives_the_same_meta_gradients(script, network):
-    peers, captured = script("meta_peers"), script("meta_ours").OursCaptured
-    truth = peers.find_truth(network, "kfo", **SMALL)
-    case = peers.make_case(network, "kfo", dtype=torch.float64, **SMALL)
-    ours = captured(case, recorder=EagerRecorder)
+def test_a_replayed_iteration_with_adam_gives_the_same_meta_gradients(network):
+    truth = meta_truth.find_truth(network, "kfo", **SMALL)
+    case = meta_case.make_case(network, "kfo", dtype=torch.float64, **SMALL)
+    ours = meta_ours.OursCaptured(case, recorder=EagerRecorder)
     for _ in range(3):
         loss = float(ours.run())
-        assert peers.error_of(loss, peers.flat(ours.gradients()), truth) < 1e-10
+        assert meta_truth.error_of(loss, meta_case.flat(ours.gradients()), truth) < 1e-10
 
 
-def test_the_captured_contender_is_left_out_on_the_cpu(script, network):
-    peers = script("meta_peers")
-    truth = peers.find_truth(network, "kfo", **SMALL)
-    functions, rows = peers.verified(network, "kfo", ["ours_native_graph"], truth, **SMALL)
+def test_the_captured_contender_is_left_out_on_the_cpu(network):
+    truth = meta_truth.find_truth(network, "kfo", **SMALL)
+    functions, rows = meta_truth.verified(network, "kfo", ["ours_native_graph"], truth, **SMALL)
     assert not functions
     reason = "ValueError: cuda_graph: expected a learner on a CUDA device, got one on cpu"
     assert rows["ours_native_graph"]["status"] == reason
@@ -145,12 +146,12 @@ def away_from_kinks(network):
 
 
 @needs_library
-def test_precision_writes_a_row_for_every_option(script, monkeypatch, tmp_path, capsys):
+def test_precision_writes_a_row_for_every_option(monkeypatch, tmp_path, capsys):
     # At a kink it is by chance whether float32 errs by 1e-6 or by 1e-2.
-    monkeypatch.setattr(script("meta_case"), "CNN", away_from_kinks(script("meta_case").CNN))
+    monkeypatch.setattr(meta_case, "CNN", away_from_kinks(meta_case.CNN))
     out = tmp_path / "precision.json"
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    assert script("precision").main(["--quick", "--out", str(out)]) == 0
+    assert precision.main(["--quick", "--out", str(out)]) == 0
     assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
     result = json.loads(out.read_text())
     assert {"torch", "commit", "command", "settings"} <= set(result)
@@ -169,62 +170,58 @@ def test_precision_writes_a_row_for_every_option(script, monkeypatch, tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
-def test_torch_func_is_one_graph_for_the_compiler(script, network):
-    peers = script("meta_peers")
-    truth = peers.find_truth(network, "kfo", **SMALL)
-    case = peers.make_case(network, "kfo", dtype=torch.float64, **SMALL)
+def test_torch_func_is_one_graph_for_the_compiler(network):
+    truth = meta_truth.find_truth(network, "kfo", **SMALL)
+    case = meta_case.make_case(network, "kfo", dtype=torch.float64, **SMALL)
     # Generating code would take minutes; the table has "inductor".
-    contender = script("meta_torch_func").TorchFunc(case, compiled="aot_eager")
-    assert peers.error_of(float(contender.run()), peers.flat(contender.gradients()), truth) < 1e-10
+    contender = meta_torch_func.TorchFunc(case, compiled="aot_eager")
+    assert meta_truth.error_of(float(contender.run()), meta_case.flat(contender.gradients()), truth) < 1e-10
 
 
-def test_the_trusted_one_is_itself_checked(script, network, monkeypatch):
+def test_the_trusted_one_is_itself_checked(network, monkeypatch):
     require("learn2learn")
-    peers = script("meta_peers")
-    assert peers.find_truth(network, "kfo", **SMALL).checked.startswith("against learn2learn: ")
-    assert peers.find_truth(network, "kfo", **SMALL).flops > 0
-    monkeypatch.setattr(peers, "trusted", lambda case: script("meta_ours").Ours(case._replace(lr=0.11), plain=True))
+    assert meta_truth.find_truth(network, "kfo", **SMALL).checked.startswith("against learn2learn: ")
+    assert meta_truth.find_truth(network, "kfo", **SMALL).flops > 0
+    monkeypatch.setattr(meta_truth, "trusted", lambda case: meta_ours.Ours(case._replace(lr=0.11), plain=True))
     with pytest.raises(AssertionError, match="differ from learn2learn's"):
-        peers.find_truth(network, "kfo", **SMALL)
+        meta_truth.find_truth(network, "kfo", **SMALL)
 
 
-def test_the_plain_network_is_the_same(script, network):
-    case = script("meta_case").make_case(network, "maml", dtype=torch.float64, tasks=1, steps=1)
+def test_the_plain_network_is_the_same(network):
+    case = meta_case.make_case(network, "maml", dtype=torch.float64, tasks=1, steps=1)
     x = case.batch.support.x[0]
-    torch.testing.assert_close(script("meta_case").plain_network(case)(x), case.model(x), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(meta_case.plain_network(case)(x), case.model(x), atol=1e-12, rtol=1e-12)
     assert x.min() >= 0 and x.max() <= 1
 
 
-def test_one_wrong_gradient_is_a_row_and_not_timed(script, network, monkeypatch, tmp_path, capsys):
-    peers = script("meta_peers")
-    ours = script("meta_ours").Ours
+def test_one_wrong_gradient_is_a_row_and_not_timed(network, monkeypatch, tmp_path, capsys):
 
-    class Wrong(ours):
+    class Wrong(meta_ours.Ours):
         def gradients(self):
             *first, last = super().gradients()
             return [*first, last + 1e-5]
 
-    class Nan(ours):
+    class Nan(meta_ours.Ours):
         def gradients(self):
             return [X * float("nan") for X in super().gradients()]
 
-    class Short(ours):
+    class Short(meta_ours.Ours):
         def gradients(self):
             return super().gradients()[:-1]
 
-    class Loss(ours):
+    class Loss(meta_ours.Ours):
         def run(self):
             return super().run() + 1e-5
 
     def absent(case):
         raise ImportError("not here\nnor there")
 
-    table = {"ours": ours, "wrong": Wrong, "nan": Nan, "short": Short, "loss": Loss, "absent": absent}
-    monkeypatch.setitem(peers.CONTENDERS, "maml", table)
-    monkeypatch.setitem(peers.NETWORKS, "small", network)
-    out = tmp_path / "out" / "peers.json"
+    table = {"ours": meta_ours.Ours, "wrong": Wrong, "nan": Nan, "short": Short, "loss": Loss, "absent": absent}
+    monkeypatch.setitem(meta_contenders.CONTENDERS, "maml", table)
+    monkeypatch.setitem(meta_peers.NETWORKS, "small", network)
+    out = tmp_path / "out" / "meta_peers.json"
     arguments = ["--networks", "small", "--methods", "maml", "--tasks", "2", "--steps", "2", "--repeats", "2"]
-    assert peers.main([*arguments, "--contenders", *table, "--out", str(out)]) == 0
+    assert meta_peers.main([*arguments, "--contenders", *table, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["settings"]["tasks"] == 2 and {"torch", "commit", "command", "torchopt"} <= set(result)
     rows = {row["contender"]: row for row in result["rows"]}
@@ -239,16 +236,16 @@ def test_one_wrong_gradient_is_a_row_and_not_timed(script, network, monkeypatch,
 
     # A run that is cut off has written the tables before.
     out.unlink()
-    monkeypatch.setitem(peers.NETWORKS, "later", network)
-    monkeypatch.setattr(peers, "measure", cut_off_at("later", peers.measure))
+    monkeypatch.setitem(meta_peers.NETWORKS, "later", network)
+    monkeypatch.setattr(meta_peers, "measure", cut_off_at("later", meta_peers.measure))
     cut = ["--networks", "small", "later", *arguments[2:], "--contenders", "ours", "--no-memory", "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):
-        peers.main(cut)
+        meta_peers.main(cut)
     assert {row["network"] for row in json.loads(out.read_text())["rows"]} == {"small"}
 
     # Only a wrong one of ours fails the run.
     monkeypatch.setitem(table, "ours", Wrong)
-    assert peers.main([*arguments, "--contenders", "ours", "--no-memory"]) == 1
+    assert meta_peers.main([*arguments, "--contenders", "ours", "--no-memory"]) == 1
 
 
 def cut_off_at(network, measure):
@@ -262,16 +259,16 @@ def cut_off_at(network, measure):
     return measure_or_stop
 
 
-def test_unknown_method(script, network):
+def test_unknown_method(network):
     with pytest.raises(ValueError, match="method: expected one of kfo, maml, got 'anil'"):
-        script("meta_case").make_case(network, "anil", tasks=1, steps=1)
+        meta_case.make_case(network, "anil", tasks=1, steps=1)
 
 
 def measured(script: str) -> dict[str, int]:
     """Memory of the script's `run`, in a process that does nothing else."""
-    code = f"import json, torch\nfrom types import SimpleNamespace\nfrom meta_memory import measure\n{script}\n"
+    code = f"import json, torch\nfrom types import SimpleNamespace\nfrom bench.meta_memory import measure\n{script}\n"
     code += "print(json.dumps(measure(SimpleNamespace(run=run), torch.device('cpu'))))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds(120), cwd=BENCH)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds(120), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -299,9 +296,9 @@ def run():
     assert memory["working"] / 2**24 == pytest.approx(1, abs=0.2)
 
 
-def test_peak_memory_reports_why_there_is_none(script, network):
+def test_peak_memory_reports_why_there_is_none(network):
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
-        script("meta_memory").peak_memory(network, "maml", "nobody", "cpu", **SMALL)
+        meta_memory.peak_memory(network, "maml", "nobody", "cpu", **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -314,18 +311,19 @@ def test_peak_memory_reports_why_there_is_none(script, network):
         (["autograd::engine::evaluate_function: AddBackward0"], False),
     ],
 )
-def test_operations_in_a_profile(script, names, operation):
-    assert script("stages").is_operation(names) is operation
+def test_operations_in_a_profile(names, operation):
+    assert stages.is_operation(names) is operation
 
 
-def test_cost_writes_points_exponents_and_cliffs(script, monkeypatch, tmp_path, capsys):
-    cost = script("meta_cost")
+def test_cost_writes_points_exponents_and_cliffs(monkeypatch, tmp_path, capsys):
     # Of 4 tasks a price that is too high.
-    monkeypatch.setattr(cost, "peak_memory", lambda *what, tasks, **_: {"peak": 2**20 * (100 if tasks == 4 else tasks)})
-    monkeypatch.setitem(cost.AXES, "tasks", [1, 2, 4])
+    monkeypatch.setattr(
+        meta_cost, "peak_memory", lambda *what, tasks, **_: {"peak": 2**20 * (100 if tasks == 4 else tasks)}
+    )
+    monkeypatch.setitem(meta_cost.AXES, "tasks", [1, 2, 4])
     out = tmp_path / "cost.json"
     arguments = ["--method", "maml", "--axes", "tasks", "--layers", "1", "--hidden", "4", "--steps", "1"]
-    assert cost.main([*arguments, "--repeats", "1", "--out", str(out)]) == 0
+    assert meta_cost.main([*arguments, "--repeats", "1", "--out", str(out)]) == 0
     (axis,) = json.loads(out.read_text())["axes"]
     assert [point["tasks"] for point in axis["points"]] == [1, 2, 4]
     assert all(point["seconds"] > 0 for point in axis["points"])
@@ -361,23 +359,22 @@ def test_cost_writes_points_exponents_and_cliffs(script, monkeypatch, tmp_path, 
     ],
     ids=lambda value: value[-1].replace("::", ".") if isinstance(value, list) else "",
 )
-def test_stage_of_an_operation(script, names, stage):
-    assert script("stages").stage_of(names) == stage
+def test_stage_of_an_operation(names, stage):
+    assert stages.stage_of(names) == stage
 
 
-def test_lineage_starts_at_the_outermost_range(script):
+def test_lineage_starts_at_the_outermost_range():
     outer = SimpleNamespace(name="ConvolutionBackwardBackward0", cpu_parent=None)
     inner = SimpleNamespace(name="aten::convolution", cpu_parent=outer)
-    assert script("meta_profile").lineage(inner) == ["ConvolutionBackwardBackward0", "aten::convolution"]
+    assert meta_profile.lineage(inner) == ["ConvolutionBackwardBackward0", "aten::convolution"]
 
 
 @needs_library
-def test_profile_adds_up_to_the_wall_clock(script, network, monkeypatch, tmp_path, capsys):
-    module = script("meta_profile")
-    monkeypatch.setitem(module.NETWORKS, "small", network)
+def test_profile_adds_up_to_the_wall_clock(network, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(meta_profile.NETWORKS, "small", network)
     out = tmp_path / "profile.json"
     sizes = ["--networks", "small", "--tasks", "2", "--steps", "2", "--repeats", "1"]
-    assert module.main([*sizes, "--out", str(out)]) == 0
+    assert meta_profile.main([*sizes, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [(entry["network"], entry["method"]) for entry in result["profiles"]] == [
         ("small", "kfo"),
@@ -386,19 +383,19 @@ def test_profile_adds_up_to_the_wall_clock(script, network, monkeypatch, tmp_pat
     kfo, maml = ({row["stage"]: row for row in entry["stages"]} for entry in result["profiles"])
     for entry in result["profiles"]:
         assert sum(row["host"] for row in entry["stages"]) == pytest.approx(entry["wall"])
-    for stage in script("stages").STAGES:
+    for stage in stages.STAGES:
         if stage.startswith(("convolution", "transform")):
             assert kfo[stage]["calls"] > 0, stage
         assert maml[stage]["calls"] == 0 or not stage.startswith("transform")
-    assert kfo[module.OVERHEAD]["host"] > 0
+    assert kfo[meta_profile.OVERHEAD]["host"] > 0
     table = out.with_suffix(".md").read_text()
     assert "Made by `python bench/" in table and table.count("| Python and autograd |") == 2
 
 
-def test_data_cost_times_sampling_the_iteration_and_the_streams(script, tmp_path, capsys):
+def test_data_cost_times_sampling_the_iteration_and_the_streams(tmp_path, capsys):
     out = tmp_path / "data_cost.json"
     command = ["--tasks", "2", "--steps", "1", "--classes", "6", "--workers", "0", "1", "--repeats", "1"]
-    assert script("data_cost").main([*command, "--out", str(out)]) == 0
+    assert data_cost.main([*command, "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     assert {"processor", "torch", "command", "settings"} <= content.keys()
     names = ["draw", "batch", "sample", "iteration", "stream, workers 0", "stream, workers 1"]

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 
+from bench import one_call
 from kfo_ext.ops import library
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-
-pytestmark = [
-    pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built"),
-    pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside the tests"),
-]
+pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs the script: arguments to what it prints, and the orders that it called."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    module = importlib.import_module("one_call")
-    kfo_packed = module.kfo_packed
+    kfo_packed = one_call.kfo_packed
 
     def run(*arguments: str) -> tuple[str, list[str]]:
         called = []
@@ -32,8 +24,8 @@ def call(monkeypatch, capsys):
             orders = kfo_packed(case)
             return {order: lambda order=order: called.append(order) or orders[order]() for order in orders}
 
-        monkeypatch.setattr(module, "kfo_packed", watched)
-        assert module.main(["--device", "cpu", *arguments]) == 0
+        monkeypatch.setattr(one_call, "kfo_packed", watched)
+        assert one_call.main(["--device", "cpu", *arguments]) == 0
         return capsys.readouterr().out, called
 
     return run

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from bench import cuda_resources
 from kfo_ext import _plan
 from kfo_ext.ops.library import CUDA_LIBRARY
 from kfo_ext.problems import Problems
 from kfo_ext.testing import CASES, LARGE_CASES, model_case
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-cuda_resources = pytest.importorskip("cuda_resources", reason="bench is not beside the tests")
 
 ORDER_KERNELS = ("forward_kernel", "backward_kernel", "double_backward_kernel")
 # Launched two by two: sums over chunks of rows, then what is elementwise.

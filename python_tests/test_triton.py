@@ -18,6 +18,7 @@ import torch
 from deadlines import seconds
 from torch.autograd import gradcheck, gradgradcheck
 
+from bench import triton_resources
 from kfo_ext.functional import transform
 from kfo_ext.ops.transform import reference
 from kfo_ext.ops.transform.op import NATIVE, OPERATOR, TRITON
@@ -35,7 +36,6 @@ from kfo_ext.testing import (
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BENCH = Path(__file__).resolve().parent.parent / "bench"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest, under Triton's interpreter")
 compiled = pytest.mark.skipif(INTERPRETED, reason="runs without Triton's interpreter")
@@ -365,10 +365,8 @@ assert op.TRITON.transform is torch.ops.kfo_ext.transform_triton.default
 @compiled
 @needs_triton
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
-def test_kernels_compile_without_spills(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    from triton_resources import rows
-
+def test_kernels_compile_without_spills():
+    rows = triton_resources.rows
     found = list(rows(groups=["omniglot_cnn4"], products=["head_R"], architectures=[80, 100], dtypes=[torch.float32]))
     found += rows(groups=["mini_imagenet_cnn4"], products=["square"], architectures=[90])
     assert {row.arch for row in found} == {"sm_80", "sm_90", "sm_100"}

@@ -24,6 +24,18 @@ def events(function: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) * 1e-3 / calls
 
 
+def finished(function: Callable[[], object], calls: int) -> float:
+    """Seconds of one call, of so many in a row, until a CUDA device too has finished them."""
+
+    def all_done() -> None:
+        for _ in range(calls):
+            function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return wall_clock(all_done, 1) / calls
+
+
 def host(function: Callable[[], object], calls: int) -> float:
     """Seconds that issuing one call takes the host; so few calls that the device's queue never fills."""
     torch.cuda.synchronize()

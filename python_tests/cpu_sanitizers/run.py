@@ -1,6 +1,6 @@
 """The CPU library under AddressSanitizer and UBSan: builds it with them and runs `cases.py` for each instruction set.
 
-    python run.py [SEED]
+    python -m python_tests.cpu_sanitizers.run [SEED]        from the repository root
 
 A copy of the package with this build goes to a temporary folder; the installed one is left alone.
 """
@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import setup
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -24,9 +26,6 @@ def build(package: Path, work: Path) -> list[str]:
 
     out: the instruction sets
     """
-    sys.path.insert(0, str(ROOT))
-    import setup
-
     os.environ["CXX"] = f"{os.environ.get('CXX') or 'g++'} {SANITIZERS}"
     setup.HOST = setup.HOST.replace("-O3", "-O1")
     folder, version = setup.toolchain.find_torch()

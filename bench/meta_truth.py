@@ -1,0 +1,97 @@
+"""What a meta-iteration must give, and which contenders give it: nothing else is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.meta_case import Network, flat, make_case
+from bench.meta_contenders import CONTENDERS, trusted
+from bench.meta_task_loops import learn2learn
+from kfo_ext.bench.measure import one_line
+from kfo_ext.bench.result import finite
+
+# Relative errors allowed. In float32 rounding takes some ReLU to the other side of its kink, here or there by chance: a
+# right contender errs by 1e-5 or by 1e-2.
+ALLOWED = {torch.float64: 1e-8, torch.float32: 0.1}
+Row = dict[str, Any]
+
+
+class Truth(NamedTuple):
+    """What a meta-iteration must give, computed in float64 on the CPU by `meta_contenders.trusted`.
+
+    gradients: all of them, one vector
+    flops: of convolutions in one meta-iteration, counted as torch executes them
+    checked: how it was checked in turn
+    """
+
+    loss: float
+    gradients: Tensor
+    flops: int
+    checked: str
+
+
+def find_truth(network: Network, method: str, **settings) -> Truth:
+    """The trusted loss and meta-gradients, checked against learn2learn where that is installed.
+
+    Raises:
+        AssertionError: they differ from learn2learn's, or are not finite.
+    """
+    case = make_case(network, method, dtype=torch.float64, **settings)
+    right = trusted(case)
+    with FlopCounterMode(display=False) as counter:
+        loss = float(right.run())
+    convolutions = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+    truth = Truth(loss, flat(right.gradients()), convolutions, "")
+    if not truth.gradients.isfinite().all():
+        raise AssertionError("the meta-gradients are not finite: choose a smaller lr")
+    try:
+        theirs = learn2learn(case)
+    except ImportError:
+        return truth._replace(checked="not checked: learn2learn is not installed")
+    error = error_of(float(theirs.run()), flat(theirs.gradients()), truth)
+    if not error <= ALLOWED[torch.float64]:
+        raise AssertionError(f"the trusted meta-gradients differ from learn2learn's by {error:.1e}")
+    return truth._replace(checked=f"against learn2learn: {error:.1e}")
+
+
+def error_of(loss: float, gradients: Tensor, truth: Truth) -> float:
+    """The larger of two relative errors: the loss's, and that of all meta-gradients as one vector."""
+    if gradients.shape != truth.gradients.shape:
+        raise AssertionError(f"WRONG: {len(gradients)} meta-gradients where there are {len(truth.gradients)}")
+    apart = (gradients - truth.gradients).norm() / truth.gradients.norm()
+    # Not max(): it may drop a NaN.
+    return torch.stack([apart, torch.tensor(abs(loss - truth.loss) / abs(truth.loss))]).max().item()
+
+
+def verified(
+    network: Network, method: str, names: Sequence[str], truth: Truth, *, device: str = "cpu", **settings
+) -> tuple[dict[str, Callable[[], object]], dict[str, Row]]:
+    """What may be timed, in float32, and a row per contender: its errors, or why it may not.
+
+    names: keys of `CONTENDERS[method]`
+    settings: of `make_case`: tasks, steps, lr
+    """
+    functions, rows = {}, {}
+    for name in names:
+        row = rows[name] = {"contender": name, "status": "ok"}
+        try:
+            for dtype, allowed in ALLOWED.items():
+                case = make_case(network, method, dtype=dtype, device=device, **settings)
+                start = perf_counter()
+                contender = CONTENDERS[method][name](case)
+                loss = float(contender.run())
+                row["first_run"] = perf_counter() - start
+                error = error_of(loss, flat(contender.gradients()), truth)
+                row[f"{dtype} error"] = finite(error)
+                if not error <= allowed:
+                    raise AssertionError(f"WRONG: {dtype} loss or meta-gradients are off by {error:.1e}")
+            functions[name] = contender.run
+        except Exception as error:  # whatever it is, it is the finding
+            row["status"] = one_line(error)
+    return functions, rows
