@@ -31,7 +31,7 @@ from bench.meta_case import NETWORKS, SHOTS, WAYS, Network, full_float32
 from kfo_ext.adapt.routes import LARGEST_ACTIVATION
 from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.measure import TOLERANCE, one_line
-from kfo_ext.bench.result import facts_of, provenance, write_result
+from kfo_ext.bench.result import Row, facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved, rested
 from kfo_ext.functional import conv2d
 from kfo_ext.machine import keep_freed_memory
@@ -58,7 +58,6 @@ LEGEND = """\
 - patches: `unfold`, channels first, and one batched product.
 """
 
-Row = dict[str, object]
 Orders = dict[str, Callable[[], Sequence[Tensor]]]
 
 

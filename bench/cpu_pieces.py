@@ -18,18 +18,17 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 
 import setup as build  # the flags of the kernels; it lies beside bench/
-from kfo_ext.bench.result import facts_of, provenance, write_result
+from kfo_ext.bench.result import Row, facts_of, provenance, write_result
+from kfo_ext.bench.timing import samples_of, wall_clock
 from kfo_ext.ops import library
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("conv2d_kernels.cpp", "fma_kernels.cpp", "working_memory.cpp")  # transform_kernels.cpp is included
 SAMPLE = 2e-4  # s
 PEAK = "multiply-adds in registers"
-Row = dict[str, object]
 
 
 class Piece(NamedTuple):
@@ -105,30 +104,16 @@ def pieces_of(library: ctypes.CDLL, case: tuple[int, ...]) -> list[Piece]:
 
 def seconds(piece: Piece, calls: int) -> float:
     """Seconds of one call, of so many in a row."""
-    start = perf_counter()
-    piece.run(calls)
-    return (perf_counter() - start) / calls
-
-
-def least_times(pieces: list[Piece], rounds: int) -> list[float]:
-    """Seconds of each piece: the least of so many rounds, in each of which every piece has its turn.
-
-    Every other round goes backwards: after long vector work a processor is slower for a while, for both twins alike.
-    """
-    calls = [max(1, round(SAMPLE / min(seconds(piece, 1) for _ in range(3)))) for piece in pieces]
-    least = [float("inf")] * len(pieces)
-    for round_ in range(rounds):
-        for i in range(len(pieces))[:: -1 if round_ % 2 else 1]:
-            least[i] = min(least[i], seconds(pieces[i], calls[i]))
-    return least
+    return wall_clock(lambda: piece.run(calls), 1) / calls
 
 
 def measure(case: tuple[int, ...], libraries: list[ctypes.CDLL], rounds: int) -> Iterator[Row]:
     """A row for each piece: microseconds, share of the peak, and how many times as long the other commit's takes."""
     here, *other = ({piece.name: piece for piece in pieces_of(library, case)} for library in libraries)
-    turns = [(name, of) for name in here for of in (here, *other) if name in of]
-    least = least_times([of[name] for name, of in turns], rounds)
-    times = {(name, of is here): time for (name, of), time in zip(turns, least, strict=True)}
+    turns = {(name, of is here): of[name] for name in here for of in (here, *other) if name in of}
+    twins = {(name, False): (name, True) for name, ours in turns if not ours}
+    found = samples_of(turns, rounds, SAMPLE, seconds, twins)
+    times = {turn: min(samples) for turn, (samples, _) in found.items()}
     peak = here[PEAK].multiply_adds / min(time for (name, _), time in times.items() if name == PEAK)
     for name, piece in here.items():
         time = times[name, True]

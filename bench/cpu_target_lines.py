@@ -55,7 +55,7 @@ def ratio(over: Numbers, under: Numbers) -> Numbers:
 
 def seconds_of(rows: Sequence[Row]) -> dict[str, Numbers]:
     """By contender, its median in each run."""
-    return {row["contender"]: [run["median"] for run in row["runs"]] for row in rows if "runs" in row}
+    return {row["contender"]: row["runs"] for row in rows if "runs" in row}
 
 
 def best_of_torch(seconds: dict[str, Numbers]) -> str:
@@ -110,7 +110,7 @@ def transform_lines(
 
 def host_lines(rows: Sequence[Row]) -> Iterator[Line]:
     """The targets of the host time of a call."""
-    host = {row["order"]: [1e6 * run["median"] for run in row["runs"]] for row in rows}
+    host = {row["order"]: [1e6 * seconds for seconds in row["runs"]] for row in rows}
     bound = f"an empty autograd Function {spread(host[EMPTY], 1)} us"
     for order, most in HOST_US.items():
         target = f"host time of one call, gradients on: {most} us"

@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,8 @@ from kfo_ext.bench.measure import contenders, verified
 from kfo_ext.bench.orders import Orders, composed, through_autograd, truth
 from kfo_ext.bench.points import GROUPS, TASKS, Point
 from kfo_ext.bench.providers import PROVIDERS
-from kfo_ext.bench.roofs import fma_rate
+from kfo_ext.bench.result import Row
+from kfo_ext.bench.roofs import fma_rate, multiply_adds
 from kfo_ext.bench.timing import interleaved, rested, wall_clock
 from kfo_ext.machine import keep_freed_memory
 from kfo_ext.ops import library
@@ -42,10 +42,8 @@ TIMED = ("native", "gradient-lists", "lists", *PLAIN_TORCH, "learn2learn")
 EMPTY = "empty Function"
 # Beside the contenders, since neighbours on a shared machine slow both: the rate that the floor is reckoned with.
 FMA = "multiply-adds in registers"
-FMA_STEPS = 1 << 20
 PACKING, LARGE, SMALL = "packing alone", "native, largest parameters alone", "native, other parameters alone"
 ROOT = Path(__file__).resolve().parent.parent
-Row = dict[str, object]
 
 
 def on(isa: str) -> str:
@@ -146,16 +144,6 @@ def packing(case: Case) -> Orders:
         return problems.packing.unpack(Y)
 
     return through_autograd(composed(layer, False), parameter_leaves(case))
-
-
-def multiply_adds(threads: int) -> tuple[Callable[[], object], float]:
-    """A call that does nothing but multiply-adds on so many threads, and its operations."""
-    pool = ThreadPoolExecutor(threads)
-
-    def call() -> float:
-        return sum(pool.map(library.cpu_multiply_adds, [FMA_STEPS] * threads))
-
-    return call, call()
 
 
 def parts(case: Case) -> dict[str, Orders]:

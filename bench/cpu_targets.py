@@ -39,13 +39,12 @@ def run(repeats: int, *more: str) -> Row:
 
 
 def over_runs(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """The rows that every run has: the median, least and most of their medians, and each run's own seconds."""
+    """The rows that every run has: the median, least and most of their medians, and each run's own median."""
     rows = []
     for same in zip(*runs, strict=True):
         row = next((row for row in same if "seconds" not in row), dict(same[0]))
         if "seconds" in row:
-            row["runs"] = [row["seconds"] for row in same]
-            medians = [seconds["median"] for seconds in row["runs"]]
+            row["runs"] = medians = [row["seconds"]["median"] for row in same]
             row["seconds"] = {"median": statistics.median(medians), "low": min(medians), "high": max(medians)}
         rows.append(row)
     return rows

@@ -93,7 +93,13 @@ loads, reason = library.status()["cuda"]
 raise SystemExit(0 if loads else reason)'
 on_device gpu_tests 200 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider python_tests/gpu
 
-on_device gpu_bench 240 "$PYTHON" bench/gpu_bench.py --budget 120 --out "$OUT/gpu_bench.json"
+groups="CNN(2),CNN(4),conv_64,head_5x1600"
+on_device bench 240 "$PYTHON" -m kfo_ext bench --quick --device cuda --axes tasks --tasks 16,64 --groups "$groups" \
+    --providers native,triton,gradients-on,lists,torch-matmul,torch-formulas,learn2learn,jax \
+    --repeats 15 --budget 5 --limit 120 --out "$OUT/bench"
+# Apart: compiling takes far longer than timing.
+on_device compiled 120 "$PYTHON" -m kfo_ext bench --quick --device cuda --axes tasks --tasks 16 --groups "$groups" \
+    --providers native,torch-formulas-compile --repeats 15 --limit 60 --out "$OUT/compiled"
 on_device meta 90 "$PYTHON" bench/meta_peers.py --device cuda --networks omniglot_cnn2 omniglot_cnn4 --methods kfo \
     --contenders ours_native ours_native_graph ours_triton ours_reference learn2learn --repeats 7 --no-memory --out "$OUT/meta_peers.json"
 # Apart: what JAX compiles may take long, and a table is written when it is whole.
@@ -103,7 +109,7 @@ on_device precision 45 "$PYTHON" bench/precision.py --device cuda --repeats 7 --
 on_device conv_forms 60 "$PYTHON" bench/conv_forms.py --device cuda --networks omniglot_cnn2 cifar_fs_cnn2 --repeats 5 \
     --out "$OUT/conv_forms.json"
 on_device ncu 60 ncu --profile-from-start off --clock-control none --set full \
-    "$PYTHON" bench/one_call.py --worst-of "$OUT/gpu_bench.json"
+    "$PYTHON" bench/one_call.py --worst-of "$OUT/bench/results.json"
 # Apart: it takes a process for each contender.
 on_device memory 60 "$PYTHON" bench/meta_peers.py --device cuda --networks omniglot_cnn2 --methods kfo \
     --contenders ours_native ours_native_graph ours_reference --repeats 1 --out "$OUT/memory.json"
@@ -119,7 +125,7 @@ done
 without_device op_tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider \
     python_tests/test_transform.py python_tests/test_derivatives.py python_tests/test_plan.py python_tests/test_kfo.py
 without_device case_on_host 60 "$PYTHON" bench/sanitize_case.py --device cpu
-without_device bench_on_host 60 "$PYTHON" bench/gpu_bench.py --device cpu --quick --out "$OUT/bench_on_host.json"
+without_device bench_on_host 60 "$PYTHON" -m kfo_ext bench --quick --axes tasks --tasks 2 --repeats 3 --out "$OUT/bench_on_host"
 without_device precision_on_host 60 "$PYTHON" bench/precision.py --quick --out "$OUT/precision_on_host.json"
 
 echo "== $passed passed, $failed failed, $skipped skipped in $SECONDS s; logs in $OUT" | tee -a "$summary"

@@ -79,12 +79,10 @@ def markdown(result: dict) -> str:
         lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-    machine = result["environment"]
     return "\n\n".join(
         [
             "# What the kernels need",
-            f"Made by `python bench/kernel_resources.py` from {provenance(machine)}; "
-            f"nvcc {_plan.build_info()['nvcc']}.",
+            f"Made by `python bench/kernel_resources.py` from {provenance(result)}; nvcc {result['nvcc']}.",
             "## CUDA library\n\nRead from its machine code. Shared memory is dynamic: see the estimates.",
             table(result["cuda"]),
             f"## Estimates for an {result['gpu']['name']}\n\n"
@@ -108,7 +106,7 @@ def main() -> None:
     gpu = Gpu()
     registers = {row.kernel: row.registers for row in cuda if (row.dtype, row.arch) == ("float32", gpu.arch)}
     result = {
-        "environment": facts_of(options),
+        **facts_of(options),
         "nvcc": _plan.build_info()["nvcc"],
         "gpu": gpu._asdict(),
         "cuda": [row._asdict() for row in cuda],

@@ -14,18 +14,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.meta_case import METHODS, NETWORKS, full_float32
 from bench.meta_contenders import CONTENDERS
 from bench.meta_memory import peak_memory
 from bench.meta_truth import find_truth, verified
 from kfo_ext.bench.device_timing import finished
-from kfo_ext.bench.result import facts_of, write_result
+from kfo_ext.bench.result import Row, facts_of, write_result
 from kfo_ext.bench.timing import interleaved, rested
 from kfo_ext.ops import library
-
-Row = dict[str, Any]
 
 
 def measure(network: str, method: str, names: Sequence[str], options: argparse.Namespace) -> list[Row]:

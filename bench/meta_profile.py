@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,11 +19,10 @@ from bench.meta_case import METHODS, NETWORKS, Contender, full_float32, make_cas
 from bench.meta_contenders import CONTENDERS
 from bench.stages import STAGES, is_operation, stage_of
 from kfo_ext.bench.device_timing import finished
-from kfo_ext.bench.result import facts_of, provenance, write_result
+from kfo_ext.bench.result import Row, facts_of, provenance, write_result
 from kfo_ext.bench.timing import interleaved
 
 OVERHEAD = "Python and autograd"
-Row = dict[str, object]
 
 
 def profile_stages(contender: Contender, repeats: int, device: str) -> tuple[float, list[Row]]:
@@ -32,12 +30,7 @@ def profile_stages(contender: Contender, repeats: int, device: str) -> tuple[flo
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     contender.run()
     with profile(activities=activities) as profiler:
-        start = perf_counter()
-        for _ in range(repeats):
-            contender.run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        wall = (perf_counter() - start) / repeats
+        wall = finished(contender.run, repeats)
     totals = {stage: {"host": 0.0, "device": 0.0, "calls": 0, "ops": {}} for stage in STAGES}
     for event in profiler.events():
         # The profiler lists kernels as events of their own too, and again as part of the ops that launch them.

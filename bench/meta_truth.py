@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,11 @@ from bench.meta_case import Network, flat, make_case
 from bench.meta_contenders import CONTENDERS, trusted
 from bench.meta_task_loops import learn2learn
 from kfo_ext.bench.measure import one_line
-from kfo_ext.bench.result import finite
+from kfo_ext.bench.result import Row, finite
 
 # Relative errors allowed. In float32 rounding takes some ReLU to the other side of its kink, here or there by chance: a
 # right contender errs by 1e-5 or by 1e-2.
 ALLOWED = {torch.float64: 1e-8, torch.float32: 0.1}
-Row = dict[str, Any]
 
 
 class Truth(NamedTuple):

@@ -17,13 +17,13 @@ Every part is a `kfo` command, `--jobs` at a time with one thread each; a part t
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from kfo_ext.bench.result import write_result
 from kfo_ext.machine import environment
 from kfo_ext.networks import INITS
 from kfo_ext.runs import RunFolder, plot_runs
@@ -202,8 +202,7 @@ def main() -> None:
         },
         "finals": finals,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
     labels = {
         name: f"{final['method']}, inner rate {final['inner_rate']}, {final['init']}" for name, final in finals.items()
     }

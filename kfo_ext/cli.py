@@ -215,6 +215,15 @@ def _several(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(item.strip() for item in text.split(","))
 
 
+def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
+    items = _several(text)
+    if items is None:
+        return None
+    if not all(item.isdecimal() and 0 < int(item) <= LARGEST_INTEGER for item in items):
+        raise ValueError(f"{option}: expected positive integers with commas between them, got {text!r}")
+    return tuple(map(int, items))
+
+
 def _names(known, default: str = "all") -> str:
     return f"comma-separated, of: {', '.join(known)}  [default: {default}]"
 
@@ -230,6 +239,9 @@ def bench(
     groups: Annotated[
         str | None,
         typer.Option(help=f"of the axes tasks, hidden, psd; {_names(GROUPS, 'CNN(2)')}", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="values of the axis tasks, comma-separated", show_default=False)
     ] = None,
     providers: Annotated[str | None, typer.Option(help=_names(PROVIDERS), show_default=False)] = None,
     orders: Annotated[str | None, typer.Option(help=_names(ORDERS), show_default=False)] = None,
@@ -260,6 +272,7 @@ def bench(
     given = {
         "axes": _several(axes),
         "groups": _several(groups),
+        "tasks": _counts("--tasks", tasks),
         "providers": _several(providers),
         "orders": _several(orders),
         "repeats": repeats,

@@ -21,6 +21,7 @@ from kfo_ext.bench.device_timing import Floor
 from kfo_ext.bench.measure import Contender, affordable
 from kfo_ext.bench.orders import LeftOut, error_of, truth
 from kfo_ext.bench.points import Point
+from kfo_ext.bench.timing import Timing
 from kfo_ext.ops import library
 from kfo_ext.problems import Problems
 
@@ -98,20 +99,11 @@ def test_rate_of_multiply_adds():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rate_is_that_of_the_fastest_sample(monkeypatch, threads):
-    now, asked = 0.0, []
-
-    def multiply_adds(steps):
-        nonlocal now
-        asked.append(steps)
-        # One worker after the other here; every third call is slow.
-        now += steps * (3e-9 if len(asked) % 3 == 0 else 1e-9)
-        return 10.0 * steps
-
-    monkeypatch.setattr(roofs.library, "cpu_multiply_adds", multiply_adds)
-    monkeypatch.setattr(roofs, "perf_counter", lambda: now)
-    assert roofs.fma_rate(threads, 0.01) == pytest.approx(10e9)
-    # Doubled until a sample lasts as long as it should.
-    assert asked[0] == 1 << 16 and max(asked) * threads * 3e-9 >= 0.01 and len(asked) % threads == 0
+    monkeypatch.setattr(roofs.library, "cpu_multiply_adds", lambda steps: 10.0 * steps)
+    monkeypatch.setattr(
+        roofs, "samples_of", lambda functions, *_: {name: ([4e-3, 3e-3, 5e-3], 1) for name in functions}
+    )
+    assert roofs.fma_rate(threads) == pytest.approx(threads * 10 * roofs.FMA_STEPS / 3e-3)
 
 
 def test_importing_draws_nothing_from_the_users_generator():
@@ -157,7 +149,7 @@ def test_truth_is_that_of_the_tests():
 
 
 # Written for the plain transform, and left out elsewhere.
-PLAIN_ALONE = ("torch-formulas", "gradient-lists")
+PLAIN_ALONE = ("torch-formulas", "gradient-lists", "gradients-on")
 
 
 def works(name: str) -> bool:
@@ -237,11 +229,11 @@ def test_peak_memory_of_a_call():
 
 def test_budget_leaves_out_what_is_too_slow(monkeypatch):
     spent = {"fast": 0.01, "slow": 0.5}
-    monkeypatch.setattr("kfo_ext.bench.measure._seconds", lambda contender, on_cuda: spent[contender.name])
+    monkeypatch.setattr("kfo_ext.bench.measure.finished", lambda call, calls: spent[call()])
 
     def affordable_of(*names, budget, repeats=15):
-        good = [Contender(name, lambda: None, 0.0) for name in names]
-        kept, reasons, fitting = affordable(good, repeats, 0.004, budget, False)
+        good = [Contender(name, lambda name=name: name, 0.0) for name in names]
+        kept, reasons, fitting = affordable(good, repeats, 0.004, budget)
         return [contender.name for contender in kept], reasons, fitting
 
     kept, reasons, fitting = affordable_of("fast", "slow", budget=1.0)
@@ -276,6 +268,26 @@ def tiny(monkeypatch):
     return {"quick": True, "groups": ("tiny",), "repeats": 2, "seconds": 1e-4, "budget": 5.0}
 
 
+def test_the_host_has_a_time_and_no_rate():
+    floor = Floor(1e9, {"eager": 1e-6, "graph": 1e-6})
+    point, timing = Point("tasks", 2, "tiny", SMALL, 2), Timing(3e-6, 2e-6, 4e-6, 5, 50)
+    row = rows.empty_row(provider="native", ours=True, mode="host", order="forward", status="ok", error=1e-7)
+    row |= rows._numbers(point, row, timing, roofs.Roofs(1e9, "", floor, True))
+    assert row["median_s"] == 3e-6 and row["gb_per_s"] is row["floor_share"] is row["flops"] is None
+    assert "3 us" in report.line(row)
+
+
+def test_the_row_furthest_from_the_floor():
+    def row(share, mode="eager", provider="native"):
+        return rows.empty_row(provider=provider, mode=mode, floor_share=share)
+
+    eager = [row(0.5), row(0.1), row(None), row(0.01, provider="lists")]
+    assert report.worst(eager) is eager[1]
+    replayed = [*eager, row(0.8, "graph"), row(0.9, "graph"), row(None, "host")]
+    assert report.worst(replayed) is replayed[4]
+    assert report.worst([row(None)]) is None
+
+
 @pytest.mark.parametrize(("ratio", "lost"), [(None, False), (0.99, True), (1.0, False), (1.01, False), (0.0, True)])
 def test_a_row_that_loses(ratio, lost):
     assert rows.loses(rows.empty_row(other_over_this=ratio)) is lost
@@ -307,6 +319,14 @@ def test_summary_of_what_was_left_out():
     ]
 
 
+def test_tasks_in_the_place_of_the_axis_own():
+    settings = command.Settings(axes=("tasks", "psd"), groups=("CNN(2)", "conv_64"), tasks=(16, 3), limit=1.0)
+    assert [(point.group, point.tasks) for point in settings.points() if point.axis == "tasks"] == [
+        ("CNN(2)", 16), ("conv_64", 16), ("CNN(2)", 3), ("conv_64", 3),
+    ]  # fmt: skip
+    assert {point.tasks for point in settings.points() if point.axis == "psd"} == {points.TASKS}
+
+
 CHOSEN = ("native", "lists", "torch-matmul", "learn2learn", "jax", "triton")
 
 
@@ -317,7 +337,7 @@ def test_files_of_a_run(tiny, tmp_path):
     assert command.run(settings, tmp_path / "out", said.append)
     with open(tmp_path / "out" / "results.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    result = report.read(tmp_path / "out" / "results.json")
     assert list(table[0]) == list(rows.COLUMNS) == list(result["rows"][0]) == list(result["columns"])
     assert len(table) == len(result["rows"])
     for row, text in zip(result["rows"], table, strict=True):
@@ -423,6 +443,7 @@ def test_compiling_is_left_out_of_a_quick_run_unless_asked_for():
         ({"providers": ("ours",)}, "providers: expected some of native"),
         ({"orders": ("third",)}, "orders: expected some of forward"),
         ({"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
+        ({"tasks": (4, 0)}, "tasks: expected at least 1, got 0"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"seconds": math.nan}, "seconds: expected seconds above 0, got nan"),
     ],

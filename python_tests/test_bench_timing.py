@@ -46,3 +46,15 @@ def test_a_pause_before_a_sample(monkeypatch):
     monkeypatch.setattr(timing.time, "sleep", done.append)
     assert timing.rested(lambda function, calls: done.append(calls) or 1.5)(print, 7) == 1.5
     assert done == [timing.PAUSE, 7]
+
+
+def test_neighbours_take_turns_to_be_first():
+    turns = []
+
+    def sample(function, calls):
+        turns.append(function)
+        return 1.0
+
+    found = timing.samples_of({name: name for name in "abc"}, 4, 0.02, sample)
+    assert ["".join(turns[i : i + 3]) for i in range(3, 15, 3)] == ["abc", "acb", "cab", "cba"]
+    assert found["a"] == ([1.0] * 4, 1)

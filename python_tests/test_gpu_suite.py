@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from deadlines import seconds
 
+from kfo_ext import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = ROOT / "bench" / "gpu_suite.sh"
 
@@ -63,8 +65,8 @@ def test_without_a_device_its_parts_are_skipped_and_counted(tmp_path):
         "build", "doctor", "op_tests", "case_on_host", "bench_on_host", "precision_on_host",
     ]  # fmt: skip
     skipped = [line for line in lines if line.startswith("skipped")]
-    assert len(skipped) == 14 and all("no CUDA device" in line for line in skipped)
-    assert lines[-1].startswith("== 6 passed, 0 failed, 14 skipped in ")
+    assert len(skipped) == 15 and all("no CUDA device" in line for line in skipped)
+    assert lines[-1].startswith("== 6 passed, 0 failed, 15 skipped in ")
     assert (tmp_path / "out" / "doctor.log").exists()
 
 
@@ -72,7 +74,7 @@ def test_a_failing_part_is_reported_and_the_rest_goes_on(tmp_path):
     done = suite(tmp_path, 'case "$*" in *doctor*) echo of no use; exit 3;; -c*) exit 1;; esac')
     assert done.returncode == 1
     assert "FAILED   doctor" in done.stdout and "status 3" in done.stdout and "    of no use" in done.stdout
-    assert "== 5 passed, 1 failed, 14 skipped" in done.stdout
+    assert "== 5 passed, 1 failed, 15 skipped" in done.stdout
 
 
 def test_a_part_out_of_time_is_cut(tmp_path):
@@ -110,8 +112,8 @@ def on_a_device(tmp_path):
 def test_on_a_device_what_matters_most_comes_first(on_a_device):
     printed, _ = on_a_device
     assert re.findall("^passed +([a-z_]+)", printed, re.MULTILINE) == [
-        "build", "doctor", "loads", "gpu_tests", "gpu_bench", "meta", "meta_jax", "precision", "conv_forms", "ncu",
-        "memory", "case", "memcheck", "racecheck", "initcheck", "synccheck",
+        "build", "doctor", "loads", "gpu_tests", "bench", "compiled", "meta", "meta_jax", "precision", "conv_forms",
+        "ncu", "memory", "case", "memcheck", "racecheck", "initcheck", "synccheck",
     ]  # fmt: skip
 
 
@@ -126,6 +128,7 @@ def test_scripts_take_the_arguments_they_are_given(on_a_device, monkeypatch, tmp
         true(parser, arguments)
         raise Parsed
 
+    no_arguments = argparse.ArgumentParser(), []
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     suite(tmp_path, 'test "$1" != -c && echo "$*" >>"$OUT/commands"')
     commands = on_a_device[1] + (tmp_path / "out" / "commands").read_text().splitlines()
@@ -137,7 +140,13 @@ def test_scripts_take_the_arguments_they_are_given(on_a_device, monkeypatch, tmp
             with pytest.raises(Parsed):
                 importlib.import_module(f"bench.{Path(name).stem}").main(arguments)
             parsed.add(Path(name).stem)
-    assert parsed == {"gpu_bench", "meta_peers", "precision", "conv_forms", "one_call", "sanitize_case"}
+        elif arguments[:2] == ["kfo_ext", "bench"]:
+            with monkeypatch.context() as patch, pytest.raises(Parsed):
+                patch.setattr("torch.cuda.is_available", lambda: True)
+                patch.setattr("kfo_ext.bench.command.run", lambda settings, folder, echo: parse_args(*no_arguments))
+                cli.app(arguments[1:], standalone_mode=False)
+            parsed.add("kfo bench")
+    assert parsed == {"kfo bench", "meta_peers", "precision", "conv_forms", "one_call", "sanitize_case"}
 
 
 def test_shellcheck():

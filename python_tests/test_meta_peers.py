@@ -259,6 +259,14 @@ def cut_off_at(network, measure):
     return measure_or_stop
 
 
+@pytest.mark.parametrize("how", [["bench/meta_peers.py"], ["-m", "bench.meta_peers"]], ids=["path", "module"])
+def test_a_script_runs_by_its_path_and_as_a_module(how):
+    done = subprocess.run(
+        [sys.executable, *how, "--help"], capture_output=True, text=True, timeout=seconds(60), cwd=ROOT
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: meta_peers.py"), done.stderr
+
+
 def test_unknown_method(network):
     with pytest.raises(ValueError, match="method: expected one of kfo, maml, got 'anil'"):
         meta_case.make_case(network, "anil", tasks=1, steps=1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from bench import one_call
+from kfo_ext.bench import report
+from kfo_ext.bench.rows import empty_row
 from kfo_ext.ops import library
 
 pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
+
+# Axis, tasks and share of the floor: the worst of the axis tasks has three.
+ROWS = (("tasks", 4, 0.9), ("tasks", 3, 0.2), ("width", 4, 0.1))
 
 
 @pytest.fixture
@@ -40,11 +43,12 @@ def test_the_options_decide(call):
 
 
 def test_the_worst_of_a_file_decides(call, tmp_path):
-    file = tmp_path / "gpu_bench.json"
+    file = tmp_path / "results.json"
     options = ("--worst-of", str(file), "--tasks", "2")
     expected = ("CNN(4), 2 tasks, double_backward\n", ["double_backward"])
     assert call(*options) == expected
-    file.write_text(json.dumps({"worst": None}))
-    assert call(*options) == expected
-    file.write_text(json.dumps({"worst": {"group": "CNN(2)", "order": "backward", "tasks": 3}}))
-    assert call(*options) == ("CNN(2), 3 tasks, backward\n", ["backward"])
+    where = {"group": "CNN(2)", "order": "backward", "mode": "eager", "provider": "native"}
+    last = [empty_row(axis=axis, tasks=tasks, floor_share=share, **where) for axis, tasks, share in ROWS]
+    for rows, said in (([], expected), (last, ("CNN(2), 3 tasks, backward\n", ["backward"]))):
+        report.write(tmp_path, rows, {})
+        assert call(*options) == said

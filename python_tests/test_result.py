@@ -49,3 +49,26 @@ def test_a_result_is_written_before_its_table(tmp_path):
 
 def test_finite():
     assert [result.finite(x) for x in (1.5, math.nan, math.inf, -math.inf)] == [1.5, None, None, None]
+
+
+def test_a_row_is_a_line(tmp_path):
+    content = {
+        "commit": None,
+        "load": [1.5, 2.5],
+        "settings": {"out": "a\nb", "sizes": [1]},
+        "rows": [{"name": "x", "seconds": {"median": 1e-3}}, {"name": "y"}],
+        "networks": [{"name": "n", "rows": [[1, 2], [3, 4]]}],
+        "empty": [],
+    }
+    result.write_rows(tmp_path / "r.json", content)
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text) == content
+    assert text.splitlines()[1:4] == [
+        ' "commit": null,',
+        ' "load": [1.5, 2.5],',
+        ' "settings": {"out": "a\\nb", "sizes": [1]},',
+    ]
+    assert '  {"name": "x", "seconds": {"median": 0.001}},' in text.splitlines() and "    [3, 4]" in text.splitlines()
+    with pytest.raises(ValueError, match="json: Out of range float"):
+        result.write_rows(tmp_path / "r.json", {"rows": [[math.nan]]})
+    assert json.loads((tmp_path / "r.json").read_text()) == content

@@ -25,6 +25,7 @@ from kfo_ext.ops import library
 class Settings:
     """What to measure; names of `points.AXES`, `points.GROUPS`, `providers.PROVIDERS` and `cases.ORDERS`.
 
+    tasks: values of that axis, empty for its own
     providers: empty for all; with `quick` those that compile are then left out
     repeats: samples of each, at most
     seconds: length of one sample
@@ -38,6 +39,7 @@ class Settings:
     quick: bool = False
     axes: tuple[str, ...] = tuple(AXES)
     groups: tuple[str, ...] = ("CNN(2)",)
+    tasks: tuple[int, ...] = ()
     providers: tuple[str, ...] = ()
     orders: tuple[str, ...] = ORDERS
     repeats: int = 15
@@ -57,10 +59,10 @@ class Settings:
             raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: 'cuda' is not available here")
-        for name, least in (("repeats", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name, values in (("tasks", self.tasks), ("repeats", (self.repeats,)), ("threads", (self.threads,))):
+            for value in values:
+                if value is not None and value < 1:
+                    raise ValueError(f"{name}: expected at least 1, got {value}")
         for name in ("seconds", "budget", "limit"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -68,7 +70,9 @@ class Settings:
 
     def points(self) -> list[Point]:
         """The points of these axes, axis after axis; under a limit the first of each axis come first."""
-        values = QUICK_VALUES if self.quick else VALUES
+        values = dict(QUICK_VALUES if self.quick else VALUES)
+        if self.tasks:
+            values["tasks"] = self.tasks
         points = points_of(self.axes, self.groups, values)
         return sorted(points, key=lambda point: values[point.axis].index(point.x)) if self.limit else points
 
@@ -155,12 +159,11 @@ def _run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
     summary = (*report.losses(once), *report.left_out([*skipped.values(), *once]))
     for text in (*report.fit_table(fits.fits(rows)), "", *summary):
         echo(text)
-    _write(folder, rows, facts, perf_counter() - start)
-    pictures = plots.draw(report.read(folder / "results.json"), folder)
+    pictures = plots.draw(_write(folder, rows, facts, perf_counter() - start), folder)
     echo(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} rows measured in {perf_counter() - start:.0f} s")
     echo(f"written: {folder / 'results.csv'}, results.json, {', '.join(path.name for path in pictures)}")
     return not any(fails(row) for row in rows)
 
 
-def _write(folder: Path, rows: list[Row], facts: Mapping[str, object], elapsed: float) -> None:
-    report.write(folder, rows, {**facts, "elapsed_s": elapsed, "fits": fits.fits(rows)})
+def _write(folder: Path, rows: list[Row], facts: Mapping[str, object], elapsed: float) -> Row:
+    return report.write(folder, rows, {**facts, "elapsed_s": elapsed, "fits": fits.fits(rows)})

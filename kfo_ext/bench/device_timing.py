@@ -64,8 +64,8 @@ def captured(function: Callable[[], object], calls: int) -> Callable[[], object]
 
 def per_call(timing: Timing, calls: int) -> Timing:
     """The timing of one call of the `calls` that one replay makes."""
-    seconds = (value / calls for value in timing[:3])
-    return Timing(*seconds, timing.repeats, timing.calls_per_repeat * calls)
+    median, low, high = (value / calls for value in timing[:3])
+    return Timing(median, low, high, timing.repeats, timing.calls_per_repeat * calls)
 
 
 class Floor(NamedTuple):
@@ -89,7 +89,7 @@ def measure_floor(device: torch.device, repeats: int, seconds: float) -> Floor:
     sample = events if on_cuda else wall_clock
     source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device).zero_()
     target, one = torch.empty_like(source), torch.zeros(1, device=device)
-    functions = {"copy": lambda: target.copy_(source), "eager": lambda: one.add_(1)}
+    functions: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source), "eager": lambda: one.add_(1)}
     calls = 100
     if on_cuda:
         functions["graph"] = captured(functions["eager"], calls)

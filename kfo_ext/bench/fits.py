@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
-Row = dict[str, object]
+from kfo_ext.bench.result import Row
+
 # What makes a curve of rows, besides the axis.
 CURVE = ("axis", "group", "order", "provider", "mode")
 # A doubled size may double the cost, or make it four times as large over a range; within one step it is a cliff.

@@ -38,7 +38,11 @@ def double_backward(
     return (K @ dY.mT).sum(1), dG, dL, ddR.mT @ N + R.mT @ K
 
 
-FORMULAS = {"forward": forward, "backward": backward, "double_backward": double_backward}
+FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "forward": forward,
+    "backward": backward,
+    "double_backward": double_backward,
+}
 
 
 def operands_of(case: Case) -> dict[str, list[tuple[Tensor, ...]]]:

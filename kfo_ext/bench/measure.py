@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kfo_ext.bench.cases import Case
-from kfo_ext.bench.device_timing import captured, events, host, per_call
+from kfo_ext.bench.device_timing import captured, events, finished, host, per_call
 from kfo_ext.bench.orders import LeftOut, Orders, error_of
 from kfo_ext.bench.providers import Provider
 from kfo_ext.bench.timing import CALIBRATIONS, Timing, interleaved, wall_clock
@@ -74,7 +73,7 @@ def verified(
 
 
 def affordable(
-    good: list[Contender], repeats: int, seconds: float, budget: float, on_cuda: bool
+    good: list[Contender], repeats: int, seconds: float, budget: float
 ) -> tuple[list[Contender], dict[str, str], int]:
     """Those whose fewest repeats fit in the budget, why the others are left out, and the repeats for all.
 
@@ -83,10 +82,10 @@ def affordable(
     """
     kept, reasons, round_ = [], {}, 0.0
     for contender in good:
-        last = _seconds(contender, on_cuda)
+        last = finished(contender.call, 1)
         if (MIN_REPEATS + 1) * last > budget:
             # Once more: other work on the machine may have made it look slow.
-            last = min(last, _seconds(contender, on_cuda))
+            last = min(last, finished(contender.call, 1))
         if (MIN_REPEATS + 1) * last > budget:
             reasons[contender.name] = f"{TOO_SLOW} {last:.2g} s, too long for {budget:g} s per order"
         else:
@@ -94,15 +93,6 @@ def affordable(
             round_ += max(last, seconds)
     fitting = math.floor(budget / round_) - CALIBRATIONS if round_ else repeats
     return kept, reasons, max(min(repeats, MIN_REPEATS), min(repeats, fitting))
-
-
-def _seconds(contender: Contender, on_cuda: bool) -> float:
-    def call() -> None:
-        contender.call()
-        if on_cuda:
-            torch.cuda.synchronize()
-
-    return wall_clock(call, 1)
 
 
 def time_eager(

@@ -14,6 +14,7 @@ PROVIDERS = (
     "native",
     "lists",
     "gradient-lists",
+    "gradients-on",
     "reference",
     "triton",
     "learn2learn",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -97,10 +97,11 @@ def task_after_task(make: Callable[[Leaves], Orders], case: Case) -> Orders:
     """The orders of a loop over tasks; the outputs of an order are those of the first task, then of the next."""
     leaves = parameter_leaves(case)
     by_task = [make(task_leaves(leaves, task)) for task in range(len(case.G))]
-    return {
-        order: lambda order=order: [X for orders in by_task for X in orders[order]()]
-        for order in ORDERS
-    }  # fmt: skip
+
+    def run(order: str) -> Outputs:
+        return [X for orders in by_task for X in orders[order]()]
+
+    return {order: partial(run, order) for order in ORDERS}
 
 
 def packed_already(order: str, outputs: Outputs, case: Case) -> list[Tensor]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from kfo_ext.bench.cases import ORDERS
 from kfo_ext.bench.points import AXES
 from kfo_ext.bench.providers import PROVIDERS
+from kfo_ext.bench.result import Row
 from kfo_ext.runs.files import atomic_write
 from kfo_ext.runs.plots import PALETTE
 
-Row = dict[str, object]
 MARKERS = "os^vDPX*<>"
 DPI = 90
 COLOURS = 48
@@ -154,7 +155,7 @@ def _label(panel, rows: Sequence[Row]) -> None:
 
 
 def _legend(figure, panels) -> None:
-    entries = {}
+    entries: dict[str, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         entries |= dict(zip(labels, handles))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,7 +78,13 @@ class Point(NamedTuple):
         return self.hidden + 1 + (max(1, self.hidden) if self.psd else 0)
 
 
-def points_of(axes: Sequence[str], groups: Sequence[str], values: dict[str, tuple[int, ...]]) -> list[Point]:
+def _at(start: Point, x: int) -> Point:
+    if start.axis == "psd":
+        return start._replace(x=x, psd=bool(x))
+    return start._replace(x=x, tasks=x) if start.axis == "tasks" else start._replace(x=x, hidden=x)
+
+
+def points_of(axes: Sequence[str], groups: Sequence[str], values: Mapping[str, tuple[int, ...]]) -> list[Point]:
     """The points of some axes.
 
     groups: for the axes tasks, hidden and psd
@@ -101,5 +107,5 @@ def points_of(axes: Sequence[str], groups: Sequence[str], values: dict[str, tupl
         else:
             for group in groups:
                 start = Point(axis, 0, group, GROUPS[group], rule=axis != "tasks")
-                points += [start._replace(x=x, **{axis: bool(x) if axis == "psd" else x}) for x in values[axis]]
+                points += [_at(start, x) for x in values[axis]]
     return points

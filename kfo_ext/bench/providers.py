@@ -6,6 +6,7 @@ A provider is made for a case and gives its orders; LeftOut says why it is not m
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def kfo_packed(case: Case, backend: str = "native") -> Orders:
         dR, dG, dL, *ddY = outputs
         return [dR, dL, dG, *ddY]
 
-    return {order: lambda order=order: run(order) for order in ORDERS}
+    return {order: partial(run, order) for order in ORDERS}
 
 
 def kfo_rule(case: Case, backend: str = "native") -> Orders:
@@ -84,7 +85,7 @@ def kfo_gradients_on(case: Case) -> Orders:
     """
     plain_alone(case)
     return through_autograd(
-        lambda phi, G: [transform(*phi[0], *G, *phi[1], case.problems)], packed_leaves(case), create_graph=True
+        lambda phi, G: [transform(phi[0][0], G[0], phi[1][0], case.problems)], packed_leaves(case), create_graph=True
     )
 
 
@@ -109,7 +110,7 @@ def kfo_gradient_lists(case: Case) -> Orders:
     problems, factors = case.problems, packed_leaves(case)
 
     def layer(R: Form, G: Form, L: Form) -> Form:
-        return problems.packing.unpack(transform(*R, problems.packing.pack(G), *L, problems))
+        return problems.packing.unpack(transform(R[0], problems.packing.pack(G), L[0], problems))
 
     leaves = parameter_leaves(case)._replace(phi=factors.phi, ddphi=factors.ddphi)
     return through_autograd(composed(layer, False), leaves)
@@ -244,6 +245,7 @@ PROVIDERS: dict[str, Provider] = {
     "native": _ours(kfo_packed, "native"),
     "lists": _ours(kfo_lists, "auto", packed_by_parameter, saves=True),
     "gradient-lists": _ours(kfo_gradient_lists, "auto", packed_gradients, saves=True),
+    "gradients-on": _ours(kfo_gradients_on, "auto"),
     "reference": _ours(lambda case: kfo_packed(case, "reference"), "reference", saves=True),
     "triton": _ours(lambda case: kfo_packed(case, "triton"), "triton"),
     "learn2learn": Provider(learn2learn_loop, packed_learn2learn, check=_no_learn2learn, graph=False),

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kfo_ext.bench.measure import TOO_SLOW
+from kfo_ext.bench.result import write_rows
 from kfo_ext.bench.rows import COLUMNS, Row, loses
-from kfo_ext.runs.files import atomic_write, read_json, write_json
+from kfo_ext.runs.files import atomic_write, read_json
 
 # The first key of a results.json, by which it is known.
-FORMAT = "kfo bench 1"
+FORMAT = "kfo bench 2"
 HEAD = (
     f"{'provider':23} {'median':>10} {'20 % .. 80 %':>21} {'GB/s':>7} {'GFLOP/s':>8} {'of floor':>8}"
     f" {'memory':>9} {'error':>7}  against the fastest other"
@@ -40,6 +41,7 @@ def line(row: Row) -> str:
     if row["status"] != "ok":
         return f"{name:23} {row['status']}"
     span = f"{seconds_text(row['low_s'])} .. {seconds_text(row['high_s'])}"
+    moved = "" if row["gb_per_s"] is None else f"{row['gb_per_s']:.3g}"
     rate = "" if row["gflop_per_s"] is None else f"{row['gflop_per_s']:.3g}"
     share = "" if row["floor_share"] is None else f"{row['floor_share']:.3f}"
     against = ""
@@ -47,7 +49,7 @@ def line(row: Row) -> str:
         against = f"{row['other_over_this']:.2f}x of {row['best_other']}{' +' if row['other_saved'] else ''}"
         against += "  LOSES" if loses(row) else ""
     text = (
-        f"{name:23} {seconds_text(row['median_s']):>10} {span:>21} {row['gb_per_s']:7.3g} {rate:>8}"
+        f"{name:23} {seconds_text(row['median_s']):>10} {span:>21} {moved:>7} {rate:>8}"
         f" {share:>8} {bytes_text(row['peak_bytes']):>9} {row['error']:7.0e}  {against}"
     )
     return text.rstrip()
@@ -100,6 +102,13 @@ def losses(rows: Sequence[Row]) -> Iterable[str]:
         yield text
 
 
+def worst(rows: Sequence[Row]) -> Row | None:
+    """Our native row that is furthest from the floor, replayed from a CUDA graph where that was measured."""
+    ours = [row for row in rows if row["provider"] == "native" and row["floor_share"] is not None]
+    replayed = [row for row in ours if row["mode"] == "graph"]
+    return min(replayed or ours, key=lambda row: row["floor_share"], default=None)
+
+
 def left_out(rows: Sequence[Row]) -> Iterable[str]:
     """What was not measured for want of time, whole points and single providers: how many, and which.
 
@@ -118,8 +127,8 @@ def _place(row: Row) -> str:
     return f"{row['axis']}={row['x']} {row['group']}"
 
 
-def write(folder: Path, rows: Sequence[Row], facts: Row) -> None:
-    """results.csv and results.json, each replaced as a whole.
+def write(folder: Path, rows: Sequence[Row], facts: Row) -> Row:
+    """results.csv and results.json, each replaced as a whole; what `read` then gives.
 
     facts: what goes into the JSON besides the rows
     """
@@ -129,14 +138,18 @@ def write(folder: Path, rows: Sequence[Row], facts: Row) -> None:
     writer.writerows(rows)
     with atomic_write(folder / "results.csv") as file:
         file.write(text.getvalue().encode())
-    write_json(folder / "results.json", {"format": FORMAT, **facts, "columns": COLUMNS, "rows": list(rows)})
+    result = {"format": FORMAT, **facts, "columns": COLUMNS}
+    write_rows(folder / "results.json", {**result, "rows": [[row[name] for name in COLUMNS] for row in rows]})
+    return {**result, "rows": list(rows)}
 
 
 def read(path: Path) -> Row | None:
-    """A results.json, or None for a JSON file of another kind.
+    """A results.json, each of its rows by column, or None for a JSON file of another kind.
 
     Raises:
         ValueError: it cannot be read.
     """
     result = read_json(path)
-    return result if isinstance(result, dict) and result.get("format") == FORMAT else None
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        return None
+    return {**result, "rows": [dict(zip(result["columns"], row, strict=True)) for row in result["rows"]]}

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kfo_ext.machine import environment as run_environment
-from kfo_ext.runs.files import atomic_write, write_json
+from kfo_ext.runs.files import atomic_write
 
-Facts = dict[str, object]
+Facts = dict[str, Any]
+# What was measured of one thing.
+Row = dict[str, Any]
 DIRTY = "-dirty"
 
 
@@ -36,7 +40,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def provenance(facts: Mapping[str, object]) -> str:
+def provenance(facts: Mapping[str, Any]) -> str:
     """The commit of a result as a table names it: `commit 0123456789ab`, and whether that is all there was."""
     commit = facts["commit"]
     if commit is None:
@@ -44,7 +48,7 @@ def provenance(facts: Mapping[str, object]) -> str:
     return f"commit {commit[:12]}{' with uncommitted changes' if commit.endswith(DIRTY) else ''}"
 
 
-def warn_unless_committed(facts: Mapping[str, object]) -> None:
+def warn_unless_committed(facts: Mapping[str, Any]) -> None:
     """One line on stderr where no commit says what is measured."""
     if facts["commit"] is None or facts["commit"].endswith(DIRTY):
         sys.stderr.write(f"WARNING: THESE NUMBERS ARE OF CODE THAT NO COMMIT HOLDS: {provenance(facts)}\n")
@@ -63,10 +67,41 @@ def write_result(out: Path, result: Facts, markdown: Callable[[Facts], str] | No
     markdown: makes the text of the result; None: JSON alone
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
+    write_rows(out, result)
     if markdown is not None:
         with atomic_write(out.with_suffix(".md")) as file:
             file.write(markdown(result).encode())
+
+
+def write_rows(path: Path, content: Facts) -> None:
+    """Write JSON in which each row is a line: a value of the whole, or an element of a list of lists or dicts.
+
+    Raises:
+        ValueError: a number is not finite; names the file.
+        OSError: the file cannot be written; names it.
+    """
+    try:
+        text = _lines(content, "") + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def _lines(value: Any, indent: str) -> str:
+    deeper = indent + " "
+    if isinstance(value, dict) and (not indent or any(map(_is_table, value.values()))):
+        items = [f"{json.dumps(key)}: {_lines(item, deeper)}" for key, item in value.items()]
+    elif _is_table(value):
+        items = [_lines(item, deeper) for item in value]
+    else:
+        return json.dumps(value, allow_nan=False)
+    left, right = "{}" if isinstance(value, dict) else "[]"
+    return f"{left}\n{deeper}" + f",\n{deeper}".join(items) + f"\n{indent}{right}"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value)
 
 
 def finite(value: float) -> float | None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
 
 from kfo_ext.bench.device_timing import Floor, events, measure_floor
-from kfo_ext.bench.timing import interleaved
+from kfo_ext.bench.timing import interleaved, samples_of
 from kfo_ext.ops import library
 
 SGEMM = 8192
 SAMPLES = 7
+# Steps of one thread in a call: they take far longer than the call itself.
+FMA_STEPS = 1 << 20
 
 
 class Roofs(NamedTuple):
@@ -34,7 +36,7 @@ class Roofs(NamedTuple):
         """The least time of a call.
 
         On the CPU its operations at the peak or its bytes at the copy bandwidth, the larger (operands that stay in the
-        cache may do better than that); on CUDA its bytes or the smallest launch, as in bench/gpu_bench.py.
+        cache may do better than that); on CUDA its bytes or the smallest launch.
         """
         if self.on_cuda:
             return self.floor.seconds(mode, moved)
@@ -68,19 +70,19 @@ def fma_rate(threads: int, seconds: float = 0.03) -> float:
 
     seconds: length of one sample
     """
-    steps = 1 << 16
-    with ThreadPoolExecutor(threads) as pool:
+    call, operations = multiply_adds(threads)
+    samples, _ = samples_of({"multiply-adds": call}, SAMPLES, seconds)["multiply-adds"]
+    return operations / min(samples)
 
-        def sample() -> tuple[float, float]:
-            start = perf_counter()
-            done = sum(pool.map(library.cpu_multiply_adds, [steps] * threads))
-            return perf_counter() - start, done
 
-        elapsed, _ = sample()
-        while elapsed < seconds:
-            steps *= 2
-            elapsed, _ = sample()
-        return max(done / elapsed for elapsed, done in (sample() for _ in range(SAMPLES)))
+def multiply_adds(threads: int) -> tuple[Callable[[], object], float]:
+    """A call that does nothing but multiply-adds on so many threads, and its operations."""
+    pool = ThreadPoolExecutor(threads)
+
+    def call() -> float:
+        return sum(pool.map(library.cpu_multiply_adds, [FMA_STEPS] * threads))
+
+    return call, call()
 
 
 def sgemm_rate(device: torch.device, repeats: int, seconds: float) -> float:

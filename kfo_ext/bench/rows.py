@@ -8,15 +8,15 @@ import torch
 
 from kfo_ext.bench import cost
 from kfo_ext.bench.cases import random_case
-from kfo_ext.bench.measure import Contender, affordable, contenders, time_eager, time_graph, verified
+from kfo_ext.bench.measure import Contender, affordable, contenders, time_eager, time_graph, time_host, verified
 from kfo_ext.bench.memory import peak_extra_bytes
 from kfo_ext.bench.orders import truth
 from kfo_ext.bench.points import Point
 from kfo_ext.bench.providers import Provider, kfo_rule
+from kfo_ext.bench.result import Row
 from kfo_ext.bench.roofs import Roofs
 from kfo_ext.bench.timing import Timing
 
-Row = dict[str, object]
 # Every column of results.csv; a row of results.json has the same keys.
 COLUMNS = {
     "axis": "what grows; see `kfo bench --help`",
@@ -28,7 +28,7 @@ COLUMNS = {
     "order": "forward, backward or double_backward",
     "provider": "who computes it",
     "ours": "whether that is this package",
-    "mode": "eager: called from Python; graph: replayed from a CUDA graph",
+    "mode": "eager: called from Python; host: what issuing a call of ours takes; graph: replayed from a CUDA graph",
     "saved": "whether it reads intermediates that an order before it saved: less work, more memory than is counted",
     "status": "ok, or why there are no numbers",
     "median_s": "seconds of one call, the median over the repeats",
@@ -77,28 +77,30 @@ def rows_of(
     expected = truth(case)
     if point.rule and "native" in providers:
         providers = {**providers, "native": providers["native"]._replace(make=kfo_rule)} if case.plain else providers
-    made, rows = contenders(providers, providers, case), []
+    made, on_cuda = contenders(providers, providers, case), device.type == "cuda"
+    rows: list[Row] = []
     for order in orders:
         good, reasons = verified(providers, made, order, case, expected)
-        good, too_slow, fitting = affordable(good, repeats, seconds, budget, device.type == "cuda")
-        modes: dict[str, Mapping[str, Timing | str]] = {
-            "eager": {**reasons, **too_slow, **time_eager(providers, good, device.type == "cuda", fitting, seconds)}
-        }
-        if device.type == "cuda":
-            modes["graph"] = time_graph(providers, good, modes["eager"], fitting, seconds)
+        good, too_slow, fitting = affordable(good, repeats, seconds, budget)
+        eager = time_eager(providers, good, on_cuda, fitting, seconds)
+        modes: dict[str, Mapping[str, Timing | str]] = {"eager": {**reasons, **too_slow, **eager}}
+        if on_cuda:
+            modes["host"] = time_host(providers, good, fitting)
+            modes["graph"] = time_graph(providers, good, eager, fitting, seconds)
         by_name = {contender.name: contender for contender in good}
         for mode, timings in modes.items():
             in_mode = []
             for name in providers:
                 if name in timings:
+                    timing = timings[name]
                     row = empty_row(
                         axis=point.axis, x=point.x, group=point.group, tasks=point.tasks, psd=point.psd,
                         hidden=point.hidden, order=order, provider=name, ours=providers[name].ours, mode=mode,
                         saved=providers[name].reads_saved(order, case),
-                        status=timings[name] if isinstance(timings[name], str) else "ok",
+                        status=timing if isinstance(timing, str) else "ok",
                     )  # fmt: skip
-                    if row["status"] == "ok":
-                        row |= _numbers(point, row, timings[name], roofs)
+                    if not isinstance(timing, str):
+                        row |= _numbers(point, row, timing, roofs)
                         row |= _once(point, row, by_name[name], providers[name], device)
                     in_mode.append(row)
             rows += _compared(in_mode)
@@ -106,15 +108,20 @@ def rows_of(
 
 
 def _numbers(point: Point, row: Row, timing: Timing, roofs: Roofs) -> Row:
-    """What a timing says by the cost model."""
-    work, moved = cost.flops(point, row["order"]), cost.bytes_moved(point, row["order"])
-    floor = roofs.seconds(row["mode"], work, moved)
-    return {
+    """A timing, and what it says by the cost model, except of the host, which computes nothing."""
+    times = {
         "median_s": timing.median,
         "low_s": timing.low,
         "high_s": timing.high,
         "repeats": timing.repeats,
         "calls_per_repeat": timing.calls_per_repeat,
+    }
+    if row["mode"] == "host":
+        return times
+    work, moved = cost.flops(point, row["order"]), cost.bytes_moved(point, row["order"])
+    floor = roofs.seconds(row["mode"], work, moved)
+    return {
+        **times,
         "flops": work,
         "bytes": moved,
         "gflop_per_s": None if row["saved"] else work / timing.median / 1e9,

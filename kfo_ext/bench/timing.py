@@ -53,9 +53,24 @@ def interleaved(
     sample: Sample = wall_clock,
     twins: Mapping[str, str] | None = None,
 ) -> dict[str, Timing]:
-    """Time every function once per round; each round starts with another one, so that drift hits all alike.
+    """The timing of every function, from samples in turn: see `samples_of`."""
+    found = samples_of(functions, repeats, seconds, sample, twins)
+    return {name: _summary(values, calls) for name, (values, calls) in found.items()}
 
-    functions: what to time, by name; each is called once before as a warm-up
+
+def samples_of(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    seconds: float = 0.02,
+    sample: Sample = wall_clock,
+    twins: Mapping[str, str] | None = None,
+) -> dict[str, tuple[list[float], int]]:
+    """Per function its samples, seconds of one call each, and the calls of a sample.
+
+    Every function once per round. Each round starts with another one, so that drift hits all alike, and every other
+    round goes backwards: after long vector work a processor is slower for a while, for both of two neighbours alike.
+
+    functions: what to time, by name; each is called before as a warm-up
     repeats: rounds
     seconds: a sample repeats its function until it lasts about that long
     twins: those whose samples have as many calls as another's, by its name
@@ -67,9 +82,9 @@ def interleaved(
     names = list(functions)
     for round_ in range(repeats):
         start = round_ % len(names)
-        for name in names[start:] + names[:start]:
+        for name in (names[start:] + names[:start])[:: -1 if round_ % 2 else 1]:
             samples[name].append(sample(functions[name], calls[name]))
-    return {name: _summary(values, calls[name]) for name, values in samples.items()}
+    return {name: (values, calls[name]) for name, values in samples.items()}
 
 
 def _calls_for(function: Callable[[], object], seconds: float, sample: Sample) -> int:
