@@ -340,10 +340,8 @@ def cells(seconds: Sequence[float | None]) -> list[str]:
 def table(entry: Row) -> str:
     """Markdown of one network: a line per layer and order, their sum, and what was not timed."""
     rows: list[Row] = entry["rows"]
-    names, refused = (
-        list(dict.fromkeys(row["contender"] for row in rows)),
-        [row for row in rows if row["status"] != "ok"],
-    )
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    refused = [row for row in rows if row["status"] != "ok"]
     lines: dict[tuple[str, str], list[float | None]] = {}
     for row in rows:
         place = f"{row['layer']}: {row['sizes']}", row["order"].replace("_", " ")

@@ -268,8 +268,8 @@ def bench(
     with interrupt_ends():
         from kfo_ext.bench.command import Settings, run
 
-    quickly = {"repeats": 5, "seconds": 0.004, "budget": 1.5, "limit": 120.0} if quick else {}
-    given = {
+    quickly: dict[str, Any] = {"repeats": 5, "seconds": 0.004, "budget": 1.5, "limit": 120.0} if quick else {}
+    given: dict[str, Any] = {
         "axes": _several(axes),
         "groups": _several(groups),
         "tasks": _counts("--tasks", tasks),
