@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from kfo_ext.ops.operands import check_dense, is_dense
+from kfo_ext.ops.parts import plain
 from kfo_ext.ops.registration import pick
-from kfo_ext.ops.torch_private import transformed
 
 
 def listed(tensors: Iterable[Any], argument: str, *, pairs: bool = False) -> list[Any]:
@@ -63,37 +63,56 @@ def some(texts: Sequence[str], most: int = 3) -> str:
     return ", ".join(texts[:most]) + more
 
 
-def plain() -> bool:
-    """Whether torch's own operations are the better way: nothing to differentiate, or by rules that they alone have."""
-    return not torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling()
-
-
 class Packing:
     """Where each named tensor of a list lies in a packed row.
 
     Args:
         names: one name per tensor, used in messages.
         shapes: one shape per tensor, without the task dimension.
+        named: whether the names are the user's own, not mere positions.
     """
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[torch.Size]) -> None:
+    def __init__(self, names: Sequence[str], shapes: Sequence[torch.Size], *, named: bool = True) -> None:
         self.names = tuple(names)
+        self.named = named
         self.shapes = tuple(torch.Size(shape) for shape in shapes)
         self.sizes = [shape.numel() for shape in self.shapes]
         # torch reads a plain tuple in half the time that a torch.Size takes it.
         self._views = [tuple(shape) for shape in self.shapes]
         self.numel = sum(self.sizes)
 
-    @property
-    def named(self) -> bool:
-        """Whether the names are the user's own, not mere positions."""
-        return any(name != str(i) for i, name in enumerate(self.names))
-
     @classmethod
     def of(cls, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> Packing:
         """The packing of the given tensors or (name, tensor) pairs."""
-        named = name_parameters(parameters)
-        return cls([name for name, _ in named], [tensor.shape for _, tensor in named])
+        entries = listed(parameters, "parameters", pairs=True)
+        pairs = name_parameters(entries)
+        named = all(isinstance(entry, tuple) for entry in entries)
+        return cls([name for name, _ in pairs], [tensor.shape for _, tensor in pairs], named=named)
+
+    def part(self, indices: Sequence[int]) -> Packing:
+        """The packing of some of the tensors."""
+        return Packing([self.names[i] for i in indices], [self.shapes[i] for i in indices], named=self.named)
+
+    def in_order(self, tensors: Mapping[str, Any], argument: str) -> list[Any]:
+        """The values of a mapping by name, in the order of the packing.
+
+        Raises:
+            ValueError: a name is missing or unknown, or the tensors of this packing have no names.
+        """
+        if not self.named:
+            raise ValueError(
+                f"{argument}: expected a list, got a {type(tensors).__name__}: this update was made of tensors without "
+                "names; make it of (name, tensor) pairs, such as model.named_parameters(), to match them by name"
+            )
+        missing = [repr(name) for name in self.names if name not in tensors]
+        known = set(self.names)
+        unknown = [repr(name) for name in tensors if name not in known]
+        if missing or unknown:
+            wrong = "; ".join(
+                f"{what} {some(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names
+            )
+            raise ValueError(f"{argument}: expected one tensor for each of {self.described()}; got {wrong}")
+        return [tensors[name] for name in self.names]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -113,8 +132,8 @@ class Packing:
         if len(tensors) != len(self):
             expected = f"expected {len(self)} tensors, one per parameter: {self.described()}"
             raise ValueError(f"{argument}: {expected}; got {len(tensors)}")
-        if isinstance(tensors, (list, tuple)) and self._usual(tensors):
-            return len(tensors[0])
+        if self._usual(tensors):
+            return len(tensors[0]) if tensors[0].dim() > len(self.shapes[0]) else None
         first: tuple[str, Tensor, int | None] | None = None
         for name, shape, tensor in zip(self.names, self.shapes, tensors):
             if tensor is None:
@@ -144,16 +163,20 @@ class Packing:
                 raise ValueError(f"{argument}[{name!r}]: expected device {first[1].device}, got {tensor.device}")
         return first[2] if first else None
 
-    def _usual(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether all are tensors with one task dimension, of one dtype on one device: the usual call, in less time."""
-        if not tensors or not all(isinstance(tensor, Tensor) and is_dense(tensor) for tensor in tensors):
+    def _usual(self, tensors: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
+        """Whether all are tensors that fit, of one dtype on one device: the usual call, in less time."""
+        if not isinstance(tensors, (list, tuple)) or not tensors:
             return False
-        rows = tensors[0].shape[:1]
+        if not all(isinstance(tensor, Tensor) and is_dense(tensor) for tensor in tensors):
+            return False
+        first, shapes = tensors[0], self.shapes
+        if first.dim() == len(shapes[0]) + 1:
+            shapes = tuple(first.shape[:1] + shape for shape in shapes)
         return (
-            len(rows) == 1
-            and [tensor.shape for tensor in tensors] == [rows + shape for shape in self.shapes]
+            all(tensor.shape == shape for tensor, shape in zip(tensors, shapes))
             and len({tensor.dtype for tensor in tensors}) == 1
             and len({tensor.device for tensor in tensors}) == 1
+            and not first.is_quantized
         )
 
     def pack(self, tensors: Sequence[Tensor | None], argument: str = "tensors") -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kfo_ext.ops.transform.group import Group
-from kfo_ext.packing import Packing, name_parameters
+from kfo_ext.ops.transform.one_sided import ONLY_L, ONLY_R
+from kfo_ext.packing import Packing
 
 
 def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int, int]:
@@ -34,7 +35,8 @@ def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int,
         return shape[0], shape[1], shape[2] * shape[3]
     raise ValueError(
         f"parameter {name!r}: expected 1 (bias, normalisation), 2 (linear) or 4 (convolution) dimensions, "
-        f"got {len(shape)}: {tuple(shape)}"
+        f"got {len(shape)}: {tuple(shape)}; KFO(parameters, only=[...]) names those that get factors, and the rest "
+        "follows gradient descent"
     )
 
 
@@ -44,19 +46,28 @@ class Problems(Group):
     Args:
         shapes: (B, p, q) triples.
         packing: how gradients are packed; by default one (B, p, q) tensor per problem.
+        sides: the factors that each problem has, "RL", "R" or "L"; by default both. An absent one is (0, 0) in `R` or
+            `L`, and None in what they pack: the map is then G L or R^T G.
 
     Raises:
         TypeError: a shape is not three integers.
-        ValueError: B, p or q is less than 1, or a packed row would have 2**63 elements or more.
+        ValueError: B, p or q is less than 1, a packed row would have 2**63 elements or more, or other sides.
     """
 
-    def __init__(self, shapes: Iterable[tuple[int, int, int]], packing: Packing | None = None) -> None:
-        super().__init__(shapes, None if packing is None else packing.names)
+    def __init__(
+        self,
+        shapes: Iterable[tuple[int, int, int]],
+        packing: Packing | None = None,
+        sides: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(shapes, None if packing is None else packing.names, sides)
         if packing is None:
-            packing = Packing([str(i) for i in range(len(self.shapes))], [torch.Size(shape) for shape in self.shapes])
+            names = [str(i) for i in range(len(self.shapes))]
+            packing = Packing(names, [torch.Size(shape) for shape in self.shapes], named=False)
         self.packing = packing
-        self.R = Packing(packing.names, [torch.Size((p, p)) for _, p, _ in self.shapes])
-        self.L = Packing(packing.names, [torch.Size((q, q)) for _, _, q in self.shapes])
+        sizes_R = [0 if side == ONLY_L else p for side, (_, p, _) in zip(self.sides, self.shapes)]
+        sizes_L = [0 if side == ONLY_R else q for side, (_, _, q) in zip(self.sides, self.shapes)]
+        self.R, self.L = (Packing(packing.names, [torch.Size((n, n)) for n in sizes]) for sizes in (sizes_R, sizes_L))
         self.bias = Packing(packing.names, [torch.Size((p, q)) for _, p, q in self.shapes])
 
     @classmethod
@@ -67,8 +78,7 @@ class Problems(Group):
             ValueError: there is no parameter, or one that is not a bias, linear or convolution weight.
             TypeError: an entry is neither a tensor nor a (name, tensor) pair.
         """
-        named = name_parameters(parameters)
-        if not named:
+        packing = Packing.of(parameters)
+        if not len(packing):
             raise ValueError("parameters: expected at least one parameter, got none")
-        shapes = [problem_shape(tensor.shape, name) for name, tensor in named]
-        return cls(shapes, Packing.of(named))
+        return cls([problem_shape(shape, name) for name, shape in zip(packing.names, packing.shapes)], packing)

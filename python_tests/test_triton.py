@@ -123,6 +123,20 @@ def test_forward_adds_the_bias(case, rows):
 
 
 @interpreted
+def test_groups_with_absent_factors_equal_the_reference():
+    problems = Problems([(2, 2, 3), (1, 3, 2), (1, 2, 4)], sides=["RL", "R", "L"])
+    sizes = (problems.R.numel, problems.packing.numel, problems.L.numel)
+    leaves = [torch.randn(2, size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    orders = []
+    for backend in ("triton", "reference"):
+        Y = transform(*leaves, problems, backend=backend)
+        first = torch.autograd.grad(Y.square().sum(), leaves, create_graph=True)
+        orders.append([Y, *first, *torch.autograd.grad(sum(X.square().sum() for X in first), leaves)])
+    for mine, other in zip(*orders, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@interpreted
 @pytest.mark.parametrize("shapes", [ALL["conv"], ALL["large_chunks"]], ids=["small", "large"])
 def test_outputs_not_needed_are_empty_and_the_rest_unchanged(shapes):
     shapes = [(1, *shapes[0][1:])]

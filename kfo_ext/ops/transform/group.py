@@ -1,10 +1,11 @@
-"""The shapes of a ragged group of Kronecker problems, and the sizes of its packed rows."""
+"""The shapes of a ragged group of Kronecker problems, the factors they have, and the sizes of its packed rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from kfo_ext.ops.transform.checks import Columns
+from kfo_ext.ops.transform.one_sided import BOTH, ONLY_L, ONLY_R, SIDES, OneSided
 
 
 def _triple(i: int, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -21,22 +22,35 @@ class Group:
     Args:
         shapes: (B, p, q) triples: B matrices of shape (p, q) that share factors R (p, p) and L (q, q).
         names: of the problems, for messages; by default their positions.
+        sides: the factors that each problem has, "RL", "R" or "L"; by default both. An absent factor has no columns in
+            a packed row, and counts as the identity.
 
     Raises:
         TypeError: a shape is not three integers.
-        ValueError: B, p or q is less than 1, or a packed row would have 2**63 elements or more.
+        ValueError: B, p or q is less than 1, a packed row would have 2**63 elements or more, or other sides.
     """
 
-    def __init__(self, shapes: Iterable[tuple[int, int, int]], names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        shapes: Iterable[tuple[int, int, int]],
+        names: Sequence[str] | None = None,
+        sides: Iterable[str] | None = None,
+    ) -> None:
         self.shapes = tuple(_triple(i, shape) for i, shape in enumerate(shapes))
+        self.sides = (BOTH,) * len(self.shapes) if sides is None else tuple(sides)
+        if len(self.sides) != len(self.shapes) or not all(side in SIDES for side in self.sides):
+            raise ValueError(f"sides: expected {' or '.join(SIDES)} for each of {len(self.shapes)}, got {self.sides}")
         self.flat = [size for shape in self.shapes for size in shape]
         self.columns = Columns(self.shapes, *self._sums(names))
+        # None: all have both factors, the usual call.
+        self.one_sided = None if set(self.sides) <= {BOTH} else OneSided(self.shapes, self.sides)
 
     def _sums(self, names: Sequence[str] | None) -> tuple[int, int, int, int]:
         """Elements of a row of R, G, L and the bias."""
         sums = {"R": 0, "G": 0, "L": 0, "bias": 0}
-        for i, (B, p, q) in enumerate(self.shapes):
-            for operand, size in (("R", p * p), ("G", B * p * q), ("L", q * q), ("bias", p * q)):
+        for i, ((B, p, q), side) in enumerate(zip(self.shapes, self.sides)):
+            size_R, size_L = 0 if side == ONLY_L else p * p, 0 if side == ONLY_R else q * q
+            for operand, size in (("R", size_R), ("G", B * p * q), ("L", size_L), ("bias", p * q)):
                 sums[operand] += size
                 # More than torch counts.
                 if sums[operand] >= 2**63:
@@ -51,4 +65,5 @@ class Group:
         return len(self.shapes)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self.shapes)})"
+        sides = "" if self.one_sided is None else f", sides={list(self.sides)}"
+        return f"{type(self).__name__}({list(self.shapes)}{sides})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def transform(
         R: (tasks or 1, problems.R.numel), packed left factors.
         G: (tasks, problems.packing.numel), packed matrices.
         L: (tasks or 1, problems.L.numel), packed right factors.
-        problems: the group.
+        problems: the group; its `sides` say which factors are absent.
         bias: (tasks or 1, problems.bias.numel), added to each of the B matrices of a problem.
         backend: "auto" (see `kfo_ext.ops.dispatch.Operator.resolve`), "native" (compiled), "triton" (compiled at the
             first call) or "reference" (plain torch). Under torch.func transforms and forward-mode AD every backend runs
@@ -58,8 +60,13 @@ def transform(
     usual = _check(problems, given)
 
     def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
-        if family is None:
+        one_sided = problems.one_sided
+        if family is None or one_sided is not None:
             check("transform", problems.columns, R, G, L, bias=bias)
+        if one_sided is not None:
+            out = one_sided.compute(partial(_product, family), R, G, L, adjoint=False)
+            return out if bias is None else out + reference.expand_bias(bias, problems.flat)
+        if family is None:
             return reference.transform(R, G, L, problems.flat, bias)
         return family.transform(R, G, L, problems.flat, bias)
 
@@ -74,13 +81,24 @@ def adjoint(R: Tensor, G: Tensor, L: Tensor, problems: Group, *, backend: str = 
     usual = _check(problems, (G, R, L))
 
     def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor) -> Tensor:
-        if family is None:
+        if family is None or problems.one_sided is not None:
             check("adjoint", problems.columns, R, G, L)
-            return reference.adjoint(R, G, L, problems.flat)
-        # The transform's own derivative by its matrices, which are not read for it: what stands there is of no account.
-        return family.backward(R, G.detach(), L, G, problems.flat, [False, True, False])[1]
+        if problems.one_sided is not None:
+            return problems.one_sided.compute(partial(_adjoint_product, family), R, G, L, adjoint=True)
+        return _adjoint_product(family, R, G, L, problems.flat)
 
     return OPERATOR.run(compute, (G, R, L), backend, usual)
+
+
+def _product(family: Family | None, R: Tensor, G: Tensor, L: Tensor, flat: list[int]) -> Tensor:
+    return reference.transform(R, G, L, flat) if family is None else family.transform(R, G, L, flat, None)
+
+
+def _adjoint_product(family: Family | None, R: Tensor, G: Tensor, L: Tensor, flat: list[int]) -> Tensor:
+    if family is None:
+        return reference.adjoint(R, G, L, flat)
+    # The transform's own derivative by its matrices, which are not read for it: what stands there is of no account.
+    return family.backward(R, G.detach(), L, G, flat, [False, True, False])[1]
 
 
 def _check(problems: Group, given: tuple[Tensor, ...]) -> bool:
