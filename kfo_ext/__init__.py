@@ -13,10 +13,21 @@ if TYPE_CHECKING:
     from kfo_ext.adapt import ANIL, MAML, Adapted, MetaResult
     from kfo_ext.functional import transform
     from kfo_ext.problems import Problems
-    from kfo_ext.updates import KFO, Update
+    from kfo_ext.updates import KFO, GradientDescent, Update
     from kfo_ext.version import __version__
 
-__all__ = ["ANIL", "KFO", "MAML", "Adapted", "MetaResult", "Problems", "Update", "__version__", "transform"]
+__all__ = [
+    "ANIL",
+    "KFO",
+    "MAML",
+    "Adapted",
+    "GradientDescent",
+    "MetaResult",
+    "Problems",
+    "Update",
+    "__version__",
+    "transform",
+]
 
 __getattr__, __dir__ = lazily(
     globals(),
@@ -24,7 +35,7 @@ __getattr__, __dir__ = lazily(
         "adapt": ["ANIL", "MAML", "Adapted", "MetaResult"],
         "functional": ["transform"],
         "problems": ["Problems"],
-        "updates": ["KFO", "Update"],
+        "updates": ["KFO", "GradientDescent", "Update"],
         "version": ["__version__"],
     },
 )

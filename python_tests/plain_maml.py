@@ -108,30 +108,42 @@ def right_weight_norm() -> Iterator[None]:
             owner._weight_norm = function
 
 
-def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1) -> Rule:
-    """KFO's update of plain gradients, by its packed phi: R, L (and bias) of each layer, tanh between layers."""
-    width = 3 if bias else 2
+def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1, sides: list[str] | None = None) -> Rule:
+    """KFO's update of plain gradients, by its packed phi: R, L (and bias) of each layer, tanh between layers.
+
+    sides: the factors of each parameter, "RL", "R" or "L", an identity for the other; "" is plain gradient descent.
+    """
 
     def triple(shape):
         return {1: (1, *shape, 1), 2: (1, *shape), 4: (*shape[:2], shape[2:].numel())}[len(shape)]
 
+    def factors(rows: Iterator[Tensor], sizes: list[int], present: list[bool]) -> list[Tensor]:
+        """(n, n) each; no row is there for factors that no parameter has."""
+        identities = [torch.eye(n, dtype=torch.float64) for n in sizes]
+        if not any(present):
+            return identities
+        pieces = next(rows).split([n * n if here else 0 for n, here in zip(sizes, present)])
+        return [x.view(n, n) if here else one for x, n, here, one in zip(pieces, sizes, present, identities)]
+
     def rule(phi: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        sizes = [triple(g.shape) for g in gradients]
-        hidden = [g.reshape(size) for g, size in zip(gradients, sizes)]
+        has = ["RL"] * len(gradients) if sides is None else sides
+        covered = [(g, side) for g, side in zip(gradients, has) if side]
+        sizes = [triple(g.shape) for g, _ in covered]
+        hidden = [g.reshape(size) for (g, _), size in zip(covered, sizes)]
+        rows = (row[0] for row in phi)
         for layer in range(layers):
-            R, L, *b = (row[0] for row in phi[layer * width : (layer + 1) * width])
-            Rs = [x.view(p, p) for x, (_, p, _) in zip(R.split([p * p for _, p, _ in sizes]), sizes)]
-            Ls = [x.view(q, q) for x, (_, _, q) in zip(L.split([q * q for _, _, q in sizes]), sizes)]
+            Rs = factors(rows, [p for _, p, _ in sizes], ["R" in side for _, side in covered])
+            Ls = factors(rows, [q for _, _, q in sizes], ["L" in side for _, side in covered])
             if layer:
                 hidden = [X.tanh() for X in hidden]
             if psd and (layers == 1 or layer < layers - 1):
                 Rs, Ls = [R.T @ R for R in Rs], [L.T @ L for L in Ls]
             hidden = [R.T @ X @ L for R, X, L in zip(Rs, hidden, Ls)]
-            if b:
-                terms = b[0].split([p * q for _, p, q in sizes])
+            if bias:
+                terms = next(rows).split([p * q for _, p, q in sizes])
                 hidden = [X + term.view(p, q) for X, term, (_, p, q) in zip(hidden, terms, sizes)]
-        updates = [X.reshape(g.shape) for X, g in zip(hidden, gradients)]
-        return updates if layers == 1 else [X + g for X, g in zip(updates, gradients)]
+        updates = (X.reshape(g.shape) if layers == 1 else X.reshape(g.shape) + g for X, (g, _) in zip(hidden, covered))
+        return [next(updates) if side else g for g, side in zip(gradients, has)]
 
     return rule
 
@@ -140,7 +152,7 @@ def measured(learner, batch) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor
     """What a learner of kfo_ext gives: loss, query losses, metrics and gradients in the order of `plain_maml`."""
     result = learner(batch)
     learned = [p for p in learner.model.parameters() if p.requires_grad]
-    learned += list(learner.update.phi) if learner.update is not None else []
+    learned += list(learner.update.phi)
     gradients = torch.autograd.grad(result.loss, learned, materialize_grads=True, allow_unused=True)
     return result.loss.detach(), result.query_losses, result.metrics, list(gradients)
 

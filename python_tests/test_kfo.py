@@ -261,7 +261,6 @@ def test_a_part_of_the_parameters_or_too_many_are_named():
     ("given", "message"),
     [
         (lambda model: model, r"Net: pass its \.parameters\(\)"),
-        (lambda model: dict(model.named_parameters()), r"dict: pass its \.values\(\)"),
         (lambda model: model.head.weight, "one Parameter: put it in a list"),
         (lambda model: None, "NoneType"),
         (lambda model: "head", "str"),
@@ -274,6 +273,33 @@ def test_what_is_no_list_of_tensors(given, message):
         kfo(network_loss(model), given(model))
     with pytest.raises(TypeError, match=f"grads: expected an iterable of tensors, got {message}"):
         kfo.transform(given(model))
+
+
+def test_names_that_are_missing_or_unknown_or_that_nobody_gave():
+    model = network()
+    kfo, parameters = KFO(model.named_parameters()), dict(model.named_parameters())
+    grads = dict(zip(parameters, random_grads(model)))
+    short = {name: grad for name, grad in grads.items() if name != "norm.bias"}
+    renamed = {f"0.{name}": grad for name, grad in grads.items()}
+    message = r"expected one tensor for each of 'conv\.weight' \(3, 2, 2, 3\), .*; got "
+    for call, argument in (
+        (kfo.transform, "grads"),
+        (lambda given: kfo(network_loss(model), given), "parameters"),
+    ):
+        for given, wrong in (
+            (short, r"missing 'norm\.bias'$"),
+            ({**grads, "extra": torch.ones(1)}, "unknown 'extra'$"),
+            (renamed, r"missing 'conv.weight', .* and 3 more; unknown '0.conv.weight', .* and 3 more$"),
+            ({}, "missing 'conv.weight'"),
+        ):
+            with pytest.raises(ValueError, match=f"{argument}: {message}{wrong}"):
+                call(given)
+    unnamed = KFO(model.parameters())
+    for call in (unnamed.transform, lambda given: unnamed(network_loss(model), given)):
+        with pytest.raises(ValueError, match=r"expected a list, got a dict: .*made of tensors without names; .*pairs"):
+            call(parameters)
+    # Names that look like positions are names too.
+    KFO([("0", torch.ones(2)), ("1", torch.ones(2))]).transform({"1": torch.ones(2), "0": torch.zeros(2)})
 
 
 def test_lists_of_what_are_no_tensors():
@@ -315,6 +341,88 @@ def test_lists_of_what_are_no_tensors():
 def test_bad_parameters(make, error, message):
     with pytest.raises(error, match=message):
         KFO(make())
+
+
+def tokens_model() -> nn.Module:
+    """Shapes that have no factors: of three and five dimensions, and none at all."""
+    model = network()
+    model.tokens, model.volume = nn.Parameter(torch.ones(1, 2, 3).double()), nn.Conv3d(1, 1, 2).double()
+    model.scale = nn.Parameter(torch.ones(()).double())
+    return model
+
+
+@pytest.mark.parametrize("name", ["tokens", "volume.weight", "scale"])
+def test_only_leaves_any_shape_to_gradient_descent(name):
+    named = dict(tokens_model().named_parameters())
+    with pytest.raises(ValueError, match=rf"parameter '{name}': expected 1 .*KFO\(parameters, only=\[\.\.\.\]\)"):
+        KFO([("head.weight", named["head.weight"]), (name, named[name])])
+    with pytest.raises(ValueError, match=f"parameter '{name}': expected 1 "):
+        KFO(named.items(), only=["head.*", name])
+    kfo = randomise(KFO(named.items(), only=["head.*", "conv.weight"], hidden_layers=1))
+    assert repr(kfo).startswith("KFO(\n  parameters=3 of 10")
+    grads = {other: torch.randn(p.shape, dtype=DTYPE) for other, p in named.items()}
+    updates = kfo.transform(grads)
+    alone = KFO(
+        [(other, named[other]) for other in named if other.startswith(("head", "conv.weight"))], hidden_layers=1
+    )
+    alone.load_state_dict({key: value for key, value in kfo.state_dict().items() if "extra" not in key}, strict=False)
+    expected = alone.transform({other: grads[other] for other in alone.packing.names})
+    for other, update in updates.items():
+        assert torch.equal(update, expected.get(other, grads[other]))
+    assert [pair == (None, None) for pair in kfo.factors()] == [other not in expected for other in named]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"only": "head.*"}, TypeError, "only: expected a list of names or patterns .*got str: put it in a list"),
+        ({"only": 3}, TypeError, "only: expected a list .*got int"),
+        ({"only": [3]}, TypeError, r"only\[0\]: expected a name or a pattern, got int"),
+        ({"only": []}, ValueError, "only: expected at least one name"),
+        ({"only": ["head.*", "had.*"]}, ValueError, r"only: 'had\.\*' matches no parameter: they are 'conv\.weight', "),
+        ({"only": ["Head.*"]}, ValueError, "only: 'Head"),
+        ({"max_factor": 0}, ValueError, "max_factor: expected at least 1, got 0"),
+        ({"max_factor": 2.0}, TypeError, r"max_factor: expected an integer or None, got 2\.0"),
+        ({"max_factor": True}, TypeError, "max_factor: expected an integer or None, got True"),
+        (
+            {"max_factor": 2, "only": ["head.weight"]},
+            ValueError,
+            "max_factor: .*leaves a factor, got 2: .*GradientDescent",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_only_and_max_factor(options, error, message):
+    with pytest.raises(error, match=message):
+        KFO(network().named_parameters(), **options)
+
+
+def test_all_by_name_is_the_usual_kfo():
+    model, every = network(), [["*"], ["conv.*", "norm.?ias", "*weight", "head.bias"], range(0)]
+    kfo = randomise(KFO(model.named_parameters()))
+    for only in every[:2]:
+        other = KFO(model.named_parameters(), only=only, max_factor=10**6)
+        other.load_state_dict(kfo.state_dict())
+        assert other.covered.all
+        assert other.problems.one_sided is None
+        assert other.covered.packing is other.packing
+    positions = KFO(list(model.parameters()), only=["4", "5"])
+    assert positions.problems.packing.names == ("4", "5")
+
+
+def test_factors_of_a_side_that_is_too_long_are_none():
+    kfo = KFO(network().named_parameters(), max_factor=3, hidden_layers=1)
+    shapes = [tuple(None if X is None else tuple(X.shape) for X in pair) for pair in kfo.factors()]
+    assert shapes == [
+        ((2, 2), None),
+        ((3, 3), (1, 1)),
+        ((3, 3), (1, 1)),
+        ((3, 3), (1, 1)),
+        (None, (3, 3)),
+        (None, (1, 1)),
+    ]
+    # The last layer starts as the zero map by whichever factor there is.
+    assert [(R is None or not R.any()) and (R is not None or not L.any()) for R, L in kfo.factors(1)] == [True] * 6
 
 
 @pytest.mark.parametrize(
@@ -402,7 +510,7 @@ def test_state_dict_of_other_shapes_is_refused_before_anything_is_copied():
     with pytest.raises(ValueError, match=r"parameter 'head.weight' of shape \(3, 4\).*\(4, 3\)"):
         other.load_state_dict(kfo.state_dict())
     assert all(torch.equal(other.state_dict()[key], before[key]) for key in before if torch.is_tensor(before[key]))
-    with pytest.raises(ValueError, match="expected factors of 2 parameters, got 6"):
+    with pytest.raises(ValueError, match="expected meta-parameters of 2 parameters, got 6"):
         KFO(list(network().parameters())[:2]).load_state_dict(kfo.state_dict())
     with pytest.raises(ValueError, match="psd=False, got psd=True"):
         KFO(network().parameters(), psd=False).load_state_dict(kfo.state_dict())

@@ -32,14 +32,16 @@ class Allocations(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self.kept.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"psd": False}, {"bias": True}, {"hidden_layers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"psd": False}, {"bias": True}, {"hidden_layers": 1}, {"max_factor": 200}], ids=str
+)
 def test_construction_allocates_the_factors_alone(options):
     weight = nn.Embedding(300, 5).weight
     with Allocations() as allocated:
         kfo = KFO([("weight", weight)], **options)
     held = sum(tensor.nbytes for tensor in kfo.parameters())
     layers = options.get("hidden_layers", 0) + 1
-    assert held >= layers * (300**2 + 5**2) * 4
+    assert held >= layers * (("max_factor" not in options) * 300**2 + 5**2) * 4
     assert not list(kfo.buffers())
     assert allocated.bytes <= held + weight.nbytes + 1000
 
@@ -71,27 +73,38 @@ def test_factors_beyond_the_memory_are_named(shape, sides, size, asks, monkeypat
         f"shape {shape}",
         f"R ({p}, {p}) and L ({q}, {q})",
         size,
-        "requires_grad_(False)",
-        "allow_nograd=True",
+        f"max_factor, less than {max(p, q)}",
+        "only=[...]",
     ):
         assert part in message
     assert "cpu" in message
 
 
-def test_the_limit_is_what_the_device_has_left(monkeypatch):
+def test_the_limit_is_a_quarter_of_what_the_device_has_left(monkeypatch):
     """30,000 words need 3.4 GiB in each layer; what fits to the byte is made."""
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 << 30)
-    with pytest.raises(ValueError, match=r"'weight' of shape \(30000, 16\).*need 3\.4 GiB.*cpu has 2\.0 GiB left"):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 8 << 30)
+    with pytest.raises(ValueError, match=r"\(30000, 16\).*need 3\.4 GiB.*cpu has 8\.0 GiB left, .*a quarter"):
         KFO([("weight", big(30000, 16))])
     with pytest.raises(ValueError, match=r"with the other parameters' and 3 layers 2\.2 GiB"):
         KFO([("weight", big(14000, 16)), ("bias", big(14))], hidden_layers=2)
     needed = 3 * (2 * 20**2 + 5**2 + 1 + 20 * 5 + 20) * 4
-    monkeypatch.setattr(memory, "available_bytes", lambda device: needed)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 4 * needed)
     KFO([big(20, 5), big(20)], hidden_layers=2)
-    monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 4 * needed - 1)
     with pytest.raises(ValueError, match="parameter '0' of shape"):
         KFO([big(20, 5), big(20)], hidden_layers=2)
     KFO([big(20, 5), big(20)], hidden_layers=1)
+
+
+def test_what_gets_no_factors_takes_no_memory(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1 << 20)
+    words, head = ("words", big(10**7, 16)), ("head", big(20, 5))
+    with pytest.raises(ValueError, match=r"'words' .*R \(10000000, 10000000\) and L \(16, 16\)"):
+        KFO([words, head])
+    for options in ({"only": ["head"]}, {"max_factor": 20}):
+        KFO([words, head], **options)
+    with pytest.raises(ValueError, match=r"'words' .*its factors L \(4096, 4096\) need 64\.0 MiB.*less than 4096"):
+        KFO([("words", big(10**7, 4096)), head], max_factor=5000)
 
 
 def test_available_bytes():

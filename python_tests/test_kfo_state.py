@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 
 import pytest
@@ -108,6 +109,27 @@ def test_every_value_of_a_state_dict_is_a_tensor():
         assert all(type(value) is torch.Tensor for value in module.state_dict().values())
 
 
+def test_a_state_says_which_parameters_have_which_factors():
+    def made(**options) -> KFO:
+        return KFO(network().named_parameters(), **options)
+
+    settings = [{}, {"only": ["head.*"]}, {"only": ["head.weight", "norm.*"]}, {"max_factor": 3}, {"max_factor": 2}]
+    for mine, theirs in itertools.permutations(settings, 2):
+        with pytest.raises(ValueError, match=r"meta-parameters with factors of parameter '[a-z.]+'='\w*', got"):
+            made(**mine).load_state_dict(made(**theirs).state_dict())
+    assert described(made(max_factor=3))["factors"] == ["R", "RL", "RL", "RL", "L", "L"]
+    # The same factors, said in other words.
+    made(only=["head.*"]).load_state_dict(made(only=["head.weight", "head.bias"], max_factor=4).state_dict())
+
+
+def test_a_state_of_another_update_is_refused():
+    class Other(KFO):
+        pass
+
+    with pytest.raises(ValueError, match="expected meta-parameters with update='Other', got update='KFO'"):
+        Other(network().named_parameters()).load_state_dict(KFO(network().named_parameters()).state_dict())
+
+
 def test_safetensors_round_trip(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     kfo = randomise(KFO(network().named_parameters(), hidden_layers=1))
@@ -189,7 +211,7 @@ def test_a_state_of_another_version_is_named():
     ]:
         with pytest.raises(ValueError, match=rf"_extra_state: expected .*version 1.*{got}"):
             kfo.load_state_dict({**state, "_extra_state": value})
-    for key, value in [("names", 3), ("shapes", [["a"]]), ("names", []), ("activation", None)]:
+    for key, value in [("names", 3), ("shapes", [["a"]]), ("names", [])]:
         with pytest.raises(ValueError, match=f"_extra_state: .*{key}"):
             kfo.load_state_dict({**state, "_extra_state": extra({**mine, key: value})})
     short = {key: value for key, value in mine.items() if key != "psd"}
@@ -261,7 +283,7 @@ def test_different_activations_do_not_load_into_each_other(pair):
     a, b = map(with_activation, pair)
     for kfo, other in ((a, b), (b, a)):
         before = [parameter.clone() for parameter in kfo.parameters()]
-        with pytest.raises(ValueError, match="expected factors with activation="):
+        with pytest.raises(ValueError, match="expected meta-parameters with activation="):
             kfo.load_state_dict(other.state_dict())
         assert all(torch.equal(x, y) for x, y in zip(before, kfo.parameters()))
 

@@ -424,3 +424,23 @@ def test_light_import_says_how_to_install(monkeypatch):
 def test_light_import_is_learn2learn_itself():
     assert light_import() is l2l is sys.modules["learn2learn"]
     assert l2l.algorithms.GBML.__module__ == "learn2learn.algorithms.gbml"
+
+
+def test_an_absent_factor_is_an_identity_there():
+    model = network()
+    parameters = list(model.parameters())
+    kfo = KFO(model.named_parameters(), max_factor=8)
+    with torch.no_grad():
+        for row in kfo.phi:
+            row.add_(torch.randn_like(row))
+    sides = [side for pair in kfo.factors() for side in pair]
+    assert any(side is None for side in sides)
+    assert all(pair != (None, None) for pair in kfo.factors())
+    update = l2l.optim.ParameterUpdate(parameters, KRONECKER[True]).double()
+    kronecker_factors_to(update, random_factors(parameters))
+    kronecker_factors_to(update, kfo.factors())
+    batch = task_batch()
+    theirs, ours = (
+        rule(F.cross_entropy(model(batch.support.x[0]), batch.support.y[0]), parameters) for rule in (update, kfo)
+    )
+    close(ours, theirs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfo_ext import KFO, packing
 from kfo_ext.packing import Packing
 
 SHAPES = [torch.Size(shape) for shape in ((3, 2, 2), (4,), (1, 1), (2, 3))]
@@ -126,3 +127,28 @@ def test_under_torch_func_and_compile():
     leaves = [X.clone().requires_grad_() for X in given]
     compiled(*leaves).backward()
     assert all(torch.equal(X.grad, 2 * X.detach()) for X in leaves)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_a_call_of_an_update_checks_its_list_once_and_by_the_short_way(rows, monkeypatch):
+    counted, slow = [], []
+    monkeypatch.setattr(packing, "check_dense", lambda *given: slow.append(given))
+    tasks = Packing.tasks
+    monkeypatch.setattr(Packing, "tasks", lambda *given: counted.append(given) or tasks(*given))
+    KFO([(name, X.detach()) for name, X in zip(PACKING.names, tensors(None))], only=["p[123]"]).transform(tensors(rows))
+    assert len(counted) == 1
+    assert not slow
+
+
+def test_lists_with_and_without_a_task_dimension_are_told_apart():
+    """A bias (4,) of no task and one (4, 4) of four; what is neither is named."""
+    one = Packing(["bias"], [torch.Size([4])])
+    assert one.tasks([torch.ones(4)], "X") is None
+    assert one.tasks([torch.ones(4, 4)], "X") == 4
+    for given in (torch.ones(5), torch.ones(2, 5), torch.ones(1, 2, 4), torch.ones(())):
+        with pytest.raises(ValueError, match=r"X\['bias'\]: expected shape \(4,\) or \(tasks, \*\(4,\)\)"):
+            one.tasks([given], "X")
+    two = Packing(["a", "b"], [torch.Size([4]), torch.Size([4, 4])])
+    assert two.tasks([torch.ones(4), torch.ones(4, 4)], "X") is None
+    with pytest.raises(ValueError, match=r"X\['b'\]: expected the task dimension of 'a', 4, got None"):
+        two.tasks([torch.ones(4, 4), torch.ones(4, 4)], "X")

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from plain_maml import assert_equal_truth, plain_maml
+from plain_maml import assert_equal_truth, plain_kfo, plain_maml
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from kfo_ext import ANIL, KFO, MAML, Update
+from kfo_ext import ANIL, KFO, MAML, GradientDescent, Update
 from kfo_ext.tasks import Examples, TaskBatch
 
 WAYS, TASKS = 3, 3
@@ -76,6 +76,63 @@ def test_meta_sgd_equals_plain_torch(learner, head, adapt_update, route):
     options = {"lr": 0.2, "steps": 3, "adapt_update": adapt_update}
     truth = plain_maml(model, tasks, cross_entropy, head=head, rule=plain_meta_sgd, phi=update.phi, **options)
     assert_equal_truth(learner(model, update=update, route=route, **options), tasks, truth)
+
+
+# A parameter of three dimensions follows gradient descent, and a side of eight has no factor.
+SIDES = {"body.0.bias": "RL", "head.weight": "R", "head.bias": "RL"}
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+@pytest.mark.parametrize("options", [{}, {"psd": False, "bias": True}, {"hidden_layers": 1}], ids=str)
+def test_kfo_of_some_factors_equals_plain_torch(options, route):
+    model, tasks = Net().double(), batch()
+    update = KFO(model.named_parameters(), only=["*.bias", "head.*"], max_factor=5, **options)
+    with torch.no_grad():
+        for row in update.phi:
+            row.add_(0.3 * torch.randn_like(row))
+    plain = plain_kfo(psd=update.psd, bias=update.has_bias, layers=len(update.layers), sides=["", *SIDES.values()])
+    for inner in ({"adapt_update": True}, {"first_order": True}):
+        inner = {"lr": 0.2, "steps": 3, **inner}
+        truth = plain_maml(model, tasks, cross_entropy, rule=plain, phi=update.phi, **inner)
+        assert_equal_truth(MAML(model, update=update, route=route, **inner), tasks, truth)
+
+
+def test_no_update_is_gradient_descent():
+    model, tasks = Net().double(), batch()
+    truth = plain_maml(model, tasks, cross_entropy, lr=0.2, steps=2)
+    for update in (None, GradientDescent(model.named_parameters()), GradientDescent(model.parameters())):
+        learner = MAML(model, update=update, lr=0.2, steps=2)
+        assert_equal_truth(learner, tasks, truth)
+        assert list(learner.state_dict()) == [f"model.{name}" for name in model.state_dict()]
+        G = torch.randn(2, learner.packing.numel)
+        assert learner.update.rule((), G) is G
+    grads = [torch.randn_like(p) for p in model.parameters()]
+    assert all(mine is grad for mine, grad in zip(learner.update.transform(grads), grads, strict=True))
+    with pytest.raises(ValueError, match=r"grads\['0'\]: expected shape"):
+        learner.update.transform([X[:1] for X in grads])
+    for update, got in ((None, "update=None"), (GradientDescent(model.named_parameters()), "GradientDescent")):
+        with pytest.raises(ValueError, match=f"adapt_update: expected an update to adapt, got {got}, which"):
+            MAML(model, update=update, lr=0.2, steps=2, adapt_update=True)
+
+
+def test_an_update_of_ones_own_says_what_it_was_made_for():
+    class Scaled(MetaSGD):
+        def options(self):
+            return {"scale": 2}
+
+    model = Net().double()
+    update = MetaSGD(model.named_parameters())
+    for other, message in (
+        (MetaSGD((name, p.T) if p.dim() == 2 else (name, p) for name, p in model.named_parameters()), "'head.weight'"),
+        (Scaled(model.named_parameters()), "update='Scaled', got update='MetaSGD'"),
+        (MetaSGD(model.head.named_parameters()), "of 2 parameters, got 4"),
+    ):
+        with pytest.raises(ValueError, match=f"state_dict: expected meta-parameters .*{message}"):
+            other.load_state_dict(update.state_dict())
+    again = Scaled(model.named_parameters())
+    again.options = lambda: {"scale": 3}
+    with pytest.raises(ValueError, match="scale=3, got scale=2"):
+        again.load_state_dict(Scaled(model.named_parameters()).state_dict())
 
 
 def test_it_meta_trains():

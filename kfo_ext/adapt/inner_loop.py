@@ -48,7 +48,7 @@ class InnerLoop(NamedTuple):
 
     route: Route
     losses: Callable[[Sequence[Tensor]], Tensor]
-    update: Update | None
+    update: Update
     lr: float
     adapt_update: bool
     first_order: bool
@@ -128,8 +128,9 @@ class InnerLoop(NamedTuple):
 
     def _update(self, phi: Phi, gradient: Gradient) -> Tensor:
         G, used = gradient
-        U = G if self.update is None else self.update.rule(phi, G)
-        return U if used is None else U * used
+        U = self.update.rule(phi, G)
+        # A gradient is zero already where a parameter is unused.
+        return U if used is None or U is G else U * used
 
     def _adapted(self, phi: Phi, U: Tensor, G: Tensor) -> Phi:
         """phi after its own step, from the update U by phi that theta has moved by, and the gradient there."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from kfo_ext.tasks import Examples, TaskBatch
-from kfo_ext.updates import Update
+from kfo_ext.updates import GradientDescent, Update
 
 from .adapted import Adapted
 from .calls import exclusive
@@ -118,10 +118,7 @@ class MAML(nn.Module):
             raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
         self.lr = check_rate(lr)
         self.steps = check_steps(steps)
-        if adapt_update and update is None:
-            raise ValueError("adapt_update: expected an update to adapt, got update=None")
         self.model = model
-        self.update = update
         self.adapt_update = adapt_update
         self.first_order = first_order
         self.loss = loss
@@ -133,8 +130,11 @@ class MAML(nn.Module):
         self._selection = Selection(adapted)
         self._selection.check(model)
         self.packing = self._selection.packing(named_under(model, self.part), allow_nograd)
-        if update is not None:
-            check_update(update, self.packing)
+        self.update = GradientDescent(self.packing) if update is None else update
+        check_update(self.update, self.packing)
+        if adapt_update and not self.update.phi:
+            got = "update=None" if update is None else type(update).__name__
+            raise ValueError(f"adapt_update: expected an update to adapt, got {got}, which learns nothing")
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -251,8 +251,7 @@ class MAML(nn.Module):
                 "loss: expected integer targets for the default cross-entropy, got "
                 f"{targets.dtype}; pass a loss, such as mse_loss, or cross_entropy for probabilities"
             )
-        if self.update is not None:
-            check_alike(self.update, parameters[0])
+        check_alike(self.update, parameters[0])
         with torch.enable_grad():
             return parameters, self.packing.pack(parameters, "parameters")
 
@@ -345,8 +344,7 @@ class MAML(nn.Module):
             self if self.checkpoint else None,
         )
         with torch.enable_grad():
-            phi = self.update.phi if self.update is not None else ()
-            return loop.run(theta.expand(len(support.x), -1), phi, steps)
+            return loop.run(theta.expand(len(support.x), -1), self.update.phi, steps)
 
     def _losses(
         self, route: Route, leaves: Sequence[Tensor], examples: Examples, outer: bool

@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,18 +67,17 @@ def kronecker_factors_from(update: nn.Module) -> list[tuple[Tensor, Tensor] | No
     Raises:
         TypeError: a transform is not a Kronecker one.
     """
-    return [
-        None if layer is None else kronecker_factors(layer.left, layer.right, psd=layer.psd)
-        for layer in _kronecker_layers(update)
-    ]
+    layers = _kronecker_layers(update)
+    return [None if layer is None else kronecker_factors(layer.left, layer.right, psd=layer.psd) for layer in layers]
 
 
 @torch.no_grad()
-def kronecker_factors_to(update: nn.Module, factors: Iterable[tuple[Tensor, Tensor] | None]) -> None:
+def kronecker_factors_to(update: nn.Module, factors: Iterable[tuple[Tensor | None, Tensor | None] | None]) -> None:
     """Copy our factors into a learn2learn `ParameterUpdate`, in place.
 
     update: as in `kronecker_factors_from`
-    factors: one (R, L) pair per parameter, R (p, p), L (q, q), as `KFO.factors()` returns them; None is skipped
+    factors: one (R, L) pair per parameter, R (p, p), L (q, q), as `KFO.factors()` returns them; None for a
+        factor is the identity, None for a pair is skipped
 
     Raises:
         TypeError: a transform is not a Kronecker one.
@@ -91,6 +90,9 @@ def kronecker_factors_to(update: nn.Module, factors: Iterable[tuple[Tensor, Tens
         if target is None or source is None:
             continue
         for name, into, value in zip("RL", target, source, strict=True):
+            if value is None:
+                into.copy_(torch.eye(len(into)))
+                continue
             if into.shape != value.shape:
                 raise ValueError(
                     f"factors[{index}]: expected {name} of shape {tuple(into.shape)}, got {tuple(value.shape)}"
@@ -113,7 +115,7 @@ class GradientTransform(nn.Module):
         """Return the update, of the gradient's shape."""
         if not isinstance(gradient, Tensor):
             raise TypeError(f"gradient: expected a tensor, got {type(gradient).__name__}")
-        return self.update.transform([gradient])[0]
+        return cast(Tensor, self.update.transform([gradient])[0])
 
 
 def gradient_transform(**options: Any) -> Callable[[Tensor], GradientTransform]:
@@ -152,7 +154,7 @@ def _forget() -> None:
         del sys.modules[name]
 
 
-def _kronecker_layers(update: nn.Module) -> Sequence[nn.Module | None]:
+def _kronecker_layers(update: Any) -> list[Any]:
     layers = []
     for index in update.transforms_indices:
         transform = None if index is None else update.transforms_modules[index]

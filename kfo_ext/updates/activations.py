@@ -32,10 +32,10 @@ def activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
         if activation is function:
             return name
     # torch's compiled functions have no module of their own.
-    places = [(getattr(activation, "__module__", None), "__qualname__"), ("torch", "__name__")]
+    places = [(getattr(activation, "__module__", None) or "", "__qualname__"), ("torch", "__name__")]
     for module, attribute in places:
         name = getattr(activation, attribute, "")
-        found = sys.modules.get(module)
+        found: object = sys.modules.get(module)
         for part in name.split("."):
             found = getattr(found, part, None)
         if found is activation:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from kfo_ext.packing import Packing, listed
+from kfo_ext.updates import state
 from kfo_ext.updates.gradients import gradients
 
 # Packed meta-parameters, (1, n) each.
@@ -20,6 +22,10 @@ class Update(nn.Module, ABC):
 
     A subclass defines `phi` and `rule`; `MAML(model, update=...)` takes it. It should start as plain gradient descent,
     U(g) = g, and must treat each task's row by itself.
+
+    Its state_dict says what the meta-parameters were made for (`_extra_state`, a tensor of bytes): names, shapes and
+    `options()`; it loads nowhere else. Meta-parameters alone load with strict=False: then their sizes are all that is
+    checked, and the rest is the caller's word.
 
     Args:
         parameters: the tensors that it updates, or (name, tensor) pairs such as `model.named_parameters()`; or how
@@ -47,19 +53,38 @@ class Update(nn.Module, ABC):
             (tasks, n), packed updates.
         """
 
-    def transform(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The updates of a list of gradients, one per parameter, None where the gradient is None.
+    def options(self) -> dict[str, Any]:
+        """What else than names and shapes the meta-parameters were made for: values that JSON holds, by name."""
+        return {}
+
+    @overload
+    def transform(self, grads: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]: ...
+
+    @overload
+    def transform(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]: ...
+
+    def transform(
+        self, grads: Mapping[str, Tensor | None] | Iterable[Tensor | None]
+    ) -> dict[str, Tensor | None] | list[Tensor | None]:
+        """The updates of gradients, one per parameter, None where the gradient is None.
 
         Args:
-            grads: tensors of the parameters' shapes, or all of them with one leading task dimension.
+            grads: tensors of the parameters' shapes, or all of them with one leading task dimension: a list in the
+                order given to the constructor, or a dict by name in any order.
+
+        Returns:
+            A list, or a dict in the order of the one given.
 
         Raises:
-            ValueError: another length, a shape, task dimension or device that does not fit.
+            ValueError: another length, names that are missing or unknown, a dict for parameters without names; a shape,
+                task dimension or device that does not fit.
             TypeError: a dtype other than that of the meta-parameters.
         """
+        if isinstance(grads, Mapping):
+            updates = self.transform(self.packing.in_order(grads, "grads"))
+            return _by_name(self.packing, updates, grads)
         grads = listed(grads, "grads")
-        packing = self.packing
-        rows = packing.tasks(grads, "grads")
+        rows = self.packing.tasks(grads, "grads")
         present = next((grad for grad in grads if grad is not None), None)
         if present is None:
             return [None] * len(grads)
@@ -68,9 +93,26 @@ class Update(nn.Module, ABC):
                 raise TypeError(f"grads: expected {row.dtype} as the meta-parameters have, got {present.dtype}")
             if present.device != row.device:
                 raise ValueError(f"grads: expected device {row.device} as the meta-parameters, got {present.device}")
-        updates = packing.unpack(self.rule(self.phi, packing.pack(grads, "grads")), batched=rows is not None)
+        return self.updates(grads, rows)
+
+    def updates(self, grads: list[Tensor | None], rows: int | None) -> list[Tensor | None]:
+        """`transform` of a list that has been checked; rows: its tasks, None without a task dimension."""
+        packing = self.packing
+        updates = packing.unpack(self.rule(self.phi, packing.join(grads, rows)), batched=rows is not None)
         return [None if grad is None else update for grad, update in zip(grads, updates)]
 
+    @overload
+    def forward(
+        self,
+        loss: Tensor,
+        parameters: Mapping[str, Tensor],
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+    ) -> dict[str, Tensor | None]: ...
+
+    @overload
     def forward(
         self,
         loss: Tensor,
@@ -79,28 +121,75 @@ class Update(nn.Module, ABC):
         retain_graph: bool | None = None,
         allow_unused: bool = False,
         allow_nograd: bool = False,
-    ) -> list[Tensor | None]:
+    ) -> list[Tensor | None]: ...
+
+    def forward(
+        self,
+        loss: Tensor,
+        parameters: Mapping[str, Tensor] | Iterable[Tensor],
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+    ) -> dict[str, Tensor | None] | list[Tensor | None]:
         """Differentiates `loss` by `parameters` and returns their updates, None where there is no gradient.
 
         Args:
             loss: (), the loss.
-            parameters: the tensors to update, in the order given to the constructor.
+            parameters: the tensors to update: a list in the order given to the constructor, or a dict by name in any
+                order, such as dict(model.named_parameters()).
             create_graph: keep the graph of the gradients, for second-order meta-gradients.
             retain_graph: keep the loss's graph; as `create_graph` by default.
             allow_unused: parameters the loss does not depend on get None.
             allow_nograd: parameters that do not require a gradient get None.
 
+        Returns:
+            A list, or a dict in the order of the one given.
+
         Raises:
-            ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; a frozen or unused
-                parameter without its flag.
+            ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; names that are
+                missing or unknown, a dict for parameters without names; a frozen or unused parameter without its flag.
         """
+        by_name = parameters if isinstance(parameters, Mapping) else None
         grads = gradients(
             loss,
-            parameters,
+            self.packing.in_order(parameters, "parameters") if isinstance(parameters, Mapping) else parameters,
             self.packing,
             create_graph=create_graph,
             retain_graph=retain_graph,
             allow_unused=allow_unused,
             allow_nograd=allow_nograd,
         )
-        return self.transform(grads)
+        updates = self.transform(grads)
+        return updates if by_name is None else _by_name(self.packing, updates, by_name)
+
+    def _made_for(self) -> dict[str, Any]:
+        packing = self.packing
+        shapes = [list(shape) for shape in packing.shapes]
+        return {"update": type(self).__name__, "names": list(packing.names), "shapes": shapes, **self.options()}
+
+    def get_extra_state(self) -> Tensor:
+        """What the meta-parameters were made for, kept in the state_dict: JSON, as a tensor of bytes."""
+        return state.encode(self._made_for())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to restore: `_load_from_state_dict` has compared the state already."""
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Before anything is copied, so that a refused state leaves the module as it was.
+        key = prefix + "_extra_state"
+        if key in state_dict:
+            state.compare(self._made_for(), state.decode(state_dict[key], key), key)
+        for name, parameter in self.named_parameters():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{prefix}{name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}: "
+                    "these meta-parameters were made for other parameters"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _by_name(packing: Packing, updates: list[Tensor | None], given: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    found = dict(zip(packing.names, updates))
+    return {name: found[name] for name in given}

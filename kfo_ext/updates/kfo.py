@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from kfo_ext.ops.dispatch import BACKENDS
 from kfo_ext.ops.operands import HALF, KERNEL_DTYPES
-from kfo_ext.packing import name_parameters
-from kfo_ext.problems import Problems
+from kfo_ext.packing import Packing, listed, name_parameters
+from kfo_ext.problems import Problems, problem_shape
 from kfo_ext.updates import state
 from kfo_ext.updates.activations import ACTIVATIONS, activation_name
 from kfo_ext.updates.base import Phi, Update
-from kfo_ext.updates.layer import KroneckerLayer
+from kfo_ext.updates.covered import Covered, matching
+from kfo_ext.updates.layer import KroneckerLayer, Pair
 from kfo_ext.updates.memory import room_for_factors
 
 
@@ -28,14 +30,18 @@ class KFO(Update):
 
     It meets the contract of learn2learn's ParameterUpdate: it can be the update of GBML, and be cloned by clone_module.
 
-    Its state_dict says what the factors were made for (`_extra_state`, a tensor of bytes), and loads nowhere else.
-    Factors alone load with strict=False: then their sizes are all that is checked, and the rest is the caller's word.
-    An activation is known by its qualified name; one that has none (a lambda, a partial) loads into this module and its
+    Its state loads only where names, shapes, options and the factors of each parameter are the same (see `Update`). An
+    activation is known by its qualified name; one that has none (a lambda, a partial) loads into this module and its
     copies alone.
 
     Args:
-        parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`: biases, linear
-            and convolution weights (1, 2 or 4 dimensions). Their order is the order of every list in this class.
+        parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`. Those that get
+            factors are biases, linear and convolution weights (1, 2 or 4 dimensions). Their order is the order of every
+            list in this class.
+        only: names of the parameters that get factors, or patterns such as "head.*" (fnmatch); the rest follows
+            gradient descent, U(g) = g. None: all.
+        max_factor: the longest side that gets a factor; on a longer one U is the identity, and nothing of its size is
+            stored. A parameter with both sides longer follows gradient descent, without a bias term. None: any size.
         psd: take R^T R and L^T L in place of R and L (both reference implementations do).
         bias: add a learned term per parameter to each Kronecker layer, shared by the B matrices of a convolution; None:
             with hidden layers alone, as the paper's non-linear update has it.
@@ -45,8 +51,8 @@ class KFO(Update):
 
     Raises:
         ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or
-            backend, or factors that need more memory than the device has left (p^2 + q^2 elements per parameter and
-            layer).
+            backend, a pattern that matches no parameter, a `max_factor` that leaves no factor, or factors that need
+            more than a quarter of the memory that the device has left (p^2 + q^2 elements per parameter and layer).
         TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or an option of
             another type.
 
@@ -58,6 +64,8 @@ class KFO(Update):
         self,
         parameters: Iterable[Tensor | tuple[str, Tensor]],
         *,
+        only: Iterable[str] | None = None,
+        max_factor: int | None = None,
         psd: bool = True,
         bias: bool | None = None,
         hidden_layers: int = 0,
@@ -71,10 +79,12 @@ class KFO(Update):
                 "a KFO updates all parameters of a model at once. Where each has a transform of its own (learn2learn's "
                 "LearnableOptimizer), pass kfo_ext.interop.learn2learn.gradient_transform()"
             )
+        parameters = listed(parameters, "parameters", pairs=True)
+        super().__init__(parameters)
+        if not len(self.packing):
+            raise ValueError("parameters: expected at least one parameter, got none")
+        self.covered, self.problems = _covered_problems(self.packing, only, max_factor)
         named = name_parameters(parameters)
-        problems = Problems.of(named)
-        super().__init__(problems.packing)
-        self.problems = problems
         _check_alike(named)
         if not isinstance(psd, bool):
             raise TypeError(f"psd: expected True or False, got {psd!r}")
@@ -89,7 +99,7 @@ class KFO(Update):
         self.psd = psd
         self.has_bias = hidden_layers > 0 if bias is None else bias
         self.activation = activation
-        self._unnamed: tuple[Callable[[Tensor], Tensor], str] | None = None
+        self._unnamed: tuple[str | Callable[[Tensor], Tensor], str] | None = None
         like = named[0][1].detach()
         with room_for_factors(self.problems, hidden_layers + 1, self.has_bias, like):
             self.layers = nn.ModuleList(
@@ -107,7 +117,7 @@ class KFO(Update):
     @property
     def phi(self) -> Phi:
         """All packed meta-parameters, (1, n) each: R, L (and bias) of each layer, in order."""
-        return tuple(tensor for layer in self.layers for tensor in layer.phi)
+        return tuple(tensor for layer in self._layers for tensor in layer.phi)
 
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
         """U(g), a pure function of packed tensors: differentiate it by either argument.
@@ -122,17 +132,30 @@ class KFO(Update):
         Raises:
             ValueError: phi has another number of rows than `self.phi`.
         """
-        width = 3 if self.has_bias else 2
-        if len(phi) != width * len(self.layers):
-            raise ValueError(f"phi: expected {width * len(self.layers)} tensors, as phi of this KFO, got {len(phi)}")
-        activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
-        hidden = G
-        for i, layer in enumerate(self.layers):
-            hidden = layer.rule(phi[i * width : (i + 1) * width], activation(hidden) if i else hidden)
-        return hidden if len(self.layers) == 1 else G + hidden
+        expected = len(self.phi)
+        if len(phi) != expected:
+            raise ValueError(f"phi: expected {expected} tensors, as phi of this KFO, got {len(phi)}")
+        return self.covered.rule(partial(self._covered_rule, phi), G)
 
-    def factors(self, layer: int = 0) -> list[tuple[Tensor, Tensor]]:
+    def _covered_rule(self, phi: Phi, G: Tensor) -> Tensor:
+        """`rule` of the covered parameters' columns."""
+        activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
+        layers = self._layers
+        width = len(phi) // len(layers)
+        hidden = G
+        for i, layer in enumerate(layers):
+            hidden = layer.rule(phi[i * width : (i + 1) * width], activation(hidden) if i else hidden)
+        return hidden if len(layers) == 1 else G + hidden
+
+    @property
+    def _layers(self) -> list[KroneckerLayer]:
+        return cast("list[KroneckerLayer]", list(self.layers))
+
+    def factors(self, layer: int = 0) -> list[Pair]:
         """One (R (p, p), L (q, q)) pair of views per parameter, read from the module as it is now.
+
+        None stands for a factor that a parameter does not have, and counts as the identity: a side longer than
+        `max_factor`, or both sides of a parameter that follows gradient descent.
 
         Args:
             layer: which Kronecker layer, 0 is the one next to the gradient.
@@ -142,12 +165,18 @@ class KFO(Update):
         """
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer: expected 0 to {len(self.layers) - 1}, got {layer}")
-        return self.layers[layer].factors()
+        pairs: list[Pair] = [(None, None)] * len(self.packing)
+        for i, pair in zip(self.covered.indices, self._layers[layer].factors()):
+            pairs[i] = pair
+        return pairs
 
-    def _made_for(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """The options that the factors were made with, and which factors each parameter has."""
+        factors = [""] * len(self.packing)
+        for i, side in zip(self.covered.indices, self.problems.sides):
+            factors[i] = side
         return {
-            "names": list(self.problems.packing.names),
-            "shapes": [list(shape) for shape in self.problems.packing.shapes],
+            "factors": factors,
             "psd": self.psd,
             "bias": self.has_bias,
             "hidden_layers": len(self.layers) - 1,
@@ -156,33 +185,39 @@ class KFO(Update):
 
     def _unnamed_activation(self) -> str:
         # Kept beside the function that it stands for, so that copies of this module share it and another function not.
-        if self._unnamed is None or self._unnamed[0] is not self.activation:
-            self._unnamed = (self.activation, f"{state.UNNAMED}{uuid.uuid4().hex}")
-        return self._unnamed[1]
-
-    def get_extra_state(self) -> Tensor:
-        """What the factors were made for, kept in the state_dict: JSON, as a tensor of bytes."""
-        return state.encode(self._made_for())
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to restore: `_load_from_state_dict` has compared the state already."""
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args) -> None:
-        # Before any factor is copied, so that a refused state leaves the module as it was.
-        key = prefix + "_extra_state"
-        if key in state_dict:
-            state.compare(self._made_for(), state.decode(state_dict[key], key))
-        for name, parameter in self.named_parameters():
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.shape != parameter.shape:
-                raise ValueError(
-                    f"{prefix}{name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}: "
-                    "these factors were made for other parameters"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        known = self._unnamed
+        if known is None or known[0] is not self.activation:
+            known = self._unnamed = (self.activation, f"{state.UNNAMED}{uuid.uuid4().hex}")
+        return known[1]
 
     def extra_repr(self) -> str:
-        return f"parameters={len(self.problems)}, psd={self.psd}, bias={self.has_bias}"
+        count = len(self.packing)
+        covered = count if self.covered.all else f"{len(self.covered.indices)} of {count}"
+        return f"parameters={covered}, psd={self.psd}, bias={self.has_bias}"
+
+
+def _covered_problems(packing: Packing, only: Iterable[str] | None, max_factor: int | None) -> tuple[Covered, Problems]:
+    """The parameters that get at least one factor, and their problems."""
+    if max_factor is not None and (isinstance(max_factor, bool) or not isinstance(max_factor, int)):
+        raise TypeError(f"max_factor: expected an integer or None, got {max_factor!r}")
+    if max_factor is not None and max_factor < 1:
+        raise ValueError(f"max_factor: expected at least 1, got {max_factor}")
+    wanted = range(len(packing)) if only is None else matching(packing.names, only, "only")
+    indices, shapes, sides = [], [], []
+    for i in wanted:
+        B, p, q = problem_shape(packing.shapes[i], packing.names[i])
+        side = "".join(letter for letter, size in (("R", p), ("L", q)) if max_factor is None or size <= max_factor)
+        if side:
+            indices.append(i)
+            shapes.append((B, p, q))
+            sides.append(side)
+    if not indices:
+        raise ValueError(
+            f"max_factor: expected one that leaves a factor, got {max_factor}: both sides of every parameter are "
+            "longer; use GradientDescent"
+        )
+    covered = Covered(packing, indices)
+    return covered, Problems(shapes, covered.packing, sides)
 
 
 def _check_alike(named: list[tuple[str, Tensor]]) -> None:

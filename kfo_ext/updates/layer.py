@@ -6,18 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from kfo_ext.functional import adjoint, transform
+from kfo_ext.packing import Packing
 from kfo_ext.problems import Problems
 from kfo_ext.updates.base import Phi
+
+# R (p, p) and L (q, q) of one parameter; None is the identity, which is not stored.
+Pair = tuple["Tensor | None", "Tensor | None"]
 
 
 class KroneckerLayer(nn.Module):
     """K(g) = R^T g L (+ bias), or with psd R^T R g L^T L (+ bias), for every parameter of a group.
 
     Args:
-        problems: the group.
+        problems: the group; its sides say which factors there are.
         psd: take R^T R and L^T L in place of R and L, so that the map is symmetric positive semi-definite.
         bias: learn a (p, q) term per parameter, broadcast over B; it starts at 0.
-        zero: start R at 0 in place of the identity: the zero map, which still learns because L is the identity.
+        zero: start R, or L where there is no R, at 0 in place of the identity: the zero map, which still learns because
+            the other factor is the identity.
         like: a tensor that gives dtype and device.
         backend: see `kfo_ext.transform`.
 
@@ -29,38 +34,50 @@ class KroneckerLayer(nn.Module):
         self.problems = problems
         self.psd = psd
         self.backend = backend
-        options = {"dtype": like.dtype, "device": like.device}
-        self.R = nn.Parameter(torch.zeros((1, problems.R.numel), **options))
-        self.L = nn.Parameter(torch.zeros((1, problems.L.numel), **options))
-        self.bias = nn.Parameter(torch.zeros((1, problems.bias.numel), **options)) if bias else None
+        self.R, self.L = _row(problems.R.numel, like), _row(problems.L.numel, like)
+        self.bias = _row(problems.bias.numel, like) if bias else None
         with torch.no_grad():
             for R, L in self.factors():
-                R.fill_diagonal_(0 if zero else 1)
-                L.fill_diagonal_(1)
+                # The one factor that a problem has is the whole map.
+                for start, factor in ((0 if zero else 1, R), (0 if zero and R is None else 1, L)):
+                    if factor is not None:
+                        factor.fill_diagonal_(start)
 
     @property
     def phi(self) -> Phi:
-        """The layer's packed meta-parameters, one row each: R, L and, where the layer has one, the bias."""
-        return (self.R, self.L) if self.bias is None else (self.R, self.L, self.bias)
+        """The layer's packed meta-parameters, one row each: R, L and the bias, those of them that it has."""
+        return tuple(row for row in (self.R, self.L, self.bias) if row is not None)
 
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
         """K(g) with the given meta-parameters, (tasks or 1, n) each, in place of the layer's own; G: (tasks, n)."""
-        R, L, *bias = phi
+        given = iter(phi)
+        R, L, bias = (None if row is None else next(given) for row in (self.R, self.L, self.bias))
+        # Where no problem has the factor, its packed row has no columns.
+        R, L = (G.new_empty((1, 0)) if row is None else row for row in (R, L))
         H = G
         if self.psd:
             # R^T R G L^T L = R^T (R G L^T) L: a transform and its adjoint with tied factors, no product of factors.
             H = adjoint(R, G, L, self.problems, backend=self.backend)
-        return transform(R, H, L, self.problems, bias=bias[0] if bias else None, backend=self.backend)
+        return transform(R, H, L, self.problems, bias=bias, backend=self.backend)
 
-    def factors(self) -> list[tuple[Tensor, Tensor]]:
-        """One (R (p, p), L (q, q)) pair of views per parameter; in-place changes under no_grad show in the layer."""
-        pairs = []
-        offset_R = offset_L = 0
-        for _, p, q in self.problems.shapes:
-            # Views one by one: torch forbids in-place changes of what split returns.
-            pairs.append(
-                (self.R[0].narrow(0, offset_R, p * p).view(p, p), self.L[0].narrow(0, offset_L, q * q).view(q, q))
-            )
-            offset_R += p * p
-            offset_L += q * q
-        return pairs
+    def factors(self) -> list[Pair]:
+        """One (R (p, p), L (q, q)) pair of views per parameter, None for a factor that it does not have.
+
+        In-place changes under no_grad show in the layer.
+        """
+        Rs, Ls = _views(self.R, self.problems.R), _views(self.L, self.problems.L)
+        return list(zip(Rs, Ls))
+
+
+def _row(numel: int, like: Tensor) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros((1, numel), dtype=like.dtype, device=like.device)) if numel else None
+
+
+def _views(row: Tensor | None, packing: Packing) -> list[Tensor | None]:
+    views: list[Tensor | None] = []
+    offset = 0
+    for shape, size in zip(packing.shapes, packing.sizes):
+        # Views one by one: torch forbids in-place changes of what split returns.
+        views.append(None if row is None or not size else row[0].narrow(0, offset, size).view(shape))
+        offset += size
+    return views

@@ -14,21 +14,23 @@ from torch import Tensor
 from kfo_ext.machine import available_bytes
 from kfo_ext.problems import Problems
 
+# Training takes several times the factors: their gradients, the optimizer's moments, and a copy for each task.
+_SHARE = 4
 # torch counts the bytes of a tensor in 64 bits, on every device.
 _MOST = 2**63 - 1
 
 
 @contextmanager
 def room_for_factors(problems: Problems, layers: int, bias: bool, like: Tensor) -> Iterator[None]:
-    """Makes the factors inside; names the largest parameter where they cannot fit.
+    """Makes the factors inside; names the largest parameter where they would take too much.
 
     Raises:
-        ValueError: they need more than the device has left, or its allocator failed.
+        ValueError: they need more than a quarter of what the device has left, or its allocator failed.
     """
     elements = problems.R.numel + problems.L.numel + (problems.bias.numel if bias else 0)
     needed = layers * elements * like.element_size()
     left = available_bytes(like.device)
-    if needed > (_MOST if left is None else left):
+    if needed > (_MOST if left is None else left // _SHARE):
         raise _too_large(problems, layers, needed, left, like)
     try:
         yield
@@ -39,16 +41,18 @@ def room_for_factors(problems: Problems, layers: int, bias: bool, like: Tensor) 
 
 
 def _too_large(problems: Problems, layers: int, needed: int, left: int | None, like: Tensor) -> ValueError:
-    sizes = [p * p + q * q for _, p, q in problems.shapes]
+    sizes = [R + L for R, L in zip(problems.R.sizes, problems.L.sizes)]
     worst = sizes.index(max(sizes))
-    _, p, q = problems.shapes[worst]
     name, shape = problems.packing.names[worst], tuple(problems.packing.shapes[worst])
-    has = "cannot give them" if left is None else f"has {_text(left)} left"
+    sides = [(letter, row.shapes[worst]) for letter, row in (("R", problems.R), ("L", problems.L))]
+    factors = " and ".join(f"{letter} {tuple(size)}" for letter, size in sides if size.numel())
+    longest = max(size[0] for _, size in sides)
+    has = "cannot give them" if left is None else f"has {_text(left)} left, of which they may take a quarter"
     return ValueError(
-        f"parameter {name!r} of shape {shape}: its factors R ({p}, {p}) and L ({q}, {q}) need "
+        f"parameter {name!r} of shape {shape}: its factors {factors} need "
         f"{_text(sizes[worst] * like.element_size())}, with the other parameters' and {layers} layers {_text(needed)}, "
-        f"but {like.device} {has}. Leave it out: pass KFO the other parameters, freeze this one by "
-        "requires_grad_(False), and give the learner allow_nograd=True; or adapt the head alone (ANIL)"
+        f"but {like.device} {has}. Pass max_factor, less than {longest}: a longer side gets no factor; or only=[...], "
+        "without this parameter, which then follows gradient descent; or adapt the head alone (ANIL)"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the factors of a KFO were made for: JSON in a tensor of bytes, since every value of a state_dict is a tensor."""
+"""What meta-parameters were made for: JSON in a tensor of bytes, since every value of a state_dict is a tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 VERSION = 1
 # Stands before the identity of an activation that has no name.
 UNNAMED = "without a name, "
-OPTIONS = ("psd", "bias", "hidden_layers", "activation")
 
 
 def encode(made_for: dict[str, Any]) -> Tensor:
@@ -36,17 +35,13 @@ def decode(state: object, key: str) -> dict[str, Any]:
         got = f"version {made_for.get('version')!r}"
     if got is not None:
         raise ValueError(
-            f"{key}: expected what the factors were made for, JSON bytes of version {VERSION}, got {got}: "
+            f"{key}: expected what the meta-parameters were made for, JSON bytes of version {VERSION}, got {got}: "
             "it was saved by another version of kfo_ext, or changed since"
         )
     names, shapes = made_for.get("names"), made_for.get("shapes")
     well_formed = {
         "names": _list_of(str, names),
         "shapes": isinstance(shapes, list) and all(_list_of(int, shape) for shape in shapes),
-        "psd": isinstance(made_for.get("psd"), bool),
-        "bias": isinstance(made_for.get("bias"), bool),
-        "hidden_layers": isinstance(made_for.get("hidden_layers"), int),
-        "activation": isinstance(made_for.get("activation"), str),
     }
     for field, right in well_formed.items():
         if not right:
@@ -76,30 +71,43 @@ def _read(state: object) -> tuple[Any, str | None]:
     return made_for, None if isinstance(made_for, dict) else f"a {type(made_for).__name__}"
 
 
-def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raises ValueError unless factors made for `theirs` fit an update made for `mine`."""
+def compare(mine: dict[str, Any], theirs: dict[str, Any], key: str) -> None:
+    """Raises ValueError unless meta-parameters made for `theirs` fit an update made for `mine`.
+
+    key: of the state in its state_dict, for messages.
+    """
     if len(theirs["names"]) != len(mine["names"]):
-        raise ValueError(f"state_dict: expected factors of {len(mine['names'])} parameters, got {len(theirs['names'])}")
+        raise ValueError(
+            f"state_dict: expected meta-parameters of {len(mine['names'])} parameters, got {len(theirs['names'])}"
+        )
     positions = [str(i) for i in range(len(mine["names"]))]
     both_named = positions not in (mine["names"], theirs["names"])
     for name, shape, other_name, other_shape in zip(mine["names"], mine["shapes"], theirs["names"], theirs["shapes"]):
         if shape != other_shape or (both_named and name != other_name):
             raise ValueError(
-                f"state_dict: expected factors for parameter {name!r} of shape {tuple(shape)}, "
-                f"got factors made for {other_name!r} of shape {tuple(other_shape)}"
+                f"state_dict: expected meta-parameters for parameter {name!r} of shape {tuple(shape)}, "
+                f"got some made for {other_name!r} of shape {tuple(other_shape)}"
             )
-    for option in OPTIONS:
-        if theirs[option] != mine[option]:
-            raise ValueError(
-                f"state_dict: expected factors with {option}={mine[option]!r}, got {option}={theirs[option]!r}"
-                + _unnamed_remedy(mine[option], theirs[option])
-            )
+    for option, value in mine.items():
+        if option not in theirs:
+            raise ValueError(f"{key}: lacks {option}")
+        other = theirs[option]
+        if option in ("names", "shapes") or other == value:
+            continue
+        if isinstance(value, list) and isinstance(other, list) and len(value) == len(other) == len(mine["names"]):
+            # One entry for each parameter: the first that differs is enough.
+            name, value, other = next(entry for entry in zip(mine["names"], value, other) if entry[1] != entry[2])
+            option = f"{option} of parameter {name!r}"
+        raise ValueError(
+            f"state_dict: expected meta-parameters with {option}={value!r}, got {option}={other!r}"
+            + _unnamed_remedy(value, other)
+        )
 
 
 def _unnamed_remedy(*values: object) -> str:
     if not any(isinstance(value, str) and value.startswith(UNNAMED) for value in values):
         return ""
     return (
-        "; a function without a name is that of one KFO and its copies alone: use a def of a module, "
-        "or load the factors without _extra_state by strict=False if you know that they belong here"
+        "; a function without a name is that of one update and its copies alone: use a def of a module, "
+        "or load the rest without _extra_state by strict=False if you know that they belong here"
     )

@@ -1,0 +1,141 @@
+"""What every update of the package holds to, one test for each law; the updates are those of `update_table.py`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from update_table import SHAPES, UPDATES, named_parameters, random_phi
+
+TASKS = 3
+each = pytest.mark.parametrize("case", UPDATES.values(), ids=UPDATES)
+
+
+def gradients(tasks: int | None = None) -> list[torch.Tensor]:
+    lead = () if tasks is None else (tasks,)
+    return [torch.randn((*lead, *shape), dtype=torch.float64) for shape in SHAPES.values()]
+
+
+def learned(case):
+    """The update with other meta-parameters than at its start."""
+    update = case.make(named_parameters())
+    with torch.no_grad():
+        for row, other in zip(update.phi, random_phi(update)):
+            row.copy_(other)
+    return update
+
+
+@each
+def test_starts_as_gradient_descent(case):
+    update = case.make(named_parameters())
+    assert all(row.shape[0] == 1 and row.numel() for row in update.phi)
+    assert {id(row) for row in update.phi} == {id(row) for row in update.parameters()}
+    for tasks in (None, TASKS):
+        grads = gradients(tasks)
+        for mine, grad in zip(update.transform(grads), grads, strict=True):
+            torch.testing.assert_close(mine, grad, rtol=1e-14, atol=1e-14)
+
+
+@each
+def test_tasks_never_mix(case):
+    update = case.make(named_parameters())
+    phi, G = random_phi(update, TASKS), torch.randn(TASKS, update.packing.numel, dtype=torch.float64)
+    together = update.rule(phi, G)
+    for i in range(TASKS):
+        alone = update.rule(tuple(row[i : i + 1] for row in phi), G[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
+    wrong = [torch.cat([torch.full_like(X[:1], torch.nan), X[1:]]) for X in (*phi, G)]
+    torch.testing.assert_close(update.rule(tuple(wrong[:-1]), wrong[-1])[1:], together[1:], rtol=1e-12, atol=1e-12)
+
+
+@each
+@pytest.mark.parametrize("tasks", [None, TASKS])
+def test_lists_dicts_and_packed_rows_agree(case, tasks):
+    update, grads = learned(case), gradients(tasks)
+    expected = update.packing.unpack(
+        update.rule(update.phi, torch.cat([grad.reshape(tasks or 1, -1) for grad in grads], 1)), batched=bool(tasks)
+    )
+    by_name = dict(reversed(list(zip(SHAPES, grads))))
+    updates = update.transform(by_name)
+    assert list(updates) == list(by_name)
+    for name, mine, other in zip(SHAPES, update.transform(grads), expected, strict=True):
+        assert torch.equal(mine, other)
+        assert torch.equal(updates[name], other)
+    some = {**by_name, "conv.bias": None}
+    assert update.transform(some)["conv.bias"] is None
+    assert torch.equal(update.transform(some)["head.1.weight"], updates["head.1.weight"])
+
+
+@each
+def test_the_gradients_of_a_loss_by_name(case):
+    """Handed over in another order, each parameter still gets its own update."""
+    update = learned(case)
+    parameters = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in SHAPES.items()}
+
+    def loss():
+        return sum((i + 1) * p.sin().sum() for i, p in enumerate(parameters.values()))
+
+    listed = update(loss(), parameters.values())
+    shuffled = dict(sorted(parameters.items(), key=lambda entry: entry[0][::-1]))
+    found = update(loss(), shuffled)
+    assert list(found) == list(shuffled)
+    assert list(found) != list(SHAPES)
+    assert all(torch.equal(found[name], mine) for name, mine in zip(SHAPES, listed, strict=True))
+
+
+@each
+@pytest.mark.parametrize("rows", [1, TASKS])
+def test_two_derivatives_equal_plain_torch(case, rows):
+    update = case.make(named_parameters())
+    phi = random_phi(update, rows)
+    G = torch.randn(TASKS, update.packing.numel, dtype=torch.float64, requires_grad=True)
+
+    def plain(*given):
+        tasks = []
+        for i, row in enumerate(given[-1]):
+            grads = [piece.view(shape) for piece, shape in zip(row.split(update.packing.sizes), SHAPES.values())]
+            mine = [X[i : i + 1] if rows > 1 else X for X in given[:-1]]
+            tasks.append(torch.cat([U.reshape(-1) for U in case.plain(mine, grads)]))
+        return torch.stack(tasks)
+
+    def orders(function):
+        generator = torch.Generator().manual_seed(1)
+
+        def weighted(X):
+            return (torch.randn(X.shape, generator=generator, dtype=X.dtype) * X**2).sum()
+
+        value = function(*phi, G)
+        first = torch.autograd.grad(weighted(value), [*phi, G], create_graph=True)
+        return [value, *first, *torch.autograd.grad(sum(weighted(X) for X in first), [*phi, G])]
+
+    for mine, other in zip(orders(lambda *X: update.rule(X[:-1], X[-1])), orders(plain), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+@each
+def test_the_state_survives_a_round_trip_and_refuses_others(case, tmp_path):
+    update = learned(case)
+    torch.save(update.state_dict(), tmp_path / "update.pt")
+    state = torch.load(tmp_path / "update.pt", weights_only=True)
+    fresh = case.make(named_parameters())
+    fresh.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.phi, update.phi, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(copy.deepcopy(update).phi, update.phi, strict=True))
+    if not update.phi:
+        assert not state
+        return
+    reshaped = {**SHAPES, "head.0.weight": (5, 3)}
+    renamed = {name.replace("head.0", "head.2"): shape for name, shape in SHAPES.items()}
+    for shapes, wrong in ((reshaped, r"'head.0.weight' of shape \(5, 3\)"), (renamed, r"'head.2.weight'")):
+        other = case.make(named_parameters(shapes))
+        before = copy.deepcopy(other.phi)
+        with pytest.raises(ValueError, match=f"state_dict: expected meta-parameters for parameter {wrong}"):
+            other.load_state_dict(state)
+        assert all(torch.equal(a, b) for a, b in zip(other.phi, before))
+    for name, others in UPDATES.items():
+        other = others.make(named_parameters())
+        if others is not case and other.phi and other._made_for() != update._made_for():
+            with pytest.raises(ValueError, match="state_dict: expected meta-parameters with "):
+                other.load_state_dict(state)
+            assert name
