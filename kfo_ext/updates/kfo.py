@@ -132,9 +132,11 @@ class KFO(Update):
         Raises:
             ValueError: phi has another number of rows than `self.phi`.
         """
-        expected = len(self.phi)
-        if len(phi) != expected:
-            raise ValueError(f"phi: expected {expected} tensors, as phi of this KFO, got {len(phi)}")
+        problems = self.problems
+        # R, L and the bias of each layer, those of them that there are.
+        rows = (problems.R.numel > 0) + (problems.L.numel > 0) + self.has_bias
+        if len(phi) != rows * len(self.layers):
+            raise ValueError(f"phi: expected {rows * len(self.layers)} tensors, as phi of this KFO, got {len(phi)}")
         return self.covered.rule(partial(self._covered_rule, phi), G)
 
     def _covered_rule(self, phi: Phi, G: Tensor) -> Tensor:

@@ -50,15 +50,17 @@ class KroneckerLayer(nn.Module):
 
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
         """K(g) with the given meta-parameters, (tasks or 1, n) each, in place of the layer's own; G: (tasks, n)."""
-        given = iter(phi)
-        R, L, bias = (None if row is None else next(given) for row in (self.R, self.L, self.bias))
-        # Where no problem has the factor, its packed row has no columns.
-        R, L = (G.new_empty((1, 0)) if row is None else row for row in (R, L))
+        rows = list(phi)
+        for i, packing in enumerate((self.problems.R, self.problems.L)):
+            if not packing.numel:
+                # No problem has this factor: its packed row has no columns.
+                rows.insert(i, G.new_empty((1, 0)))
+        R, L, *bias = rows
         H = G
         if self.psd:
             # R^T R G L^T L = R^T (R G L^T) L: a transform and its adjoint with tied factors, no product of factors.
             H = adjoint(R, G, L, self.problems, backend=self.backend)
-        return transform(R, H, L, self.problems, bias=bias, backend=self.backend)
+        return transform(R, H, L, self.problems, bias=bias[0] if bias else None, backend=self.backend)
 
     def factors(self) -> list[Pair]:
         """One (R (p, p), L (q, q)) pair of views per parameter, None for a factor that it does not have.
