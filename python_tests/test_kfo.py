@@ -159,6 +159,9 @@ def test_a_phi_of_another_kfo_is_refused():
     G = torch.zeros(1, kfo.problems.packing.numel, dtype=DTYPE)
     with pytest.raises(ValueError, match=r"phi: expected 6 tensors.*got 4"):
         kfo.rule(KFO(network().named_parameters(), hidden_layers=1, bias=False).phi, G)
+    part = KFO(network().named_parameters(), only=["head.*"])
+    with pytest.raises(ValueError, match=rf"G: expected shape \(tasks, {G.shape[1]}\), got \(1, {G.shape[1] - 1}\)"):
+        part.rule(part.phi, G[:, 1:])
 
 
 def test_custom_activation():

@@ -93,9 +93,9 @@ class Update(nn.Module, ABC):
                 raise TypeError(f"grads: expected {row.dtype} as the meta-parameters have, got {present.dtype}")
             if present.device != row.device:
                 raise ValueError(f"grads: expected device {row.device} as the meta-parameters, got {present.device}")
-        return self.updates(grads, rows)
+        return self.transform_checked(grads, rows)
 
-    def updates(self, grads: list[Tensor | None], rows: int | None) -> list[Tensor | None]:
+    def transform_checked(self, grads: list[Tensor | None], rows: int | None) -> list[Tensor | None]:
         """`transform` of a list that has been checked; rows: its tasks, None without a task dimension."""
         packing = self.packing
         updates = packing.unpack(self.rule(self.phi, packing.join(grads, rows)), batched=rows is not None)

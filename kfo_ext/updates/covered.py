@@ -51,6 +51,7 @@ class Covered:
         self.indices = tuple(indices)
         self.all = len(self.indices) == len(packing)
         self.packing = packing if self.all else packing.part(self.indices)
+        self._columns = packing.numel
         covered = set(self.indices)
         self._parts = Parts([i in covered for i in range(len(packing))], packing.sizes)
 
@@ -58,5 +59,7 @@ class Covered:
         """U(G), (tasks, n): `rule` of the covered columns, (tasks, self.packing.numel), and G itself elsewhere."""
         if self.all:
             return rule(G)
+        if G.dim() != 2 or G.shape[1] != self._columns:
+            raise ValueError(f"G: expected shape (tasks, {self._columns}), got {tuple(G.shape)}")
         parts = self._parts.apart(G)
         return self._parts.together({**parts, True: rule(parts[True])})

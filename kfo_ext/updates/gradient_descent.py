@@ -27,6 +27,6 @@ class GradientDescent(Update):
         """G itself."""
         return G
 
-    def updates(self, grads: list[Tensor | None], rows: int | None) -> list[Tensor | None]:
+    def transform_checked(self, grads: list[Tensor | None], rows: int | None) -> list[Tensor | None]:
         """The gradients themselves."""
         return grads
