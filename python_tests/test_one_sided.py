@@ -178,11 +178,11 @@ def test_bad_sides_and_operands():
     for sides in (["RL"], ["RL", ""], ["RL", "LR"]):
         with pytest.raises(ValueError, match=r"sides: expected RL or R or L for each of 2, got "):
             Problems([(1, 2, 3), (1, 2, 3)], sides=sides)
-    problems, (R, G, L) = operands([(1, 2, 3), (1, 2, 3)], ["R", "RL"])
-    assert repr(problems) == "Problems([(1, 2, 3), (1, 2, 3)], sides=['R', 'RL'])"
+    problems, (R, G, L) = operands([(1, 2, 3), (1, 2, 3), (1, 1, 2)], ["R", "RL", "L"])
+    assert repr(problems) == "Problems([(1, 2, 3), (1, 2, 3), (1, 1, 2)], sides=['R', 'RL', 'L'])"
     for name, function in ORDERS.items():
         for backend in BACKENDS:
-            with pytest.raises(ValueError, match=rf"{name}: L has 18 columns, but shapes .* need 9"):
+            with pytest.raises(ValueError, match=rf"{name}: L has 26 columns, but shapes .* need 13"):
                 function(R, G, torch.cat([L, L], 1), problems, backend=backend)
     # 2**64 elements in a factor that is not there.
     assert Problems([(1, 2**32, 1)], sides=["L"]).columns.R == 0
