@@ -3,7 +3,7 @@
     without L   Y = R^T G          without R   Y = G L
 
 The problems that have both factors are one call of the operator. A problem that lacks one is a product of two operands,
-for which torch has the derivatives of every order.
+for which torch has the derivatives of every order. Its bits may depend on the number of threads, as torch's do.
 """
 
 from __future__ import annotations
