@@ -26,7 +26,7 @@ def listed(tensors: Iterable[Any], argument: str, *, pairs: bool = False) -> lis
     if isinstance(tensors, Tensor):
         got = f"one {got}: put it in a list"
     elif isinstance(tensors, Mapping):
-        got += f": pass its {'.items()' if pairs else '.values()'}"
+        got += ": pass its .items()"
     elif isinstance(tensors, nn.Module):
         got += f": pass its {'.named_parameters()' if pairs else '.parameters()'}"
     raise TypeError(
@@ -232,13 +232,13 @@ class Pack(Function):
     """Tensors, None for zeros, to one packed tensor; see `Packing.pack`. `Unpack` is its derivative, and it is its."""
 
     @staticmethod
-    def forward(ctx, packing: Packing, rows: int | None, *tensors: Tensor | None):
+    def forward(ctx: Any, packing: Packing, rows: int | None, *tensors: Tensor | None) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.packing, ctx.batched = packing, rows is not None
         return packing.joined(tensors, rows)
 
     @staticmethod
-    def backward(ctx, dpacked):
+    def backward(ctx: Any, dpacked: Tensor | None) -> tuple[Tensor | None, ...]:
         if dpacked is None:
             return (None,) * (2 + len(ctx.packing))
         dtensors = ctx.packing.unpack(dpacked, batched=ctx.batched)
@@ -249,13 +249,13 @@ class Unpack(Function):
     """One packed tensor to its tensors; see `Packing.unpack`."""
 
     @staticmethod
-    def forward(ctx, packing: Packing, batched: bool, packed: Tensor):
+    def forward(ctx: Any, packing: Packing, batched: bool, packed: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.packing, ctx.rows = packing, len(packed) if batched else None
         return tuple(packing.pieces(packed, batched))
 
     @staticmethod
-    def backward(ctx, *dtensors: Tensor | None):
+    def backward(ctx: Any, *dtensors: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(dtensor is None for dtensor in dtensors):
             return None, None, None
         return None, None, ctx.packing.join(dtensors, ctx.rows)
