@@ -181,7 +181,7 @@ def test_a_tied_parameter_is_chosen_by_all_its_names():
         ([], ValueError, "adapted: expected at least one name or pattern, got none"),
         (["head.*", "tail.*"], ValueError, r"adapted: 'tail\.\*' fits no parameter of the model, which has body\.0"),
     ],
-    ids=str,
+    ids=["a string", "a function", "a tensor", "nothing", "no parameter"],
 )
 def test_a_choice_that_is_refused(adapted, error, message):
     with pytest.raises(error, match=message):
