@@ -55,7 +55,7 @@ for line in (" -h --help --version train/--help eval/-h compare/-h demo/-h docto
 
 
 def test_choices_are_those_that_there_are():
-    assert tuple(FAMILIES) == choices.DATASETS
+    assert set(choices.DATASETS) <= set(FAMILIES)
     assert tuple(points.GROUPS) == names.GROUPS
     assert tuple(providers.PROVIDERS) == names.PROVIDERS
     assert cases.ORDERS == names.ORDERS

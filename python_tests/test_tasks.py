@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import threading
 from contextlib import closing
+from dataclasses import fields
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from kfo_ext.tasks import (
     generator_for,
     make_family,
 )
-from kfo_ext.tasks import glyphs as glyphs_module
+from kfo_ext.tasks.synthetic import glyphs as glyphs_module
 
 SIZES = (12, 10, 15, 11, 10, 13, 20, 10)
 
@@ -68,7 +70,7 @@ def family_of(name: str, split: str = "train", **options):
     return numbered_classes(**options) if name == "images" else make_family(name, split, **options)
 
 
-@pytest.fixture(params=["images", "glyphs", "sinusoid"])
+@pytest.fixture(params=["images", "glyphs", "linear", "logistic", "sinusoid"])
 def name(request) -> str:
     return request.param
 
@@ -387,7 +389,12 @@ def test_rotations_do_not_change_which_images_are_drawn():
         ({"ways": "5"}, TypeError, "ways: expected an int, got '5'"),
         ({"shots": 0}, ValueError, "shots: expected at least 1, got 0"),
         ({"queries": -1}, ValueError, "queries: expected at least 1, got -1"),
-        ({"shots": 6, "queries": 5}, ValueError, r"shots \+ queries: expected at most 10 .*, got 6 \+ 5 = 11"),
+        (
+            {"shots": 6, "queries": 5},
+            ValueError,
+            r"shots \+ queries: expected at most 10 \(the examples of class 1, the smallest .*\), got 6 \+ 5 = 11",
+        ),
+        ({"names": ["a"]}, ValueError, "names: expected one for each of the 8 classes, got 1"),
         ({"rotations": True}, ValueError, r"rotations: expected square images, got \(1, 2\)"),
     ],
 )
@@ -460,27 +467,11 @@ def test_glyphs_of_the_splits_are_disjoint():
     assert len(images.unique(dim=0)) == len(images)
 
 
-def test_sinusoid_points_lie_on_one_wave():
-    batch = Sinusoid("test", shots=10, queries=15).sample(0, 300).to(dtype=torch.float64)
-    assert batch.support.x.shape == batch.support.y.shape == (300, 10, 1)
-    assert batch.query.x.shape == batch.query.y.shape == (300, 15, 1)
-    assert -5 <= batch.query.x.min() < -4.9 and 4.9 < batch.query.x.max() <= 5
-
-    def waves(x):
-        return torch.cat([x.sin(), x.cos()], -1)
-
-    a, b = torch.linalg.lstsq(waves(batch.support.x), batch.support.y).solution.unbind(1)
-    torch.testing.assert_close(waves(batch.query.x) @ torch.stack([a, b], 1), batch.query.y, atol=1e-5, rtol=1e-5)
-    amplitude, phase = torch.hypot(a, b), torch.atan2(-b, a)
-    assert 0.1 <= amplitude.min() < 0.3 and 4.8 < amplitude.max() <= 5 + 1e-6
-    assert -1e-5 <= phase.min() < 0.1 and math.pi - 0.1 < phase.max() <= math.pi + 1e-5
-
-
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        ("omniglott", {}, "dataset: expected one of glyphs, omniglot, sinusoid, got 'omniglott'"),
-        ("omniglot", {}, "root: dataset 'omniglot' needs the folder with its archives"),
+        ("omniglott", {}, "dataset: expected one of cifar_fs, .*, omniglot, sinusoid, got 'omniglott'"),
+        ("omniglot", {}, "root: expected the folder or archive that holds the data set, got none"),
         ("glyphs", {"split": "valid"}, "split: expected one of train, validation, test, got 'valid'"),
         ("sinusoid", {"split": "valid"}, "split: expected one of train, validation, test, got 'valid'"),
         ("omniglot", {"split": "valid", "root": "."}, "split: expected one of train, validation, test"),
@@ -494,6 +485,49 @@ def test_make_family_refuses(dataset, options, message):
         make_family(dataset, **{"split": "train", **options})
 
 
-def test_every_family_is_made_by_name():
-    assert isinstance(make_family("sinusoid", "train"), FAMILIES["sinusoid"])
-    assert isinstance(make_family("glyphs", "train"), FAMILIES["glyphs"])
+def test_an_option_of_another_family_is_refused():
+    with pytest.raises(TypeError, match="ways: dataset 'sinusoid' has no such option, but queries, shots"):
+        make_family("sinusoid", "train", ways=5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_options_are_the_arguments_of_the_constructor(name):
+    row = FAMILIES[name]
+    arguments = inspect.signature(row.make).parameters
+    assert ("device" in arguments) == row.on_device
+    assert set(arguments) - {"split", "seed", "device"} == {item.name for item in fields(row.options)}
+    for item in fields(row.options):
+        assert item.name == "root" or item.default == arguments[item.name].default
+        assert item.metadata["help"] and "\n" not in item.metadata["help"]
+
+
+@pytest.mark.parametrize("name", ["glyphs", "linear", "logistic", "sinusoid"])
+def test_options_say_what_a_network_needs(name):
+    options = FAMILIES[name].options()
+    batch = make_family(name, "train").sample(0, 2)
+    assert batch.query.x.shape[2:] == options.input_shape
+    if options.targets == "classes":
+        assert batch.query.y.dtype == torch.int64 and batch.query.y.max() == options.outputs - 1
+    else:
+        assert batch.query.y.dtype == torch.float32 and batch.query.y.shape[2:] == (options.outputs,)
+    assert options.targets != "binary" or batch.query.y.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("glyphs", {"ways": 1}, ValueError, "ways: expected at least 2, got 1"),
+        ("glyphs", {"ways": True}, TypeError, "ways: expected int, got True"),
+        ("glyphs", {"rotations": 1}, TypeError, "rotations: expected bool, got 1"),
+        ("linear", {"noise": -0.5}, ValueError, "noise: expected a finite number of at least 0, got -0.5"),
+        ("linear", {"noise": math.inf}, ValueError, "noise: expected a finite number"),
+        ("linear", {"noise": "1"}, TypeError, "noise: expected float, got '1'"),
+        ("logistic", {"labels": "hard"}, ValueError, "labels: expected one of separable, bernoulli, got 'hard'"),
+        ("logistic", {"dimension": 0}, ValueError, "dimension: expected at least 1, got 0"),
+        ("folders", {"root": "a\0b"}, ValueError, "root: expected text without null characters"),
+        ("folders", {"root": "a", "colour": "hsv"}, ValueError, "colour: expected one of gray, rgb, got 'hsv'"),
+    ],
+)
+def test_options_refuse(name, options, error, message):
+    with pytest.raises(error, match=message):
+        FAMILIES[name].options(**options)

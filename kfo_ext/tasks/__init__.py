@@ -1,24 +1,38 @@
-"""Task families: where few-shot tasks come from."""
+"""Task families: where few-shot tasks come from.
 
-from __future__ import annotations
+Your own tasks need no family: `TaskBatch.of` joins tensors, `FewShot` takes a torch data set or a list of tensors, one
+per class, and learners take any TaskBatch. A class with `sample(index, tasks)` is a family like those in FAMILIES.
+"""
 
-from collections.abc import Callable
-from typing import Any
-
-from kfo_ext.tasks.batch import SPLITS, Examples, TaskBatch, TaskFamily, batches, generator_for
-from kfo_ext.tasks.glyphs import Glyphs
+from kfo_ext.tasks.batch import SPLITS, Examples, TaskBatch, TaskFamily, generator_for
+from kfo_ext.tasks.datasets.cifar_fs import CifarFs
+from kfo_ext.tasks.datasets.csv_images import CsvImages
+from kfo_ext.tasks.datasets.folders import Folders
+from kfo_ext.tasks.datasets.omniglot import Omniglot, download_omniglot
+from kfo_ext.tasks.few_shot import FewShot
 from kfo_ext.tasks.images import ImageClasses
-from kfo_ext.tasks.omniglot import Omniglot, download_omniglot
-from kfo_ext.tasks.sinusoid import Sinusoid
-
-FAMILIES: dict[str, Callable[..., TaskFamily]] = {"glyphs": Glyphs, "omniglot": Omniglot, "sinusoid": Sinusoid}
+from kfo_ext.tasks.options import FamilyOptions
+from kfo_ext.tasks.stream import batches
+from kfo_ext.tasks.synthetic.glyphs import Glyphs
+from kfo_ext.tasks.synthetic.linear import Linear
+from kfo_ext.tasks.synthetic.logistic import Logistic
+from kfo_ext.tasks.synthetic.sinusoid import Sinusoid
+from kfo_ext.tasks.table import FAMILIES, Family, make_family
 
 __all__ = [
     "FAMILIES",
     "SPLITS",
+    "CifarFs",
+    "CsvImages",
     "Examples",
+    "Family",
+    "FamilyOptions",
+    "FewShot",
+    "Folders",
     "Glyphs",
     "ImageClasses",
+    "Linear",
+    "Logistic",
     "Omniglot",
     "Sinusoid",
     "TaskBatch",
@@ -28,19 +42,3 @@ __all__ = [
     "generator_for",
     "make_family",
 ]
-
-
-def make_family(name: str, split: str, **options: Any) -> TaskFamily:
-    """The task family of that name.
-
-    name: a key of FAMILIES
-    split: train, validation or test
-    options: arguments of the family's constructor; families of real data need `root`
-
-    Raises: ValueError for an unknown name or a missing root, and what the constructor raises.
-    """
-    if name not in FAMILIES:
-        raise ValueError(f"dataset: expected one of {', '.join(FAMILIES)}, got {name!r}")
-    if name == "omniglot" and options.get("root") is None:
-        raise ValueError("root: dataset 'omniglot' needs the folder with its archives, got none")
-    return FAMILIES[name](split=split, **options)

@@ -1,14 +1,10 @@
-"""Meta-batches: what a task family yields, and the seeded stream of them."""
+"""Meta-batches: what a task family yields, how a user makes one, and the random numbers behind them."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import operator
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,6 +34,22 @@ class TaskBatch(NamedTuple):
     support: Examples
     query: Examples
 
+    @classmethod
+    def of(cls, support: Sequence[tuple[Tensor, Tensor]], query: Sequence[tuple[Tensor, Tensor]]) -> TaskBatch:
+        """The meta-batch of tasks that are given one by one.
+
+        support: a pair (x, y) per task, all of one shape: x (n, ...), y (n,) int64 labels or (n, d) targets
+        query: a pair per task alike; it may have another n
+
+        Raises: ValueError or TypeError naming the task whose tensors do not fit the first task's.
+        """
+        if len(support) != len(query) or not support:
+            raise ValueError(
+                f"query: expected a pair (x, y) for each task of support, at least one, got {len(query)} for "
+                f"{len(support)}"
+            )
+        return cls(_stacked("support", support), _stacked("query", query))
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TaskBatch:
         """The batch on another device, its floating tensors in another dtype (integer labels keep theirs)."""
 
@@ -66,82 +78,20 @@ class TaskFamily(Protocol):
         ...
 
 
-def batches(family: TaskFamily, tasks: int, start: int = 0, workers: int = 0) -> Generator[TaskBatch, None, None]:
-    """The endless stream of meta-batches `start`, `start + 1`, ..., the same for any number of workers.
-
-    family: the task family
-    tasks: tasks per meta-batch
-    start: index of the first meta-batch, so that a run resumes where it stopped
-    workers: threads that sample ahead, with one thread of torch each; 0 samples in the caller's thread
-    out: a generator; closing it (or an error in a worker, raised here) ends its threads
-
-    Raises: ValueError or TypeError for a count out of range.
-    """
-    check_count("tasks", tasks, 1)
-    check_count("start", start, 0)
-    check_count("workers", workers, 0)
-    indices = itertools.count(start)
-    if workers == 0:
-        return (family.sample(index, tasks) for index in indices)
-    return _sampled_ahead(family, tasks, indices, workers)
-
-
-def _sampled_ahead(
-    family: TaskFamily, tasks: int, indices: Iterator[int], workers: int
-) -> Generator[TaskBatch, None, None]:
-    ahead, finish = (family.draw, family.batch) if _has_halves(family) else (family.sample, _as_it_is)
-    pool = _workers(workers)
-    try:
-        pending = deque(pool.submit(ahead, next(indices), tasks) for _ in range(2 * workers))
-        while True:
-            drawn = pending.popleft().result()
-            pending.append(pool.submit(ahead, next(indices), tasks))
-            yield finish(drawn)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _workers(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch's operations run alone: teams of threads would fight with the consumer's for the cores."""
-    threads, started = torch.get_num_threads(), Barrier(count + 1)
-
-    def work_alone() -> None:
-        try:
-            # Torch sets a thread up when it first asks; a number set before would then be overwritten.
-            torch.get_num_threads()
-            torch.set_num_threads(1)
-        except BaseException:
-            started.abort()
-            raise
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, thread_name_prefix="kfo-tasks", initializer=work_alone)
-    try:
-        for _ in range(count):
-            # Starts a thread, as none is idle before all have started.
-            pool.submit(int)
-        started.wait()
-    except BaseException:
-        started.abort()
-        pool.shutdown()
-        raise
-    finally:
-        # The workers have also set the number for threads to come.
-        torch.set_num_threads(threads)
-    return pool
-
-
-def _has_halves(family: TaskFamily) -> bool:
-    """Whether one class defines sample, draw and batch: in a subclass that changes one of them they may differ."""
-    functions = {name: getattr(getattr(family, name, None), "__func__", None) for name in ("sample", "draw", "batch")}
-    return any(
-        all(function is not None and vars(owner).get(name) is function for name, function in functions.items())
-        for owner in type(family).__mro__
-    )
-
-
-def _as_it_is(batch: TaskBatch) -> TaskBatch:
-    return batch
+def _stacked(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Examples:
+    for task, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
+            raise TypeError(f"{name}[{task}]: expected a pair (x, y) of tensors, got {type(pair).__name__}")
+        x, y = pair
+        if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
+            raise ValueError(f"{name}[{task}]: expected a label for each input, got {x.shape} and {y.shape}")
+        for part, one, first in zip("xy", pair, pairs[0]):
+            if (one.shape, one.dtype, one.device) != (first.shape, first.dtype, first.device):
+                raise ValueError(
+                    f"{name}[{task}]: expected {part} like the first task's, {tuple(first.shape)} {first.dtype} on "
+                    f"{first.device}, got {tuple(one.shape)} {one.dtype} on {one.device}"
+                )
+    return Examples(*(torch.stack(parts) for parts in zip(*pairs)))
 
 
 def generator_for(seed: int, *stream: int | str) -> torch.Generator:

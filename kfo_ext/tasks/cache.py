@@ -1,17 +1,52 @@
-"""Decoded data kept between processes: built once, read back only if every byte is as it was written."""
+"""Decoded images kept between processes: written once, memory-mapped, used only if every byte is as it was written."""
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
+import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
+
+MAGIC = b"kfo images 1\n"
+# The pixels start at a multiple of it, as a map's pages do.
+PAGE = 4096
+CHUNK = 1 << 22
+
+
+class Plan(NamedTuple):
+    """Images that are yet to be decoded.
+
+    names: of the classes
+    sizes: images of each class
+    shape: (C, H, W) of an image
+    pixels: makes the images' bytes, class after class
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    shape: tuple[int, int, int]
+    pixels: Callable[[], Iterable[bytes | memoryview]]
+
+
+class Decoded(NamedTuple):
+    """Images of classes.
+
+    images: (n_images, C, H, W) uint8, a class after the other
+    offsets: (n_classes + 1,) int64
+    names: of the classes
+    """
+
+    images: Tensor
+    offsets: Tensor
+    names: tuple[str, ...]
 
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
@@ -28,47 +63,103 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
         raise ValueError(f"KFO_CACHE: expected a folder, as this user has no home ({error}), got none") from None
 
 
-def cached(path: Path, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The content of a cache file, built and written if the file is missing or damaged.
+def key_of(*parts: str) -> str:
+    """16 hexadecimal digits that change with any part, for the name of a cache file."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    path: the file; its name must change with whatever `build` depends on
-    build: makes the content, of tensors and plain containers that torch.load(weights_only=True) accepts
 
-    Warns if the file is damaged, or if it cannot be written (the content is then only in memory).
+def cached(path: Path, plan: Callable[[], Plan]) -> Decoded:
+    """The images of a cache file, memory-mapped; they are decoded and written if the file is missing or damaged.
+
+    path: the file; its name must change with whatever `plan` depends on
+    plan: says what to decode
+
+    The file appears whole or not at all, so that several processes may call this at once. Warns if the file is
+    damaged, or if it cannot be written (the images are then only in memory).
     """
-    content = _read(path)
-    if content is None:
-        content = build()
+    decoded = _read(path)
+    if decoded is None:
+        made = plan()
         try:
-            _write(path, content)
+            _write(path, made)
         except OSError as error:
             warnings.warn(f"cannot write the cache file {path} ({error}); next time is as slow as this", stacklevel=2)
-    return content
+            return _in_memory(made)
+        decoded = _read(path)
+        if decoded is None:
+            return _in_memory(made)
+    return decoded
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Decoded | None:
     if not path.is_file():
         return None
     try:
-        checksum, _, payload = path.read_bytes().partition(b"\n")
+        with path.open("rb") as file:
+            magic, header = file.readline(len(MAGIC)), file.readline()
+            start = _padded(len(magic) + len(header))
+            values = json.loads(header)
+            file.seek(start)
+            # A flipped bit or a cut file changes the checksum; whatever the header says is then not used.
+            if magic != MAGIC or _checksum(values["head"], file) != values["sha256"]:
+                raise ValueError("checksum")
+            whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        names, sizes, shape = values["head"]
+        images = whole[start:].view(sum(sizes), *shape)
     except OSError as error:
         warnings.warn(f"cannot read the cache file {path} ({error}); building it anew", stacklevel=3)
         return None
-    if checksum != _checksum(payload):
+    except (KeyError, RuntimeError, TypeError, ValueError):
         warnings.warn(f"the cache file {path} is damaged; building it anew", stacklevel=3)
         return None
-    return torch.load(io.BytesIO(payload), weights_only=True)
+    return Decoded(images, _offsets(sizes), tuple(names))
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    payload = io.BytesIO()
-    torch.save(content, payload)
+def _write(path: Path, plan: Plan) -> None:
+    head = [list(plan.names), list(plan.sizes), list(plan.shape)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".write-") as folder:
         part = Path(folder, path.name)
-        part.write_bytes(_checksum(payload.getbuffer()) + b"\n" + payload.getbuffer())
+        digest = hashlib.sha256(_plain(head))
+        header = _header(head, "0" * digest.digest_size * 2)
+        with part.open("wb") as file:
+            file.write(header)
+            for pixels in plan.pixels():
+                digest.update(pixels)
+                file.write(pixels)
+            file.seek(0)
+            file.write(_header(head, digest.hexdigest()))
         os.replace(part, path)
 
 
-def _checksum(payload: bytes | memoryview) -> bytes:
-    return hashlib.sha256(payload).hexdigest().encode()
+def _in_memory(plan: Plan) -> Decoded:
+    images = torch.empty(sum(plan.sizes) * math.prod(plan.shape), dtype=torch.uint8)
+    done = 0
+    for pixels in plan.pixels():
+        images[done : done + len(pixels)] = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
+        done += len(pixels)
+    return Decoded(images.view(-1, *plan.shape), _offsets(plan.sizes), plan.names)
+
+
+def _header(head: object, sha256: str) -> bytes:
+    text = MAGIC + json.dumps({"sha256": sha256, "head": head}).encode() + b"\n"
+    return text.ljust(_padded(len(text)), b"\0")
+
+
+def _padded(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+def _plain(head: object) -> bytes:
+    return json.dumps(head).encode()
+
+
+def _checksum(head: object, pixels: BinaryIO) -> str:
+    digest = hashlib.sha256(_plain(head))
+    while chunk := pixels.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _offsets(sizes: Iterable[int]) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kfo_ext.tasks.batch import Examples, TaskBatch, check_count, check_split, generator_for
+from kfo_ext.tasks.batch import Examples, TaskBatch
+from kfo_ext.tasks.draws import ClassDraws, task_labels
 
 
 class ImageClasses:
@@ -21,6 +24,7 @@ class ImageClasses:
     seed: the run's seed
     rotations: turn each class of each task by its own 0, 90, 180 or 270 degrees
     device: where all images are kept and meta-batches are made
+    names: of the classes, for messages
 
     Raises: TypeError or ValueError if the images, the offsets or the counts do not fit each other, ValueError if the
     device is not there.
@@ -38,22 +42,12 @@ class ImageClasses:
         seed: int = 0,
         rotations: bool = False,
         device: torch.device | str = "cpu",
+        names: Sequence[str] | None = None,
     ) -> None:
-        check_split(split)
         _check_images(images, offsets, rotations)
-        sizes = offsets.diff()
-        smallest = int(sizes.min())
-        check_count("ways", ways, 2, len(sizes), f"the {split} split has {len(sizes)} classes")
-        check_count("shots", shots, 1)
-        check_count("queries", queries, 1)
-        if shots + queries > smallest:
-            raise ValueError(
-                f"shots + queries: expected at most {smallest} (the smallest class of the {split} split), "
-                f"got {shots} + {queries} = {shots + queries}"
-            )
-        self.images, self.offsets, self.sizes = _moved(images, device), offsets[:-1], sizes
-        self.split, self.seed, self.rotations = split, seed, rotations
-        self.ways, self.shots, self.queries = ways, shots, queries
+        self.draws = ClassDraws(offsets.diff(), split, ways=ways, shots=shots, queries=queries, seed=seed, names=names)
+        self.images, self.rotations = _moved(images, device), rotations
+        self.names = None if names is None else tuple(names)
         # A tensor: CUDA divides by a Python number through its reciprocal, which rounds otherwise than the CPU.
         self._white = torch.tensor(255.0, dtype=torch.float32, device=self.images.device)
         self._turned_pixels = _turned_pixels(images.shape[-1]).to(self.images.device) if rotations else None
@@ -72,14 +66,7 @@ class ImageClasses:
         out: (tasks, ways, shots + queries) int64, the numbers of the images; with rotations one more, the quarter turns
         of the class
         """
-        check_count("index", index, 0)
-        check_count("tasks", tasks, 1)
-        generator = generator_for(self.seed, self.split, index)
-        classes = torch.rand(tasks, len(self.sizes), generator=generator, dtype=torch.float32).topk(self.ways).indices
-        drawn = self._draw_images(classes, generator)
-        if not self.rotations:
-            return drawn
-        return torch.cat([drawn, torch.randint(4, (*classes.shape, 1), generator=generator)], -1)
+        return self.draws.draw(index, tasks, rotations=self.rotations)
 
     def batch(self, drawn: Tensor) -> TaskBatch:
         """The meta-batch of what `draw` gave, queued on the device's current stream."""
@@ -89,14 +76,9 @@ class ImageClasses:
         else:
             drawn = drawn.to(self.images.device)
         pixels = None if self._turned_pixels is None else self._turned_pixels[drawn[..., -1]]
-        support, query = drawn[..., : self.shots + self.queries].split([self.shots, self.queries], -1)
+        shots, queries = self.draws.shots, self.draws.queries
+        support, query = drawn[..., : shots + queries].split([shots, queries], -1)
         return TaskBatch(self._examples(support, pixels), self._examples(query, pixels))
-
-    def _draw_images(self, classes: Tensor, generator: torch.Generator) -> Tensor:
-        positions = torch.arange(int(self.sizes.max()))
-        keys = torch.rand(*classes.shape, len(positions), generator=generator, dtype=torch.float32)
-        keys.masked_fill_(positions >= self.sizes[classes].unsqueeze(-1), -1.0)
-        return self.offsets[classes].unsqueeze(-1) + keys.topk(self.shots + self.queries).indices
 
     def _examples(self, numbers: Tensor, pixels: Tensor | None) -> Examples:
         """The images of those numbers (T, ways, each); pixels: (T, ways, H * W), where each pixel comes from."""
@@ -106,8 +88,7 @@ class ImageClasses:
             flat = images.view(tasks, ways, each, images.shape[1], -1)
             images = flat.gather(-1, pixels[:, :, None, None].expand_as(flat))
         x = images.to(torch.float32).div_(self._white).view(tasks, ways * each, *self.images.shape[1:])
-        labels = torch.arange(ways, device=x.device).view(1, ways, 1).repeat(tasks, 1, each)
-        return Examples(x, labels.flatten(1))
+        return Examples(x, task_labels(tasks, ways, each, x.device))
 
 
 def _turned_pixels(side: int) -> Tensor:

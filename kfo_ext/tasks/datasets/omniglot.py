@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kfo_ext.tasks.archives import Archive, fetch, read_images, sha256_of
 from kfo_ext.tasks.batch import check_split
-from kfo_ext.tasks.cache import cache_folder, cached
+from kfo_ext.tasks.cache import Decoded, Plan, cache_folder, cached, key_of
 from kfo_ext.tasks.images import ImageClasses
+from kfo_ext.tasks.options import ArchiveOptions, option
 
 SOURCE = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 ARCHIVES = (
@@ -36,8 +36,21 @@ DRAWERS = 20
 SIDE = 28
 # the split is part of the data set: it never follows a run's seed
 SPLIT_SEED = 1623
-# raised when the decoded pixels or the layout of the cache file change
-CACHE_FORMAT = 1
+# raised when the decoded pixels change
+CACHE_FORMAT = "omniglot 2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniglotOptions(ArchiveOptions):
+    """Options of Omniglot."""
+
+    rotations: bool = option(True, "turn each class of each task by its own multiple of 90 degrees")
+    download: bool = option(False, "fetch missing archives into root")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One channel."""
+        return (1, SIDE, SIDE)
 
 
 class Omniglot(ImageClasses):
@@ -75,13 +88,11 @@ class Omniglot(ImageClasses):
         check_split(split)
         if download:
             download_omniglot(root)
-        content = _load(Path(root), cache_folder(cache))
-        members = split_classes(len(content["names"]), split)
-        images = content["images"][members]
-        self.names = tuple(content["names"][member] for member in members)
+        images, _, names = _load(Path(root), cache_folder(cache))
+        members = split_classes(len(names), split)
         super().__init__(
-            images.flatten(0, 1),
-            torch.arange(len(members) + 1) * images.shape[1],
+            images.view(len(names), DRAWERS, *images.shape[1:])[members].flatten(0, 1),
+            torch.arange(len(members) + 1) * DRAWERS,
             split,
             ways=ways,
             shots=shots,
@@ -89,6 +100,7 @@ class Omniglot(ImageClasses):
             seed=seed,
             rotations=rotations,
             device=device,
+            names=[names[member] for member in members],
         )
 
 
@@ -113,7 +125,7 @@ def split_classes(classes: int, split: str) -> list[int]:
     return order[first : first + CLASSES[split]]
 
 
-def _load(root: Path, folder: Path) -> dict[str, Any]:
+def _load(root: Path, folder: Path) -> Decoded:
     missing = [archive.name for archive in ARCHIVES if not (root / archive.name).is_file()]
     if missing:
         state = "has no" if root.is_dir() else "is no folder; expected one with"
@@ -121,28 +133,24 @@ def _load(root: Path, folder: Path) -> dict[str, Any]:
             f"root: {root} {state} {' and '.join(missing)}, the archives of {SOURCE}; "
             f"kfo_ext.tasks.download_omniglot({str(root)!r}) fetches them"
         )
-    digests = "".join(sha256_of(root / archive.name) for archive in ARCHIVES)
-    key = hashlib.sha256(f"{CACHE_FORMAT} {digests}".encode()).hexdigest()[:16]
-    return cached(folder / f"omniglot-{SIDE}-{key}.pt", lambda: _decode(root))
+    key = key_of(CACHE_FORMAT, *(sha256_of(root / archive.name) for archive in ARCHIVES))
+    return cached(folder / f"omniglot-{SIDE}-{key}.images", lambda: _plan(root))
 
 
-def _decode(root: Path) -> dict[str, Any]:
-    """The sorted classes of both archives.
-
-    out: images (classes, drawers, 1, side, side) uint8 with ink = 255, names ("Alphabet/character01") of the classes
-    """
-    pixels: dict[str, bytearray] = {}
+def _plan(root: Path) -> Plan:
+    """The sorted classes of both archives, "Alphabet/character01", with ink = 255."""
+    pixels: dict[str, list[bytes]] = {}
     for archive in ARCHIVES:
         for path, png in read_images(root / archive.name, archive):
-            name = "/".join(path.split("/")[1:3])
-            pixels.setdefault(name, bytearray()).extend(_gray(png))
+            pixels.setdefault("/".join(path.split("/")[1:3]), []).append(_ink(png))
     names = sorted(pixels)
-    flat = torch.frombuffer(bytearray().join(pixels[name] for name in names), dtype=torch.uint8)
-    return {"images": 255 - flat.view(len(names), DRAWERS, 1, SIDE, SIDE), "names": names}
+    return Plan(
+        tuple(names), (DRAWERS,) * len(names), (1, SIDE, SIDE), lambda: (one for name in names for one in pixels[name])
+    )
 
 
-def _gray(png: bytes) -> bytes:
-    from PIL import Image
+def _ink(png: bytes) -> bytes:
+    from PIL import Image, ImageChops
 
     with Image.open(io.BytesIO(png)) as image:
-        return image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS).tobytes()
+        return ImageChops.invert(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)).tobytes()

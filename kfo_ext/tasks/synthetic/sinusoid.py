@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kfo_ext.tasks.batch import Examples, TaskBatch, check_count, check_split, generator_for
+from kfo_ext.tasks.batch import TaskBatch
+from kfo_ext.tasks.options import PointOptions
+from kfo_ext.tasks.synthetic.points import Points
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinusoidOptions(PointOptions):
+    """Options of Sinusoid."""
 
 
 class Sinusoid:
@@ -22,26 +30,15 @@ class Sinusoid:
     """
 
     def __init__(self, split: str, *, shots: int = 10, queries: int = 10, seed: int = 0) -> None:
-        self.split, self.seed = check_split(split), seed
-        self.shots = check_count("shots", shots, 1)
-        self.queries = check_count("queries", queries, 1)
+        self._points = Points(split, shots, queries, seed)
 
     def sample(self, index: int, tasks: int) -> TaskBatch:
         """The meta-batch number `index`: x and y are (tasks, shots or queries, 1) float32."""
-        check_count("index", index, 0)
-        check_count("tasks", tasks, 1)
-        generator = generator_for(self.seed, self.split, index)
+        generator = self._points.generator(index, tasks)
 
         def uniform(low: float, high: float, points: int) -> Tensor:
             return torch.rand(tasks, points, 1, generator=generator, dtype=torch.float32) * (high - low) + low
 
         amplitude, phase = uniform(0.1, 5.0, 1), uniform(0.0, math.pi, 1)
-        x = uniform(-5.0, 5.0, self.shots + self.queries)
-        y = amplitude * torch.sin(x - phase)
-        support, query = (
-            Examples(*parts)
-            for parts in zip(
-                x.split([self.shots, self.queries], 1), y.split([self.shots, self.queries], 1), strict=True
-            )
-        )
-        return TaskBatch(support, query)
+        x = uniform(-5.0, 5.0, self._points.each)
+        return self._points.batch(x, amplitude * torch.sin(x - phase))

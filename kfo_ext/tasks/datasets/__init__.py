@@ -1,0 +1,1 @@
+"""Task families of real images, read from the files that they are distributed in."""

@@ -1,0 +1,177 @@
+"""Any tree with a folder of images per class: tieredImageNet, CUB, or a user's own photographs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kfo_ext.tasks.batch import SPLITS, check_count, check_split
+from kfo_ext.tasks.cache import Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.decoding import Target, decoded, is_image
+from kfo_ext.tasks.images import ImageClasses
+from kfo_ext.tasks.options import ArchiveOptions, option
+from kfo_ext.tasks.sources import Source, open_source, refuse_pickles
+from kfo_ext.tasks.splits import check_members, check_splits, read_splits, split_named
+
+SIDE = 84
+CHANNELS = ("gray", "rgb")
+LAYOUT = "a folder of images per class, in folders train, val and test or with a splits file"
+# raised when the decoded pixels change
+CACHE_FORMAT = "folders 1"
+
+Tree = dict[str, list[str]]
+"""A class to the paths of its images, both sorted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldersOptions(ArchiveOptions):
+    """Options of Folders."""
+
+    splits: str | None = option(None, "JSON file, or folder with train, val and test.txt; none reads root's folders")
+    side: int = option(SIDE, "pixels of a side; images of another size are resized", least=1)
+    colour: str = option("rgb", "channels of the images", choices=CHANNELS)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One channel or three."""
+        return _target(self.side, self.colour).shape
+
+
+class Folders(ImageClasses):
+    """Few-shot tasks of a tree with a folder of images per class, resized to side x side by Lanczos, in [0, 1].
+
+    root: folder or zip archive
+    split: train, validation or test
+    ways, shots, queries: classes per task, support and query images per class
+    splits: which class folders belong to a split: a JSON file {"train": [...], "val": [...], "test": [...]}, or a
+        folder with train.txt, val.txt and test.txt, a class a line. A class is named by its folder, with as much of the
+        path before it as tells it from the others. Default: `root` has the folders train, val (or validation) and test
+    side: pixels of a side
+    colour: rgb or gray
+    seed: the run's seed
+    rotations: turn each class of each task by its own multiple of 90 degrees
+    device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file
+    cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home
+
+    Raises: FileNotFoundError if root or splits are not there; ValueError for damaged images, for splits that overlap,
+    are empty or name missing classes, for options out of range and if the device is not there.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        *,
+        ways: int = 5,
+        shots: int = 5,
+        queries: int = 5,
+        splits: str | os.PathLike[str] | None = None,
+        side: int = SIDE,
+        colour: str = "rgb",
+        seed: int = 0,
+        rotations: bool = False,
+        device: torch.device | str = "cpu",
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        check_split(split)
+        target = _target(check_count("side", side, 1), colour)
+        listed = None if splits is None else read_splits(Path(splits))
+        if not Path(root).exists():
+            raise FileNotFoundError(f"root: {root} is not there; expected {LAYOUT}")
+        with open_source(Path(root)) as source:
+            self.name = source.name
+            key = key_of(CACHE_FORMAT, source.digest, split, repr(listed), repr(target))
+            path = cache_folder(cache) / f"{self.name}-{split}-{side}-{key}.images"
+            images, offsets, names = cached(path, lambda: _plan(source, split, listed, target))
+        super().__init__(
+            images,
+            offsets,
+            split,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            seed=seed,
+            rotations=rotations,
+            device=device,
+            names=names,
+        )
+
+
+def _target(side: int, colour: str) -> Target:
+    if colour not in CHANNELS:
+        raise ValueError(f"colour: expected one of {', '.join(CHANNELS)}, got {colour!r}")
+    return Target(side, 1 if colour == "gray" else 3)
+
+
+def _plan(source: Source, split: str, listed: dict[str, list[str]] | None, target: Target) -> Plan:
+    tree = class_tree(source.names)
+    if not tree:
+        refuse_pickles(source.path, source.names, LAYOUT)
+        raise FileNotFoundError(f"root: {source.path} has no images in folders; expected {LAYOUT}")
+    splits = _of_folders(tree, source) if listed is None else _of_lists(tree, listed, source)
+    classes = splits[split]
+    paths = [path for images in classes.values() for path in images]
+    return Plan(
+        tuple(classes),
+        tuple(map(len, classes.values())),
+        target.shape,
+        lambda: decoded(source.read, paths, target, title=f"{source.name} {split}", where=str(source.path)),
+    )
+
+
+def class_tree(names: Iterable[str]) -> Tree:
+    """Every folder that holds images, with them."""
+    tree: Tree = {}
+    for name in sorted(filter(is_image, names)):
+        folder, slash, _ = name.rpartition("/")
+        if slash:
+            tree.setdefault(folder, []).append(name)
+    return tree
+
+
+def _of_folders(tree: Tree, source: Source) -> dict[str, Tree]:
+    """Classes by the outermost folder named after a split; a class is the path behind it."""
+    splits: dict[str, Tree] = {split: {} for split in SPLITS}
+    outside = []
+    for folder, images in tree.items():
+        parts = folder.split("/")
+        depth = next((depth for depth, part in enumerate(parts) if split_named(part)), len(parts))
+        name = "/".join(parts[depth + 1 :])
+        split = split_named(parts[depth]) if name else None
+        if split is None:
+            outside.append(folder)
+        else:
+            splits[split].setdefault(name, []).extend(images)
+    if outside:
+        raise ValueError(
+            f"root: {source.path}: {outside[0]} holds images and lies in no folder train, val or test, as a "
+            "class would; give the splits in a file"
+        )
+    check_splits({split: list(classes) for split, classes in splits.items()}, f"root: {source.path}")
+    return splits
+
+
+def _of_lists(tree: Tree, listed: dict[str, list[str]], source: Source) -> dict[str, Tree]:
+    """Classes as the splits' lists name them."""
+    check_splits(listed, "splits")
+    ends: dict[str, list[str]] = {}
+    for folder in tree:
+        parts = folder.split("/")
+        for depth in range(len(parts)):
+            ends.setdefault("/".join(parts[depth:]), []).append(folder)
+    check_members(listed, ends, f"root: {source.path}")
+    splits, taken = {}, dict.fromkeys(tree, "")
+    for split, names in listed.items():
+        for name in names:
+            if len(ends[name]) > 1 and name not in tree:
+                raise ValueError(f"splits: class {name!r} may be {' or '.join(ends[name])}: give more of the path")
+            folder = name if name in tree else ends[name][0]
+            if taken[folder]:
+                raise ValueError(f"splits: {taken[folder]!r} and {name!r} are the same folder {folder}")
+            taken[folder] = name
+        splits[split] = {name: tree[name if name in tree else ends[name][0]] for name in sorted(names)}
+    return splits

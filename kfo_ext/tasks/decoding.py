@@ -1,0 +1,122 @@
+"""Image files to pixels: checked, resized, several at a time."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# Others, of 16 bits or of floats, need a conversion that only the user can choose.
+MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+TRANSPARENT = ("LA", "PA", "RGBA")
+MOST_PIXELS = 1 << 26
+# Images decoded ahead of the one that is taken.
+AHEAD = 64
+
+
+class Target(NamedTuple):
+    """What an image becomes.
+
+    side: of the square, in pixels; other images are resized to it with Lanczos, not cropped
+    channels: 1 (brightness) or 3 (red, green, blue)
+    exact: refuse images of another size or mode
+    """
+
+    side: int
+    channels: int = 3
+    exact: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (self.channels, self.side, self.side)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def pixels_of(content: bytes, name: str, target: Target) -> bytes:
+    """The bytes (C, H, W) of an image file.
+
+    Raises: ValueError naming the file if it is damaged, too large, of a mode without one meaning, or not exact.
+    """
+    from PIL import Image as pillow
+
+    mode = "L" if target.channels == 1 else "RGB"
+    try:
+        with pillow.open(io.BytesIO(content)) as image:
+            _check(image, name, target, mode)
+            square = _opaque(image, name).convert(mode)
+            if square.size != (target.side, target.side):
+                square = square.resize((target.side, target.side), pillow.Resampling.LANCZOS)
+            return b"".join(plane.tobytes() for plane in square.split())
+    except _Refused:
+        raise
+    # Pillow's decoders raise whatever they meet in a damaged file.
+    except Exception as error:
+        raise ValueError(f"{name} is no whole image ({type(error).__name__}: {error})") from error
+
+
+class _Refused(ValueError):
+    pass
+
+
+def _check(image: Image, name: str, target: Target, mode: str) -> None:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise _Refused(f"{name}: expected at most {MOST_PIXELS} pixels, got {width} x {height}")
+    if target.exact and (image.size != (target.side, target.side) or image.mode != mode):
+        raise _Refused(
+            f"{name}: expected {target.side} x {target.side} pixels of mode {mode}, got {width} x {height} of mode "
+            f"{image.mode}"
+        )
+    if image.mode not in MODES + TRANSPARENT:
+        raise _Refused(f"{name}: expected an image of 8 bits a channel ({', '.join(MODES)}), got mode {image.mode}")
+
+
+def _opaque(image: Image, name: str) -> Image:
+    """The image without its alpha channel, which must hide nothing: what lies under it has no defined colour."""
+    if image.mode not in TRANSPARENT and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema() != (255, 255):
+        raise _Refused(f"{name}: expected an opaque image, got transparent pixels; lay it on a background first")
+    return image.convert("RGB")
+
+
+def decoded(
+    read: Callable[[str], bytes], names: Sequence[str], target: Target, *, title: str, where: str
+) -> Iterator[bytes]:
+    """The bytes of each image, in the order of the names, with a progress bar on a terminal.
+
+    read: gives a file's content
+    title: of the progress bar
+    where: names the archive in messages
+    """
+    from tqdm import tqdm
+
+    def one(name: str) -> bytes:
+        return pixels_of(read(name), f"{where}: {name}", target)
+
+    workers = min(8, len(os.sched_getaffinity(0)))
+    # disable=None: silent unless standard error is a terminal
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="kfo-decode") as pool,
+        tqdm(desc=title, total=len(names), unit="image", disable=None) as bar,
+    ):
+        rest = iter(names)
+        pending = deque(pool.submit(one, name) for name in islice(rest, AHEAD))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(pool.submit(one, name) for name in islice(rest, 1))
+            bar.update()

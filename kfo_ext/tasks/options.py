@@ -1,0 +1,133 @@
+"""Options of a task family: frozen dataclasses that check themselves, which configurations and command lines read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from kfo_ext.tasks.batch import check_count
+
+Targets = Literal["classes", "binary", "values"]
+"""What a family's labels are: `classes` (n,) int64, `binary` (n, 1) float of 0 and 1, `values` (n, d) float."""
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None) -> Any:
+    """A field of an options dataclass; its metadata holds the help text and the bounds.
+
+    default: its value if nothing is given
+    help: one line
+    choices: the only values, if any
+    least: the least value
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyOptions:
+    """What every family's options share; a field of a subclass is an argument of the family's constructor.
+
+    Raises: TypeError or ValueError naming the field, what it expects and what it got.
+    """
+
+    targets: ClassVar[Targets] = "classes"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), hints[item.name], item.metadata)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        raise NotImplementedError
+
+    @property
+    def outputs(self) -> int:
+        """Outputs that a network for these tasks has."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(FamilyOptions):
+    """Options of a family of image classes."""
+
+    ways: int = option(5, "classes of a task", least=2)
+    shots: int = option(5, "support images of a class", least=1)
+    queries: int = option(5, "query images of a class", least=1)
+    rotations: bool = option(False, "turn each class of each task by its own multiple of 90 degrees")
+
+    @property
+    def outputs(self) -> int:
+        """One logit per class."""
+        return self.ways
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchiveOptions(ImageOptions):
+    """Options of a family of image classes that are read from files."""
+
+    root: str = option("", "folder or archive that holds the data set")
+    cache: str | None = option(None, "folder of the decoded images; none is $KFO_CACHE, else the user's cache folder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.root:
+            raise ValueError("root: expected the folder or archive that holds the data set, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointOptions(FamilyOptions):
+    """Options of a family of points drawn from a formula."""
+
+    shots: int = option(10, "support points of a task", least=1)
+    queries: int = option(10, "query points of a task", least=1)
+
+    targets: ClassVar[Targets] = "values"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One number."""
+        return (1,)
+
+    @property
+    def outputs(self) -> int:
+        """One number."""
+        return 1
+
+
+def check_number(name: str, value: float, low: float) -> float:
+    """The number, or TypeError if it is none, ValueError if it is not finite or below `low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (math.isfinite(value) and value >= low):
+        raise ValueError(f"{name}: expected a finite number of at least {low}, got {value}")
+    return value
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """The value, or ValueError if it is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
+    types: dict[Any, Any] = {
+        bool: bool,
+        int: int,
+        float: (int, float),
+        str: str,
+        str | None: (str, type(None)),
+    }
+    if not isinstance(value, types[hint]) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    if rules["choices"]:
+        check_choice(name, value, rules["choices"])
+    if rules["least"] is not None and hint is int:
+        check_count(name, value, rules["least"])
+    elif rules["least"] is not None:
+        check_number(name, value, rules["least"])
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name}: expected text without null characters, got {value!r}")

@@ -1,0 +1,167 @@
+"""Where the files of a data set lie: a folder or a zip archive, read in place and never unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from kfo_ext.tasks.archives import UNREADABLE, sha256_of
+
+# No photograph, list of files or list of classes is larger; what claims to be would fill the memory.
+MOST_BYTES = 1 << 28
+# Folders inside folders; more is a link that leads back to where it started.
+MOST_DEPTH = 12
+PICKLES = (".pkl", ".pickle", ".pck", ".p")
+
+
+class Source(ABC):
+    """Files by their path, with slashes and relative to `path`.
+
+    path: the folder or the archive
+    names: of all files, sorted; hidden ones and those of __MACOSX are left out
+    digest: changes when a file does
+    """
+
+    path: Path
+    names: list[str]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """What results on this data are called: the archive's or the folder's own name."""
+        path = self.path.resolve()
+        return path.stem if path.is_file() else path.name
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the archive; nothing can be read after it."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The content of one file.
+
+        Raises: ValueError naming the file if it cannot be read, or is larger than any image.
+        """
+
+    def read_text(self, name: str) -> str:
+        """The content of a text file in UTF-8."""
+        try:
+            return self.read(name).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: {name} is no text in UTF-8 ({error})") from None
+
+
+class Folder(Source):
+    """The files below a folder. Its digest is of their names, sizes and times: their contents are not read twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = sorted(_walk(path, "", 0))
+        self.names = [name for name, _ in found if _is_visible(name)]
+        self.digest = hashlib.sha256(repr([one for one in found if _is_visible(one[0])]).encode()).hexdigest()
+
+    def read(self, name: str) -> bytes:
+        path = self.path / name
+        try:
+            size = path.stat().st_size
+            content = path.read_bytes() if size <= MOST_BYTES else b""
+        except OSError as error:
+            raise ValueError(f"{self.path}: {name} cannot be read ({error})") from error
+        _check_size(self.path, name, size)
+        return content
+
+    def close(self) -> None:
+        pass
+
+
+class Zip(Source):
+    """The files of a zip archive. Its digest is that of the archive.
+
+    Raises: ValueError if the archive is truncated or no zip file, holds a path that leads out of it, two files of one
+        path, or a file larger than any image.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.digest = path, sha256_of(path)
+        try:
+            self._file = zipfile.ZipFile(path)
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{path} is no whole zip archive ({error}): got {path.stat().st_size} bytes with sha256 {self.digest}; "
+                "download it again"
+            ) from error
+        self._entries: dict[str, zipfile.ZipInfo] = {}
+        for entry in self._file.infolist():
+            if entry.is_dir() or not _is_visible(entry.filename):
+                continue
+            _check_path(path, entry.orig_filename)
+            _check_size(path, entry.filename, entry.file_size)
+            if entry.filename in self._entries:
+                raise ValueError(f"{path} holds {entry.filename} twice: expected each file once")
+            self._entries[entry.filename] = entry
+        self.names = sorted(self._entries)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._file.read(self._entries[name])
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{self.path} is damaged or packed in a way that Python does not read ({name}: {error}); "
+                "download it again"
+            ) from error
+
+
+def open_source(path: Path) -> Source:
+    """The files of a folder or of a zip archive."""
+    return Folder(path) if path.is_dir() else Zip(path)
+
+
+def refuse_pickles(path: Path, names: list[str], expected: str) -> None:
+    """Raise ValueError if there is a pickled cache among the names."""
+    pickles = [name for name in names if name.lower().endswith(PICKLES)]
+    if pickles:
+        raise ValueError(
+            f"root: {path} holds the pickled cache {pickles[0]}, and unpickling a file runs whatever code it holds; "
+            f"expected {expected}"
+        )
+
+
+def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    if depth > MOST_DEPTH:
+        raise ValueError(f"root: {folder} lies more than {MOST_DEPTH} folders deep: does a link lead back to it?")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", depth + 1)
+            elif entry.is_file():
+                status = entry.stat()
+                yield prefix + entry.name, (status.st_size, status.st_mtime_ns)
+
+
+def _is_visible(name: str) -> bool:
+    parts = name.split("/")
+    return not any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
+
+
+def _check_path(archive: Path, name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name.split("/")[0] or "\0" in name:
+        raise ValueError(f"{archive} holds the path {name!r}, which leads out of it or means another file elsewhere")
+
+
+def _check_size(archive: Path, name: str, size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"{archive}: expected files of at most {MOST_BYTES} bytes, got {name} of {size}")

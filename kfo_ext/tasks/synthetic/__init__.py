@@ -1,0 +1,1 @@
+"""Task families that are drawn from a formula and need no data."""

@@ -1,0 +1,46 @@
+"""Linear regression in one dimension, the tasks of the paper's analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfo_ext.tasks.batch import TaskBatch
+from kfo_ext.tasks.options import PointOptions, check_number, option
+from kfo_ext.tasks.synthetic.points import Points
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(PointOptions):
+    """Options of Linear."""
+
+    noise: float = option(1.0, "standard deviation of the targets about the line", least=0)
+
+
+class Linear:
+    """Tasks y = theta x + noise * n with theta, x and n standard normal numbers.
+
+    split: the name of the stream; the splits share the distribution and no draw
+    shots, queries: support and query points per task
+    noise: standard deviation of the targets about the line; no model has a mean squared error below its square
+    seed: the run's seed
+
+    Raises: ValueError or TypeError for an unknown split or an option out of range.
+    Source: the paper, section 4.1.
+    """
+
+    def __init__(self, split: str, *, shots: int = 10, queries: int = 10, noise: float = 1.0, seed: int = 0) -> None:
+        self._points = Points(split, shots, queries, seed)
+        self.noise = check_number("noise", noise, 0)
+
+    def sample(self, index: int, tasks: int) -> TaskBatch:
+        """The meta-batch number `index`: x and y are (tasks, shots or queries, 1) float32."""
+        generator = self._points.generator(index, tasks)
+
+        def normal(points: int) -> Tensor:
+            return torch.randn(tasks, points, 1, generator=generator, dtype=torch.float32)
+
+        theta, x, n = normal(1), normal(self._points.each), normal(self._points.each)
+        return self._points.batch(x, theta * x + self.noise * n)

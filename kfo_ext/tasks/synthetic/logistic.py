@@ -1,0 +1,74 @@
+"""Binary logistic regression in any dimension, the tasks of the paper's appendix B.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kfo_ext.tasks.batch import TaskBatch, check_count
+from kfo_ext.tasks.options import PointOptions, Targets, check_choice, option
+from kfo_ext.tasks.synthetic.points import Points
+
+LABELS = ("separable", "bernoulli")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogisticOptions(PointOptions):
+    """Options of Logistic."""
+
+    dimension: int = option(2, "dimension of the inputs", least=1)
+    labels: str = option("separable", "1[theta^T x > 0], or drawn with probability sigma(theta^T x)", choices=LABELS)
+
+    targets: ClassVar[Targets] = "binary"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """A vector."""
+        return (self.dimension,)
+
+
+class Logistic:
+    """Two-class tasks with a linear boundary: theta and x are standard normal vectors.
+
+    split: the name of the stream; the splits share the distribution and no draw
+    shots, queries: support and query points per task, of both classes together
+    dimension: of theta and x
+    labels: separable gives 1[theta^T x > 0]; bernoulli draws 1 with probability sigma(theta^T x), where in two
+        dimensions no classifier is right on more than 69.3 % of the points
+    seed: the run's seed
+
+    Raises: ValueError or TypeError for an unknown split or an option out of range.
+    Source: the paper, appendix B.1. Its figure needs separable labels, its text says bernoulli.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        shots: int = 10,
+        queries: int = 10,
+        dimension: int = 2,
+        labels: str = "separable",
+        seed: int = 0,
+    ) -> None:
+        self._points = Points(split, shots, queries, seed)
+        self.dimension = check_count("dimension", dimension, 1)
+        self.labels = check_choice("labels", labels, LABELS)
+
+    def sample(self, index: int, tasks: int) -> TaskBatch:
+        """The meta-batch number `index`: x (tasks, n, dimension) and y (tasks, n, 1) of 0 and 1, both float32.
+
+        y is what binary_cross_entropy_with_logits takes beside a network's one logit.
+        """
+        generator = self._points.generator(index, tasks)
+        theta = torch.randn(tasks, self.dimension, 1, generator=generator, dtype=torch.float32)
+        x = torch.randn(tasks, self._points.each, self.dimension, generator=generator, dtype=torch.float32)
+        # In float64, so that no label depends on how a machine rounds.
+        logits = x.double() @ theta.double()
+        if self.labels == "separable":
+            y = logits > 0
+        else:
+            y = torch.rand(logits.shape, generator=generator, dtype=torch.float64) < logits.sigmoid()
+        return self._points.batch(x, y.to(torch.float32))

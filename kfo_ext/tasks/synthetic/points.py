@@ -1,0 +1,41 @@
+"""What the families of points share: counts, a generator per meta-batch, support and query."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfo_ext.tasks.batch import Examples, TaskBatch, check_count, check_split, generator_for
+
+
+class Points:
+    """The numbers of one stream of tasks, and where a task's points go.
+
+    split: the name of the stream; the splits share the distribution and no draw
+    shots, queries: support and query points per task
+    seed: the run's seed
+
+    Raises: ValueError or TypeError for an unknown split or a count out of range.
+    """
+
+    def __init__(self, split: str, shots: int, queries: int, seed: int) -> None:
+        self.split, self.seed = check_split(split), seed
+        self.shots = check_count("shots", shots, 1)
+        self.queries = check_count("queries", queries, 1)
+
+    @property
+    def each(self) -> int:
+        """Points of a task."""
+        return self.shots + self.queries
+
+    def generator(self, index: int, tasks: int) -> torch.Generator:
+        """The generator of the meta-batch number `index`."""
+        check_count("index", index, 0)
+        check_count("tasks", tasks, 1)
+        return generator_for(self.seed, self.split, index)
+
+    def batch(self, x: Tensor, y: Tensor) -> TaskBatch:
+        """The first `shots` points of each task as support, the rest as query."""
+        sizes = [self.shots, self.queries]
+        support, query = (Examples(*parts) for parts in zip(x.split(sizes, 1), y.split(sizes, 1), strict=True))
+        return TaskBatch(support, query)
