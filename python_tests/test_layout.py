@@ -23,7 +23,7 @@ ALLOWED = {
     "packing": {"ops"},
     "problems": {"ops", "packing"},
     "functional": {"ops"},
-    "tasks": set(),
+    "tasks": {"lazy"},
     "networks": {"functional", "choices"},
     "updates": {"functional", "problems", "packing", "ops", "machine"},
     "adapt": {"updates", "packing", "ops", "tasks"},

@@ -10,8 +10,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-SPLITS = ("train", "validation", "test")
-
 
 class Examples(NamedTuple):
     """Labelled examples of T tasks.
@@ -104,23 +102,3 @@ def generator_for(seed: int, *stream: int | str) -> torch.Generator:
     """
     digest = hashlib.blake2b(repr((operator.index(seed), *stream)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def check_split(split: str) -> str:
-    """The split's name, or ValueError."""
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    return split
-
-
-def check_count(name: str, value: int, low: int, high: int | None = None, limit: str = "") -> int:
-    """The count, or TypeError if it is no int, ValueError if it lies outside [low, high].
-
-    limit: what sets `high`, for the message
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name}: expected {bounds}{f' ({limit})' if limit else ''}, got {value}")
-    return value

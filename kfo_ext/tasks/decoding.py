@@ -51,6 +51,7 @@ def pixels_of(content: bytes, name: str, target: Target) -> bytes:
     Raises: ValueError naming the file if it is damaged, too large, of a mode without one meaning, or not exact.
     """
     from PIL import Image as pillow
+    from PIL import UnidentifiedImageError
 
     mode = "L" if target.channels == 1 else "RGB"
     try:
@@ -62,6 +63,8 @@ def pixels_of(content: bytes, name: str, target: Target) -> bytes:
             return b"".join(plane.tobytes() for plane in square.split())
     except _Refused:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is no whole image: Pillow knows no such format") from error
     # Pillow's decoders raise whatever they meet in a damaged file.
     except Exception as error:
         raise ValueError(f"{name} is no whole image ({type(error).__name__}: {error})") from error

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfo_ext.tasks.batch import check_count, check_split, generator_for
+from kfo_ext.tasks.batch import generator_for
+from kfo_ext.tasks.checks import check_count, check_split
 
 
 class ClassDraws:

@@ -1,13 +1,20 @@
-"""Options of a task family: frozen dataclasses that check themselves, which configurations and command lines read."""
+"""Options of the task families: frozen dataclasses that check themselves.
+
+Without torch: configurations and the help of a command line read the fields, and import no family.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from kfo_ext.tasks.batch import check_count
+from kfo_ext.tasks.checks import check_choice, check_count, check_number
+
+# as published for mini-ImageNet
+SIDE = 84
+COLOURS = ("gray", "rgb")
+LABELS = ("separable", "bernoulli")
 
 Targets = Literal["classes", "binary", "values"]
 """What a family's labels are: `classes` (n,) int64, `binary` (n, 1) float of 0 and 1, `values` (n, d) float."""
@@ -78,6 +85,69 @@ class ArchiveOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GlyphsOptions(ImageOptions):
+    """Options of Glyphs."""
+
+    rotations: bool = option(True, "turn each class of each task by its own multiple of 90 degrees")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One channel."""
+        return (1, 28, 28)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniglotOptions(ArchiveOptions):
+    """Options of Omniglot."""
+
+    rotations: bool = option(True, "turn each class of each task by its own multiple of 90 degrees")
+    download: bool = option(False, "fetch missing archives into root")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One channel."""
+        return (1, 28, 28)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CifarFsOptions(ArchiveOptions):
+    """Options of CifarFs."""
+
+    splits: str | None = option(None, "folder with train.txt, val.txt, test.txt; none is Bertinetto's split")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Red, green, blue."""
+        return (3, 32, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvImagesOptions(ArchiveOptions):
+    """Options of CsvImages."""
+
+    side: int = option(SIDE, "pixels of a side; images of another size are resized", least=1)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Red, green, blue."""
+        return (3, self.side, self.side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldersOptions(ArchiveOptions):
+    """Options of Folders."""
+
+    splits: str | None = option(None, "JSON file, or folder with train, val and test.txt; none reads root's folders")
+    side: int = option(SIDE, "pixels of a side; images of another size are resized", least=1)
+    colour: str = option("rgb", "channels of the images", choices=COLOURS)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One channel or three."""
+        return (1 if self.colour == "gray" else 3, self.side, self.side)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PointOptions(FamilyOptions):
     """Options of a family of points drawn from a formula."""
 
@@ -97,20 +167,31 @@ class PointOptions(FamilyOptions):
         return 1
 
 
-def check_number(name: str, value: float, low: float) -> float:
-    """The number, or TypeError if it is none, ValueError if it is not finite or below `low`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (math.isfinite(value) and value >= low):
-        raise ValueError(f"{name}: expected a finite number of at least {low}, got {value}")
-    return value
+@dataclass(frozen=True, kw_only=True)
+class SinusoidOptions(PointOptions):
+    """Options of Sinusoid."""
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """The value, or ValueError if it is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(PointOptions):
+    """Options of Linear."""
+
+    noise: float = option(1.0, "standard deviation of the targets about the line", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogisticOptions(PointOptions):
+    """Options of Logistic."""
+
+    dimension: int = option(2, "dimension of the inputs", least=1)
+    labels: str = option("separable", "1[theta^T x > 0], or drawn with probability sigma(theta^T x)", choices=LABELS)
+
+    targets: ClassVar[Targets] = "binary"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """A vector."""
+        return (self.dimension,)
 
 
 def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:

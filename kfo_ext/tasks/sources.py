@@ -124,8 +124,16 @@ class Zip(Source):
             ) from error
 
 
-def open_source(path: Path) -> Source:
-    """The files of a folder or of a zip archive."""
+def open_source(path: Path, expected: str = "a folder or a zip archive") -> Source:
+    """The files of a folder or of a zip archive.
+
+    expected: what a message says belongs there
+
+    Raises: FileNotFoundError if nothing is there, ValueError for a pickled cache and what Zip raises.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"root: {path} is not there; expected {expected}")
+    refuse_pickles(path, [path.name], expected)
     return Folder(path) if path.is_dir() else Zip(path)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from kfo_ext.tasks.batch import SPLITS
+from kfo_ext.tasks.checks import SPLITS
 from kfo_ext.tasks.sources import Source
 
 # What files and folders of the validation split are called, beside its name.

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from kfo_ext.tasks.batch import TaskBatch, TaskFamily, check_count
+from kfo_ext.tasks.batch import TaskBatch, TaskFamily
+from kfo_ext.tasks.checks import check_count
 
 
 def batches(family: TaskFamily, tasks: int, start: int = 0, workers: int = 0) -> Generator[TaskBatch, None, None]:

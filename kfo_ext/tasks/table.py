@@ -1,50 +1,51 @@
-"""The task families by name: one line each."""
+"""The task families by name, one line each; no torch before a family is made."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from kfo_ext.tasks import options as of
 
-from kfo_ext.tasks.batch import TaskFamily
-from kfo_ext.tasks.datasets.cifar_fs import CifarFs, CifarFsOptions
-from kfo_ext.tasks.datasets.csv_images import CsvImages, CsvImagesOptions
-from kfo_ext.tasks.datasets.folders import Folders, FoldersOptions
-from kfo_ext.tasks.datasets.omniglot import Omniglot, OmniglotOptions
-from kfo_ext.tasks.options import FamilyOptions
-from kfo_ext.tasks.synthetic.glyphs import Glyphs, GlyphsOptions
-from kfo_ext.tasks.synthetic.linear import Linear, LinearOptions
-from kfo_ext.tasks.synthetic.logistic import Logistic, LogisticOptions
-from kfo_ext.tasks.synthetic.sinusoid import Sinusoid, SinusoidOptions
+if TYPE_CHECKING:
+    import torch
+
+    from kfo_ext.tasks.batch import TaskFamily
 
 
 class Family(NamedTuple):
     """A line of the table.
 
-    make: the family's constructor: make(split=, seed=, **options), and device= if on_device
-    options: its options, as a frozen dataclass: their names, defaults, bounds and help texts
+    path: module and name of the family's class
+    options: its options, a frozen dataclass: names, defaults, bounds and help texts
     help: one line
     on_device: whether the family keeps its images, and makes its tasks, on a device
     """
 
-    make: Callable[..., TaskFamily]
-    options: type[FamilyOptions]
+    path: str
+    options: type[of.FamilyOptions]
     help: str
     on_device: bool
 
+    @property
+    def make(self) -> Callable[..., TaskFamily]:
+        """The class: make(split=, seed=, **options), and device= if on_device."""
+        module, name = self.path.split(":")
+        return getattr(importlib.import_module(f"kfo_ext.tasks.{module}"), name)
+
 
 FAMILIES: dict[str, Family] = {
-    "cifar_fs": Family(CifarFs, CifarFsOptions, "CIFAR-FS, from its zip or from CIFAR-100's own archive", True),
-    "csv_images": Family(CsvImages, CsvImagesOptions, "images listed in csv files, mini-ImageNet's layout", True),
-    "folders": Family(Folders, FoldersOptions, "a folder of images per class (tieredImageNet, CUB, your own)", True),
-    "glyphs": Family(Glyphs, GlyphsOptions, "procedural characters, a stand-in for Omniglot without data", True),
-    "linear": Family(Linear, LinearOptions, "1-D linear regression (the paper, section 4.1)", False),
-    "logistic": Family(Logistic, LogisticOptions, "binary classes with a linear boundary (the paper, B.1)", False),
-    "omniglot": Family(Omniglot, OmniglotOptions, "handwritten characters, from the official archives", True),
-    "sinusoid": Family(Sinusoid, SinusoidOptions, "regression on sine waves", False),
+    "cifar_fs": Family("datasets.cifar_fs:CifarFs", of.CifarFsOptions, "CIFAR-FS, or CIFAR-100's own archive", True),
+    "csv_images": Family("datasets.csv_images:CsvImages", of.CsvImagesOptions, "mini-ImageNet's csv layout", True),
+    "folders": Family("datasets.folders:Folders", of.FoldersOptions, "a folder of images per class", True),
+    "glyphs": Family("synthetic.glyphs:Glyphs", of.GlyphsOptions, "procedural characters, drawn in memory", True),
+    "linear": Family("synthetic.linear:Linear", of.LinearOptions, "linear regression in one dimension", False),
+    "logistic": Family("synthetic.logistic:Logistic", of.LogisticOptions, "two classes, a linear boundary", False),
+    "omniglot": Family("datasets.omniglot:Omniglot", of.OmniglotOptions, "handwritten characters", True),
+    "sinusoid": Family("synthetic.sinusoid:Sinusoid", of.SinusoidOptions, "regression on sine waves", False),
 }
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from kfo_ext.tasks.archives import sha256_of
-from kfo_ext.tasks.batch import check_split
 from kfo_ext.tasks.cache import Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.checks import check_split
 from kfo_ext.tasks.datasets import bertinetto
 from kfo_ext.tasks.datasets.cifar100 import SHAPE, read_cifar100
 from kfo_ext.tasks.datasets.folders import Tree, class_tree
 from kfo_ext.tasks.decoding import Target, decoded
 from kfo_ext.tasks.images import ImageClasses
-from kfo_ext.tasks.options import ArchiveOptions, option
 from kfo_ext.tasks.sources import Zip, refuse_pickles
 from kfo_ext.tasks.splits import check_members, check_splits, lines_of, read_splits, split_files
 
@@ -28,18 +26,6 @@ LAYOUT = f"{ZIP} of CIFAR-FS or {PYTHON} of CIFAR-100"
 CACHE_FORMAT = "cifar_fs 1"
 
 Splits = dict[str, list[str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CifarFsOptions(ArchiveOptions):
-    """Options of CifarFs."""
-
-    splits: str | None = option(None, "folder with train.txt, val.txt, test.txt; none is Bertinetto's split")
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Red, green, blue."""
-        return SHAPE
 
 
 class CifarFs(ImageClasses):

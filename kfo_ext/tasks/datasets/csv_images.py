@@ -5,37 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kfo_ext.tasks.batch import check_count, check_split
 from kfo_ext.tasks.cache import Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.checks import check_count, check_split
 from kfo_ext.tasks.decoding import Target, decoded
 from kfo_ext.tasks.images import ImageClasses
-from kfo_ext.tasks.options import ArchiveOptions, option
+from kfo_ext.tasks.options import SIDE
 from kfo_ext.tasks.sources import Source, open_source, refuse_pickles
 from kfo_ext.tasks.splits import check_splits, split_files
 
-# as published for mini-ImageNet
-SIDE = 84
 COLUMNS = ["filename", "label"]
 LAYOUT = "train.csv, val.csv and test.csv with the columns filename and label, beside a folder images"
 # raised when the decoded pixels change
 CACHE_FORMAT = "csv_images 1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CsvImagesOptions(ArchiveOptions):
-    """Options of CsvImages."""
-
-    side: int = option(SIDE, "pixels of a side; images of another size are resized", least=1)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Red, green, blue."""
-        return (3, self.side, self.side)
 
 
 class CsvImages(ImageClasses):
@@ -95,13 +80,10 @@ class CsvImages(ImageClasses):
 
 
 def _open(root: Path) -> Source:
-    if not root.exists():
-        raise FileNotFoundError(f"root: {root} is not there; expected a folder or zip archive with {LAYOUT}")
-    refuse_pickles(root, [root.name], LAYOUT)
     archives = sorted(root.glob("*.zip")) if root.is_dir() and not list(root.rglob("train.csv")) else []
     if len(archives) > 1:
         raise ValueError(f"root: {root} holds several archives, {', '.join(path.name for path in archives)}: name one")
-    return open_source(archives[0] if archives else root)
+    return open_source(archives[0] if archives else root, f"a folder or zip archive with {LAYOUT}")
 
 
 def _plan(source: Source, split: str, target: Target) -> Plan:

@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kfo_ext.tasks.batch import SPLITS, check_count, check_split
 from kfo_ext.tasks.cache import Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.checks import SPLITS, check_choice, check_count, check_split
 from kfo_ext.tasks.decoding import Target, decoded, is_image
 from kfo_ext.tasks.images import ImageClasses
-from kfo_ext.tasks.options import ArchiveOptions, option
+from kfo_ext.tasks.options import COLOURS, SIDE
 from kfo_ext.tasks.sources import Source, open_source, refuse_pickles
 from kfo_ext.tasks.splits import check_members, check_splits, read_splits, split_named
 
-SIDE = 84
-CHANNELS = ("gray", "rgb")
 LAYOUT = "a folder of images per class, in folders train, val and test or with a splits file"
 # raised when the decoded pixels change
 CACHE_FORMAT = "folders 1"
 
 Tree = dict[str, list[str]]
 """A class to the paths of its images, both sorted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoldersOptions(ArchiveOptions):
-    """Options of Folders."""
-
-    splits: str | None = option(None, "JSON file, or folder with train, val and test.txt; none reads root's folders")
-    side: int = option(SIDE, "pixels of a side; images of another size are resized", least=1)
-    colour: str = option("rgb", "channels of the images", choices=CHANNELS)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """One channel or three."""
-        return _target(self.side, self.colour).shape
 
 
 class Folders(ImageClasses):
@@ -80,9 +63,7 @@ class Folders(ImageClasses):
         check_split(split)
         target = _target(check_count("side", side, 1), colour)
         listed = None if splits is None else read_splits(Path(splits))
-        if not Path(root).exists():
-            raise FileNotFoundError(f"root: {root} is not there; expected {LAYOUT}")
-        with open_source(Path(root)) as source:
+        with open_source(Path(root), LAYOUT) as source:
             self.name = source.name
             key = key_of(CACHE_FORMAT, source.digest, split, repr(listed), repr(target))
             path = cache_folder(cache) / f"{self.name}-{split}-{side}-{key}.images"
@@ -102,9 +83,7 @@ class Folders(ImageClasses):
 
 
 def _target(side: int, colour: str) -> Target:
-    if colour not in CHANNELS:
-        raise ValueError(f"colour: expected one of {', '.join(CHANNELS)}, got {colour!r}")
-    return Target(side, 1 if colour == "gray" else 3)
+    return Target(side, 1 if check_choice("colour", colour, COLOURS) == "gray" else 3)
 
 
 def _plan(source: Source, split: str, listed: dict[str, list[str]] | None, target: Target) -> Plan:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 import os
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from kfo_ext.tasks.archives import Archive, fetch, read_images, sha256_of
-from kfo_ext.tasks.batch import check_split
 from kfo_ext.tasks.cache import Decoded, Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.checks import check_split
 from kfo_ext.tasks.images import ImageClasses
-from kfo_ext.tasks.options import ArchiveOptions, option
 
 SOURCE = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 ARCHIVES = (
@@ -38,19 +36,6 @@ SIDE = 28
 SPLIT_SEED = 1623
 # raised when the decoded pixels change
 CACHE_FORMAT = "omniglot 2"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OmniglotOptions(ArchiveOptions):
-    """Options of Omniglot."""
-
-    rotations: bool = option(True, "turn each class of each task by its own multiple of 90 degrees")
-    download: bool = option(False, "fetch missing archives into root")
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """One channel."""
-        return (1, SIDE, SIDE)
 
 
 class Omniglot(ImageClasses):

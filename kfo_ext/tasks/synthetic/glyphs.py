@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfo_ext.tasks.batch import check_split
+from kfo_ext.tasks.checks import check_split
 from kfo_ext.tasks.images import ImageClasses
-from kfo_ext.tasks.options import ImageOptions, option
 
 CLASSES = {"train": 400, "validation": 60, "test": 160}
 DRAWERS = 20
@@ -23,18 +21,6 @@ POINTS = 48
 CHUNK = 20
 # the characters are a data set: they never follow a run's seed
 UNIVERSE_SEED = 28
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlyphsOptions(ImageOptions):
-    """Options of Glyphs."""
-
-    rotations: bool = option(True, "turn each class of each task by its own multiple of 90 degrees")
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """One channel."""
-        return (1, SIDE, SIDE)
 
 
 class Glyphs(ImageClasses):

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from kfo_ext.tasks.batch import TaskBatch
-from kfo_ext.tasks.options import PointOptions, check_number, option
+from kfo_ext.tasks.checks import check_number
 from kfo_ext.tasks.synthetic.points import Points
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearOptions(PointOptions):
-    """Options of Linear."""
-
-    noise: float = option(1.0, "standard deviation of the targets about the line", least=0)
 
 
 class Linear:

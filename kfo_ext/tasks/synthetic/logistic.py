@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 
-from kfo_ext.tasks.batch import TaskBatch, check_count
-from kfo_ext.tasks.options import PointOptions, Targets, check_choice, option
+from kfo_ext.tasks.batch import TaskBatch
+from kfo_ext.tasks.checks import check_choice, check_count
+from kfo_ext.tasks.options import LABELS
 from kfo_ext.tasks.synthetic.points import Points
-
-LABELS = ("separable", "bernoulli")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogisticOptions(PointOptions):
-    """Options of Logistic."""
-
-    dimension: int = option(2, "dimension of the inputs", least=1)
-    labels: str = option("separable", "1[theta^T x > 0], or drawn with probability sigma(theta^T x)", choices=LABELS)
-
-    targets: ClassVar[Targets] = "binary"
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """A vector."""
-        return (self.dimension,)
 
 
 class Logistic:

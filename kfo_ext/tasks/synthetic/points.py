@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfo_ext.tasks.batch import Examples, TaskBatch, check_count, check_split, generator_for
+from kfo_ext.tasks.batch import Examples, TaskBatch, generator_for
+from kfo_ext.tasks.checks import check_count, check_split
 
 
 class Points:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfo_ext.tasks.batch import TaskBatch
-from kfo_ext.tasks.options import PointOptions
 from kfo_ext.tasks.synthetic.points import Points
-
-
-@dataclass(frozen=True, kw_only=True)
-class SinusoidOptions(PointOptions):
-    """Options of Sinusoid."""
 
 
 class Sinusoid:
