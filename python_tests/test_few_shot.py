@@ -201,30 +201,60 @@ def test_tasks_given_one_by_one_are_one_batch():
         assert torch.equal(batch.support.x[task], support[task][0]) and torch.equal(batch.query.y[task], query[task][1])
 
 
+def test_whole_tasks_are_parted_by_shots():
+    tasks = []
+    for _ in range(3):
+        y = torch.tensor([0, 0, 0, 1, 1, 1, 1])[torch.randperm(7)]
+        tasks.append((torch.randn(7, 2), y))
+    batch = TaskBatch.of(tasks, shots=2)
+    assert batch.support.x.shape == (3, 4, 2) and batch.query.x.shape == (3, 3, 2)
+    for task, (x, y) in enumerate(tasks):
+        seen, support, query = [0, 0], [], []
+        for one, label in zip(x, y.tolist()):
+            (support if seen[label] < 2 else query).append((one, label))
+            seen[label] += 1
+        for part, expected in ((batch.support, support), (batch.query, query)):
+            assert torch.equal(part.x[task], torch.stack([one for one, _ in expected]))
+            assert part.y[task].tolist() == [label for _, label in expected]
+    x, y = torch.randn(2, 9, 1), torch.randn(2, 9, 1)
+    points = TaskBatch.of(list(zip(x, y)), shots=4)
+    assert torch.equal(points.support.x, x[:, :4]) and torch.equal(points.query.y, y[:, 4:])
+
+
 @pytest.mark.parametrize(
-    ("support", "query", "error", "message"),
+    ("given", "query", "error", "message"),
     [
-        ([], [], ValueError, "query: expected a pair .* at least one, got 0 for 0"),
+        ([], [], ValueError, "query: expected a pair .* at least one task, got 0 for 0"),
         (pairs(2, 3), pairs(1, 3), ValueError, "query: expected a pair .* got 1 for 2"),
         (pairs(2, 3), [*pairs(1, 3), (1, 2)], TypeError, r"query\[1\]: expected a pair \(x, y\) of tensors, got tuple"),
-        ([*pairs(1, 3), torch.zeros(2, 3)], pairs(2, 3), TypeError, r"support\[1\]: expected a pair .*, got Tensor"),
-        (
-            [*pairs(1, 3), *pairs(1, 4)],
-            pairs(2, 3),
-            ValueError,
-            r"support\[1\]: expected x like the first task's, \(3, 3\)",
-        ),
-        (
-            [(torch.zeros(3, 2), torch.zeros(2))],
-            pairs(1, 3),
-            ValueError,
-            r"support\[0\]: expected a label for each input",
-        ),
+        ([*pairs(1, 3), torch.zeros(2, 3)], pairs(2, 3), TypeError, r"pairs\[1\]: expected a pair .*, got Tensor"),
+        ([*pairs(1, 3), *pairs(1, 4)], pairs(2, 3), ValueError, r"pairs\[1\]: expected x like the first task's"),
+        ([(torch.zeros(3, 2), torch.zeros(2))], pairs(1, 3), ValueError, r"pairs\[0\]: expected a label for"),
+        (pairs(1, 3), None, ValueError, "query, shots: expected one of them"),
     ],
 )
-def test_tasks_that_do_not_fit_are_named(support, query, error, message):
+def test_tasks_that_do_not_fit_are_named(given, query, error, message):
     with pytest.raises(error, match=message):
-        TaskBatch.of(support, query)
+        TaskBatch.of(given, query)
+
+
+@pytest.mark.parametrize(
+    ("task", "shots", "error", "message"),
+    [
+        (
+            (torch.zeros(4, 1), torch.tensor([0, 0, 1, 1])),
+            2,
+            ValueError,
+            r"pairs\[1\]: expected more than shots = 2 .* 2 of",
+        ),
+        ((torch.zeros(5, 1), torch.tensor([0, 0, 1, 1, 1])), 1, ValueError, r"query\[1\]: expected x like the first"),
+        ((torch.zeros(6, 1), torch.tensor([0, 0, 0, 1, 1, 1])), 0, ValueError, "shots: expected at least 1, got 0"),
+    ],
+)
+def test_tasks_that_cannot_be_parted_are_named(task, shots, error, message):
+    first = (torch.zeros(6, 1), torch.tensor([0, 0, 0, 1, 1, 1]))
+    with pytest.raises(error, match=message):
+        TaskBatch.of([first, task], shots=shots)
 
 
 def test_a_learner_takes_them():

@@ -204,6 +204,13 @@ def test_every_flipped_byte_is_seen_or_padding(tmp_path):
         assert torch.equal(made.images, images) and made.names == ("a", "b")
 
 
+def test_a_cache_inside_the_data_does_not_change_them(tmp_path):
+    folder = tiny.write_folder(tmp_path / "data", FILES)
+    digest = open_source(folder).digest
+    cached(folder / "cache" / "x.images", lambda: plan_of(tiny.pixels(4, 5, 4).unsqueeze(1)))
+    assert open_source(folder).digest == digest
+
+
 def test_two_processes_at_once_get_whole_files(tmp_path):
     code = f"""
 import torch

@@ -10,6 +10,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kfo_ext.tasks.checks import check_count
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
 
 class Examples(NamedTuple):
     """Labelled examples of T tasks.
@@ -33,20 +37,28 @@ class TaskBatch(NamedTuple):
     query: Examples
 
     @classmethod
-    def of(cls, support: Sequence[tuple[Tensor, Tensor]], query: Sequence[tuple[Tensor, Tensor]]) -> TaskBatch:
-        """The meta-batch of tasks that are given one by one.
+    def of(cls, pairs: Pairs, query: Pairs | None = None, *, shots: int | None = None) -> TaskBatch:
+        """The meta-batch of tasks that are given one by one, all of one shape.
 
-        support: a pair (x, y) per task, all of one shape: x (n, ...), y (n,) int64 labels or (n, d) targets
-        query: a pair per task alike; it may have another n
+        pairs: a pair (x, y) per task: x (n, ...), y (n,) int64 labels or (n, d) targets
+        query: a pair per task alike, perhaps with another n; `pairs` are then the support examples
+        shots: in place of `query`: the first `shots` examples of each class of a task are its support (of targets the
+            first `shots` points), the others its query
 
         Raises: ValueError or TypeError naming the task whose tensors do not fit the first task's.
         """
-        if len(support) != len(query) or not support:
+        if (query is None) == (shots is None):
+            raise ValueError("query, shots: expected one of them, the query examples or how many support examples")
+        if shots is not None:
+            check_count("shots", shots, 1)
+            parted = [_parted(f"pairs[{task}]", pair, shots) for task, pair in enumerate(pairs)]
+            pairs, query = [support for support, _ in parted], [rest for _, rest in parted]
+        if query is None or len(pairs) != len(query) or not pairs:
             raise ValueError(
-                f"query: expected a pair (x, y) for each task of support, at least one, got {len(query)} for "
-                f"{len(support)}"
+                f"query: expected a pair (x, y) for each task, and at least one task, got {len(query or ())} for "
+                f"{len(pairs)}"
             )
-        return cls(_stacked("support", support), _stacked("query", query))
+        return cls(_stacked("pairs", pairs), _stacked("query", query))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TaskBatch:
         """The batch on another device, its floating tensors in another dtype (integer labels keep theirs)."""
@@ -76,13 +88,9 @@ class TaskFamily(Protocol):
         ...
 
 
-def _stacked(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Examples:
+def _stacked(name: str, pairs: Pairs) -> Examples:
     for task, pair in enumerate(pairs):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
-            raise TypeError(f"{name}[{task}]: expected a pair (x, y) of tensors, got {type(pair).__name__}")
-        x, y = pair
-        if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
-            raise ValueError(f"{name}[{task}]: expected a label for each input, got {x.shape} and {y.shape}")
+        _check_pair(f"{name}[{task}]", pair)
         for part, one, first in zip("xy", pair, pairs[0]):
             if (one.shape, one.dtype, one.device) != (first.shape, first.dtype, first.device):
                 raise ValueError(
@@ -90,6 +98,29 @@ def _stacked(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Examples:
                     f"{first.device}, got {tuple(one.shape)} {one.dtype} on {one.device}"
                 )
     return Examples(*(torch.stack(parts) for parts in zip(*pairs)))
+
+
+def _parted(name: str, pair: tuple[Tensor, Tensor], shots: int) -> tuple[Examples, Examples]:
+    """The first `shots` examples of each class, and the others, both in the order they lie in."""
+    x, y = _check_pair(name, pair)
+    classes = y if y.dim() == 1 and not y.is_floating_point() else torch.zeros(len(y), device=y.device)
+    # How many examples of its own class lie before each one.
+    before = (classes.unsqueeze(1) == classes).tril(-1).sum(1)
+    support = before < shots
+    counts = classes.unique(return_counts=True)[1]
+    least = int(counts.min()) if len(counts) else 0
+    if least <= shots:
+        raise ValueError(f"{name}: expected more than shots = {shots} examples of each class, got {least} of one")
+    return Examples(x[support], y[support]), Examples(x[~support], y[~support])
+
+
+def _check_pair(name: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
+        raise TypeError(f"{name}: expected a pair (x, y) of tensors, got {type(pair).__name__}")
+    x, y = pair
+    if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
+        raise ValueError(f"{name}: expected a label for each input, got {tuple(x.shape)} and {tuple(y.shape)}")
+    return x, y
 
 
 def generator_for(seed: int, *stream: int | str) -> torch.Generator:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 MAGIC = b"kfo images 1\n"
+# of cache files
+SUFFIX = ".images"
 # The pixels start at a multiple of it, as a map's pages do.
 PAGE = 4096
 CHUNK = 1 << 22

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from kfo_ext.tasks.archives import UNREADABLE, sha256_of
+from kfo_ext.tasks.cache import SUFFIX as CACHED
 
 # No photograph, list of files or list of classes is larger; what claims to be would fill the memory.
 MOST_BYTES = 1 << 28
@@ -66,9 +67,10 @@ class Folder(Source):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = sorted(_walk(path, "", 0))
-        self.names = [name for name, _ in found if _is_visible(name)]
-        self.digest = hashlib.sha256(repr([one for one in found if _is_visible(one[0])]).encode()).hexdigest()
+        # Without the cache's own files, which may lie here too.
+        found = sorted(one for one in _walk(path, "", 0) if _is_visible(one[0]) and not one[0].endswith(CACHED))
+        self.names = [name for name, _ in found]
+        self.digest = hashlib.sha256(repr(found).encode()).hexdigest()
 
     def read(self, name: str) -> bytes:
         path = self.path / name

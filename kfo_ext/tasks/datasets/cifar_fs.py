@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kfo_ext.tasks.archives import sha256_of
-from kfo_ext.tasks.cache import Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.cache import SUFFIX, Plan, cache_folder, cached, key_of
 from kfo_ext.tasks.checks import check_split
 from kfo_ext.tasks.datasets import bertinetto
 from kfo_ext.tasks.datasets.cifar100 import SHAPE, read_cifar100
@@ -67,7 +67,7 @@ class CifarFs(ImageClasses):
         key = key_of(CACHE_FORMAT, sha256_of(archive), split, repr(listed))
         planned = _from_zip if archive.suffix == ".zip" else _from_python
         images, offsets, names = cached(
-            cache_folder(cache) / f"cifar_fs-{split}-{key}.images", lambda: planned(archive, split, listed)
+            cache_folder(cache) / f"cifar_fs-{split}-{key}{SUFFIX}", lambda: planned(archive, split, listed)
         )
         super().__init__(
             images,

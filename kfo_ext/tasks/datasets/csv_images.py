@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kfo_ext.tasks.cache import Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.cache import SUFFIX, Plan, cache_folder, cached, key_of
 from kfo_ext.tasks.checks import check_count, check_split
 from kfo_ext.tasks.decoding import Target, decoded
 from kfo_ext.tasks.images import ImageClasses
@@ -62,7 +62,7 @@ class CsvImages(ImageClasses):
         with _open(Path(root)) as source:
             self.name = source.name
             path = cache_folder(cache) / (
-                f"{self.name}-{split}-{side}-{key_of(CACHE_FORMAT, source.digest, split, str(side))}.images"
+                f"{self.name}-{split}-{side}-{key_of(CACHE_FORMAT, source.digest, split, str(side))}{SUFFIX}"
             )
             images, offsets, names = cached(path, lambda: _plan(source, split, target))
         super().__init__(

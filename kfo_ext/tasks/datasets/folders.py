@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kfo_ext.tasks.cache import Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.cache import SUFFIX, Plan, cache_folder, cached, key_of
 from kfo_ext.tasks.checks import SPLITS, check_choice, check_count, check_split
 from kfo_ext.tasks.decoding import Target, decoded, is_image
 from kfo_ext.tasks.images import ImageClasses
@@ -66,7 +66,7 @@ class Folders(ImageClasses):
         with open_source(Path(root), LAYOUT) as source:
             self.name = source.name
             key = key_of(CACHE_FORMAT, source.digest, split, repr(listed), repr(target))
-            path = cache_folder(cache) / f"{self.name}-{split}-{side}-{key}.images"
+            path = cache_folder(cache) / f"{self.name}-{split}-{side}-{key}{SUFFIX}"
             images, offsets, names = cached(path, lambda: _plan(source, split, listed, target))
         super().__init__(
             images,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kfo_ext.tasks.archives import Archive, fetch, read_images, sha256_of
-from kfo_ext.tasks.cache import Decoded, Plan, cache_folder, cached, key_of
+from kfo_ext.tasks.cache import SUFFIX, Decoded, Plan, cache_folder, cached, key_of
 from kfo_ext.tasks.checks import check_split
 from kfo_ext.tasks.images import ImageClasses
 
@@ -119,7 +119,7 @@ def _load(root: Path, folder: Path) -> Decoded:
             f"kfo_ext.tasks.download_omniglot({str(root)!r}) fetches them"
         )
     key = key_of(CACHE_FORMAT, *(sha256_of(root / archive.name) for archive in ARCHIVES))
-    return cached(folder / f"omniglot-{SIDE}-{key}.images", lambda: _plan(root))
+    return cached(folder / f"omniglot-{SIDE}-{key}{SUFFIX}", lambda: _plan(root))
 
 
 def _plan(root: Path) -> Plan:
