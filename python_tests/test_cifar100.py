@@ -136,7 +136,7 @@ def test_numpys_own_arrays_of_bytes(protocol):
     value = numpy.arange(24, dtype=numpy.uint8).reshape(4, 6)
     made = array_of(read_pickle(pickle.dumps({"data": value}, protocol), "x")["data"], "x")
     assert made.shape == (4, 6) and made.content == value.tobytes()
-    for other in (value.astype("float32"), numpy.asfortranarray(value), "text", value.tolist()):
+    for other in (value.astype("int8"), value.astype("float32"), numpy.asfortranarray(value), "text", value.tolist()):
         with pytest.raises(ValueError, match=r"x: expected a numpy array of uint8 in C order"):
             array_of(read_pickle(pickle.dumps({"data": other}, protocol), "x")["data"], "x")
 
@@ -162,6 +162,7 @@ def test_numpys_own_arrays_of_bytes(protocol):
         b"\x80\x02ccopy_reg\n_reconstructor\n)\x81.",
         b"\x80\x02\x82\x01.",
         b"(i__builtin__\nlist\n.",
+        b"\x80\x02K\x01\x86.",
     ],
 )
 def test_programs_that_are_refused(content):
@@ -191,6 +192,14 @@ def test_a_pickle_that_would_grow_without_end_takes_no_time():
         read_pickle(b"\x80\x02}K\x01" + doubled + b"K\x02s.", "x")
     with pytest.raises(ValueError, match="x: expected a numpy array of uint8"):
         array_of(read_pickle(b"\x80\x02K\x01" + doubled + b".", "x"), "x")
+
+
+def test_an_array_of_another_size_than_it_says_is_refused():
+    content = tiny.python2_pickle({"data": tiny.pixels(0, 1, 3)[0]})
+    shape = b"J\3\0\0\0J\3\0\0\0\x86"
+    assert array_of(read_pickle(content, "x")["data"], "x").shape == (3, 3)
+    with pytest.raises(ValueError, match=r"x: expected a numpy array .*9 bytes for"):
+        array_of(read_pickle(content.replace(shape, b"J\4" + shape[2:]), "x")["data"], "x")
 
 
 def without(table: dict[str, object], *names: str) -> bytes:

@@ -203,11 +203,29 @@ def test_wrong_splits_of_cifar_fs(tmp_path, kind):
         load("cifar_fs", tiny.write_zip(tmp_path / "cifar100.zip", files))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("apple/apple_s_000001.png", tiny.png(tiny.pixels(0, side=28))), "expected 32 x 32 pixels .*, got 28 x 28"),
+        (("apple/apple_s_000001.png", tiny.png(tiny.pixels(0, 1), "L")), "expected 32 x 32 pixels .* of mode L"),
+        (("more/apple/apple_s_000009.png", tiny.png(tiny.pixels(0))), "two folders of images apple"),
+    ],
+)
+def test_images_that_are_not_of_cifar_fs(tmp_path, change, message):
+    name, content = change
+    files = {**cifar_files(), f"cifar100/data/{name}": content}
+    with pytest.raises(ValueError, match=rf"cifar100.zip.* {message}"):
+        load("cifar_fs", tiny.write_zip(tmp_path / "cifar100.zip", files))
+
+
 def test_splits_of_ones_own(tmp_path):
     splits = tmp_path / "splits.json"
     splits.write_text(json.dumps({"train": ["fox", "bed"], "val": ["apple"], "test": ["sea"]}))
     root = archive_of("cifar_fs", tmp_path)
     assert load("cifar_fs", root, splits=splits).names == ("bed", "fox")
+    splits.write_text(json.dumps({"train": ["sea", "bed"], "val": ["apple"], "test": ["fox"]}))
+    assert load("cifar_fs", root, splits=splits).names == ("bed", "sea")
+    splits.write_text(json.dumps({"train": ["fox", "bed"], "val": ["apple"], "test": ["sea"]}))
     files = {f"all/{name.split('/', 2)[2]}": content for name, content in folder_files().items()}
     flat = tiny.write_zip(tmp_path / "flat.zip", files)
     assert load("folders", flat, splits=splits).names == ("bed", "fox")

@@ -204,6 +204,27 @@ def test_every_flipped_byte_is_seen_or_padding(tmp_path):
         assert torch.equal(made.images, images) and made.names == ("a", "b")
 
 
+def test_a_file_of_the_cache_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    images = tiny.pixels(4, 5, 4).unsqueeze(1)
+
+    def cut():
+        yield bytes(images[0].flatten().tolist())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "x.images", lambda: plan_of(images)._replace(pixels=cut))
+    assert not list(tmp_path.iterdir())
+
+    def refuse(part, path):
+        assert Path(part).stat().st_size == 4096 + images.numel() and not path.exists()
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.warns(UserWarning, match="cannot write the cache file .*no space left"):
+        made = cached(tmp_path / "x.images", lambda: plan_of(images))
+    assert torch.equal(made.images, images) and not list(tmp_path.iterdir())
+
+
 def test_a_cache_inside_the_data_does_not_change_them(tmp_path):
     folder = tiny.write_folder(tmp_path / "data", FILES)
     digest = open_source(folder).digest
