@@ -10,6 +10,7 @@ import pytest
 import tiny_archives as tiny
 import torch
 
+from kfo_ext.tasks import FAMILIES as TABLE
 from kfo_ext.tasks import CifarFs, CsvImages, Folders, ImageClasses, batches, make_family
 from kfo_ext.tasks.datasets import bertinetto
 
@@ -131,6 +132,8 @@ def test_families_are_made_by_name(dataset, tmp_path):
     root = archive_of(dataset, tmp_path)
     family = make_family(dataset, "test", root=root, seed=2, **FEW)
     assert isinstance(family, FAMILIES[dataset])
+    options = TABLE[dataset].options(root=str(root), **FEW)
+    assert family.images.shape[1:] == options.input_shape and options.outputs == 2
     assert make_family(dataset, "test", root=str(root), device="meta", **FEW).sample(0, 1).query.x.is_meta
 
 

@@ -250,9 +250,12 @@ for turn in range(5):
         assert (process.communicate()[1], process.returncode) == (b"", 0)
 
 
-def test_progress_is_shown_on_a_terminal_alone(capsys):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_on_a_terminal_alone(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     list(decoding.decoded(lambda _: tiny.png(tiny.pixels(0)), ["a"], Target(32), title="cifar_fs train", where="w"))
-    assert capsys.readouterr().err == ""
+    shown = capsys.readouterr().err
+    assert "cifar_fs train: 100%" in shown if terminal else shown == ""
 
 
 def test_a_zip_of_everything_that_zipfile_writes(tmp_path):
