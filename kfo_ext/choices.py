@@ -1,6 +1,5 @@
 """What options may be set to, without torch: the command line says and checks it before it imports anything."""
 
-DATASETS = ("glyphs", "omniglot", "sinusoid")
 INITS = ("reference", "zero_head")
 PRECISIONS = ("ieee", "tf32", "bf16")
 

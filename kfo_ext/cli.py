@@ -6,18 +6,20 @@ import inspect
 import math
 import re
 import sys
-from dataclasses import fields
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kfo_ext.bench.names import AXES, GROUPS, ORDERS, PROVIDERS
 from kfo_ext.choices import LARGEST_INTEGER, MOST_THREADS
 from kfo_ext.machine import keep_freed_memory
 from kfo_ext.streams import complain, echo, open_streams, settle
 from kfo_ext.trainer.config import Config
+from kfo_ext.trainer.listing import listed
 from kfo_ext.trainer.signals import interrupt_ends
 
 # Whatever needs torch is imported by the command that needs it: help and version take no time.
@@ -52,6 +54,12 @@ def _number(help: str, *, least: int | None = None, most: int = LARGEST_INTEGER,
 
 Split = Annotated[str, typer.Option(help="classes to take tasks from: train, validation or test")]
 Checkpoint = Annotated[str, typer.Option(help="best (by validation) or last")]
+# What an evaluation may set otherwise than the run: a score of its own, and a file of its own.
+Steps = Annotated[int | None, _number("inner steps, 0 for none, instead of the run's", least=0, show_default=False)]
+Shots = Annotated[int | None, _number("support examples of a class instead of the run's", least=1, show_default=False)]
+Queries = Annotated[int | None, _number("query examples of a class instead of the run's", least=1, show_default=False)]
+Ways = Annotated[int | None, _number("classes of a task instead of the run's", least=2, show_default=False)]
+Precision = Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)]
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,33 +79,43 @@ def kfo(
     """Meta-learning with Kronecker-factored updates."""
 
 
-def _config_options(command):
-    """Give a command one option for each field of Config; those not on the command line are left out of `given`."""
-    hints = get_type_hints(Config)
-    options = []
-    for item in fields(Config):
-        kind = Path if item.name == "data_root" else hints[item.name]
-        choices = f" ({' | '.join(item.metadata['choices'])})" if item.metadata["choices"] else ""
-        help = f"{item.metadata['help']}{choices}  [default: {'none' if item.default is None else item.default}]"
-        annotation = Annotated[kind | None, typer.Option(help=help, show_default=False)]
-        options.append(
-            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
+class _Grouped(TyperCommand):
+    """A command whose help lists its options under the headings of their panels."""
 
-    def wrapped(**arguments):
-        given = {item.name: arguments.pop(item.name) for item in fields(Config)}
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                groups.setdefault(getattr(param, "rich_help_panel", None) or "Options", []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each of a configuration; those not on the command line are left out of `given`."""
+    options = []
+    for name, group, option, help in listed():
+        kind: Any = Path if name == "data_root" else option.kind
+        annotation = Annotated[kind | None, typer.Option(help=help, show_default=False, rich_help_panel=group)]
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    names = [option.name for option in options]
+
+    def wrapped(**arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in names}
         given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
-        return command(given=given, **arguments)
+        command(given=given, **arguments)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "given"] + options
-    wrapped.__signature__ = inspect.Signature(parameters)
+    # What typer reads in place of the function's own.
+    vars(wrapped)["__signature__"] = inspect.Signature(parameters)
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     return wrapped
 
 
-@app.command()
+@app.command(cls=_Grouped)
 @_config_options
 def train(
     given: dict[str, Any],
@@ -140,10 +158,14 @@ def evaluate(
     split: Split = "test",
     checkpoint: Checkpoint = "best",
     seed: Annotated[int, _number("seed of the list of tasks", least=0)] = 0,
+    steps: Steps = None,
+    shots: Shots = None,
+    queries: Queries = None,
+    ways: Ways = None,
     device: Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)] = None,
     data_root: Annotated[Path | None, typer.Option(help="instead of the run's", show_default=False)] = None,
     threads: Annotated[int | None, _number("instead of the run's", most=MOST_THREADS, show_default=False)] = None,
-    precision: Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)] = None,
+    precision: Precision = None,
 ) -> None:
     """Score a run on a fixed list of unseen tasks, with a 95 % interval."""
     with interrupt_ends():
@@ -151,11 +173,20 @@ def evaluate(
         from kfo_ext.trainer import evaluate_run
 
     root = None if data_root is None else str(data_root)
-    changes = {"device": device, "data_root": root, "threads": threads, "precision": precision}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = _given(
+        steps=steps,
+        shots=shots,
+        queries=queries,
+        ways=ways,
+        device=device,
+        data_root=root,
+        threads=threads,
+        precision=precision,
+    )
     folder = RunFolder.open(run)
     score = evaluate_run(folder, split=split, name=checkpoint, tasks=tasks, seed=seed, save=False, **changes)
-    what = f"{score.tasks} {split} tasks, {checkpoint} checkpoint (iteration {score.iteration})"
+    apart = "".join(f", {name} {value} instead of the run's" for name, value in score.changes.items())
+    what = f"{score.tasks} {split} tasks, {checkpoint} checkpoint (iteration {score.iteration}){apart}"
     echo(f"{score.measure} {score.interval}  (95 % interval, {what})")
     # After the score, which a folder that cannot be written must not hide.
     score.save()
@@ -168,14 +199,21 @@ def compare(
     run_b: Annotated[Path, typer.Argument(help="run folder")],
     split: Split = "test",
     checkpoint: Checkpoint = "best",
-    precision: Annotated[str | None, typer.Option(help="as given to kfo eval", show_default=False)] = None,
+    steps: Steps = None,
+    shots: Shots = None,
+    queries: Queries = None,
+    ways: Ways = None,
+    precision: Precision = None,
 ) -> None:
-    """Compare two evaluated runs by the paired difference over their common list of tasks."""
+    """Compare two evaluated runs by the paired difference over their common list of tasks.
+
+    Both must have been evaluated with the same --steps, --shots, --queries, --ways and --precision as here.
+    """
     with interrupt_ends():
         from kfo_ext.runs import RunFolder
         from kfo_ext.trainer import compare_runs
 
-    changes = {} if precision is None else {"precision": precision}
+    changes = _given(steps=steps, shots=shots, queries=queries, ways=ways, precision=precision)
     a, b, gap = compare_runs(RunFolder.open(run_a), RunFolder.open(run_b), split=split, name=checkpoint, **changes)
     for run, score in ((run_a, a), (run_b, b)):
         since = "" if score.current else f"; {checkpoint}.pt has been written since: evaluate it again"
@@ -209,6 +247,11 @@ def demo(
 
     keep_freed_memory()
     run(folder or _new_folder("demo"), time_budget=time_budget, tasks=tasks, echo=echo)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _several(text: str | None) -> tuple[str, ...] | None:
@@ -269,18 +312,17 @@ def bench(
         from kfo_ext.bench.command import Settings, run
 
     quickly: dict[str, Any] = {"repeats": 5, "seconds": 0.004, "budget": 1.5, "limit": 120.0} if quick else {}
-    given: dict[str, Any] = {
-        "axes": _several(axes),
-        "groups": _several(groups),
-        "tasks": _counts("--tasks", tasks),
-        "providers": _several(providers),
-        "orders": _several(orders),
-        "repeats": repeats,
-        "budget": budget,
-        "limit": limit,
-        "threads": threads,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(
+        axes=_several(axes),
+        groups=_several(groups),
+        tasks=_counts("--tasks", tasks),
+        providers=_several(providers),
+        orders=_several(orders),
+        repeats=repeats,
+        budget=budget,
+        limit=limit,
+        threads=threads,
+    )
     settings = Settings(quick=quick, device=device, **{**quickly, **given})
     right = run(settings, out or _new_folder("bench"), echo)
     raise typer.Exit(0 if right else 1)

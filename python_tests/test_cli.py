@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -22,6 +23,7 @@ from deadlines import seconds
 from kfo_ext import cli, demo, testing
 from kfo_ext.runs import checkpoint
 from kfo_ext.trainer import Config
+from kfo_ext.trainer.listing import listed
 
 TINY = {
     "dataset": "sinusoid",
@@ -101,7 +103,7 @@ ERRORS = {
     "number": (["train", "--fast-lr", "fast"], "Invalid value for '--fast-lr'"),
     "range": (["train", "--ways", "1"], "ways: expected at least 2, got 1"),
     "many-ways": (["train", "--ways", "5000"], "ways: expected 2 to 400"),
-    "no-root": (["train", "--dataset", "omniglot"], "data_root: dataset 'omniglot' needs the folder of its archives"),
+    "no-root": (["train", "--dataset", "omniglot"], "data_root: data set 'omniglot' needs the folder of its archives"),
     "missing-root": (["train", "--dataset", "omniglot", "--data-root", "nowhere"], "nowhere"),
     "device": (["train", "--device", "cuda:99"], "device: 'cuda:99' is not available here"),
     "option": (["train", "--momentum", "0.9"], "--momentum"),
@@ -169,8 +171,13 @@ def test_commands_that_train_keep_freed_memory(arguments, kfo, monkeypatch):
 def test_help_names_every_option(kfo):
     code, out, _ = kfo("train", "--help")
     assert code == 0
-    for name in Config.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in out
+    for option in listed():
+        assert f"--{option.name.replace('_', '-')}" in out
+    # By what they belong to, each with its owners.
+    for heading in ("Parts:", "Options of the data set:", "Options of the network:", "Options of the update:"):
+        assert f"\n{heading}\n" in out
+    assert re.search(r"Options of the update:\n +--psd / --no-psd +kfo: use", out)
+    assert re.search(r"--fast-lr <float> +inner learning rate  \[default: 0\.1;\s+sinusoid: 0\.01\]", out)
     code, out, _ = kfo()
     assert code == 0
     assert all(command in out for command in ("train", "eval", "compare", "doctor", "demo", "bench"))
@@ -278,7 +285,7 @@ def test_doctor_fails_for_a_backend_that_is_wrong(kfo, monkeypatch):
 
 
 def test_demo_compares_both_methods(kfo, monkeypatch):
-    monkeypatch.setattr(demo, "TRAINING", {**demo.TRAINING, **TINY, "iterations": 10**9, "validation-every": 10**9})
+    monkeypatch.setattr(demo, "TRAINING", {**TINY, "iterations": 10**9, "validation-every": 10**9})
     monkeypatch.setattr(demo, "RATES", {"none": 0.01, "kfo": 0.01})
     code, out, err = kfo("demo", "--folder", "d", "--time-budget", 2, "--tasks", 4)
     assert (code, err) == (0, "")

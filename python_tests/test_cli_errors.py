@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from deadlines import seconds
 
-from kfo_ext import choices, demo
+from kfo_ext import demo
 from kfo_ext.bench import cases, names, points, providers
 from kfo_ext.runs import RunFolder
-from kfo_ext.tasks import FAMILIES
 from kfo_ext.trainer import Config
+from kfo_ext.trainer.listing import listed
 
 TINY = ["--dataset", "sinusoid", "--hidden", "4", "--steps", "1", "--meta-batch", "2"]
 TINY += ["--iterations", "2", "--validation-every", "1", "--validation-tasks", "2"]
@@ -50,19 +49,18 @@ for line in (" -h --help --version train/--help eval/-h compare/-h demo/-h docto
     assert (done.returncode, done.stderr) == (0, "")
     assert "kfo 0." in done.stdout
     assert "--meta-lr-half-life" in done.stdout
-    assert "glyphs | omniglot | sinusoid" in done.stdout
+    assert "reference | zero_head" in done.stdout
     assert "learn2learn" in done.stdout
 
 
 def test_choices_are_those_that_there_are():
-    assert set(choices.DATASETS) <= set(FAMILIES)
     assert tuple(points.GROUPS) == names.GROUPS
     assert tuple(providers.PROVIDERS) == names.PROVIDERS
     assert cases.ORDERS == names.ORDERS
     assert set(points.VALUES) == set(points.QUICK_VALUES) == set(names.AXES)
 
 
-WHOLE = [item.name for item in fields(Config) if item.type == "int"]
+WHOLE = [option.name for option in listed() if option.option.kind is int]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -75,7 +73,7 @@ def test_integers_beyond_64_bits_in_train(name, kfo, tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [f"eval r --{name}" for name in ("tasks", "seed", "threads")]
+    [f"eval r --{name}" for name in ("tasks", "seed", "threads", "steps", "shots", "queries", "ways")]
     + ["demo --tasks"]
     + [f"bench --{name}" for name in ("repeats", "threads")],
 )

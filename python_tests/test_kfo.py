@@ -150,7 +150,7 @@ def test_a_trainer_and_its_command_have_the_bias_of_the_update():
     for options, expected in (({"hidden_layers": 1}, True), ({}, False), ({"hidden_layers": 1, "bias": False}, False)):
         config = Config(hidden=4, layers=1, **options)
         assert build_learner(Config.from_dict(config.to_dict())).update.has_bias is expected
-    with pytest.raises(TypeError, match=r"bias: expected bool \| None, got 1"):
+    with pytest.raises(TypeError, match="bias: expected bool, got 1"):
         Config(bias=1)
 
 

@@ -11,7 +11,6 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -21,7 +20,15 @@ from states import WAVES, assert_same
 from kfo_ext.runs import RunFolder, checkpoint, files, metrics, plot_runs, run_folder
 from kfo_ext.runs.metrics import Metrics, is_validation, read_metrics
 from kfo_ext.runs.progress import Progress
-from kfo_ext.trainer import Config, Trainer, compare_runs, evaluate, evaluate_run, load_learner, loop
+from kfo_ext.trainer import (
+    Config,
+    Trainer,
+    compare_runs,
+    evaluate,
+    evaluate_run,
+    load_learner,
+    loop,
+)
 from kfo_ext.trainer.recipe import build_family
 
 
@@ -332,7 +339,7 @@ def test_a_score_at_other_settings_is_a_file_of_its_own(run):
     again = evaluate_run(run, tasks=4, steps=1, threads=1, workers=1, device="cpu")
     assert (again.path, again.interval) == (usual.path, usual.interval)
     _, learner, _ = load_learner(run, "best", steps=10)
-    family = build_family(replace(Config(**WAVES), steps=10), "test", seed=0)
+    family = build_family(Config(**{**WAVES, "steps": 10}), "test", seed=0)
     expected = evaluate(learner, family, tasks=4).losses.tolist()
     assert json.loads((run.path / "eval-test-best-steps=10.json").read_text())["scores"] == pytest.approx(expected)
 

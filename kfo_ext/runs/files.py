@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 _TOKEN = 8
 
@@ -102,14 +102,14 @@ def parse_json(text: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number; a boolean is none."""
     # Compared, not converted: an integer may be too large for a float.
     largest = sys.float_info.max
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
-def is_count(value: Any, least: int = 0) -> bool:
+def is_count(value: Any, least: int = 0) -> TypeGuard[int]:
     """Whether a value is an integer of at least `least`; a boolean is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

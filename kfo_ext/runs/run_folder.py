@@ -47,6 +47,13 @@ class RunFolder:
         apart = "".join(f"-{name}={value}" for name, value in changes.items())
         return self.path / f"eval-{split}-{checkpoint}{apart}.json"
 
+    def evaluations(self, split: str, checkpoint: str) -> list[Path]:
+        """The files of scores of one checkpoint on one split that there are, at whatever settings."""
+        usual = self.evaluation(split, checkpoint)
+        return [
+            path for path in self.path.glob("eval-*.json") if path == usual or path.name.startswith(f"{usual.stem}-")
+        ]
+
     @classmethod
     def make(cls, title: str) -> RunFolder:
         """Make runs/TITLE-TIME, with a number behind it if that exists."""

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .evaluation import Evaluation, Interval, evaluate, mean_interval, paired_difference
     from .loop import Outcome, Trainer
-    from .run_evaluation import RunScore, compare_runs, evaluate_run, load_learner
+    from .run_evaluation import RunScore, compare_runs, compare_scores, evaluate_run, load_learner
 
 __all__ = [
     "Config",
@@ -18,6 +18,7 @@ __all__ = [
     "RunScore",
     "Trainer",
     "compare_runs",
+    "compare_scores",
     "evaluate",
     "evaluate_run",
     "load_learner",
@@ -31,6 +32,6 @@ __getattr__, __dir__ = lazily(
         "config": ["Config"],
         "evaluation": ["Evaluation", "Interval", "evaluate", "mean_interval", "paired_difference"],
         "loop": ["Outcome", "Trainer"],
-        "run_evaluation": ["RunScore", "compare_runs", "evaluate_run", "load_learner"],
+        "run_evaluation": ["RunScore", "compare_runs", "compare_scores", "evaluate_run", "load_learner"],
     },
 )

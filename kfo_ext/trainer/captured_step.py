@@ -113,9 +113,8 @@ class CapturedMetaStep(MetaStep):
         self.device = next(learner.parameters()).device
         self._recorder = GraphRecorder(self.device) if recorder is None else recorder
         self._check_rates()
-        self._replay: Callable[[], object] | None = None
-        self._report: MetaReport | None = None
-        self._batch: TaskBatch | None = None
+        # Of the batch that is the graph's own memory: a replay, and the report that it writes.
+        self._captured: tuple[TaskBatch, Callable[[], object], MetaReport] | None = None
         # Held so that no other tensor comes to lie at their addresses.
         self._held: list[Tensor] = []
         self._identities: list[tuple[int, bool]] = []
@@ -129,27 +128,32 @@ class CapturedMetaStep(MetaStep):
         or frozen since.
         """
         self._check_rates()
-        if self._replay is None:
-            self._capture(batch)
+        if self._captured is None:
+            self._captured = self._capture(batch)
+        buffers, replay, report = self._captured
         self._check_tensors()
-        self._load(batch)
+        _load(buffers, batch)
         self._set_rate(rate)
-        self._replay()
+        replay()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
-        return self._report
+        return report
 
-    def _capture(self, batch: TaskBatch) -> None:
-        self._batch = TaskBatch(*(Examples(*(_checked_device(X, self.device).clone() for X in part)) for part in batch))
+    def _capture(self, batch: TaskBatch) -> tuple[TaskBatch, Callable[[], object], MetaReport]:
+        buffers = TaskBatch(*(Examples(*(_checked_device(X, self.device).clone() for X in part)) for part in batch))
+
+        def run() -> MetaReport:
+            return self._iterate(buffers)
+
         with undone(self.learner, self.optimizer):
-            self._recorder.warm_up(self._run, WARMUPS)
+            self._recorder.warm_up(run, WARMUPS)
         groups = self.optimizer.param_groups
         before = [group["capturable"] for group in groups]
         for group in groups:
             # A fused Adam is the same either way; torch asks for the word in a capture, and warns of it elsewhere.
             group["capturable"] = True
         try:
-            self._replay, self._report = self._recorder.record(self._run)
+            replay, report = self._recorder.record(run)
         except BaseException:
             self.optimizer.zero_grad()
             raise
@@ -159,9 +163,7 @@ class CapturedMetaStep(MetaStep):
         self._held = self._tensors()
         self._identities = _identities(self._held)
         self._gradients = [(parameter, parameter.grad) for parameter in self._parameters()]
-
-    def _run(self) -> MetaReport:
-        return self._iterate(self._batch)
+        return buffers, replay, report
 
     def _tensors(self) -> list[Tensor]:
         """All that the graph reads and writes in place by address, but for the batch."""
@@ -183,17 +185,19 @@ class CapturedMetaStep(MetaStep):
                 "unfrozen since: build a new CapturedMetaStep after such a change"
             )
 
-    def _load(self, batch: TaskBatch) -> None:
-        for part, into, values in zip(TaskBatch._fields, self._batch, batch, strict=True):
-            for name, buffer, X in zip(Examples._fields, into, values, strict=True):
-                if (X.shape, X.dtype, X.device) != (buffer.shape, buffer.dtype, buffer.device):
-                    raise ValueError(
-                        f"batch.{part}.{name}: expected {_kind(buffer)} as captured, got {_kind(X)}: "
-                        "another shape needs another CapturedMetaStep"
-                    )
-        for into, values in zip(self._batch, batch, strict=True):
-            for buffer, X in zip(into, values, strict=True):
-                buffer.copy_(X)
+
+def _load(buffers: TaskBatch, batch: TaskBatch) -> None:
+    """Copy a batch of the same kind into the graph's own memory."""
+    for part, into, values in zip(TaskBatch._fields, buffers, batch, strict=True):
+        for name, buffer, X in zip(Examples._fields, into, values, strict=True):
+            if (X.shape, X.dtype, X.device) != (buffer.shape, buffer.dtype, buffer.device):
+                raise ValueError(
+                    f"batch.{part}.{name}: expected {_kind(buffer)} as captured, got {_kind(X)}: "
+                    "another shape needs another CapturedMetaStep"
+                )
+    for into, values in zip(buffers, batch, strict=True):
+        for buffer, X in zip(into, values, strict=True):
+            buffer.copy_(X)
 
 
 @contextmanager

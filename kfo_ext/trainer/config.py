@@ -1,137 +1,227 @@
-"""What one meta-training run computes: a frozen configuration that checks itself."""
+"""What one meta-training run computes: a frozen configuration that checks itself.
+
+A run chooses one part of each of four tables: data set, network, method, update. Each part has options of its own, and
+the rest, `RUN`, belongs to every run. An option of a part that was not chosen would have no effect, and is refused.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from kfo_ext.choices import DATASETS, INITS, LARGEST_INTEGER, MOST_LAYERS, MOST_THREADS, PRECISIONS
-from kfo_ext.runs.files import is_number, read_json, write_json
+from kfo_ext.choices import MOST_THREADS, PRECISIONS
+from kfo_ext.runs.files import read_json, write_json
+
+from .datasets import DATASETS, DataSet
+from .methods import METHODS, Method
+from .networks import NETWORKS, Network
+from .options import MACHINE, SCORE, TRAINING, Option, Part
+from .updates import UPDATES, LearnedUpdate
 
 if TYPE_CHECKING:
     import torch
 
-METHODS = ("maml", "anil")
-UPDATES = ("none", "kfo")
-DTYPES = ("float32", "float64")
-
-# What may differ between the parts of one run: none of these changes what a given iteration computes, but that another
-# number of threads rounds torch's own sums differently.
-RESUMABLE = ("iterations", "data_root", "workers", "threads", "cuda_graph")
-
-# What cannot change the score of a given checkpoint on given tasks, but for rounding. Every other field is a setting of
-# an evaluation.
-UNSCORED = (
-    *RESUMABLE,
-    *("init", "first_order", "checkpoint_inner", "meta_lr", "meta_lr_half_life", "clip_norm", "meta_batch", "seed"),
-    *("validation_every", "validation_tasks", "patience", "device", "channels_last"),
-)
+# Each may set defaults of those after it, and of `RUN`.
+TABLES: Mapping[str, Mapping[str, Part]] = {
+    "dataset": DATASETS,
+    "network": NETWORKS,
+    "method": METHODS,
+    "update": UPDATES,
+}
+# What a message calls a part of each table.
+NOUNS = {"dataset": "data set", "network": "network", "method": "method", "update": "update"}
 
 
-def _field(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    least: int | None = None,
-    most: int = LARGEST_INTEGER,
-    positive: bool = False,
-):
-    metadata = {"help": help, "choices": choices, "least": least, "most": most, "positive": positive}
-    return field(default=default, metadata=metadata)
+def _network_of(before: Mapping[str, Any]) -> str:
+    """that of the data set."""
+    return DATASETS[before["dataset"]].network
 
 
-@dataclass(frozen=True, kw_only=True)
+# Their values are the names in their tables.
+PARTS = {
+    "dataset": Option(kind=str, default="glyphs", help="task family"),
+    "network": Option(kind=str, default=_network_of, help="what is meta-trained"),
+    "method": Option(kind=str, default="maml", help="what the inner loop adapts"),
+    "update": Option(kind=str, default="kfo", help="how it adapts"),
+}
+
+RUN = {
+    "first_order": Option(kind=bool, default=False, help="take the inner gradients as constants", role=TRAINING),
+    "checkpoint_inner": Option(
+        kind=bool,
+        default=False,
+        help="recompute the inner steps in the backward pass to save memory",
+        role=TRAINING,
+    ),
+    "steps": Option(kind=int, default=5, help="inner steps", least=0),
+    "fast_lr": Option(kind=float, default=0.1, help="inner learning rate", positive=True),
+    "meta_lr": Option(
+        kind=float, default=0.003, help="outer learning rate, of Adam(0.9, 0.999)", positive=True, role=TRAINING
+    ),
+    "meta_lr_half_life": Option(
+        kind=int,
+        default=0,
+        help="meta-iterations in which the outer learning rate halves; 0 keeps it constant",
+        least=0,
+        role=TRAINING,
+    ),
+    "clip_norm": Option(
+        kind=float,
+        default=0.0,
+        help="largest norm of the meta-gradient, longer ones are scaled; 0 is no limit",
+        least=0,
+        role=TRAINING,
+    ),
+    "meta_batch": Option(kind=int, default=16, help="tasks of a meta-iteration", least=1, role=MACHINE),
+    "iterations": Option(kind=int, default=1000, help="meta-iterations", least=1, role=TRAINING, resumable=True),
+    "seed": Option(
+        kind=int, default=0, help="seed of the parameters and of the training tasks", least=0, role=TRAINING
+    ),
+    "validation_every": Option(
+        kind=int,
+        default=100,
+        help="meta-iterations between two validations, each followed by a save",
+        least=1,
+        role=TRAINING,
+    ),
+    "validation_tasks": Option(kind=int, default=200, help="tasks of one validation", least=2, role=TRAINING),
+    "patience": Option(
+        kind=int,
+        default=0,
+        help="stop after so many validations without a better one; 0 is never",
+        least=0,
+        role=TRAINING,
+    ),
+    "workers": Option(
+        kind=int,
+        default=0,
+        help="threads that prepare tasks",
+        least=0,
+        most=MOST_THREADS,
+        role=MACHINE,
+        resumable=True,
+    ),
+    # Another number of threads rounds torch's own sums differently.
+    "threads": Option(
+        kind=int,
+        default=0,
+        help="threads of torch; 0 leaves torch's own choice",
+        least=0,
+        most=MOST_THREADS,
+        role=MACHINE,
+        resumable=True,
+    ),
+    "dtype": Option(kind=str, default="float32", help="floating-point type", choices=("float32", "float64")),
+    "device": Option(kind=str, default="cpu", help="device of torch, such as cpu or cuda:0", role=MACHINE),
+    "precision": Option(
+        kind=str,
+        default="ieee",
+        help="of the network's convolutions: float32 as it is, tf32 (CUDA), or bf16 for the whole forward",
+        choices=PRECISIONS,
+    ),
+    "cuda_graph": Option(
+        kind=bool,
+        default=False,
+        help="capture a whole meta-iteration as one CUDA graph, and replay it",
+        role=TRAINING,
+        resumable=True,
+    ),
+}
+
+
+@dataclass(frozen=True, init=False)
 class Config:
-    """Everything a run needs to be repeated; the fields' help texts are those of `kfo train --help`.
+    """Everything a run needs to be repeated; its options are those of `kfo train --help`, with underscores.
 
-    Raises: ValueError or TypeError naming the field, what it expects and what it got.
+    Args:
+        given: options by name; one that is not given takes the default of its data set, network, method or update.
+
+    Each option that has an effect is an attribute.
+
+    Attributes:
+        values: all of them, by name.
+
+    Raises:
+        ValueError: an option of a part that was not chosen, an unknown one, or a value out of range.
+        TypeError: a value of another type.
     """
 
-    dataset: str = _field("glyphs", "task family", choices=DATASETS)
-    data_root: str | None = _field(None, "folder that holds the archives of the data set (omniglot)")
-    method: str = _field("maml", "adapt all parameters, or the head only", choices=METHODS)
-    update: str = _field("kfo", "learned update: none is plain gradient descent", choices=UPDATES)
-    psd: bool = _field(True, "KFO: use R^T R and L^T L in place of R and L")
-    bias: bool | None = _field(None, "KFO: add a learned bias to each update; none adds it with hidden layers alone")
-    hidden_layers: int = _field(0, "KFO: hidden Kronecker layers; 0 is the linear update", least=0, most=MOST_LAYERS)
-    adapt_update: bool = _field(True, "KFO: adapt the factors too in the inner loop")
-    first_order: bool = _field(False, "take the inner gradients as constants")
-    checkpoint_inner: bool = _field(False, "recompute the inner steps in the backward pass to save memory")
-    layers: int = _field(2, "convolution blocks (sinusoid: ignored)", least=1, most=MOST_LAYERS)
-    hidden: int = _field(32, "channels of a block, or units of a hidden layer", least=1)
-    init: str = _field("reference", "start of the network: see kfo_ext.networks (sinusoid: ignored)", choices=INITS)
-    ways: int = _field(5, "classes of a task", least=2)
-    shots: int = _field(5, "support examples of a class", least=1)
-    queries: int = _field(5, "query examples of a class", least=1)
-    steps: int = _field(5, "inner steps", least=1)
-    fast_lr: float | None = _field(None, "inner learning rate; none is 0.1, for sinusoid 0.01", positive=True)
-    meta_lr: float = _field(0.003, "outer learning rate, of Adam(0.9, 0.999)", positive=True)
-    meta_lr_half_life: int = _field(
-        0, "meta-iterations in which the outer learning rate halves; 0 keeps it constant", least=0
-    )
-    clip_norm: float = _field(0.0, "largest norm of the meta-gradient, longer ones are scaled; 0 is no limit", least=0)
-    meta_batch: int = _field(16, "tasks of a meta-iteration", least=1)
-    iterations: int = _field(1000, "meta-iterations", least=1)
-    seed: int = _field(0, "seed of the parameters and of the training tasks", least=0)
-    validation_every: int = _field(100, "meta-iterations between two validations, each followed by a save", least=1)
-    validation_tasks: int = _field(200, "tasks of one validation", least=2)
-    patience: int = _field(0, "stop after so many validations without a better one; 0 is never", least=0)
-    workers: int = _field(0, "threads that prepare tasks", least=0, most=MOST_THREADS)
-    threads: int = _field(0, "threads of torch; 0 leaves torch's own choice", least=0, most=MOST_THREADS)
-    dtype: str = _field("float32", "floating-point type", choices=DTYPES)
-    device: str = _field("cpu", "device of torch, such as cpu or cuda:0")
-    precision: str = _field(
-        "ieee",
-        "of the network's convolutions: float32 as it is, tf32 (CUDA), or bf16 for the whole forward",
-        choices=PRECISIONS,
-    )
-    channels_last: bool = _field(False, "torch's convolutions in channels-last memory (CUDA, or bf16)")
-    cuda_graph: bool = _field(False, "capture a whole meta-iteration as one CUDA graph, and replay it")
+    values: Mapping[str, Any] = field(hash=False)
+    # What `changed` starts from: the defaults of another data set are other ones.
+    _given: Mapping[str, Any] = field(repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        # Not on top: the help of the command line reads the fields alone.
+    def __init__(self, **given: Any) -> None:
+        object.__setattr__(self, "_given", given)
+        object.__setattr__(self, "values", _resolved(given))
+        self._check_device()
+        self._check_parts()
+
+    def __getattr__(self, name: str) -> Any:
+        # Not through `self.values`: a copy that is being made has none yet.
+        values = vars(self).get("values", {})
+        if name in values:
+            return values[name]
+        raise AttributeError(_unknown(name, values) if values else name)
+
+    def _check_parts(self) -> None:
+        data, network, method = self.data_set, self.network_row, self.method_row
+        if network.inputs != data.inputs:
+            raise ValueError(
+                f"network: data set {self.dataset!r} has examples of shape {data.inputs}, "
+                f"{self.network!r} takes {network.inputs}"
+            )
+        if method.head and not network.head:
+            raise ValueError(f"method: {self.method!r} needs a network with a head, {self.network!r} has none")
+        if self.precision == "tf32" and not network.convolutions:
+            raise ValueError(f"precision: 'tf32' has no effect on network {self.network!r}, which has no convolution")
+
+    def _check_device(self) -> None:
+        # Not on top: the help of the command line reads the options alone.
         import torch
 
-        if self.fast_lr is None:
-            # Set once, before anyone can read it: a frozen dataclass has no other way to fill in a default.
-            object.__setattr__(self, "fast_lr", 0.01 if self.dataset == "sinusoid" else 0.1)
-        hints = get_type_hints(type(self))
-        for item in fields(self):
-            _check(item.name, getattr(self, item.name), hints[item.name], item.metadata)
-        if self.dataset == "omniglot" and self.data_root is None:
-            raise ValueError("data_root: dataset 'omniglot' needs the folder of its archives, got none")
-        if self.dataset == "sinusoid" and self.method == "anil":
-            raise ValueError("method: dataset 'sinusoid' expects maml, its network has no separate head; got 'anil'")
         try:
-            known = torch.device(self.device).type in ("cpu", "cuda")
+            kind = torch.device(self.device).type
         except RuntimeError:
-            known = False
-        if not known:
+            kind = ""
+        if kind not in ("cpu", "cuda"):
             raise ValueError(f"device: expected a device of torch such as 'cpu' or 'cuda:0', got {self.device!r}")
-        self._check_speed()
-
-    def _check_speed(self) -> None:
-        """Refuse what would have no effect."""
-        import torch
-
-        on_cpu = torch.device(self.device).type == "cpu"
         here = f"has no effect on device {self.device!r}"
-        if self.cuda_graph and on_cpu:
+        if self.cuda_graph and kind == "cpu":
             raise ValueError(f"cuda_graph: expected a CUDA device, got {self.device!r}")
         if self.cuda_graph and self.checkpoint_inner:
             raise ValueError("cuda_graph: expected checkpoint_inner off: recomputed inner steps cannot be captured")
         if self.precision != "ieee" and self.dtype != "float32":
             raise ValueError(f"precision: {self.precision!r} has no effect on dtype {self.dtype!r}, expected 'float32'")
-        if self.precision == "tf32" and on_cpu:
+        if self.precision == "tf32" and kind == "cpu":
             raise ValueError(f"precision: 'tf32' {here}, expected a CUDA device or another precision")
-        if self.channels_last and on_cpu and self.precision != "bf16":
+        if self.values.get("channels_last") and kind == "cpu" and self.precision != "bf16":
             raise ValueError(f"channels_last: {here}, whose compiled convolution is channels-last already")
-        if self.dataset == "sinusoid" and (self.precision == "tf32" or self.channels_last):
-            name = "channels_last" if self.channels_last else "precision: 'tf32'"
-            raise ValueError(f"{name} has no effect on dataset 'sinusoid', whose network has no convolution")
+
+    @property
+    def data_set(self) -> DataSet:
+        """The row of `dataset` in its table."""
+        return DATASETS[self.dataset]
+
+    @property
+    def network_row(self) -> Network:
+        """The row of `network` in its table."""
+        return NETWORKS[self.network]
+
+    @property
+    def method_row(self) -> Method:
+        """The row of `method` in its table."""
+        return METHODS[self.method]
+
+    @property
+    def update_row(self) -> LearnedUpdate:
+        """The row of `update` in its table."""
+        return UPDATES[self.update]
+
+    def options_of(self, part: Part) -> dict[str, Any]:
+        """The values of the options that belong to a part."""
+        return {name: self.values[name] for name in part.options}
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -143,25 +233,29 @@ class Config:
     @property
     def measure(self) -> str:
         """What validation selects by: accuracy (highest), or for regression loss (lowest)."""
-        return "loss" if self.dataset == "sinusoid" else "accuracy"
+        return self.data_set.measure
+
+    def changed(self, **changes: Any) -> Config:
+        """The same with other values of some options.
+
+        Raises: as the constructor.
+        """
+        return Config(**{**self._given, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Field name to plain value."""
-        return asdict(self)
+        """Option name to plain value, of those that have an effect."""
+        return dict(self.values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
         """Build a configuration from plain values.
 
-        values: field name to value; absent fields take their defaults.
+        values: option name to value; absent ones take their defaults.
         source: what to name in a message.
         Raises: ValueError for an unknown key or a bad value.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{source}: expected an object of configuration values, got {type(values).__name__}")
-        unknown = sorted(set(values) - {item.name for item in fields(cls)}, key=str)
-        if unknown:
-            raise ValueError(f"{source}: unknown configuration key {', '.join(map(repr, unknown))}")
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:
@@ -180,31 +274,65 @@ class Config:
         return cls.from_dict(read_json(path), str(path))
 
 
+def options_of(values: Mapping[str, Any]) -> dict[str, Option]:
+    """The options that have an effect where the parts are those of `values`."""
+    parts = [table[values[kind]] for kind, table in TABLES.items()]
+    return {**PARTS, **{name: option for part in parts for name, option in part.options.items()}, **RUN}
+
+
+def owners(name: str) -> dict[str, dict[str, Option]]:
+    """The parts that have an option: table to {part: the option as that part has it}."""
+    return {
+        kind: found
+        for kind, table in TABLES.items()
+        if (found := {row: part.options[name] for row, part in table.items() if name in part.options})
+    }
+
+
 def difference(ours: Config, theirs: Config) -> str:
-    """Name the fields in which two configurations cannot belong to one run; '' if there are none."""
-    names = [item.name for item in fields(Config) if item.name not in RESUMABLE]
-    parts = [(name, getattr(ours, name), getattr(theirs, name)) for name in names]
+    """Name the options in which two configurations cannot belong to one run; '' if there are none.
+
+    Options that only one of them has follow from a part that differs.
+    """
+    fixed = [name for name, option in options_of(ours.values).items() if not option.resumable]
+    parts = [(name, ours.values[name], theirs.values[name]) for name in fixed if name in theirs.values]
     return ", ".join(f"{name}: expected {a!r}, got {b!r}" for name, a, b in parts if a != b)
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The fields that decide the score of a checkpoint on given tasks."""
-    return {name: value for name, value in config.to_dict().items() if name not in UNSCORED}
+    """The options that decide the score of a checkpoint on given tasks."""
+    known = options_of(config.values)
+    return {name: value for name, value in config.values.items() if known[name].role == SCORE}
 
 
-def _check(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> None:
-    number = (int, float)
-    flag = {bool: (bool,), bool | None: (bool, type(None))}
-    expected = {**flag, int: (int,), float: number, float | None: number, str: (str,)}.get(hint, (str, type(None)))
-    if not isinstance(value, expected) or (isinstance(value, bool) and hint not in flag):
-        raise TypeError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
-    if rules["choices"] and value not in rules["choices"]:
-        raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
-    if rules["least"] is not None and not (value >= rules["least"] and is_number(value)):
-        raise ValueError(f"{name}: expected at least {rules['least']}, got {value}")
-    if isinstance(value, int) and value > rules["most"]:
-        raise ValueError(f"{name}: expected at most {rules['most']}, got {value}")
-    if isinstance(value, str) and "\0" in value:
-        raise ValueError(f"{name}: expected text without null characters, got {value!r}")
-    if rules["positive"] and not (value > 0 and is_number(value)):
-        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+
+    def take(name: str, option: Option) -> None:
+        default = defaults.get(name, None if callable(option.default) else option.default)
+        values[name] = option.value(name, given.get(name, default), values)
+
+    for kind, option in PARTS.items():
+        take(kind, option)
+        table = TABLES[kind]
+        if values[kind] not in table:
+            raise ValueError(f"{kind}: expected one of {', '.join(table)}, got {values[kind]!r}")
+        defaults |= table[values[kind]].defaults
+    known = options_of(values)
+    if foreign := [name for name in given if name not in known]:
+        raise ValueError(_unknown(foreign[0], values))
+    for name, option in known.items():
+        if name not in PARTS:
+            take(name, option)
+        if option.required and values[name] is None:
+            kind = next(iter(owners(name)))
+            raise ValueError(f"{name}: {NOUNS[kind]} {values[kind]!r} needs the {option.help}, got none")
+    return values
+
+
+def _unknown(name: str, values: Mapping[str, Any]) -> str:
+    """Why there is no option of this name."""
+    for kind, rows in owners(name).items():
+        return f"{name}: an option of {NOUNS[kind]} {' and '.join(rows)}; it has no effect on {kind} {values[kind]!r}"
+    return f"unknown configuration key {name!r}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
+from kfo_ext.tasks.batch import check_count
 
 # No list of scores in memory is longer.
 MOST_TASKS = 2**31 - 1
@@ -27,6 +28,10 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} ± {self.half:.4f}"
+
+
+class Cancelled(Exception):
+    """An evaluation was ended before it had all its scores."""
 
 
 class Evaluation(NamedTuple):
@@ -76,7 +81,7 @@ def evaluate(
     workers: int = 0,
     progress: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
+) -> Evaluation:
     """Adapt the learner to tasks 0 .. tasks - 1 of a family and score it on their queries.
 
     Each task is a meta-batch of one, so that the list of tasks does not depend on `batch`.
@@ -87,16 +92,14 @@ def evaluate(
     batch: tasks adapted at a time.
     steps: inner steps, as many as the learner was built with by default.
     progress: show a bar where stderr is a terminal.
-    cancelled: asked before each batch; once true, the result is None.
-    Raises: ValueError for fewer than two tasks, too many or an empty batch, FloatingPointError at a loss that is not
-    finite.
+    cancelled: read before each batch; once true, the evaluation ends.
+    Raises: ValueError for fewer than two tasks, too many or an empty batch, TypeError for a number that is no int,
+    FloatingPointError at a loss that is not finite, Cancelled.
     """
-    if tasks < 2:
-        raise ValueError(f"tasks: expected at least 2, got {tasks}")
+    check_count("tasks", tasks, 2)
     if tasks > MOST_TASKS:
         raise ValueError(f"tasks: expected at most {MOST_TASKS}, got {tasks}")
-    if batch < 1:
-        raise ValueError(f"batch: expected at least 1, got {batch}")
+    check_count("batch", batch, 1)
     like = next(learner.parameters())
     digest = hashlib.blake2b(digest_size=16)
     losses, metrics = [], []
@@ -104,7 +107,7 @@ def evaluate(
     with closing(stream), torch.no_grad():
         for start in tqdm(range(0, tasks, batch), disable=None if progress else True, unit="batch"):
             if cancelled():
-                return None
+                raise Cancelled
             group = _joined(list(islice(stream, min(batch, tasks - start))))
             on_cpu = group.to("cpu")
             result = learner(group.to(like.device, like.dtype), steps)

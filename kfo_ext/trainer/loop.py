@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from kfo_ext.tasks import TaskBatch, batches
 
 from .captured_step import CapturedMetaStep
 from .config import Config, difference
-from .evaluation import Evaluation, evaluate, mean_interval
+from .evaluation import Cancelled, Evaluation, evaluate, mean_interval
 from .meta_step import MetaStep, make_adam
 from .precision import convolution_precision
 from .recipe import EVALUATION_SEED, build_family, build_learner
@@ -48,6 +48,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run: RunFolder | None = None) -> None:
+        if config.steps < 1:
+            raise ValueError(f"steps: expected at least 1 to train with, got {config.steps}")
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -82,13 +84,13 @@ class Trainer:
         """Continue a run from its last checkpoint, exactly as if it had not been stopped.
 
         path: the run folder.
-        changes: new values of the fields in `config.RESUMABLE`, such as more iterations.
+        changes: new values of options that are resumable, such as more iterations.
         Raises: ValueError naming the file if the run or its checkpoint cannot be used, or if another writer is at work.
         """
         run = RunFolder.open(path)
         with run.writing():
             run.remove_partials()
-            config = replace(Config.load(run.config), **changes)
+            config = Config.load(run.config).changed(**changes)
             if run.unfinished(Config.load):
                 trainer = cls(config, run)
                 trainer._save()
@@ -194,7 +196,7 @@ class Trainer:
         )
 
     def _show(self, bar: tqdm, record: Record) -> None:
-        shown = {name: f"{record[name]:.3f}" for name in ("loss", "accuracy") if name in record}
+        shown: dict[str, str] = {name: f"{record[name]:.3f}" for name in ("loss", "accuracy") if name in record}
         if self._deadline < math.inf:
             shown["seconds left"] = f"{max(0.0, self._deadline - time.monotonic()):.0f}"
         bar.set_postfix(shown, refresh=False)
@@ -216,11 +218,12 @@ class Trainer:
                 workers=self.config.workers,
                 cancelled=stop,
             )
+        except Cancelled:
+            return
         except FloatingPointError as error:
             raise FloatingPointError(f"validation after iteration {self.progress.iteration}: {error}") from None
-        bar.set_description()
-        if scores is None:
-            return
+        finally:
+            bar.set_description()
         self.progress.elapsed = time.monotonic() - self._clock
         score, record = _summary(scores)
         metrics.append({"iteration": self.progress.iteration, **record, "elapsed": self.progress.elapsed})

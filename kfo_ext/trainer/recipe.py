@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from kfo_ext.adapt import ANIL, MAML
-from kfo_ext.networks import omniglot_cnn, sinusoid_mlp
-from kfo_ext.tasks import TaskFamily, make_family
-from kfo_ext.updates import KFO
+from kfo_ext.adapt import MAML
+from kfo_ext.tasks import TaskFamily
 
 from .config import Config
+from .updates import ADAPTED
 
 # Validation and test tasks do not follow the seed of the run: every run is judged on the same lists.
 EVALUATION_SEED = 0
 
 
 def build_family(config: Config, split: str, *, seed: int) -> TaskFamily:
-    """The tasks of one split, its images on the run's device (waves are drawn on the CPU, and small).
+    """The tasks of one split, their images on the run's device.
 
     split: train, validation or test.
     seed: of the stream of tasks; the classes of a split do not depend on it.
     Raises: ValueError if the device is not there, FileNotFoundError if the data is not.
     """
-    options = {"shots": config.shots, "queries": config.queries, "seed": seed}
-    if config.dataset != "sinusoid":
-        options |= {"ways": config.ways, "device": config.device}
-    if config.dataset == "omniglot":
-        options["root"] = config.data_root
-    return make_family(config.dataset, split, **options)
+    row = config.data_set
+    return row.build(split, seed=seed, device=config.device, options=config.options_of(row))
 
 
 def build_learner(config: Config) -> MAML:
@@ -38,31 +32,25 @@ def build_learner(config: Config) -> MAML:
     Raises: ValueError if the device is not there.
     """
     torch.manual_seed(config.seed)
-    model = _model(config)
+    data, method, update = config.data_set, config.method_row, config.update_row
+    network = config.network_row.make(data.outputs_of(config.options_of(data)), **config.options_of(config.network_row))
+    network = method.transformed(network, **config.options_of(method))
     try:
-        model.to(config.device, config.torch_dtype)
+        network.to(config.device, config.torch_dtype)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device: {config.device!r} is not available here ({error})") from None
-    adapted = model if config.method == "maml" else model.head
-    update = None
-    if config.update == "kfo":
-        update = KFO(adapted.named_parameters(), psd=config.psd, bias=config.bias, hidden_layers=config.hidden_layers)
-    return (MAML if config.method == "maml" else ANIL)(
-        model,
-        update=update,
+    options = {name: value for name, value in config.options_of(update).items() if name not in ADAPTED}
+    learner = method.learner(
+        network,
+        update=update.make(method.adapted(network), **options),
         lr=config.fast_lr,
-        steps=config.steps,
-        adapt_update=config.adapt_update and update is not None,
+        # A learner has steps to train with; none are for an evaluation.
+        steps=max(config.steps, 1),
+        adapt_update=config.values.get("adapt_update", False),
         first_order=config.first_order,
-        loss=F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
+        loss=getattr(F, data.loss),
         checkpoint=config.checkpoint_inner,
         bf16=config.precision == "bf16",
     )
-
-
-def _model(config: Config) -> nn.Module:
-    if config.dataset == "sinusoid":
-        return sinusoid_mlp(hidden=config.hidden)
-    return omniglot_cnn(
-        config.layers, ways=config.ways, hidden=config.hidden, init=config.init, channels_last=config.channels_last
-    )
+    learner.steps = config.steps
+    return learner

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
+from kfo_ext.adapt import MAML
 from kfo_ext.runs import checkpoint
 from kfo_ext.runs.files import is_count, is_number, read_json, write_json
 from kfo_ext.runs.progress import Progress
 from kfo_ext.runs.run_folder import RunFolder
+from kfo_ext.tasks.batch import check_count
 
-from .config import Config, difference, settings
+from .config import Config, difference, options_of, settings
 from .evaluation import Interval, evaluate, mean_interval, paired_difference
+from .options import TRAINING
 from .precision import convolution_precision
 from .recipe import EVALUATION_SEED, build_family, build_learner
 
@@ -30,7 +32,8 @@ class RunScore(NamedTuple):
     measure, interval: the name of the measure, and its mean with the 95 % interval.
     tasks: length of the list.
     iteration: of the checkpoint.
-    settings: the configuration's fields that decide the score, as they were.
+    settings: the options that decide the score, as they were.
+    changes: those of them that are not the run's own.
     current: whether the checkpoint on disk is still the one that was scored.
     path: the file that holds all of it.
     content: what that file holds.
@@ -41,6 +44,7 @@ class RunScore(NamedTuple):
     tasks: int
     iteration: int
     settings: dict[str, Any]
+    changes: dict[str, Any]
     current: bool
     path: Path
     content: dict[str, Any]
@@ -53,30 +57,38 @@ class RunScore(NamedTuple):
         write_json(self.path, self.content)
 
     def differing_settings(self, other: RunScore) -> str:
-        """Name the settings in which two scores differ, such as 'steps: 5 and 10'; '' if there are none."""
-        return _apart(self.settings, other.settings)
+        """Name the settings in which two scores differ, such as 'steps: 5 and 10'; '' if there are none.
+
+        Options that only one of them has follow from a setting that differs, such as the update.
+        """
+        common = self.settings.keys() & other.settings.keys()
+        return _apart(*({name: value for name, value in s.settings.items() if name in common} for s in (self, other)))
 
 
-def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, nn.Module, Progress]:
+def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, MAML, Progress]:
     """The learner of a run as one of its checkpoints holds it.
 
     run: the run folder.
     name: best or last.
-    changes: fields to set otherwise than the run did, such as device or data_root.
+    changes: options to set otherwise than the run did, such as device, data_root or steps.
     out: configuration, learner, progress at that checkpoint.
-    Raises: ValueError naming the file if the checkpoint cannot be used.
+    Raises: ValueError naming the file if the checkpoint cannot be used, or the option whose change it does not allow.
     """
     path = run.checkpoint(name)
     if name == "best" and not path.exists() and run.last.exists():
         best = Progress.from_dict(checkpoint.load(run.last)["progress"], str(run.last)).best_iteration
         reason = f"the checkpoint, of iteration {best}, is lost" if best else "the run has not come to a validation yet"
         raise ValueError(f"{path}: {reason}; its last checkpoint can be used instead")
-    config, state = Config.load(run.config), checkpoint.load(path)
-    if mismatch := difference(config, Config.from_dict(state["config"], str(path))):
+    own, state = Config.load(run.config), checkpoint.load(path)
+    if mismatch := difference(own, Config.from_dict(state["config"], str(path))):
         raise ValueError(f"{path}: the checkpoint is of another configuration ({mismatch})")
-    config = replace(config, **_PLAIN | changes)
+    config = _judged(own, changes)
     learner = build_learner(config)
-    checkpoint.restore_learner(path, learner, state["learner"])
+    try:
+        checkpoint.restore_learner(path, learner, state["learner"])
+    except ValueError:
+        _check_changes(own, changes, path, state["learner"])
+        raise
     return config, learner, Progress.from_dict(state["progress"], str(path))
 
 
@@ -96,32 +108,36 @@ def evaluate_run(
     name: best or last.
     tasks, seed: length and seed of the list of tasks.
     save: false leaves the writing to `RunScore.save`: a score outlives a folder that cannot be written.
-    changes: fields of the configuration to set otherwise, such as device or data_root. One that changes the score, such
-    as steps, becomes part of the file's name: eval-test-best-steps=10.json.
-    Raises: ValueError naming the file or the argument at fault, OSError naming the file that cannot be written.
+    changes: options to set otherwise than the run did: steps (0 scores the network as it is), shots, queries, device.
+        One that changes the score becomes part of the file's name: eval-test-best-steps=10.json.
+    Raises: ValueError naming the file or the argument at fault, TypeError for a value of another type, OSError naming
+    the file that cannot be written.
     """
+    check_count("seed", seed, 0)
     # Before loading: a checkpoint that is replaced in between counts as another one.
     digest = checkpoint.digest(run.checkpoint(name)) if run.checkpoint(name).exists() else ""
     config, learner, progress = load_learner(run, name, **changes)
-    path = _path(run, split, name, changes)
+    apart = _changed(Config.load(run.config), config)
     if config.threads:
         torch.set_num_threads(config.threads)
     family = build_family(config, split, seed=seed)
     with convolution_precision(config.precision):
         scores = evaluate(learner, family, tasks=tasks, batch=config.meta_batch, workers=config.workers, progress=True)
-    interval = mean_interval(scores.scores)
-    content = {
+    interval, used = mean_interval(scores.scores), settings(config)
+    content: dict[str, Any] = {
         "measure": config.measure,
         "mean": interval.mean,
         "interval": interval.half,
         "checkpoint": name,
         "iteration": progress.iteration,
         "checkpoint_digest": digest,
-        "settings": settings(config),
+        "settings": used,
+        "changes": apart,
         "task_list": {"dataset": config.dataset, "split": split, "seed": seed, "tasks": tasks, "digest": scores.digest},
         "scores": scores.scores.tolist(),
     }
-    score = RunScore(config.measure, interval, tasks, progress.iteration, content["settings"], True, path, content)
+    path = run.evaluation(split, name, **apart)
+    score = RunScore(config.measure, interval, tasks, progress.iteration, used, apart, True, path, content)
     if save:
         score.save()
     return score
@@ -133,44 +149,95 @@ def compare_runs(
     """Paired difference a - b of two evaluated runs; `RunScore.differing_settings` says in what else they differ.
 
     split, name: which evaluation to read from both folders.
-    changes: as given to `evaluate_run`.
-    Raises: ValueError if one is not evaluated, or if they were not evaluated on the same tasks.
+    changes: as given to `evaluate_run`, for both.
+    Raises: ValueError if one is not evaluated with these changes, or as `compare_scores`.
     """
     ours, theirs = (_read(run, split, name, changes) for run in (a, b))
+    return ours, theirs, compare_scores(ours, theirs)
+
+
+def compare_scores(ours: RunScore, theirs: RunScore) -> Interval:
+    """Paired difference of two scores over their common list of tasks.
+
+    Raises: ValueError if they are of different measures or tasks, or if they differ in an option that was changed for
+    the evaluation of one of them.
+    """
     if ours.measure != theirs.measure:
         raise ValueError(f"{theirs.path}: expected the measure {ours.measure}, got {theirs.measure}")
+    names = {**ours.changes, **theirs.changes}
+    if apart := _apart(*({name: score.settings.get(name) for name in names} for score in (ours, theirs))):
+        raise ValueError(
+            f"{ours.path} and {theirs.path} were evaluated with different settings ({apart}); evaluate both alike"
+        )
     if apart := _apart(ours.content["task_list"], theirs.content["task_list"]):
         raise ValueError(f"{ours.path} and {theirs.path} were evaluated on different tasks ({apart})")
-    return ours, theirs, paired_difference(ours.content["scores"], theirs.content["scores"])
+    return paired_difference(ours.content["scores"], theirs.content["scores"])
 
 
-def _apart(a: dict[str, Any], b: dict[str, Any]) -> str:
+def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: {a.get(key)} and {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key))
 
 
-def _path(run: RunFolder, split: str, name: str, changes: dict[str, Any]) -> Path:
-    """Where a score goes: the changes that are the run's own settings anyway are none."""
-    own = Config.load(run.config)
-    wanted, usual = settings(replace(own, **_PLAIN | changes)), settings(own)
-    return run.evaluation(split, name, **{key: value for key, value in wanted.items() if value != usual[key]})
+def _judged(own: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration that a run is evaluated by."""
+    known = options_of(own.values)
+    for name in changes:
+        if name in known and known[name].role == TRAINING:
+            raise ValueError(f"{name}: has no effect on an evaluation")
+    plain = {name: value for name, value in _PLAIN.items() if name in known}
+    return own.changed(**{**plain, **changes})
 
 
-def _read(run: RunFolder, split: str, name: str, changes: dict[str, Any]) -> RunScore:
-    saved = run.checkpoint(name)
-    path = _path(run, split, name, changes)
+def _changed(own: Config, config: Config) -> dict[str, Any]:
+    """The settings of an evaluation that are not the run's own."""
+    usual = settings(own)
+    return {name: value for name, value in settings(config).items() if name not in usual or value != usual[name]}
+
+
+def _check_changes(own: Config, changes: Mapping[str, Any], path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse the first change that alone asks for parameters that the checkpoint does not have."""
+    if _misfit(own, {}, path, state):
+        return
+    for name, value in changes.items():
+        if reason := _misfit(own, {name: value}, path, state):
+            raise ValueError(
+                f"{name}: expected {own.values[name]} as in training, on which the trained parameters depend, "
+                f"got {value} ({reason})"
+            )
+
+
+def _misfit(own: Config, changes: Mapping[str, Any], path: Path, state: Mapping[str, Any]) -> str:
+    """Why the learner of a changed configuration cannot take the parameters of a checkpoint; '' if it can."""
+    try:
+        checkpoint.restore_learner(path, build_learner(_judged(own, changes)), state)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
+
+
+def _read(run: RunFolder, split: str, name: str, changes: Mapping[str, Any]) -> RunScore:
+    saved, own = run.checkpoint(name), Config.load(run.config)
+    config = _judged(own, changes)
+    apart = _changed(own, config)
+    path = run.evaluation(split, name, **apart)
     if not path.exists():
-        what = "".join(f", {key} {value}" for key, value in changes.items())
-        command = f"kfo eval {run.path} --split {split} --checkpoint {name}"
-        raise ValueError(f"{path}: not evaluated yet; run `{command}`{what}")
+        options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in changes.items())
+        command = f"kfo eval {run.path} --split {split} --checkpoint {name}{options}"
+        others = sorted(other.name for other in run.evaluations(split, name))
+        there = f"; there is {', '.join(others)}, of other settings" if others else ""
+        raise ValueError(f"{path}: not evaluated yet; run `{command}`{there}")
     content = read_json(path)
     if fault := _fault(content, split, name):
         raise ValueError(f"{path}: not an evaluation written by kfo ({fault}); evaluate the run again")
+    if differing := _apart(settings(config), content["settings"]):
+        raise ValueError(f"{path}: evaluated with other settings than asked for ({differing}); evaluate the run again")
     return RunScore(
         content["measure"],
         Interval(content["mean"], content["interval"]),
         content["task_list"]["tasks"],
         content["iteration"],
         content["settings"],
+        apart,
         not saved.exists() or checkpoint.digest(saved) == content["checkpoint_digest"],
         path,
         content,
@@ -182,8 +249,8 @@ def _fault(content: Any, split: str, name: str) -> str:
     if not isinstance(content, dict):
         return "no object"
     listed, scores = content.get("task_list"), content.get("scores")
-    if not isinstance(listed, dict) or not isinstance(content.get("settings"), dict):
-        return "no task list or settings"
+    if not isinstance(listed, dict) or not all(isinstance(content.get(key), dict) for key in ("settings", "changes")):
+        return "no task list, settings or changes"
     if (listed.get("split"), content.get("checkpoint")) != (split, name):
         return "of another split or checkpoint"
     if content.get("measure") not in ("accuracy", "loss") or not is_count(content.get("iteration")):
@@ -194,9 +261,8 @@ def _fault(content: Any, split: str, name: str) -> str:
         return "no list of scores"
     if not is_count(listed.get("tasks")) or listed["tasks"] != len(scores):
         return f"{len(scores)} scores of {listed.get('tasks')} tasks"
-    stated = (content.get("mean"), content.get("interval"))
-    if not all(map(is_number, stated)) or not all(
-        math.isclose(*pair, abs_tol=1e-9) for pair in zip(stated, mean_interval(scores), strict=True)
-    ):
-        return "its mean and interval are not those of its scores"
+    for key, true in zip(("mean", "interval"), mean_interval(scores), strict=True):
+        stated = content.get(key)
+        if not is_number(stated) or not math.isclose(stated, true, abs_tol=1e-9):
+            return "its mean and interval are not those of its scores"
     return ""

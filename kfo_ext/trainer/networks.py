@@ -1,0 +1,76 @@
+"""The table of networks: options, and what each takes. No torch before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kfo_ext.choices import INITS, MOST_LAYERS
+
+from .options import MACHINE, TRAINING, Option, Part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Part):
+    """A row of `NETWORKS`.
+
+    make: the network, from the number of its outputs and the options by name.
+    inputs: the shape of one example.
+    head: whether it has a method `features` and a submodule `head`, as ANIL needs.
+    convolutions: whether it computes any, whose precision may be chosen.
+    """
+
+    make: Callable[..., nn.Module]
+    inputs: tuple[int, ...]
+    head: bool = False
+    convolutions: bool = False
+
+
+def _omniglot_cnn(outputs: int, *, layers: int, hidden: int, init: str, channels_last: bool) -> nn.Module:
+    from kfo_ext.networks import omniglot_cnn
+
+    return omniglot_cnn(layers, ways=outputs, hidden=hidden, init=init, channels_last=channels_last)
+
+
+def _sinusoid_mlp(outputs: int, *, hidden: int) -> nn.Module:
+    from kfo_ext.networks import sinusoid_mlp
+
+    if outputs != 1:
+        raise ValueError(f"network: expected one with {outputs} outputs, got 'sinusoid_mlp', which has one")
+    return sinusoid_mlp(hidden)
+
+
+CNN = {
+    "layers": Option(kind=int, default=2, help="convolution blocks", least=1, most=MOST_LAYERS),
+    "hidden": Option(kind=int, default=32, help="channels of a block", least=1),
+    "init": Option(
+        kind=str, default="reference", help="start of the network: see kfo_ext.networks", choices=INITS, role=TRAINING
+    ),
+    "channels_last": Option(
+        kind=bool,
+        default=False,
+        help="torch's convolutions in channels-last memory (CUDA, or bf16)",
+        role=MACHINE,
+    ),
+}
+
+NETWORKS: dict[str, Network] = {
+    "omniglot_cnn": Network(
+        help="CNN of stride-2 blocks for 1x28x28 images",
+        make=_omniglot_cnn,
+        options=CNN,
+        inputs=(1, 28, 28),
+        head=True,
+        convolutions=True,
+    ),
+    "sinusoid_mlp": Network(
+        help="two hidden layers of ReLU units",
+        make=_sinusoid_mlp,
+        options={"hidden": Option(kind=int, default=32, help="units of a hidden layer", least=1)},
+        inputs=(1,),
+    ),
+}

@@ -1,0 +1,92 @@
+"""Options: what a value may be, and what it changes. No torch: the help of the command line lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kfo_ext.choices import LARGEST_INTEGER
+from kfo_ext.runs.files import is_number
+
+# What an option changes in the evaluation of a given checkpoint on given tasks. SCORE: its score. MACHINE: where and
+# how fast it is computed, and nothing else but rounding. TRAINING: nothing.
+SCORE, TRAINING, MACHINE = "score", "training", "machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option.
+
+    kind: bool, int, float or str.
+    default: its value where none is given. None: it may stay without one. A function computes it from the options
+        before it.
+    help: what `kfo train --help` says.
+    choices, least, most, positive: what values it takes.
+    role: SCORE, TRAINING or MACHINE.
+    resumable: whether a resumed run may change it.
+    required: whether it must be given.
+    """
+
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    most: int = LARGEST_INTEGER
+    positive: bool = False
+    role: str = SCORE
+    resumable: bool = False
+    required: bool = False
+
+    @property
+    def shown_default(self) -> str:
+        """The default as a help text says it."""
+        if self.required:
+            return "must be given"
+        if callable(self.default):
+            return (self.default.__doc__ or "computed").rstrip(".")
+        return "none" if self.default is None else str(self.default)
+
+    def value(self, name: str, given: Any, before: Mapping[str, Any]) -> Any:
+        """The checked value.
+
+        given: None where none was given and the default is None or computed.
+        before: the values of the options before this one.
+        Raises: TypeError or ValueError naming the option, what it expects and what it got.
+        """
+        if given is None and callable(self.default):
+            given = self.default(before)
+        if given is None and self.default is None:
+            return None
+        self._check(name, given)
+        return given
+
+    def _check(self, name: str, value: Any) -> None:
+        expected: Any = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, expected) or (isinstance(value, bool) and self.kind is not bool):
+            raise TypeError(f"{name}: expected {self.kind.__name__}, got {value!r}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{name}: expected one of {', '.join(self.choices)}, got {value!r}")
+        if self.least is not None and not (value >= self.least and is_number(value)):
+            raise ValueError(f"{name}: expected at least {self.least}, got {value}")
+        if isinstance(value, int) and value > self.most:
+            raise ValueError(f"{name}: expected at most {self.most}, got {value}")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{name}: expected text without null characters, got {value!r}")
+        if self.positive and not (value > 0 and is_number(value)):
+            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A row of a table: one data set, network, method or update.
+
+    help: what it is, in a few words.
+    options: those that belong to it, by name.
+    defaults: of options that belong to something else, where this part has other ones.
+    """
+
+    help: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
