@@ -24,12 +24,10 @@ from kfo_ext.trainer import (
     Config,
     Trainer,
     compare_runs,
-    evaluate,
     evaluate_run,
     load_learner,
     loop,
 )
-from kfo_ext.trainer.recipe import build_family
 
 
 class Killed(BaseException):
@@ -321,47 +319,6 @@ def test_a_trainer_begins_its_own_folder(tmp_path, monkeypatch):
     assert trainer.run.path.parent == Path("runs")
 
 
-def test_a_score_at_other_settings_is_a_file_of_its_own(run):
-    usual = evaluate_run(run, tasks=4)
-    before = usual.path.read_bytes()
-    assert usual.path.name == "eval-test-best.json"
-    for changes in ({"steps": 10}, {"fast_lr": 0.02}, {"precision": "bf16"}, {"shots": 3, "steps": 2}):
-        other = evaluate_run(run, tasks=4, **changes)
-        suffix = "".join(f"-{key}={other.settings[key]}" for key in other.settings if key in changes)
-        assert other.path.name == f"eval-test-best{suffix}.json"
-        written = json.loads(other.path.read_text())
-        assert written["settings"] == {**usual.settings, **changes}
-        assert written["iteration"] == other.iteration == usual.iteration
-        assert other.interval != usual.interval
-        assert usual.path.read_bytes() == before
-        assert compare_runs(run, run, **changes)[0] == other
-    # What does not change the score, or is the run's own setting, is the usual score.
-    again = evaluate_run(run, tasks=4, steps=1, threads=1, workers=1, device="cpu")
-    assert (again.path, again.interval) == (usual.path, usual.interval)
-    _, learner, _ = load_learner(run, "best", steps=10)
-    family = build_family(Config(**{**WAVES, "steps": 10}), "test", seed=0)
-    expected = evaluate(learner, family, tasks=4).losses.tolist()
-    assert json.loads((run.path / "eval-test-best-steps=10.json").read_text())["scores"] == pytest.approx(expected)
-
-
-def test_compare_shows_settings_iterations_and_checkpoints_written_since(run, tmp_path):
-    other = Trainer.start(Config(**{**WAVES, "steps": 3, "update": "none", "iterations": 2}), tmp_path / "other").run
-    Trainer.resume(other.path).fit()
-    for folder in (run, other):
-        evaluate_run(folder, tasks=4, name="last")
-    a, b, _ = compare_runs(run, other, name="last")
-    assert (a.iteration, b.iteration) == (4, 2)
-    assert (a.current, b.current) == (True, True)
-    assert a.differing_settings(b) == "update: kfo and none, steps: 1 and 3"
-    assert a.differing_settings(a) == ""
-    Trainer.resume(other.path, iterations=6).fit()
-    _, stale, _ = compare_runs(run, other, name="last")
-    assert (stale.iteration, stale.current) == (2, False)
-    evaluate_run(other, tasks=4, name="last")
-    _, fresh, _ = compare_runs(run, other, name="last")
-    assert (fresh.iteration, fresh.current) == (6, True)
-
-
 def test_a_score_is_printed_before_it_is_written(kfo, run, monkeypatch):
     def read_only(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -377,17 +334,6 @@ def test_a_full_disk_is_one_line_that_names_the_file(kfo, tmp_path):
     with file_limit(1500):
         code, _, err = kfo("train", "--run", tmp_path / "new", "--dataset", "sinusoid")
     assert (code, err) == (2, f"kfo: {tmp_path}/new/last.pt: cannot be written (File too large)\n")
-
-
-def test_the_command_compares_in_the_open(kfo, run):
-    evaluate_run(run, tasks=3)
-    evaluate_run(run, tasks=3, precision="bf16")
-    before = checkpoint.load(run.best)["progress"]["iteration"]
-    _, out, _ = kfo("compare", run.path, run.path)
-    assert out.count(f"(best checkpoint, iteration {before})\n") == 2
-    checkpoint.save(run.best, {**checkpoint.load(run.best), "rng": {}})
-    _, out, _ = kfo("compare", run.path, run.path, "--precision", "bf16")
-    assert f"iteration {before}; best.pt has been written since: evaluate it again)" in out
 
 
 def test_validations_are_told_from_iterations(run):

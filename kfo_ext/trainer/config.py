@@ -236,11 +236,13 @@ class Config:
         return self.data_set.measure
 
     def changed(self, **changes: Any) -> Config:
-        """The same with other values of some options.
+        """The same with other values of some options. With another part, the options of the old one are left out.
 
         Raises: as the constructor.
         """
-        return Config(**{**self._given, **changes})
+        given = {**self._given, **changes}
+        known = options_of(_parts(given)[0])
+        return Config(**{name: value for name, value in given.items() if name in known or name in changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Option name to plain value, of those that have an effect."""
@@ -305,34 +307,42 @@ def settings(config: Config) -> dict[str, Any]:
     return {name: value for name, value in config.values.items() if known[name].role == SCORE}
 
 
-def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The part of each table, by its name, and the defaults that these parts set."""
     values: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
-
-    def take(name: str, option: Option) -> None:
-        default = defaults.get(name, None if callable(option.default) else option.default)
-        values[name] = option.value(name, given.get(name, default), values)
-
     for kind, option in PARTS.items():
-        take(kind, option)
         table = TABLES[kind]
+        values[kind] = _value(kind, option, given, defaults, values)
         if values[kind] not in table:
             raise ValueError(f"{kind}: expected one of {', '.join(table)}, got {values[kind]!r}")
         defaults |= table[values[kind]].defaults
+    return values, defaults
+
+
+def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of all options that have an effect."""
+    values, defaults = _parts(given)
     known = options_of(values)
     if foreign := [name for name in given if name not in known]:
         raise ValueError(_unknown(foreign[0], values))
     for name, option in known.items():
-        if name not in PARTS:
-            take(name, option)
+        values[name] = _value(name, option, given, defaults, values)
         if option.required and values[name] is None:
             kind = next(iter(owners(name)))
             raise ValueError(f"{name}: {NOUNS[kind]} {values[kind]!r} needs the {option.help}, got none")
     return values
 
 
+def _value(
+    name: str, option: Option, given: Mapping[str, Any], defaults: Mapping[str, Any], before: Mapping[str, Any]
+) -> Any:
+    default = None if callable(option.default) else option.default
+    return option.value(name, given.get(name, defaults.get(name, default)), before)
+
+
 def _unknown(name: str, values: Mapping[str, Any]) -> str:
     """Why there is no option of this name."""
     for kind, rows in owners(name).items():
-        return f"{name}: an option of {NOUNS[kind]} {' and '.join(rows)}; it has no effect on {kind} {values[kind]!r}"
+        return f"{name}: an option of {NOUNS[kind]} {' and '.join(rows)}; it has no effect with {kind} {values[kind]!r}"
     return f"unknown configuration key {name!r}"

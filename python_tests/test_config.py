@@ -1,0 +1,287 @@
+"""The configuration of a run: options that belong to its parts, what it refuses, and how a part is added."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from states import WAVES
+from torch import nn
+
+from kfo_ext.packing import Packing
+from kfo_ext.runs import checkpoint
+from kfo_ext.tasks import Examples, TaskBatch
+from kfo_ext.trainer import Config, Trainer
+from kfo_ext.trainer.config import NOUNS, PARTS, RUN, TABLES, difference, owners
+from kfo_ext.trainer.datasets import DATASETS, EXAMPLES, DataSet
+from kfo_ext.trainer.listing import listed
+from kfo_ext.trainer.methods import METHODS, Method
+from kfo_ext.trainer.networks import NETWORKS, Network
+from kfo_ext.trainer.options import Option
+from kfo_ext.trainer.recipe import build_learner
+from kfo_ext.trainer.updates import UPDATES, LearnedUpdate
+from kfo_ext.updates import Update
+
+GLYPHS = {"dataset": "glyphs", "ways": 2, "shots": 2, "queries": 2, "hidden": 4}
+
+BAD = {
+    "dataset": ("mnist", "dataset: expected one of glyphs, omniglot, sinusoid, got 'mnist'"),
+    "update": ("adam", "update: expected one of none, kfo, got 'adam'"),
+    "method": ("reptile", "method: expected one of maml, anil, got 'reptile'"),
+    "dtype": ("float16", "dtype: expected one of float32, float64, got 'float16'"),
+    "ways": (1, "ways: expected at least 2, got 1"),
+    "steps": (-1, "steps: expected at least 0, got -1"),
+    "fast_lr": (-0.1, "fast_lr: expected a finite number above 0, got -0.1"),
+    "clip_norm": (-1.0, "clip_norm: expected at least 0, got -1.0"),
+    "meta_lr": (math.nan, "meta_lr: expected a finite number above 0, got nan"),
+    "device": ("gpu", "device: expected a device of torch such as 'cpu' or 'cuda:0', got 'gpu'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_config_refuses_bad_values(name):
+    value, message = BAD[name]
+    with pytest.raises(ValueError) as caught:
+        Config(**{name: value})
+    assert str(caught.value) == message
+
+
+def test_config_refuses_wrong_types_and_combinations():
+    with pytest.raises(TypeError, match="ways: expected int, got True"):
+        Config(ways=True)
+    with pytest.raises(TypeError, match="ways: expected int, got None"):
+        Config(ways=None)
+    with pytest.raises(TypeError, match="psd: expected bool, got 'yes'"):
+        Config(psd="yes")
+    with pytest.raises(ValueError, match="data_root: data set 'omniglot' needs the folder of its archives, got none"):
+        Config(dataset="omniglot")
+    with pytest.raises(ValueError, match="data_root: expected text without null characters"):
+        Config(dataset="omniglot", data_root="a\0b")
+    with pytest.raises(ValueError, match="method: 'anil' needs a network with a head, 'sinusoid_mlp' has none"):
+        Config(dataset="sinusoid", method="anil")
+    with pytest.raises(
+        ValueError, match=r"network: data set 'glyphs' has examples of shape \(1, 28, 28\), 'sinusoid_m"
+    ):
+        Config(network="sinusoid_mlp")
+    with pytest.raises(ValueError, match="device: 'cuda:99' is not available here"):
+        build_learner(Config(device="cuda:99"))
+
+
+def test_config_round_trip_and_unknown_keys(tmp_path):
+    path = tmp_path / "config.json"
+    config = Config(**GLYPHS, seed=3)
+    config.save(path)
+    assert Config.load(path) == config
+    path.write_text(json.dumps({**config.to_dict(), "momentum": 0.9}))
+    with pytest.raises(ValueError, match=r"config\.json: unknown configuration key 'momentum'"):
+        Config.load(path)
+    path.write_text('{"ways": 1}')
+    with pytest.raises(ValueError, match=r"config\.json: ways: expected at least 2"):
+        Config.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not a readable JSON file"):
+        Config.load(path)
+
+
+# What is given, and the part that the option has no effect with.
+WITHOUT_EFFECT = [
+    ({"update": "none", "hidden_layers": 3}, "hidden_layers: an option of update kfo; it has no effect with update 'n"),
+    ({"update": "none", "adapt_update": False}, "adapt_update: an option of update kfo; it has no effect with update "),
+    ({"update": "none", "psd": True}, "psd: an option of update kfo; it has no effect with update 'none'"),
+    ({"dataset": "sinusoid", "ways": 5}, "ways: an option of data set glyphs and omniglot; it has no effect with data"),
+    ({"dataset": "sinusoid", "init": "reference"}, "init: an option of network omniglot_cnn; it has no effect with ne"),
+    ({"dataset": "sinusoid", "layers": 2}, "layers: an option of network omniglot_cnn; it has no effect with network"),
+    ({"data_root": "data"}, "data_root: an option of data set omniglot; it has no effect with dataset 'glyphs'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WITHOUT_EFFECT, ids=lambda value: str(value)[:40])
+def test_an_option_without_effect_is_refused(options, message, kfo):
+    with pytest.raises(ValueError) as caught:
+        Config(**options)
+    assert str(caught.value).startswith(message)
+    with pytest.raises(ValueError, match="here: "):
+        Config.from_dict(options, "here")
+    flags = {True: "", False: "no-"}
+    line = [
+        text
+        for name, value in options.items()
+        for text in (
+            [f"--{flags[value]}{name.replace('_', '-')}"]
+            if isinstance(value, bool)
+            else [f"--{name.replace('_', '-')}", str(value)]
+        )
+    ]
+    code, _, err = kfo("train", *line)
+    assert (code, err.startswith(f"kfo: {message}"), err.count("\n")) == (2, True, 1), err
+
+
+def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
+    config = Config(dataset="sinusoid", update="none")
+    assert config.to_dict() == {
+        "dataset": "sinusoid",
+        "network": "sinusoid_mlp",
+        "method": "maml",
+        "update": "none",
+        "shots": 5,
+        "queries": 5,
+        "hidden": 32,
+        **{name: option.default for name, option in RUN.items()},
+        "fast_lr": 0.01,
+    }
+    config.save(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    for layers, bias in ((0, False), (2, True)):
+        assert Config(hidden_layers=layers).bias is bias
+        assert Config.from_dict(Config(hidden_layers=layers).to_dict()).bias is bias
+    assert Config(hidden_layers=2, bias=False).bias is False
+    assert Config(bias=None, network=None) == Config()
+    with pytest.raises(AttributeError, match="psd: an option of update kfo; it has no effect with update 'none'"):
+        config.psd  # noqa: B018
+    with pytest.raises(AttributeError, match="unknown configuration key 'momentum'"):
+        config.momentum  # noqa: B018
+    with pytest.raises(AttributeError):
+        config.values = {}
+
+
+def test_a_changed_configuration_takes_the_defaults_of_its_new_parts():
+    config = Config(dataset="sinusoid", hidden_layers=2, psd=False, shots=3)
+    assert config.changed(shots=4) == Config(dataset="sinusoid", hidden_layers=2, psd=False, shots=4)
+    assert config.changed(update="none") == Config(dataset="sinusoid", update="none", shots=3)
+    moved = config.changed(dataset="glyphs")
+    assert (moved.network, moved.fast_lr, moved.ways, moved.shots) == ("omniglot_cnn", 0.1, 5, 3)
+    with pytest.raises(ValueError, match="hidden_layers: an option of update kfo"):
+        config.changed(update="none", hidden_layers=2)
+    with pytest.raises(ValueError, match="update: expected one of none, kfo, got 'adam'"):
+        config.changed(update="adam")
+    assert difference(config, config.changed(update="none")) == "update: expected 'kfo', got 'none'"
+    assert difference(config, config.changed(iterations=7, threads=2)) == ""
+
+
+def test_configurations_copy_compare_and_print():
+    config = Config(**GLYPHS)
+    for again in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config)), Config(**GLYPHS)):
+        assert again == config and hash(again) == hash(config)
+    assert config != Config(**GLYPHS, seed=1)
+    assert "'ways': 2" in repr(config)
+
+
+def test_every_option_belongs_to_one_table_and_says_what_it_is():
+    own = [name for part in (PARTS, RUN) for name in part]
+    tables = [{name for part in table.values() for name in part.options} for table in TABLES.values()]
+    assert len(own) + sum(map(len, tables)) == len({*own, *(name for names in tables for name in names)})
+    assert list(NOUNS) == list(PARTS) == list(TABLES)
+    for option in listed():
+        kinds = {each.kind for rows in owners(option.name).values() for each in rows.values()}
+        assert len(kinds) <= 1, option.name
+        assert option.help and option.option.help
+    assert sorted(option.name for option in listed()) == sorted([*own, *(name for names in tables for name in names)])
+
+
+def test_rows_are_those_that_there_are():
+    for name, row in DATASETS.items():
+        assert row.network in NETWORKS, name
+        known = {
+            **RUN,
+            **{
+                option: value
+                for table in TABLES.values()
+                for p in table.values()
+                for option, value in p.options.items()
+            },
+        }
+        assert row.defaults.keys() <= known.keys()
+
+
+class Scaled(Update):
+    """An update of one learned number: U(g) = scale * g."""
+
+    def __init__(self, parameters, start: float) -> None:
+        super().__init__(Packing.of(list(parameters)))
+        self.scale = nn.Parameter(torch.full((1, 1), start))
+
+    @property
+    def phi(self):
+        return (self.scale,)
+
+    def rule(self, phi, G):
+        return phi[0] * G
+
+
+class Lines:
+    """Tasks y = a x in two dimensions."""
+
+    def __init__(self, split: str, *, seed: int, shots: int, queries: int, slope: float) -> None:
+        self.seed, self.sizes, self.slope = seed, (shots, queries), slope
+
+    def sample(self, index: int, tasks: int):
+        generator = torch.Generator().manual_seed(1000 * self.seed + index)
+        a = self.slope * torch.randn(tasks, 2, 1, generator=generator)
+        xs = [torch.randn(tasks, size, 2, generator=generator) for size in self.sizes]
+        return TaskBatch(*(Examples(x, x @ a) for x in xs))
+
+
+def _with_a_layer(network: nn.Module, *, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, width), nn.ReLU(), network)
+
+
+def test_a_part_of_each_table_is_one_row(tmp_path, monkeypatch):
+    """A data set, a network, a method and an update of a user's own, each by a row, meta-trained and resumed."""
+    monkeypatch.setitem(
+        DATASETS,
+        "lines",
+        DataSet(
+            help="lines",
+            family=f"{__name__}:Lines",
+            on_device=False,
+            options={**EXAMPLES, "slope": Option(kind=float, default=2.0, help="spread of the slopes")},
+            inputs=(2,),
+            outputs=1,
+            loss="mse_loss",
+            measure="loss",
+            network="linear",
+            defaults={"fast_lr": 0.02, "width": 3},
+        ),
+    )
+    width = {"width": Option(kind=int, default=8, help="units in front", least=1)}
+    monkeypatch.setitem(
+        NETWORKS, "linear", Network(help="one layer", make=lambda outputs: nn.Linear(3, outputs), inputs=(2,))
+    )
+    monkeypatch.setitem(
+        METHODS,
+        "deeper",
+        Method(
+            help="a layer in front",
+            transformed=_with_a_layer,
+            options=width,
+            adapted=METHODS["maml"].adapted,
+            learner=METHODS["maml"].learner,
+        ),
+    )
+    start = {"start": Option(kind=float, default=1.0, help="of the scale", positive=True)}
+    monkeypatch.setitem(UPDATES, "scaled", LearnedUpdate(help="one number", make=Scaled, options=start))
+    given = {"method": "deeper", "update": "scaled", "start": 0.5, "iterations": 2, "meta_batch": 3}
+    config = Config(dataset="lines", **given, validation_tasks=2)
+    assert (config.slope, config.width, config.start, config.fast_lr) == (2.0, 3, 0.5, 0.02)
+    trainer = Trainer.start(config, tmp_path / "run")
+    before = [p.detach().clone() for p in trainer.learner.parameters()]
+    assert trainer.fit().reason == "finished"
+    assert all(not torch.equal(*pair) for pair in zip(before, trainer.learner.parameters()))
+    assert Config.load(trainer.run.config) == config
+    assert Trainer.resume(tmp_path / "run", iterations=3).fit().progress.iteration == 3
+    assert checkpoint.load(trainer.run.last)["config"]["slope"] == 2.0
+    with pytest.raises(ValueError, match="width: an option of method deeper; it has no effect with method 'maml'"):
+        Config(dataset="lines", width=3)
+
+
+def test_a_run_is_not_resumed_with_another_part(tmp_path):
+    Trainer.start(Config(**WAVES), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another configuration \(update: expected 'none', got 'kfo'\)"):
+        Trainer.resume(tmp_path / "run", update="none")
+    with pytest.raises(ValueError, match="steps: expected at least 1 to train with, got 0"):
+        Trainer.start(Config(**{**WAVES, "steps": 0}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
