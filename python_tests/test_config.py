@@ -249,7 +249,9 @@ def test_a_part_of_each_table_is_one_row(tmp_path, monkeypatch):
     )
     width = {"width": Option(kind=int, default=8, help="units in front", least=1)}
     monkeypatch.setitem(
-        NETWORKS, "linear", Network(help="one layer", make=lambda outputs: nn.Linear(3, outputs), inputs=(2,))
+        NETWORKS,
+        "linear",
+        Network(help="one layer", make=lambda inputs, outputs: nn.Linear(3, outputs), inputs=(None,)),
     )
     monkeypatch.setitem(
         METHODS,

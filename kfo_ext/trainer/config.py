@@ -167,7 +167,7 @@ class Config:
 
     def _check_parts(self) -> None:
         data, network, method = self.data_set, self.network_row, self.method_row
-        if network.inputs != data.inputs:
+        if not network.takes(data.inputs):
             raise ValueError(
                 f"network: data set {self.dataset!r} has examples of shape {data.inputs}, "
                 f"{self.network!r} takes {network.inputs}"
@@ -258,6 +258,8 @@ class Config:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{source}: expected an object of configuration values, got {type(values).__name__}")
+        if unknown := [key for key in values if not isinstance(key, str)]:
+            raise ValueError(f"{source}: unknown configuration key {unknown[0]!r}")
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kfo_ext.choices import INITS, MOST_LAYERS
 
@@ -18,27 +18,35 @@ if TYPE_CHECKING:
 class Network(Part):
     """A row of `NETWORKS`.
 
-    make: the network, from the number of its outputs and the options by name.
-    inputs: the shape of one example.
+    make: the network of the shape of one example, the number of its outputs, and the options by name.
+    inputs: the shape of the examples that it takes; None is any size, and any shape as a whole.
     head: whether it has a method `features` and a submodule `head`, as ANIL needs.
     convolutions: whether it computes any, whose precision may be chosen.
     """
 
     make: Callable[..., nn.Module]
-    inputs: tuple[int, ...]
+    inputs: tuple[int | None, ...] | None
     head: bool = False
     convolutions: bool = False
 
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether examples of this shape fit."""
+        if self.inputs is None:
+            return True
+        return len(shape) == len(self.inputs) and all(own in (None, size) for own, size in zip(self.inputs, shape))
 
-def _omniglot_cnn(outputs: int, *, layers: int, hidden: int, init: str, channels_last: bool) -> nn.Module:
+
+def _omniglot_cnn(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.Module:
     from kfo_ext.networks import omniglot_cnn
 
-    return omniglot_cnn(layers, ways=outputs, hidden=hidden, init=init, channels_last=channels_last)
+    del inputs
+    return omniglot_cnn(ways=outputs, **options)
 
 
-def _sinusoid_mlp(outputs: int, *, hidden: int) -> nn.Module:
+def _sinusoid_mlp(inputs: tuple[int, ...], outputs: int, *, hidden: int) -> nn.Module:
     from kfo_ext.networks import sinusoid_mlp
 
+    del inputs
     if outputs != 1:
         raise ValueError(f"network: expected one with {outputs} outputs, got 'sinusoid_mlp', which has one")
     return sinusoid_mlp(hidden)

@@ -33,7 +33,8 @@ def build_learner(config: Config) -> MAML:
     """
     torch.manual_seed(config.seed)
     data, method, update = config.data_set, config.method_row, config.update_row
-    network = config.network_row.make(data.outputs_of(config.options_of(data)), **config.options_of(config.network_row))
+    outputs = data.outputs_of(config.options_of(data))
+    network = config.network_row.make(data.inputs, outputs, **config.options_of(config.network_row))
     network = method.transformed(network, **config.options_of(method))
     try:
         network.to(config.device, config.torch_dtype)
