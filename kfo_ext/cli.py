@@ -31,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Options whose text is a path.
+PATHS = ("data_root", "cache", "splits")
 # Where in its own sources an error of torch was.
 TORCH_PLACE = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
 # What torch says where there is too little memory; MemoryError is Python's own.
@@ -96,7 +98,7 @@ def _config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each of a configuration; those not on the command line are left out of `given`."""
     options = []
     for name, group, option, help in listed():
-        kind: Any = Path if name == "data_root" else option.kind
+        kind: Any = Path if name in PATHS else option.kind
         annotation = Annotated[kind | None, typer.Option(help=help, show_default=False, rich_help_panel=group)]
         options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     names = [option.name for option in options]

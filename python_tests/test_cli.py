@@ -23,6 +23,7 @@ from deadlines import seconds
 from kfo_ext import cli, demo, testing
 from kfo_ext.runs import checkpoint
 from kfo_ext.trainer import Config
+from kfo_ext.trainer.datasets import DATASETS
 from kfo_ext.trainer.listing import listed
 
 TINY = {
@@ -98,12 +99,12 @@ def test_time_budget_says_how_to_resume(kfo):
 
 
 ERRORS = {
-    "dataset": (["train", "--dataset", "mnist"], "dataset: expected one of glyphs, omniglot, sinusoid, got 'mnist'"),
+    "dataset": (["train", "--dataset", "mnist"], f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'"),
     "update": (["train", "--update", "adam"], "update: expected one of none, kfo, got 'adam'"),
     "number": (["train", "--fast-lr", "fast"], "Invalid value for '--fast-lr'"),
     "range": (["train", "--ways", "1"], "ways: expected at least 2, got 1"),
     "many-ways": (["train", "--ways", "5000"], "ways: expected 2 to 400"),
-    "no-root": (["train", "--dataset", "omniglot"], "data_root: data set 'omniglot' needs the folder of its archives"),
+    "no-root": (["train", "--dataset", "omniglot"], "data_root: data set 'omniglot' needs the folder"),
     "missing-root": (["train", "--dataset", "omniglot", "--data-root", "nowhere"], "nowhere"),
     "device": (["train", "--device", "cuda:99"], "device: 'cuda:99' is not available here"),
     "option": (["train", "--momentum", "0.9"], "--momentum"),

@@ -17,7 +17,7 @@ from kfo_ext.runs import checkpoint
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.trainer import Config, Trainer
 from kfo_ext.trainer.config import NOUNS, PARTS, RUN, TABLES, difference, owners
-from kfo_ext.trainer.datasets import DATASETS, EXAMPLES, DataSet
+from kfo_ext.trainer.datasets import DATASETS, DataSet
 from kfo_ext.trainer.listing import listed
 from kfo_ext.trainer.methods import METHODS, Method
 from kfo_ext.trainer.networks import NETWORKS, Network
@@ -29,7 +29,7 @@ from kfo_ext.updates import Update
 GLYPHS = {"dataset": "glyphs", "ways": 2, "shots": 2, "queries": 2, "hidden": 4}
 
 BAD = {
-    "dataset": ("mnist", "dataset: expected one of glyphs, omniglot, sinusoid, got 'mnist'"),
+    "dataset": ("mnist", f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'"),
     "update": ("adam", "update: expected one of none, kfo, got 'adam'"),
     "method": ("reptile", "method: expected one of maml, anil, got 'reptile'"),
     "dtype": ("float16", "dtype: expected one of float32, float64, got 'float16'"),
@@ -57,7 +57,7 @@ def test_config_refuses_wrong_types_and_combinations():
         Config(ways=None)
     with pytest.raises(TypeError, match="psd: expected bool, got 'yes'"):
         Config(psd="yes")
-    with pytest.raises(ValueError, match="data_root: data set 'omniglot' needs the folder of its archives, got none"):
+    with pytest.raises(ValueError, match="data_root: data set 'omniglot' needs the folder or archive that holds"):
         Config(dataset="omniglot")
     with pytest.raises(ValueError, match="data_root: expected text without null characters"):
         Config(dataset="omniglot", data_root="a\0b")
@@ -89,18 +89,21 @@ def test_config_round_trip_and_unknown_keys(tmp_path):
 
 # What is given, and the part that the option has no effect with.
 WITHOUT_EFFECT = [
-    ({"update": "none", "hidden_layers": 3}, "hidden_layers: an option of update kfo; it has no effect with update 'n"),
-    ({"update": "none", "adapt_update": False}, "adapt_update: an option of update kfo; it has no effect with update "),
-    ({"update": "none", "psd": True}, "psd: an option of update kfo; it has no effect with update 'none'"),
-    ({"dataset": "sinusoid", "ways": 5}, "ways: an option of data set glyphs and omniglot; it has no effect with data"),
-    ({"dataset": "sinusoid", "init": "reference"}, "init: an option of network omniglot_cnn; it has no effect with ne"),
-    ({"dataset": "sinusoid", "layers": 2}, "layers: an option of network omniglot_cnn; it has no effect with network"),
-    ({"data_root": "data"}, "data_root: an option of data set omniglot; it has no effect with dataset 'glyphs'"),
+    ({"update": "none", "hidden_layers": 3}, "update 'none'; it is an option of update kfo"),
+    ({"update": "none", "adapt_update": False}, "update 'none'; it is an option of update kfo"),
+    ({"update": "none", "psd": True}, "update 'none'; it is an option of update kfo"),
+    ({"dataset": "sinusoid", "ways": 5}, "dataset 'sinusoid'; it is an option of data set glyphs, omniglot, "),
+    ({"dataset": "sinusoid", "init": "reference"}, "network 'sinusoid_mlp'; it is an option of network omniglot_cnn, "),
+    ({"dataset": "sinusoid", "layers": 2}, "network 'sinusoid_mlp'; it is an option of network omniglot_cnn, "),
+    ({"data_root": "data"}, "dataset 'glyphs'; it is an option of data set omniglot, "),
+    ({"dataset": "logistic", "noise": 0.5}, "dataset 'logistic'; it is an option of data set linear"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), WITHOUT_EFFECT, ids=lambda value: str(value)[:40])
 def test_an_option_without_effect_is_refused(options, message, kfo):
+    *_, name = options
+    message = f"{name}: has no effect with {message}"
     with pytest.raises(ValueError) as caught:
         Config(**options)
     assert str(caught.value).startswith(message)
@@ -127,8 +130,8 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
         "network": "sinusoid_mlp",
         "method": "maml",
         "update": "none",
-        "shots": 5,
-        "queries": 5,
+        "shots": 10,
+        "queries": 10,
         "hidden": 32,
         **{name: option.default for name, option in RUN.items()},
         "fast_lr": 0.01,
@@ -140,7 +143,7 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
         assert Config.from_dict(Config(hidden_layers=layers).to_dict()).bias is bias
     assert Config(hidden_layers=2, bias=False).bias is False
     assert Config(bias=None, network=None) == Config()
-    with pytest.raises(AttributeError, match="psd: an option of update kfo; it has no effect with update 'none'"):
+    with pytest.raises(AttributeError, match="psd: has no effect with update 'none'; it is an option of update kfo"):
         config.psd  # noqa: B018
     with pytest.raises(AttributeError, match="unknown configuration key 'momentum'"):
         config.momentum  # noqa: B018
@@ -154,7 +157,7 @@ def test_a_changed_configuration_takes_the_defaults_of_its_new_parts():
     assert config.changed(update="none") == Config(dataset="sinusoid", update="none", shots=3)
     moved = config.changed(dataset="glyphs")
     assert (moved.network, moved.fast_lr, moved.ways, moved.shots) == ("omniglot_cnn", 0.1, 5, 3)
-    with pytest.raises(ValueError, match="hidden_layers: an option of update kfo"):
+    with pytest.raises(ValueError, match="hidden_layers: has no effect with update 'none'"):
         config.changed(update="none", hidden_layers=2)
     with pytest.raises(ValueError, match="update: expected one of none, kfo, got 'adam'"):
         config.changed(update="adam")
@@ -236,11 +239,14 @@ def test_a_part_of_each_table_is_one_row(tmp_path, monkeypatch):
         "lines",
         DataSet(
             help="lines",
-            family=f"{__name__}:Lines",
+            make=Lines,
             on_device=False,
-            options={**EXAMPLES, "slope": Option(kind=float, default=2.0, help="spread of the slopes")},
-            inputs=(2,),
-            outputs=1,
+            options={
+                **DATASETS["sinusoid"].options,
+                "slope": Option(kind=float, default=2.0, help="spread of the slopes"),
+            },
+            inputs=lambda options: (2,),
+            outputs=lambda options: 1,
             loss="mse_loss",
             measure="loss",
             network="linear",
@@ -276,7 +282,7 @@ def test_a_part_of_each_table_is_one_row(tmp_path, monkeypatch):
     assert Config.load(trainer.run.config) == config
     assert Trainer.resume(tmp_path / "run", iterations=3).fit().progress.iteration == 3
     assert checkpoint.load(trainer.run.last)["config"]["slope"] == 2.0
-    with pytest.raises(ValueError, match="width: an option of method deeper; it has no effect with method 'maml'"):
+    with pytest.raises(ValueError, match="width: has no effect with method 'maml'; it is an option of method deeper"):
         Config(dataset="lines", width=3)
 
 

@@ -108,7 +108,7 @@ def test_bf16_needs_float32():
         ({"channels_last": True}, "channels_last: has no effect on device 'cpu'"),
         (
             {"channels_last": True, "device": "cuda", "dataset": "sinusoid"},
-            "channels_last: an option of network omniglot_",
+            "channels_last: has no effect with network",
         ),
     ],
 )

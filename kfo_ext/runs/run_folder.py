@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kfo_ext.machine import environment
 
@@ -44,7 +45,7 @@ class RunFolder:
 
         changes: settings that are not the run's own: their scores are files of their own.
         """
-        apart = "".join(f"-{name}={value}" for name, value in changes.items())
+        apart = "".join(f"-{name}={quote(str(value), safe='')}" for name, value in changes.items())
         return self.path / f"eval-{split}-{checkpoint}{apart}.json"
 
     def evaluations(self, split: str, checkpoint: str) -> list[Path]:

@@ -167,9 +167,10 @@ class Config:
 
     def _check_parts(self) -> None:
         data, network, method = self.data_set, self.network_row, self.method_row
-        if not network.takes(data.inputs):
+        shape = data.inputs(self.options_of(data))
+        if not network.takes(shape):
             raise ValueError(
-                f"network: data set {self.dataset!r} has examples of shape {data.inputs}, "
+                f"network: data set {self.dataset!r} has examples of shape {shape}, "
                 f"{self.network!r} takes {network.inputs}"
             )
         if method.head and not network.head:
@@ -346,5 +347,5 @@ def _value(
 def _unknown(name: str, values: Mapping[str, Any]) -> str:
     """Why there is no option of this name."""
     for kind, rows in owners(name).items():
-        return f"{name}: an option of {NOUNS[kind]} {' and '.join(rows)}; it has no effect with {kind} {values[kind]!r}"
+        return f"{name}: has no effect with {kind} {values[kind]!r}; it is an option of {NOUNS[kind]} {', '.join(rows)}"
     return f"unknown configuration key {name!r}"

@@ -2,97 +2,124 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from .options import MACHINE, Option, Part
+from kfo_ext.choices import LARGEST_INTEGER
+from kfo_ext.tasks import FAMILIES
+
+from .options import MACHINE, SCORE, Option, Part
 
 if TYPE_CHECKING:
-    from kfo_ext.tasks import TaskFamily
+    from torch import Tensor
+
+    from kfo_ext.tasks import FamilyOptions, TaskFamily
+
+Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet(Part):
     """A row of `DATASETS`.
 
-    family: "module:class" of its `TaskFamily`. The class takes split, seed and the options by their names, and the
-        device where `on_device` says so.
-    renamed: options that the class knows by another name.
-    on_device: whether the family keeps its examples on the run's device, and takes `device`.
-    inputs: the shape of one example.
+    make: the task family, from split, seed, the options by name, and the device where `on_device` says so.
+    inputs: the shape of one example, from the options.
+    outputs: how many numbers a network gives for one example, from the options.
     network: the default one, by its name in `NETWORKS`.
-    outputs: how many numbers a network gives for one example, or the name of the option that says it.
+    on_device: whether the family keeps its examples on the run's device, and takes `device`.
     loss: the name of a loss in torch.nn.functional.
     measure: what a validation selects by: accuracy (highest) or loss (lowest).
+    metric: what `MAML` takes as its metric.
     """
 
-    family: str
-    inputs: tuple[int, ...]
+    make: Callable[..., TaskFamily]
+    inputs: Callable[[Options], tuple[int, ...]]
+    outputs: Callable[[Options], int]
     network: str
-    outputs: int | str = "ways"
-    renamed: Mapping[str, str] | None = None
     on_device: bool = True
     loss: str = "cross_entropy"
     measure: str = "accuracy"
+    metric: Callable[[Any, Tensor], Tensor] | None = None
 
-    def build(self, split: str, *, seed: int, device: str, options: Mapping[str, Any]) -> TaskFamily:
+    def build(self, split: str, *, seed: int, device: str, options: Options) -> TaskFamily:
         """The task family of one split.
 
         seed: of the stream of tasks.
         options: values of this data set's options.
         """
-        module, name = self.family.split(":")
-        names = self.renamed or {}
-        arguments = {names.get(option, option): value for option, value in options.items()}
-        if self.on_device:
-            arguments["device"] = device
-        return getattr(importlib.import_module(module), name)(split=split, seed=seed, **arguments)
-
-    def outputs_of(self, options: Mapping[str, Any]) -> int:
-        """How many numbers a network gives for one example under these options."""
-        return options[self.outputs] if isinstance(self.outputs, str) else self.outputs
+        placed = {"device": device} if self.on_device else {}
+        return self.make(split=split, seed=seed, **options, **placed)
 
 
-WAYS = {"ways": Option(kind=int, default=5, help="classes of a task", least=2)}
-EXAMPLES = {
-    "shots": Option(kind=int, default=5, help="support examples of a class", least=1),
-    "queries": Option(kind=int, default=5, help="query examples of a class", least=1),
+def _sign_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    return ((logits > 0) == (targets > 0.5)).float().mean()
+
+
+# Of each kind of targets: loss, measure, metric.
+TARGETS: Mapping[str, dict[str, Any]] = {
+    "classes": {"loss": "cross_entropy", "measure": "accuracy"},
+    "binary": {"loss": "binary_cross_entropy_with_logits", "measure": "accuracy", "metric": _sign_accuracy},
+    "values": {"loss": "mse_loss", "measure": "loss"},
 }
-ROOT = {
-    "data_root": Option(
-        kind=str, default=None, help="folder of its archives", role=MACHINE, resumable=True, required=True
+# What a family calls otherwise than the command line.
+RENAMED = {"root": "data_root"}
+# Where the data lies, which changes no score.
+PLACES = ("root", "cache", "download")
+
+
+def of_family(name: str, network: str, **defaults: Any) -> DataSet:
+    """The row of a task family of `kfo_ext.tasks`, with the options that it states.
+
+    name: in `FAMILIES`.
+    network: the default one.
+    defaults: of options that belong to something else.
+    """
+    row = FAMILIES[name]
+    hints = get_type_hints(row.options)
+
+    def plain(options: Options) -> dict[str, Any]:
+        return {item.name: options[RENAMED.get(item.name, item.name)] for item in fields(row.options)}
+
+    def checked(options: Options) -> FamilyOptions:
+        return row.options(**plain(options))
+
+    return DataSet(
+        help=row.help,
+        options={
+            RENAMED.get(item.name, item.name): Option(
+                kind=next(kind for kind in (bool, int, float, str) if hints[item.name] in (kind, kind | None)),
+                # Of a root, that it must be given.
+                default=None if item.default == "" else item.default,
+                required=item.default == "",
+                help=item.metadata["help"],
+                choices=item.metadata["choices"],
+                least=item.metadata["least"],
+                most=LARGEST_INTEGER,
+                role=MACHINE if item.name in PLACES else SCORE,
+                resumable=item.name in PLACES,
+            )
+            for item in fields(row.options)
+        },
+        make=lambda *, split, seed, device=None, **options: row.make(
+            split=split, seed=seed, **plain(options), **({} if device is None else {"device": device})
+        ),
+        inputs=lambda options: checked(options).input_shape,
+        outputs=lambda options: checked(options).outputs,
+        network=network,
+        on_device=row.on_device,
+        defaults=defaults,
+        **TARGETS[row.options.targets],
     )
-}
+
 
 DATASETS: dict[str, DataSet] = {
-    "glyphs": DataSet(
-        help="procedural characters, drawn in memory",
-        family="kfo_ext.tasks:Glyphs",
-        options={**WAYS, **EXAMPLES},
-        inputs=(1, 28, 28),
-        network="omniglot_cnn",
-    ),
-    "omniglot": DataSet(
-        help="handwritten characters",
-        family="kfo_ext.tasks:Omniglot",
-        options={**ROOT, **WAYS, **EXAMPLES},
-        renamed={"data_root": "root"},
-        inputs=(1, 28, 28),
-        network="omniglot_cnn",
-    ),
-    "sinusoid": DataSet(
-        help="regression on sine waves",
-        family="kfo_ext.tasks:Sinusoid",
-        # Waves are drawn on the CPU, and small.
-        on_device=False,
-        options=EXAMPLES,
-        inputs=(1,),
-        outputs=1,
-        loss="mse_loss",
-        measure="loss",
-        network="sinusoid_mlp",
-        defaults={"fast_lr": 0.01},
-    ),
+    "glyphs": of_family("glyphs", "omniglot_cnn"),
+    "omniglot": of_family("omniglot", "omniglot_cnn"),
+    "cifar_fs": of_family("cifar_fs", "cifar_fs_cnn"),
+    "csv_images": of_family("csv_images", "pooled_cnn"),
+    "folders": of_family("folders", "pooled_cnn"),
+    "sinusoid": of_family("sinusoid", "sinusoid_mlp", fast_lr=0.01),
+    "linear": of_family("linear", "linear"),
+    "logistic": of_family("logistic", "linear"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kfo_ext.choices import INITS, MOST_LAYERS
@@ -43,6 +44,24 @@ def _omniglot_cnn(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.M
     return omniglot_cnn(ways=outputs, **options)
 
 
+def _cifar_fs_cnn(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.Module:
+    from kfo_ext.networks import cifar_fs_cnn
+
+    del inputs
+    return cifar_fs_cnn(ways=outputs, **options)
+
+
+def _pooled_cnn(inputs: tuple[int, ...], outputs: int, *, layers: int, **options: Any) -> nn.Module:
+    from kfo_ext.networks import CNN
+
+    channels, height, width = inputs
+    if height != width:
+        raise ValueError(f"network: 'pooled_cnn' takes square images, got {height} x {width}")
+    # Of 84 pixels 5 are left in two blocks as in four.
+    pool = 4 if layers <= 2 else 2
+    return CNN(layers, in_channels=channels, ways=outputs, image_size=height, pool=pool, mean=False, **options)
+
+
 def _sinusoid_mlp(inputs: tuple[int, ...], outputs: int, *, hidden: int) -> nn.Module:
     from kfo_ext.networks import sinusoid_mlp
 
@@ -50,6 +69,12 @@ def _sinusoid_mlp(inputs: tuple[int, ...], outputs: int, *, hidden: int) -> nn.M
     if outputs != 1:
         raise ValueError(f"network: expected one with {outputs} outputs, got 'sinusoid_mlp', which has one")
     return sinusoid_mlp(hidden)
+
+
+def _linear(inputs: tuple[int, ...], outputs: int) -> nn.Module:
+    from torch import nn
+
+    return nn.Sequential(nn.Flatten(1), nn.Linear(prod(inputs), outputs))
 
 
 CNN = {
@@ -75,10 +100,31 @@ NETWORKS: dict[str, Network] = {
         head=True,
         convolutions=True,
     ),
+    "cifar_fs_cnn": Network(
+        help="CNN of stride-1 blocks for 3x32x32 images",
+        make=_cifar_fs_cnn,
+        options=CNN,
+        inputs=(3, 32, 32),
+        head=True,
+        convolutions=True,
+    ),
+    "pooled_cnn": Network(
+        help="CNN of max-pooled blocks for square images, flattened",
+        make=_pooled_cnn,
+        options=CNN,
+        inputs=(None, None, None),
+        head=True,
+        convolutions=True,
+    ),
     "sinusoid_mlp": Network(
         help="two hidden layers of ReLU units",
         make=_sinusoid_mlp,
         options={"hidden": Option(kind=int, default=32, help="units of a hidden layer", least=1)},
         inputs=(1,),
+    ),
+    "linear": Network(
+        help="one linear layer: linear, logistic or softmax regression",
+        make=_linear,
+        inputs=None,
     ),
 }

@@ -33,8 +33,8 @@ def build_learner(config: Config) -> MAML:
     """
     torch.manual_seed(config.seed)
     data, method, update = config.data_set, config.method_row, config.update_row
-    outputs = data.outputs_of(config.options_of(data))
-    network = config.network_row.make(data.inputs, outputs, **config.options_of(config.network_row))
+    chosen, row = config.options_of(data), config.network_row
+    network = row.make(data.inputs(chosen), data.outputs(chosen), **config.options_of(row))
     network = method.transformed(network, **config.options_of(method))
     try:
         network.to(config.device, config.torch_dtype)
@@ -50,6 +50,7 @@ def build_learner(config: Config) -> MAML:
         adapt_update=config.values.get("adapt_update", False),
         first_order=config.first_order,
         loss=getattr(F, data.loss),
+        metric=data.metric,
         checkpoint=config.checkpoint_inner,
         bf16=config.precision == "bf16",
     )
