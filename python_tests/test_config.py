@@ -10,8 +10,10 @@ import pickle
 import pytest
 import torch
 from states import WAVES
+from tiny_archives import pixels, png, write_folder
 from torch import nn
 
+from kfo_ext.adapt import MAML
 from kfo_ext.packing import Packing
 from kfo_ext.runs import checkpoint
 from kfo_ext.tasks import Examples, TaskBatch
@@ -200,6 +202,53 @@ def test_rows_are_those_that_there_are():
         assert row.defaults.keys() <= known.keys()
 
 
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_default_network_of_every_data_set_learns_its_tasks(name):
+    row = DATASETS[name]
+    needed = {"data_root": "nowhere"} if "data_root" in row.options else {}
+    config = Config(dataset=name, shots=2, queries=3, steps=1, **needed)
+    options = config.options_of(row)
+    shape, outputs = row.inputs(options), row.outputs(options)
+    targets = {
+        "cross_entropy": lambda n: torch.randint(outputs, (2, n)),
+        "mse_loss": lambda n: torch.randn(2, n, outputs),
+        "binary_cross_entropy_with_logits": lambda n: torch.randint(2, (2, n, outputs)).float(),
+    }[row.loss]
+    batch = TaskBatch(*(Examples(torch.rand(2, n, *shape), targets(n)) for n in (4, 6)))
+    result = build_learner(config)(batch)
+    result.check_finite()
+    assert (result.metrics is None) == (config.measure == "loss")
+
+
+@pytest.mark.parametrize("name", [name for name, row in DATASETS.items() if "data_root" not in row.options])
+def test_every_data_set_without_files_trains_and_resumes(name, kfo):
+    line = ("--dataset", name, "--steps", 1, "--meta-batch", 2, "--validation-tasks", 2, "--iterations", 2)
+    code, _, err = kfo("train", "--run", "run", *line)
+    assert (code, err) == (0, "")
+    assert kfo("train", "--resume", "run", "--iterations", 3)[0] == 0
+    code, out, _ = kfo("eval", "run", "--tasks", 3, "--shots", 4)
+    assert code == 0
+    assert out.startswith(DATASETS[name].measure)
+
+
+def test_a_data_set_of_files_trains(kfo, tmp_path):
+    names = [
+        f"{split}/{split[:2]}{name}/{i}.png" for split in ("train", "val", "test") for name in "abc" for i in range(4)
+    ]
+    files = {name: png(pixels(number)) for number, name in enumerate(names)}
+    write_folder(tmp_path / "tree", files)
+    line = ["--dataset", "folders", "--data-root", "tree", "--cache", "cache", "--side", 16, "--ways", 2, "--shots", 1]
+    line += ["--queries", 1, "--steps", 1, "--hidden", 4, "--meta-batch", 2, "--validation-tasks", 2, "--iterations", 1]
+    code, _, err = kfo("train", "--run", "run", *line)
+    assert (code, err) == (0, "")
+    config = Config.load(tmp_path / "run" / "config.json")
+    assert (config.side, config.data_root, config.network, config.splits) == (16, "tree", "pooled_cnn", None)
+    (tmp_path / "tree").rename(tmp_path / "moved")
+    code, out, err = kfo("eval", "run", "--tasks", 3, "--data-root", "moved")
+    assert (code, err) == (0, "")
+    assert "written: run/eval-test-best.json" in out
+
+
 class Scaled(Update):
     """An update of one learned number: U(g) = scale * g."""
 
@@ -284,6 +333,27 @@ def test_a_part_of_each_table_is_one_row(tmp_path, monkeypatch):
     assert checkpoint.load(trainer.run.last)["config"]["slope"] == 2.0
     with pytest.raises(ValueError, match="width: has no effect with method 'maml'; it is an option of method deeper"):
         Config(dataset="lines", width=3)
+
+
+def _body(network: nn.Module):
+    return [(name, parameter) for name, parameter in network.named_parameters() if not name.startswith("head.")]
+
+
+def _adapting_the_body(network: nn.Module, **options) -> MAML:
+    return MAML(network, adapted=[name for name, _ in _body(network)], **options)
+
+
+@pytest.mark.parametrize("update", ["none", "kfo"])
+def test_a_method_that_adapts_the_body_is_one_row(update, tmp_path, monkeypatch):
+    boil = Method(help="adapts the body", adapted=_body, learner=_adapting_the_body, head=True)
+    monkeypatch.setitem(METHODS, "boil", boil)
+    config = Config(**GLYPHS, method="boil", update=update, iterations=1, meta_batch=2, validation_tasks=2)
+    trainer = Trainer.start(config, tmp_path / "run")
+    assert trainer.fit().reason == "finished"
+    adapted = trainer.learner.adapt(trainer.tasks.sample(0, 2).support)
+    assert set(adapted.parameters) == {name for name, _ in _body(trainer.learner.model)}
+    with pytest.raises(ValueError, match="method: 'boil' needs a network with a head, 'linear' has none"):
+        Config(network="linear", method="boil")
 
 
 def test_a_run_is_not_resumed_with_another_part(tmp_path):

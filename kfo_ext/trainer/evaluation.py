@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
-from kfo_ext.tasks.batch import check_count
+from kfo_ext.tasks.checks import check_count
 
 # No list of scores in memory is longer.
 MOST_TASKS = 2**31 - 1

@@ -14,7 +14,7 @@ from kfo_ext.runs import checkpoint
 from kfo_ext.runs.files import is_count, is_number, read_json, write_json
 from kfo_ext.runs.progress import Progress
 from kfo_ext.runs.run_folder import RunFolder
-from kfo_ext.tasks.batch import check_count
+from kfo_ext.tasks.checks import check_count
 
 from .config import Config, difference, options_of, settings
 from .evaluation import Interval, evaluate, mean_interval, paired_difference
