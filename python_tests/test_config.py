@@ -180,6 +180,7 @@ def test_every_option_belongs_to_one_table_and_says_what_it_is():
     tables = [{name for part in table.values() for name in part.options} for table in TABLES.values()]
     assert len(own) + sum(map(len, tables)) == len({*own, *(name for names in tables for name in names)})
     assert list(NOUNS) == list(PARTS) == list(TABLES)
+    assert not [option.name for option in listed() if hasattr(Config, option.name)]
     for option in listed():
         kinds = {each.kind for rows in owners(option.name).values() for each in rows.values()}
         assert len(kinds) <= 1, option.name

@@ -35,14 +35,13 @@ NOUNS = {"dataset": "data set", "network": "network", "method": "method", "updat
 
 
 def _network_of(before: Mapping[str, Any]) -> str:
-    """that of the data set."""
     return DATASETS[before["dataset"]].network
 
 
 # Their values are the names in their tables.
 PARTS = {
     "dataset": Option(kind=str, default="glyphs", help="task family"),
-    "network": Option(kind=str, default=_network_of, help="what is meta-trained"),
+    "network": Option(kind=str, default=_network_of, shown="that of the data set", help="what is meta-trained"),
     "method": Option(kind=str, default="maml", help="what the inner loop adapts"),
     "update": Option(kind=str, default="kfo", help="how it adapts"),
 }
@@ -242,7 +241,7 @@ class Config:
         Raises: as the constructor.
         """
         given = {**self._given, **changes}
-        known = options_of(_parts(given)[0])
+        known = options_in_effect(_parts(given)[0])
         return Config(**{name: value for name, value in given.items() if name in known or name in changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -279,7 +278,7 @@ class Config:
         return cls.from_dict(read_json(path), str(path))
 
 
-def options_of(values: Mapping[str, Any]) -> dict[str, Option]:
+def options_in_effect(values: Mapping[str, Any]) -> dict[str, Option]:
     """The options that have an effect where the parts are those of `values`."""
     parts = [table[values[kind]] for kind, table in TABLES.items()]
     return {**PARTS, **{name: option for part in parts for name, option in part.options.items()}, **RUN}
@@ -299,14 +298,14 @@ def difference(ours: Config, theirs: Config) -> str:
 
     Options that only one of them has follow from a part that differs.
     """
-    fixed = [name for name, option in options_of(ours.values).items() if not option.resumable]
+    fixed = [name for name, option in options_in_effect(ours.values).items() if not option.resumable]
     parts = [(name, ours.values[name], theirs.values[name]) for name in fixed if name in theirs.values]
     return ", ".join(f"{name}: expected {a!r}, got {b!r}" for name, a, b in parts if a != b)
 
 
 def settings(config: Config) -> dict[str, Any]:
     """The options that decide the score of a checkpoint on given tasks."""
-    known = options_of(config.values)
+    known = options_in_effect(config.values)
     return {name: value for name, value in config.values.items() if known[name].role == SCORE}
 
 
@@ -326,7 +325,7 @@ def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of all options that have an effect."""
     values, defaults = _parts(given)
-    known = options_of(values)
+    known = options_in_effect(values)
     if foreign := [name for name in given if name not in known]:
         raise ValueError(_unknown(foreign[0], values))
     for name, option in known.items():

@@ -20,7 +20,7 @@ class Option:
 
     kind: bool, int, float or str.
     default: its value where none is given. None: it may stay without one. A function computes it from the options
-        before it.
+        before it, and `shown` says in a few words what it gives.
     help: what `kfo train --help` says.
     choices, least, most, positive: what values it takes.
     role: SCORE, TRAINING or MACHINE.
@@ -38,15 +38,14 @@ class Option:
     role: str = SCORE
     resumable: bool = False
     required: bool = False
+    shown: str = ""
 
     @property
     def shown_default(self) -> str:
         """The default as a help text says it."""
         if self.required:
             return "must be given"
-        if callable(self.default):
-            return (self.default.__doc__ or "computed").rstrip(".")
-        return "none" if self.default is None else str(self.default)
+        return self.shown or ("none" if self.default is None else str(self.default))
 
     def value(self, name: str, given: Any, before: Mapping[str, Any]) -> Any:
         """The checked value.

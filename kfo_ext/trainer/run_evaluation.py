@@ -16,7 +16,7 @@ from kfo_ext.runs.progress import Progress
 from kfo_ext.runs.run_folder import RunFolder
 from kfo_ext.tasks.checks import check_count
 
-from .config import Config, difference, options_of, settings
+from .config import Config, difference, options_in_effect, settings
 from .evaluation import Interval, evaluate, mean_interval, paired_difference
 from .options import TRAINING
 from .precision import convolution_precision
@@ -180,7 +180,7 @@ def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 def _judged(own: Config, changes: Mapping[str, Any]) -> Config:
     """The configuration that a run is evaluated by."""
-    known = options_of(own.values)
+    known = options_in_effect(own.values)
     for name in changes:
         if name in known and known[name].role == TRAINING:
             raise ValueError(f"{name}: has no effect on an evaluation")

@@ -38,7 +38,6 @@ def _kfo(parameters: Iterable[tuple[str, Tensor]], **options: Any) -> Update:
 
 
 def _with_hidden_layers(before: Mapping[str, Any]) -> bool:
-    """with hidden layers alone."""
     return before["hidden_layers"] > 0
 
 
@@ -55,7 +54,12 @@ UPDATES: dict[str, LearnedUpdate] = {
             "hidden_layers": Option(
                 kind=int, default=0, help="hidden Kronecker layers; 0 is the linear update", least=0, most=MOST_LAYERS
             ),
-            "bias": Option(kind=bool, default=_with_hidden_layers, help="add a learned bias to each update"),
+            "bias": Option(
+                kind=bool,
+                default=_with_hidden_layers,
+                shown="with hidden layers alone",
+                help="add a learned bias to each update",
+            ),
             **ADAPTED,
         },
     ),
