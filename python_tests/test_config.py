@@ -153,6 +153,14 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
         config.values = {}
 
 
+def test_the_options_of_an_update_reach_it():
+    config = Config(**GLYPHS, psd=False, hidden_layers=1, bias=False, max_factor=8)
+    update = build_learner(config).update
+    assert (update.psd, update.has_bias, len(update.layers)) == (False, False, 2)
+    assert max(side for factors in update.factors() for X in factors if X is not None for side in X.shape) <= 8
+    assert build_learner(Config(**GLYPHS, update="none")).update.phi == ()
+
+
 def test_a_changed_configuration_takes_the_defaults_of_its_new_parts():
     config = Config(dataset="sinusoid", hidden_layers=2, psd=False, shots=3)
     assert config.changed(shots=4) == Config(dataset="sinusoid", hidden_layers=2, psd=False, shots=4)

@@ -21,14 +21,16 @@ class LearnedUpdate(Part):
     """A row of `UPDATES`.
 
     make: the update of (name, parameter) pairs, with this update's options as keywords but for `adapt_update`, which is
-        the learner's; None is gradient descent.
+        the learner's.
     """
 
-    make: Callable[..., Update | None]
+    make: Callable[..., Update]
 
 
-def _none(parameters: Iterable[tuple[str, Tensor]]) -> None:
-    del parameters
+def _gradient_descent(parameters: Iterable[tuple[str, Tensor]]) -> Update:
+    from kfo_ext.updates import GradientDescent
+
+    return GradientDescent(parameters)
 
 
 def _kfo(parameters: Iterable[tuple[str, Tensor]], **options: Any) -> Update:
@@ -45,7 +47,7 @@ def _with_hidden_layers(before: Mapping[str, Any]) -> bool:
 ADAPTED = {"adapt_update": Option(kind=bool, default=True, help="adapt its meta-parameters too in the inner loop")}
 
 UPDATES: dict[str, LearnedUpdate] = {
-    "none": LearnedUpdate(help="plain gradient descent", make=_none),
+    "none": LearnedUpdate(help="plain gradient descent", make=_gradient_descent),
     "kfo": LearnedUpdate(
         help="Kronecker-factored",
         make=_kfo,
@@ -60,6 +62,7 @@ UPDATES: dict[str, LearnedUpdate] = {
                 shown="with hidden layers alone",
                 help="add a learned bias to each update",
             ),
+            "max_factor": Option(kind=int, default=None, help="longest side that gets a factor; none is any", least=1),
             **ADAPTED,
         },
     ),
