@@ -252,6 +252,7 @@ def test_a_data_set_of_files_trains(kfo, tmp_path):
     assert (code, err) == (0, "")
     config = Config.load(tmp_path / "run" / "config.json")
     assert (config.side, config.data_root, config.network, config.splits) == (16, "tree", "pooled_cnn", None)
+    assert config.fast_lr == 0.01
     (tmp_path / "tree").rename(tmp_path / "moved")
     code, out, err = kfo("eval", "run", "--tasks", 3, "--data-root", "moved")
     assert (code, err) == (0, "")

@@ -23,7 +23,7 @@ from .updates import UPDATES, LearnedUpdate
 if TYPE_CHECKING:
     import torch
 
-# Each may set defaults of those after it, and of `RUN`.
+# Each may set defaults of those after it, and of `RUN`; of two, the later one counts.
 TABLES: Mapping[str, Mapping[str, Part]] = {
     "dataset": DATASETS,
     "network": NETWORKS,

@@ -115,6 +115,8 @@ NETWORKS: dict[str, Network] = {
         inputs=(None, None, None),
         head=True,
         convolutions=True,
+        # With hundreds of flattened features a larger rate diverges.
+        defaults={"fast_lr": 0.01},
     ),
     "sinusoid_mlp": Network(
         help="two hidden layers of ReLU units",
