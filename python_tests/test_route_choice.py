@@ -9,6 +9,7 @@ import pytest
 import torch
 from plain_maml import assert_equal_truth, plain_maml
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kfo_ext import ANIL, MAML
 from kfo_ext.networks import CNN
@@ -344,3 +345,25 @@ def test_running_statistics_are_those_of_the_loop(options):
     assert found["vmap"][2] == found["loop"][2] == TASKS * 3
     for one, other in zip(found["vmap"], found["loop"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["kept", "checkpoint"])
+@pytest.mark.parametrize("route", ["auto", "loop"])
+def test_a_checkpoint_in_the_forward_is_refused(route, options):
+    # It would compute again when the module holds its own parameters.
+    model = Branchy(lambda self, x, h, r: r + checkpoint(torch.tanh, h, use_reentrant=False)).double()
+    learner = MAML(model, lr=0.1, steps=2, route=route, **options)
+    with pytest.raises(RuntimeError, match=r"calls torch\.utils\.checkpoint, .* give the learner checkpoint=True"):
+        learner(images())
+
+
+def test_tensors_that_a_forward_saves_elsewhere_are_the_tasks_own():
+    def forward(self, x, h, r):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            return r + torch.tanh(h)
+
+    plain, hooked = (Branchy(function).double() for function in (lambda self, x, h, r: r + torch.tanh(h), forward))
+    hooked.load_state_dict(plain.state_dict())
+    batch = images()
+    results = [MAML(model, lr=0.1, steps=2)(batch).loss for model in (plain, hooked)]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
 from kfo_ext.packing import Packing
@@ -114,7 +114,6 @@ class TaskByTask:
     def __init__(self, module: nn.Module, packing: Packing, parameters: Sequence[Tensor]) -> None:
         self.module, self.packing = module, packing
         self.slots = slots(module, parameters)
-        self.weight_norm = any(type(each).__name__ in _WEIGHT_NORMS for each in _parts(module))
         # The parameters whose gradients are sparse, and those that the forward scales down in place.
         embeddings = [
             [owner for owner, _ in held if isinstance(owner, (nn.Embedding, nn.EmbeddingBag))] for held in self.slots
@@ -139,7 +138,7 @@ class TaskByTask:
                 row[index] = row[index].clone()
             for index in self.sparse:
                 row[index] = _DenseGradient.apply(row[index])
-            with _WeightNorm() if self.weight_norm else nullcontext():
+            with _Watched():
                 outputs.append(call_with(self.module, self.slots, row, each))
             for piece, index in zip(pieces, self.bounded):
                 # theta goes on from the scaled values, as a tensor of its own would; no graph has saved them.
@@ -159,21 +158,25 @@ class TaskByTask:
         return self.packing.names[leaf % len(self.packing)]
 
 
-class _WeightNorm(TorchFunctionMode):
-    """Composes weight norm of other functions: the second derivative of torch's own (2.13, on the CPU) is wrong."""
+class _Watched(TorchFunctionMode):
+    """Sees every function of torch in a forward: composes what torch differentiates wrongly, and refuses checkpoints.
+
+    The second derivative of torch's own weight norm (2.13, on the CPU) is wrong. A checkpoint in the forward computes
+    again in the backward pass, when the module holds its own parameters again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and hooks != self.hooks and hooks[0].__module__ == checkpoint.__name__:
+            raise RuntimeError(
+                "model: its forward calls torch.utils.checkpoint, which would compute again with other parameters than "
+                "the task's; take it out, and give the learner checkpoint=True"
+            )
         return (COMPOSED[func] if func is torch._weight_norm else func)(*args, **(kwargs or {}))
-
-
-# torch's parametrization, and the hook of its older form.
-_WEIGHT_NORMS = ("_WeightNorm", "WeightNorm")
-
-
-def _parts(module: nn.Module) -> Iterator[object]:
-    for each in module.modules():
-        yield each
-        yield from each._forward_pre_hooks.values()
 
 
 class _DenseGradient(torch.autograd.Function):
