@@ -40,7 +40,7 @@ class ANIL(MAML):
 
     Raises:
         TypeError: a model without `features` or the head; as `MAML`.
-        ValueError: as `MAML`.
+        ValueError: a network that says its head alone cannot be adapted, such as a TNet; as `MAML`.
 
     Source: Raghu et al. 2020; paper, appendix B.5.
     """
@@ -65,6 +65,10 @@ class ANIL(MAML):
     ) -> None:
         if not isinstance(head, str) or not head:
             raise TypeError(f"head: expected the name of a submodule, got {head!r}")
+        for each in model.modules() if isinstance(model, nn.Module) else ():
+            # What a network's class says of itself: see kfo_ext.networks.protocol.
+            if isinstance(reason := getattr(type(each), "head_alone", None), str):
+                raise ValueError(f"model: ANIL adapts the head alone, but {type(each).__name__} {reason}")
         # A property may give the head, too.
         found: Any = reduce(lambda owner, name: getattr(owner, name, None), head.split("."), cast(Any, model))
         modules = model.named_modules() if isinstance(model, nn.Module) else ()

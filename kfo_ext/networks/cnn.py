@@ -11,6 +11,9 @@ Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +46,7 @@ class CNN(nn.Module):
         ways: classes.
         image_size: height and width of the images.
         stride: of every convolution.
-        pool: max-pool size after every block, 1 for none.
+        pool: max-pool size after every block, or after each, in their order; 1 for none.
         mean: whether the head sees the spatial mean (else the flattened features).
         normal_head: with the reference start, head weights from N(0, 1) (Omniglot's), else Xavier-uniform.
         init: one of `INITS`.
@@ -65,7 +68,7 @@ class CNN(nn.Module):
         ways: int,
         image_size: int,
         stride: int = 1,
-        pool: int = 1,
+        pool: int | Sequence[int] = 1,
         mean: bool = True,
         normal_head: bool = False,
         init: str = "reference",
@@ -79,19 +82,23 @@ class CNN(nn.Module):
             "ways": ways,
             "image_size": image_size,
         }
-        for name, value in {**numbers, "stride": stride, "pool": pool}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        for name, value in {**numbers, "stride": stride}.items():
+            _check_count(name, value)
+        pools = list(pool) if isinstance(pool, Sequence) else [pool] * layers
+        if len(pools) != layers:
+            raise ValueError(f"pool: expected one of each of {layers} blocks, got {pool!r}")
+        for value in pools:
+            _check_count("pool", value)
         if init not in INITS:
             raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
         self.blocks = nn.Sequential(
-            *(Block(hidden if i else in_channels, hidden, stride=stride, pool=pool) for i in range(layers))
+            *(Block(hidden if i else in_channels, hidden, stride=stride, pool=size) for i, size in enumerate(pools))
         )
         self.mean = mean
         self.channels_last = channels_last
         side = image_size
-        for _ in range(layers):
-            side = -(-side // stride) // pool
+        for size in pools:
+            side = -(-side // stride) // size
         if side < 1:
             raise ValueError(
                 f"image_size: {layers} blocks of stride {stride} and pool {pool} leave nothing of {image_size} pixels"
@@ -145,3 +152,32 @@ def cifar_fs_cnn(
 ) -> CNN:
     """CNN(layers) for 3x32x32 images: stride-1 blocks, spatial mean (paper, appendix D)."""
     return CNN(layers, in_channels=3, hidden=hidden, ways=ways, image_size=32, init=init, channels_last=channels_last)
+
+
+def mini_imagenet_cnn(
+    layers: int = 2, ways: int = 5, hidden: int = 64, init: str = "reference", channels_last: bool = False
+) -> CNN:
+    """CNN(layers) for 3x84x84 images: stride-1 blocks with max-pooling, 5x5xhidden flattened features.
+
+    The reference pools by 4 in each of 2 blocks and by 2 in each of 4 (paper, appendix D). It has no consistent setting
+    for other depths. Ours pools by 16 in all at every depth, first blocks first: 4, 2, 2 for 3 blocks, and the last two
+    of 6 do not pool.
+    """
+    _check_count("layers", layers)
+    return CNN(
+        layers,
+        in_channels=3,
+        hidden=hidden,
+        ways=ways,
+        image_size=84,
+        # Four halvings, dealt to the blocks in turn.
+        pool=[2 ** len(range(i, 4, layers)) for i in range(layers)],
+        mean=False,
+        init=init,
+        channels_last=channels_last,
+    )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")

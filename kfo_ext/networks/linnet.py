@@ -1,0 +1,145 @@
+"""LinNet: a network that is deeper by linear layers at its head, and computes no more functions than before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LinNet(nn.Module):
+    """A copy of a network whose head is a stack of linear layers: in -> widths -> out, nothing in between.
+
+    For softmax regression the paper's widths are 256, 128, 64, 64; for CNN(k) they are not published, and ours are the
+    number of features, twice. The layers have a bias if the head has one. All of them are new: Xavier-uniform, biases
+    zero, whatever the head was. `MAML` adapts all of it, `ANIL` the stack, if the model has `features`.
+
+    Args:
+        model: the network; it stays as it is.
+        widths: of the layers in between, at least one.
+        head: the name of the head, a torch.nn.Linear; None for "head", or else the last layer of a Sequential.
+
+    Attributes:
+        model: the copy, with a Sequential in the head's place.
+
+    Raises:
+        TypeError: a model that is no module of Python, widths that are no sequence, a head that is no torch.nn.Linear.
+        ValueError: no width or one below 1, no head of this name, one that has hooks or a forward of its own, or
+            shares parameters with another layer.
+
+    Source: paper, sections 3 and 5.1.
+    """
+
+    def __init__(self, model: nn.Module, widths: Sequence[int], head: str | None = None) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(f"model: expected a module of Python, got {type(model).__name__}")
+        if isinstance(widths, str) or not isinstance(widths, Sequence):
+            raise TypeError(f"widths: expected a sequence of integers, such as [256, 128, 64, 64], got {widths!r}")
+        if not widths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in widths):
+            raise ValueError(f"widths: expected at least one, each an integer of at least 1, got {widths!r}")
+        self._name = _head_of(model) if head is None else head
+        _check_head(model, self._name)
+        self.model = copy.deepcopy(model)
+        layer = self.head
+        assert isinstance(layer, nn.Linear)
+        sizes = [layer.in_features, *widths, layer.out_features]
+        stack = nn.Sequential(*(_layer(p, q, layer) for p, q in pairwise(sizes)))
+        for each in stack.children():
+            nn.init.xavier_uniform_(each.get_parameter("weight"))
+            if layer.bias is not None:
+                nn.init.zeros_(each.get_parameter("bias"))
+        _become(layer, stack.train(layer.training))
+
+    @property
+    def head(self) -> nn.Module:
+        """The stack, for ANIL."""
+        return self.model.get_submodule(self._name)
+
+    @property
+    def features(self) -> Callable[[Tensor], Tensor]:
+        """The model's own features, for ANIL; there are none if the model has none."""
+        return self.model.features  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        return self.model(*args, **kwargs)
+
+    def collapse(self) -> nn.Module:
+        """A copy of the network with one linear layer as its head, as the original has it, that computes the same."""
+        model = copy.deepcopy(self.model)
+        stack = model.get_submodule(self._name)
+        _become(stack, _collapsed(stack))
+        return model
+
+
+def _head_of(model: nn.Module) -> str:
+    """The name of the head of a network that has a usual one."""
+    if "head" in model._modules:
+        return "head"
+    names: list[str] = []
+    layer = model
+    while isinstance(layer, nn.Sequential) and len(layer):
+        name, layer = list(layer.named_children())[-1]
+        names.append(name)
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"head: {type(model).__name__} neither has a submodule named head nor is a Sequential that ends with a "
+            "torch.nn.Linear: name its last linear layer"
+        )
+    return ".".join(names)
+
+
+def _check_head(model: nn.Module, name: str) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not isinstance(name, str):
+        raise TypeError(f"head: expected the name of a submodule, got {name!r}")
+    if name not in modules:
+        raise ValueError(f"head: expected the name of a submodule, got {name!r}; {type(model).__name__} has none such")
+    layer = modules[name]
+    if type(layer) is not nn.Linear:
+        raise TypeError(f"head: expected a torch.nn.Linear, got {name!r}, which is {type(layer).__name__}")
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        raise ValueError(f"head: {name!r} has hooks, which a stack of layers would lose: remove them")
+    if "forward" in vars(layer):
+        raise ValueError(f"head: the forward of {name!r} was replaced, which a stack of layers would lose")
+    for owner, module in modules.items():
+        shared = {id(X) for X in module._parameters.values() if X is not None} & {id(X) for X in layer.parameters()}
+        if module is not layer and shared:
+            raise ValueError(f"head: {name!r} shares a parameter with {owner!r}, which a stack of layers would not")
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Makes a module another one, wherever it is referred to."""
+    module.__class__ = type(other)
+    module.__dict__ = other.__dict__
+
+
+def _layer(inputs: int, outputs: int, like: nn.Linear) -> nn.Linear:
+    """A linear layer of other sizes, but of the same type, device and with a bias if `like` has one."""
+    own = like.weight
+    return nn.Linear(inputs, outputs, like.bias is not None, device=own.device, dtype=own.dtype)
+
+
+@torch.no_grad()
+def _collapsed(stack: nn.Module) -> nn.Linear:
+    """One layer that computes what a sequence of linear layers does; the products are in double precision."""
+    layers = [layer for layer in stack.children() if isinstance(layer, nn.Linear)]
+    if len(layers) < len(stack._modules):
+        raise ValueError(f"collapse: expected linear layers alone, got {stack}")
+    first, *others = layers
+    exact = torch.promote_types(first.weight.dtype, torch.float64)
+    weight = first.weight.to(exact)
+    bias = None if first.bias is None else first.bias.to(exact)
+    for layer in others:
+        W = layer.weight.to(exact)
+        weight, bias = W @ weight, None if bias is None else W @ bias + layer.bias.to(exact)
+    head = _layer(weight.shape[1], len(weight), first)
+    head.weight.copy_(weight)
+    if bias is not None:
+        head.bias.copy_(bias)
+    return head.train(stack.training)
