@@ -154,6 +154,17 @@ def test_meta_gradients_equal_written_layers(network, first_order, steps):
     assert all(gradient.any() for gradient in torch.autograd.grad(learner(batch).loss, ts))
 
 
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_body_alone(first_order, steps):
+    tnet, hand, _ = made("cnn")
+    batch, options = random_batch(NETWORKS["cnn"][1]), {"lr": 0.3, "steps": steps, "first_order": first_order}
+    only = [name for name in inner_names(hand) if not name.startswith("head.")]
+    truth = plain_maml(hand, batch, cross_entropy, only=only, **options)
+    body = [name for name in tnet.adapted if not name.startswith("model.head.")]
+    assert_equal_truth(MAML(tnet, adapted=body, **options), batch, truth)
+
+
 @pytest.mark.parametrize("network", ["cnn", "mlp"])
 def test_with_a_learned_update(network):
     tnet, hand, _ = made(network)
@@ -244,7 +255,10 @@ def test_the_output_of_attention_has_a_t():
 @every
 def test_absorbed(network):
     tnet, _, x = made(network)
+    before = copy.deepcopy(tnet)
     absorbed = tnet.absorb()
+    assert torch.equal(tnet(x), before(x))
+    assert tnet.adapted == before.adapted
     torch.testing.assert_close(absorbed(x), tnet(x), rtol=1e-12, atol=1e-12)
     model = {**NETWORKS, **OTHERS}[network][0]()
     assert [type(module) for module in absorbed.modules()] == [type(module) for module in model.modules()]
@@ -313,6 +327,14 @@ def test_of_a_linnet():
 def test_anil_refuses(wrap):
     with pytest.raises(ValueError, match=r"ANIL adapts the head alone, but TNet has a T after every layer.*adapted="):
         ANIL(wrap(TNet(omniglot_cnn())), lr=0.1, steps=1)
+
+
+def test_torchs_own_start_would_change_nothing():
+    tnet = TNet(omniglot_cnn())
+    with pytest.raises(RuntimeError, match="TLinear: initialise the network before TNet"):
+        tnet.model.head.reset_parameters()
+    with pytest.raises(KeyError, match="already exists"):
+        tnet.model.head.weight = nn.Parameter(torch.zeros(5, 32))
 
 
 class Own(nn.Linear):

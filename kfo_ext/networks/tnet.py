@@ -46,7 +46,7 @@ class TNet(nn.Module):
         ValueError: a model without torch.nn's linear layers and convolutions, or with one that is lazy, computes its
             weight from others (parametrised, pruned), has a forward of its own, or has a T already.
 
-    Source: Lee and Choi 2018; paper, equation 24.
+    Source: Lee and Choi 2018; paper, equation 25.
     """
 
     # See kfo_ext.networks.protocol.
@@ -111,7 +111,7 @@ class Transformed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """T W, without groups."""
+        """T W, without groups. Computed anew in every access: what is to be changed is W."""
         groups, out = self.split, len(self.T)
         T = self.T.unflatten(1, (groups, out // groups))
         if getattr(self, "transposed", False):
@@ -126,6 +126,10 @@ class Transformed(nn.Module):
     def bias(self) -> Tensor | None:
         """T b."""
         return None if self.b is None else torch.mv(self.T, self.b)
+
+    def reset_parameters(self) -> None:
+        """Raises RuntimeError: torch's own would change T W, and so nothing."""
+        raise RuntimeError(f"{type(self).__name__}: initialise the network before TNet, or W, b and T by themselves")
 
     def __reduce__(self) -> Any:
         # The class is made here, not imported by its name.
