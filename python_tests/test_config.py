@@ -13,7 +13,6 @@ from states import WAVES
 from tiny_archives import pixels, png, write_folder
 from torch import nn
 
-from kfo_ext.adapt import MAML
 from kfo_ext.packing import Packing
 from kfo_ext.runs import checkpoint
 from kfo_ext.tasks import Examples, TaskBatch
@@ -33,7 +32,7 @@ GLYPHS = {"dataset": "glyphs", "ways": 2, "shots": 2, "queries": 2, "hidden": 4}
 BAD = {
     "dataset": ("mnist", f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'"),
     "update": ("adam", "update: expected one of none, kfo, got 'adam'"),
-    "method": ("reptile", "method: expected one of maml, anil, got 'reptile'"),
+    "method": ("reptile", f"method: expected one of {', '.join(METHODS)}, got 'reptile'"),
     "dtype": ("float16", "dtype: expected one of float32, float64, got 'float16'"),
     "ways": (1, "ways: expected at least 2, got 1"),
     "steps": (-1, "steps: expected at least 0, got -1"),
@@ -345,25 +344,35 @@ def test_a_part_of_each_table_is_one_row(tmp_path, monkeypatch):
         Config(dataset="lines", width=3)
 
 
-def _body(network: nn.Module):
-    return [(name, parameter) for name, parameter in network.named_parameters() if not name.startswith("head.")]
-
-
-def _adapting_the_body(network: nn.Module, **options) -> MAML:
-    return MAML(network, adapted=[name for name, _ in _body(network)], **options)
+ADAPTED = {
+    "maml": lambda name: True,
+    "anil": lambda name: name.startswith("head."),
+    "boil": lambda name: not name.startswith("head."),
+    "tnet": lambda name: name.rpartition(".")[2] in ("W", "b"),
+    "linnet": lambda name: True,
+}
 
 
 @pytest.mark.parametrize("update", ["none", "kfo"])
-def test_a_method_that_adapts_the_body_is_one_row(update, tmp_path, monkeypatch):
-    boil = Method(help="adapts the body", adapted=_body, learner=_adapting_the_body, head=True)
-    monkeypatch.setitem(METHODS, "boil", boil)
-    config = Config(**GLYPHS, method="boil", update=update, iterations=1, meta_batch=2, validation_tasks=2)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_adapts_its_parameters(method, update, tmp_path):
+    config = Config(**GLYPHS, method=method, update=update, iterations=1, meta_batch=2, validation_tasks=2)
     trainer = Trainer.start(config, tmp_path / "run")
+    before = {name: p.detach().clone() for name, p in trainer.learner.named_parameters()}
     assert trainer.fit().reason == "finished"
+    # Everything is meta-learned.
+    assert all(not torch.equal(before[name], p) for name, p in trainer.learner.named_parameters())
     adapted = trainer.learner.adapt(trainer.tasks.sample(0, 2).support)
-    assert set(adapted.parameters) == {name for name, _ in _body(trainer.learner.model)}
+    names = [name for name, _ in trainer.learner.model.named_parameters()]
+    assert set(adapted.parameters) == set(filter(ADAPTED[method], names))
+
+
+def test_options_and_needs_of_methods():
     with pytest.raises(ValueError, match="method: 'boil' needs a network with a head, 'linear' has none"):
         Config(network="linear", method="boil")
+    with pytest.raises(ValueError, match=r"widths: expected integers with commas between them, got '8,x'"):
+        build_learner(Config(**GLYPHS, method="linnet", widths="8,x"))
+    assert len(build_learner(Config(**GLYPHS, method="linnet", widths="8,6,7")).model.head) == 4
 
 
 def test_a_run_is_not_resumed_with_another_part(tmp_path):

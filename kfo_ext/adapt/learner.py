@@ -34,7 +34,7 @@ from .metric import Metric, task_accuracies, task_metrics
 from .plans import Plans, precision
 from .result import MetaResult
 from .routes import ROUTES, Route, tasks_at_once
-from .selection import Selection, named_under
+from .selection import Selection, adapted_by_default, named_under
 from .vmapped import Unserved
 
 P = ParamSpec("P")
@@ -58,7 +58,8 @@ class MAML(nn.Module):
     Args:
         model: any module whose forward takes one tensor of examples; batch norm must use batch statistics.
         adapted: what the inner loop adapts, by names of the model's parameters or shell patterns such as "head.*"; None
-            for all that require a gradient. The rest is only meta-learned: it gets meta-gradients alone.
+            for what the model's class says by a property `adapted`, as a TNet's does, or else for all that require a
+            gradient. The rest is only meta-learned: it gets meta-gradients alone.
         update: an `Update` made for the adapted parameters, such as a KFO, or None for plain gradient descent.
         lr: the inner learning rate.
         steps: inner steps.
@@ -127,7 +128,7 @@ class MAML(nn.Module):
         self.allow_unused = allow_unused
         self.bf16 = bf16
         self._plans = Plans(route, bf16)
-        self._selection = Selection(adapted)
+        self._selection = Selection(adapted_by_default(model) if adapted is None else adapted)
         self._selection.check(model)
         self.packing = self._selection.packing(named_under(model, self.part), allow_nograd)
         self.update = GradientDescent(self.packing) if update is None else update

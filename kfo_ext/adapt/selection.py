@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,11 @@ def named_under(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
         raise ValueError(f"module {part!r} was removed or renamed {AGAIN}") from None
     prefix = f"{part}." if part else ""
     return {prefix + name: parameter for name, parameter in module.named_parameters()}
+
+
+def adapted_by_default(model: nn.Module) -> Any:
+    """What a model's class says that is to be adapted, by a property `adapted`, as a TNet's does; None: all of it."""
+    return model.adapted if isinstance(getattr(type(model), "adapted", None), property) else None
 
 
 class Selection:

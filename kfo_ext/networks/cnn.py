@@ -163,19 +163,23 @@ def mini_imagenet_cnn(
     for other depths. Ours pools by 16 in all at every depth, first blocks first: 4, 2, 2 for 3 blocks, and the last two
     of 6 do not pool.
     """
-    _check_count("layers", layers)
     return CNN(
         layers,
         in_channels=3,
         hidden=hidden,
         ways=ways,
         image_size=84,
-        # Four halvings, dealt to the blocks in turn.
-        pool=[2 ** len(range(i, 4, layers)) for i in range(layers)],
+        pool=pools(layers),
         mean=False,
         init=init,
         channels_last=channels_last,
     )
+
+
+def pools(layers: int) -> list[int]:
+    """The pool sizes of so many blocks that divide a side by 16 in all: four halvings, dealt to the blocks in turn."""
+    _check_count("layers", layers)
+    return [2 ** len(range(i, 4, layers)) for i in range(layers)]
 
 
 def _check_count(name: str, value: Any) -> None:

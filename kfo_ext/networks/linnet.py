@@ -14,13 +14,13 @@ from torch import Tensor, nn
 class LinNet(nn.Module):
     """A copy of a network whose head is a stack of linear layers: in -> widths -> out, nothing in between.
 
-    For softmax regression the paper's widths are 256, 128, 64, 64; for CNN(k) they are not published, and ours are the
-    number of features, twice. The layers have a bias if the head has one. All of them are new: Xavier-uniform, biases
-    zero, whatever the head was. `MAML` adapts all of it, `ANIL` the stack, if the model has `features`.
+    For softmax regression the paper's widths are 256, 128, 64, 64; for CNN(k) they are not published, and the default
+    is ours. The layers have a bias if the head has one. All of them are new: Xavier-uniform, biases zero, whatever the
+    head was. `MAML` adapts all of it, `ANIL` the stack, if the model has `features`.
 
     Args:
         model: the network; it stays as it is.
-        widths: of the layers in between, at least one.
+        widths: of the layers in between, at least one; None: the number of the head's inputs, twice.
         head: the name of the head, a torch.nn.Linear; None for "head", or else the last layer of a Sequential.
 
     Attributes:
@@ -34,20 +34,19 @@ class LinNet(nn.Module):
     Source: paper, sections 3 and 5.1.
     """
 
-    def __init__(self, model: nn.Module, widths: Sequence[int], head: str | None = None) -> None:
+    def __init__(self, model: nn.Module, widths: Sequence[int] | None = None, head: str | None = None) -> None:
         super().__init__()
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
             raise TypeError(f"model: expected a module of Python, got {type(model).__name__}")
-        if isinstance(widths, str) or not isinstance(widths, Sequence):
-            raise TypeError(f"widths: expected a sequence of integers, such as [256, 128, 64, 64], got {widths!r}")
-        if not widths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in widths):
-            raise ValueError(f"widths: expected at least one, each an integer of at least 1, got {widths!r}")
+        if widths is not None:
+            _check_widths(widths)
         self._name = _head_of(model) if head is None else head
         _check_head(model, self._name)
         self.model = copy.deepcopy(model)
         layer = self.head
         assert isinstance(layer, nn.Linear)
-        sizes = [layer.in_features, *widths, layer.out_features]
+        between = [layer.in_features] * 2 if widths is None else widths
+        sizes = [layer.in_features, *between, layer.out_features]
         stack = nn.Sequential(*(_layer(p, q, layer) for p, q in pairwise(sizes)))
         for each in stack.children():
             nn.init.xavier_uniform_(each.get_parameter("weight"))
@@ -75,6 +74,13 @@ class LinNet(nn.Module):
         stack = model.get_submodule(self._name)
         _become(stack, _collapsed(stack))
         return model
+
+
+def _check_widths(widths: Any) -> None:
+    if isinstance(widths, str) or not isinstance(widths, Sequence):
+        raise TypeError(f"widths: expected a sequence of integers, such as [256, 128, 64, 64], got {widths!r}")
+    if not widths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in widths):
+        raise ValueError(f"widths: expected at least one, each an integer of at least 1, got {widths!r}")
 
 
 def _head_of(model: nn.Module) -> str:

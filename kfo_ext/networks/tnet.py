@@ -30,7 +30,7 @@ class TNet(nn.Module):
     alone; T is only meta-learned, as is all else, such as normalisations, embeddings, recurrent layers and the
     input projections of torch.nn.MultiheadAttention, which have no T:
 
-        MAML(tnet, adapted=tnet.adapted, lr=0.1, steps=5)
+        MAML(TNet(model), lr=0.1, steps=5)                      # adapted=tnet.adapted, as a TNet's property says
 
     Modules that occur twice have one T; modules that share a weight have a T each. A grouped convolution computes as
     one without groups, since T mixes the groups.

@@ -52,14 +52,13 @@ def _cifar_fs_cnn(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.M
 
 
 def _pooled_cnn(inputs: tuple[int, ...], outputs: int, *, layers: int, **options: Any) -> nn.Module:
-    from kfo_ext.networks import CNN
+    from kfo_ext.networks.cnn import CNN, pools
 
     channels, height, width = inputs
     if height != width:
         raise ValueError(f"network: 'pooled_cnn' takes square images, got {height} x {width}")
-    # Of 84 pixels 5 are left in two blocks as in four.
-    pool = 4 if layers <= 2 else 2
-    return CNN(layers, in_channels=channels, ways=outputs, image_size=height, pool=pool, mean=False, **options)
+    options |= {"in_channels": channels, "image_size": height, "pool": pools(layers)}
+    return CNN(layers, ways=outputs, mean=False, **options)
 
 
 def _sinusoid_mlp(inputs: tuple[int, ...], outputs: int, *, hidden: int) -> nn.Module:
