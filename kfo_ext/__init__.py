@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kfo_ext.adapt import ANIL, MAML, Adapted, MetaResult
     from kfo_ext.functional import transform
     from kfo_ext.problems import Problems
-    from kfo_ext.updates import KFO, GradientDescent, Update
+    from kfo_ext.updates import KFO, ByName, Chain, GradientDescent, LowRank, MetaCurvature, MetaSGD, Update
     from kfo_ext.version import __version__
 
 __all__ = [
@@ -21,8 +21,13 @@ __all__ = [
     "KFO",
     "MAML",
     "Adapted",
+    "ByName",
+    "Chain",
     "GradientDescent",
+    "LowRank",
+    "MetaCurvature",
     "MetaResult",
+    "MetaSGD",
     "Problems",
     "Update",
     "__version__",
@@ -35,7 +40,7 @@ __getattr__, __dir__ = lazily(
         "adapt": ["ANIL", "MAML", "Adapted", "MetaResult"],
         "functional": ["transform"],
         "problems": ["Problems"],
-        "updates": ["KFO", "GradientDescent", "Update"],
+        "updates": ["KFO", "ByName", "Chain", "GradientDescent", "LowRank", "MetaCurvature", "MetaSGD", "Update"],
         "version": ["__version__"],
     },
 )

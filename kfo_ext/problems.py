@@ -4,7 +4,7 @@ A parameter W is B matrices of shape (p, q) that share one pair of factors R (p,
 
     linear weight (out, in)          B = 1      p = out   q = in
     bias, batch norm (n)             B = 1      p = n     q = 1
-    conv weight (out, in, kh, kw)    B = out    p = in    q = kh * kw
+    conv weight (out, in, *kernel)   B = out    p = in    q = the product of the kernel: 1, 2 or 3 dimensions
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int,
     """(B, p, q) of one parameter.
 
     Raises:
-        ValueError: the parameter has no elements, or a number of dimensions other than 1, 2 or 4.
+        ValueError: the parameter has no elements, no dimension or more than 5.
     """
     if 0 in shape:
         raise ValueError(f"parameter {name!r}: expected at least one element, got shape {tuple(shape)}")
@@ -31,10 +31,10 @@ def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int,
         return 1, shape[0], 1
     if len(shape) == 2:
         return 1, shape[0], shape[1]
-    if len(shape) == 4:
-        return shape[0], shape[1], shape[2] * shape[3]
+    if 3 <= len(shape) <= 5:
+        return shape[0], shape[1], shape[2:].numel()
     raise ValueError(
-        f"parameter {name!r}: expected 1 (bias, normalisation), 2 (linear) or 4 (convolution) dimensions, "
+        f"parameter {name!r}: expected 1 (bias, normalisation), 2 (linear) or 3 to 5 (convolution) dimensions, "
         f"got {len(shape)}: {tuple(shape)}; KFO(parameters, only=[...]) names those that get factors, and the rest "
         "follows gradient descent"
     )

@@ -7,7 +7,7 @@ a learned update are differentiated the long way, by a second pass through the m
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def plain_maml(
     first_order: bool = False,
     head: bool = False,
     only: Collection[str] | None = None,
-    rule: Rule | None = None,
+    rule: Rule | Sequence[Rule] | None = None,
     phi: list[Tensor] = (),
     adapt_update: bool = False,
 ) -> Truth:
@@ -62,6 +62,7 @@ def plain_maml(
 
     head: adapt `model.head` alone, on features of support and query together.
     only: the names of the parameters to adapt; None for all.
+    rule: of all steps, or one for each.
     """
     adapted = model.head if head else model
     named = adapted.named_parameters()
@@ -79,7 +80,8 @@ def plain_maml(
                 own = [row - lr * grad for row, grad in zip(own, inner)]
             if first_order:
                 grads = [grad.detach() for grad in grads]
-            updates = grads if rule is None else rule(own, list(grads))
+            mine = rule[step] if isinstance(rule, Sequence) else rule
+            updates = grads if mine is None else mine(own, list(grads))
             theta = [value - lr * update for value, update in zip(theta, updates)]
         outputs.append(call(adapted, dict(zip(parameters, theta)), qx))
         losses.append(loss(outputs[-1], qy))
@@ -115,7 +117,7 @@ def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1, sides: l
     """
 
     def triple(shape):
-        return {1: (1, *shape, 1), 2: (1, *shape), 4: (*shape[:2], shape[2:].numel())}[len(shape)]
+        return {1: (1, *shape, 1), 2: (1, *shape)}.get(len(shape), (*shape[:2], shape[2:].numel()))
 
     def factors(rows: Iterator[Tensor], sizes: list[int], present: list[bool]) -> list[Tensor]:
         """(n, n) each; no row is there for factors that no parameter has."""

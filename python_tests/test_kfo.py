@@ -319,8 +319,7 @@ def test_lists_of_what_are_no_tensors():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: [torch.ones(2, 3, 4)], ValueError, r"parameter '0': expected 1 .*, got 3: \(2, 3, 4\)"),
-        (lambda: [("deep", torch.ones(1, 2, 1, 1, 1))], ValueError, "parameter 'deep': expected 1 .*, got 5"),
+        (lambda: [("deep", torch.ones(1, 2, 1, 1, 1, 3))], ValueError, r"'deep': expected 1 .*, got 6: \(1, 2, 1, "),
         (lambda: [torch.ones(())], ValueError, "parameter '0': .*got 0"),
         (lambda: [torch.ones(0, 3)], ValueError, "at least one element"),
         (list, ValueError, "at least one parameter"),
@@ -347,20 +346,19 @@ def test_bad_parameters(make, error, message):
 
 
 def tokens_model() -> nn.Module:
-    """Shapes that have no factors: of three and five dimensions, and none at all."""
+    """Parameters of three and five dimensions that are no image convolutions, and one of none, which has no factors."""
     model = network()
     model.tokens, model.volume = nn.Parameter(torch.ones(1, 2, 3).double()), nn.Conv3d(1, 1, 2).double()
     model.scale = nn.Parameter(torch.ones(()).double())
     return model
 
 
-@pytest.mark.parametrize("name", ["tokens", "volume.weight", "scale"])
-def test_only_leaves_any_shape_to_gradient_descent(name):
+def test_only_leaves_any_shape_to_gradient_descent():
     named = dict(tokens_model().named_parameters())
-    with pytest.raises(ValueError, match=rf"parameter '{name}': expected 1 .*KFO\(parameters, only=\[\.\.\.\]\)"):
-        KFO([("head.weight", named["head.weight"]), (name, named[name])])
-    with pytest.raises(ValueError, match=f"parameter '{name}': expected 1 "):
-        KFO(named.items(), only=["head.*", name])
+    with pytest.raises(ValueError, match=r"parameter 'scale': expected 1 .*KFO\(parameters, only=\[\.\.\.\]\)"):
+        KFO(named.items())
+    with pytest.raises(ValueError, match="parameter 'scale': expected 1 "):
+        KFO(named.items(), only=["head.*", "scale"])
     kfo = randomise(KFO(named.items(), only=["head.*", "conv.weight"], hidden_layers=1))
     assert repr(kfo).startswith("KFO(\n  parameters=3 of 10")
     grads = {other: torch.randn(p.shape, dtype=DTYPE) for other, p in named.items()}

@@ -43,7 +43,6 @@ class Halving(Update):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        # A convolution of one dimension: of a shape that KFO has no factors for.
         self.body, self.head = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten()), nn.Linear(8, WAYS)
 
     def features(self, x):
@@ -78,7 +77,7 @@ def test_meta_sgd_equals_plain_torch(learner, head, adapt_update, route):
     assert_equal_truth(learner(model, update=update, route=route, **options), tasks, truth)
 
 
-# A parameter of three dimensions follows gradient descent, and a side of eight has no factor.
+# The convolution follows gradient descent, and a side of eight has no factor.
 SIDES = {"body.0.bias": "RL", "head.weight": "R", "head.bias": "RL"}
 
 

@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
-from update_table import SHAPES, UPDATES, named_parameters, random_phi
+from update_table import SHAPES, STEPS, UPDATES, named_parameters, random_phi
 
 TASKS = 3
+# Of an update whose steps differ the last but one: neither the first nor all that there are.
+STEP = {name: STEPS - 2 if name.endswith("per step") else None for name in UPDATES}
 each = pytest.mark.parametrize("case", UPDATES.values(), ids=UPDATES)
+each_step = pytest.mark.parametrize(("case", "step"), [(UPDATES[name], STEP[name]) for name in UPDATES], ids=UPDATES)
 
 
 def gradients(tasks: int | None = None) -> list[torch.Tensor]:
@@ -26,49 +29,49 @@ def learned(case):
     return update
 
 
-@each
-def test_starts_as_gradient_descent(case):
+@each_step
+def test_starts_as_gradient_descent(case, step):
     update = case.make(named_parameters())
     assert all(row.shape[0] == 1 and row.numel() for row in update.phi)
     assert {id(row) for row in update.phi} == {id(row) for row in update.parameters()}
     for tasks in (None, TASKS):
         grads = gradients(tasks)
-        for mine, grad in zip(update.transform(grads), grads, strict=True):
+        for mine, grad in zip(update.transform(grads, step), grads, strict=True):
             torch.testing.assert_close(mine, grad, rtol=1e-14, atol=1e-14)
 
 
-@each
-def test_tasks_never_mix(case):
+@each_step
+def test_tasks_never_mix(case, step):
     update = case.make(named_parameters())
     phi, G = random_phi(update, TASKS), torch.randn(TASKS, update.packing.numel, dtype=torch.float64)
-    together = update.rule(phi, G)
+    together = update.rule_at(phi, G, step)
     for i in range(TASKS):
-        alone = update.rule(tuple(row[i : i + 1] for row in phi), G[i : i + 1])
+        alone = update.rule_at(tuple(row[i : i + 1] for row in phi), G[i : i + 1], step)
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
     wrong = [torch.cat([torch.full_like(X[:1], torch.nan), X[1:]]) for X in (*phi, G)]
-    torch.testing.assert_close(update.rule(tuple(wrong[:-1]), wrong[-1])[1:], together[1:], rtol=1e-12, atol=1e-12)
+    again = update.rule_at(tuple(wrong[:-1]), wrong[-1], step)
+    torch.testing.assert_close(again[1:], together[1:], rtol=1e-12, atol=1e-12)
 
 
-@each
+@each_step
 @pytest.mark.parametrize("tasks", [None, TASKS])
-def test_lists_dicts_and_packed_rows_agree(case, tasks):
+def test_lists_dicts_and_packed_rows_agree(case, step, tasks):
     update, grads = learned(case), gradients(tasks)
-    expected = update.packing.unpack(
-        update.rule(update.phi, torch.cat([grad.reshape(tasks or 1, -1) for grad in grads], 1)), batched=bool(tasks)
-    )
+    packed = torch.cat([grad.reshape(tasks or 1, -1) for grad in grads], 1)
+    expected = update.packing.unpack(update.rule_at(update.phi, packed, step), batched=bool(tasks))
     by_name = dict(reversed(list(zip(SHAPES, grads))))
-    updates = update.transform(by_name)
+    updates = update.transform(by_name, step)
     assert list(updates) == list(by_name)
-    for name, mine, other in zip(SHAPES, update.transform(grads), expected, strict=True):
+    for name, mine, other in zip(SHAPES, update.transform(grads, step), expected, strict=True):
         assert torch.equal(mine, other)
         assert torch.equal(updates[name], other)
     some = {**by_name, "conv.bias": None}
-    assert update.transform(some)["conv.bias"] is None
-    assert torch.equal(update.transform(some)["head.1.weight"], updates["head.1.weight"])
+    assert update.transform(some, step)["conv.bias"] is None
+    assert torch.equal(update.transform(some, step)["head.1.weight"], updates["head.1.weight"])
 
 
-@each
-def test_the_gradients_of_a_loss_by_name(case):
+@each_step
+def test_the_gradients_of_a_loss_by_name(case, step):
     """Handed over in another order, each parameter still gets its own update."""
     update = learned(case)
     parameters = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in SHAPES.items()}
@@ -76,27 +79,28 @@ def test_the_gradients_of_a_loss_by_name(case):
     def loss():
         return sum((i + 1) * p.sin().sum() for i, p in enumerate(parameters.values()))
 
-    listed = update(loss(), parameters.values())
+    listed = update(loss(), parameters.values(), step=step)
     shuffled = dict(sorted(parameters.items(), key=lambda entry: entry[0][::-1]))
-    found = update(loss(), shuffled)
+    found = update(loss(), shuffled, step=step)
     assert list(found) == list(shuffled)
     assert list(found) != list(SHAPES)
     assert all(torch.equal(found[name], mine) for name, mine in zip(SHAPES, listed, strict=True))
 
 
-@each
+@each_step
 @pytest.mark.parametrize("rows", [1, TASKS])
-def test_two_derivatives_equal_plain_torch(case, rows):
+def test_two_derivatives_equal_plain_torch(case, step, rows):
     update = case.make(named_parameters())
     phi = random_phi(update, rows)
     G = torch.randn(TASKS, update.packing.numel, dtype=torch.float64, requires_grad=True)
+    rule = case.rule(update, step)
 
     def plain(*given):
         tasks = []
         for i, row in enumerate(given[-1]):
             grads = [piece.view(shape) for piece, shape in zip(row.split(update.packing.sizes), SHAPES.values())]
             mine = [X[i : i + 1] if rows > 1 else X for X in given[:-1]]
-            tasks.append(torch.cat([U.reshape(-1) for U in case.plain(mine, grads)]))
+            tasks.append(torch.cat([U.reshape(-1) for U in rule(mine, grads)]))
         return torch.stack(tasks)
 
     def orders(function):
@@ -109,7 +113,7 @@ def test_two_derivatives_equal_plain_torch(case, rows):
         first = torch.autograd.grad(weighted(value), [*phi, G], create_graph=True)
         return [value, *first, *torch.autograd.grad(sum(weighted(X) for X in first), [*phi, G])]
 
-    for mine, other in zip(orders(lambda *X: update.rule(X[:-1], X[-1])), orders(plain), strict=True):
+    for mine, other in zip(orders(lambda *X: update.rule_at(X[:-1], X[-1], step)), orders(plain), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
 
 

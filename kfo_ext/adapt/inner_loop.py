@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from kfo_ext.updates import Update
 from kfo_ext.updates.base import Phi
+from kfo_ext.updates.checks import check_step
 
 from .calls import BufferReplay
 from .routes import Route
@@ -61,7 +62,13 @@ class InnerLoop(NamedTuple):
 
         theta: (tasks, n), packed parameters.
         phi: (1, n) each, the update's meta-parameters.
+
+        Raises:
+            ValueError: more steps than the update has meta-parameters for.
         """
+        if steps and self.update.steps is not None:
+            # The last step's update, so that nothing is computed in vain.
+            check_step(steps - 1, self.update.steps)
         if self.adapt_update and steps > 1:
             # Each task adapts meta-parameters of its own.
             phi = tuple(row.expand(len(theta), -1) for row in phi)
@@ -70,20 +77,26 @@ class InnerLoop(NamedTuple):
             step = partial(self._replayed_step, self.replayed)
         gradient: Gradient | None = None
         step_losses = []
-        for _ in range(steps):
-            theta, phi, losses, gradient = step(theta, phi, gradient)
+        for number in range(steps):
+            theta, phi, losses, gradient = step(number, theta, phi, gradient)
             step_losses.append(losses)
         if gradient is None:
             return theta, theta.new_empty((0, len(theta)))
-        return theta - self.lr * self._update(phi, gradient), torch.stack(step_losses)
+        return theta - self.lr * self._update(phi, gradient, steps - 1), torch.stack(step_losses)
 
     def _step(
-        self, theta: Tensor, phi: Phi, last: Gradient | None, observe: Callable[[Tensor], None] | None = None
+        self,
+        number: int,
+        theta: Tensor,
+        phi: Phi,
+        last: Gradient | None,
+        observe: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Phi, Tensor, Gradient]:
         """Moves theta by the update of its last gradient, then takes the next one, by which phi moves.
 
-        One evaluation of U serves both: a step begins with it, so that a step depends on tensors alone.
+        One evaluation of U serves both: a step begins with it, so that a step depends on its arguments alone.
 
+        number: of the step, 0 for the first.
         last: the gradient at theta, None in the first step.
         observe: is called with the losses.
 
@@ -94,7 +107,7 @@ class InnerLoop(NamedTuple):
         if not self.outer:
             phi = tuple(row.detach().requires_grad_(row.requires_grad) for row in phi)
         if last is not None:
-            U = self._update(phi, last)
+            U = self._update(phi, last, number - 1)
             theta = theta - self.lr * U
         if not self.outer:
             theta = theta.detach().requires_grad_()
@@ -108,7 +121,7 @@ class InnerLoop(NamedTuple):
         return theta, phi, losses.detach(), gradient
 
     def _replayed_step(
-        self, module: nn.Module, theta: Tensor, phi: Phi, last: Gradient | None
+        self, module: nn.Module, number: int, theta: Tensor, phi: Phi, last: Gradient | None
     ) -> tuple[Tensor, Phi, Tensor, Gradient]:
         """`_step`, of which nothing is kept but its arguments."""
         first: list[Tensor] = []
@@ -124,11 +137,14 @@ class InnerLoop(NamedTuple):
                 )
 
         step, again = partial(self._step, observe=same), BufferReplay(module)
-        return checkpointed(step, theta, phi, last, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+        return checkpointed(
+            step, number, theta, phi, last, use_reentrant=False, context_fn=lambda: (nullcontext(), again)
+        )
 
-    def _update(self, phi: Phi, gradient: Gradient) -> Tensor:
+    def _update(self, phi: Phi, gradient: Gradient, number: int) -> Tensor:
+        """U of the gradient of that step."""
         G, used = gradient
-        U = self.update.rule(phi, G)
+        U = self.update.rule_at(phi, G, number)
         # A gradient is zero already where a parameter is unused.
         return U if used is None or U is G else U * used
 

@@ -3,6 +3,9 @@
           learn2learn                        kfo_ext
 plain     left X right                       R^T G L             left = R^T    right = L
 psd       left^T left X right^T right        R^T R G L^T L       left = R      right = L
+
+MetaCurvatureTransform names its matrices by the other convention: mc_in is our M_o, of the first dimension, and mc_out
+our M_i, of the second.
 """
 
 from __future__ import annotations
@@ -100,6 +103,46 @@ def kronecker_factors_to(update: nn.Module, factors: Iterable[tuple[Tensor | Non
             into.copy_(value)
 
 
+def meta_curvature_from(update: nn.Module) -> list[tuple[Tensor, ...] | None]:
+    """Return per parameter (m,), (M_o, M_i) or (M_o, M_i, M_f), as views, None where it has no transform.
+
+    update: a learn2learn `ParameterUpdate` made with `MetaCurvatureTransform`
+
+    Raises:
+        TypeError: a transform is another one.
+    """
+    return [None if layer is None else _curvature_of(layer) for layer in _layers(update)]
+
+
+@torch.no_grad()
+def meta_curvature_to(update: nn.Module, matrices: Iterable[tuple[Tensor, ...] | None]) -> None:
+    """Copy our matrices into a learn2learn `ParameterUpdate`, in place.
+
+    update: as in `meta_curvature_from`
+    matrices: per parameter (m,), (M_o, M_i) or (M_o, M_i, M_f), as `MetaCurvature.matrices()` returns them; None is
+        skipped
+
+    Raises:
+        TypeError: a transform is no `MetaCurvatureTransform`.
+        ValueError: another number of parameters or of matrices, or another shape.
+    """
+    targets, sources = meta_curvature_from(update), list(matrices)
+    if len(targets) != len(sources):
+        raise ValueError(f"matrices: expected {len(targets)} tuples, one per parameter of update, got {len(sources)}")
+    pairs = [
+        (index, target, source)
+        for index, (target, source) in enumerate(zip(targets, sources))
+        if target is not None and source is not None
+    ]
+    for index, target, source in pairs:
+        expected, got = [tuple(X.shape) for X in target], [tuple(X.shape) for X in source]
+        if expected != got:
+            raise ValueError(f"matrices[{index}]: expected shapes {expected}, got {got}")
+    for _, target, source in pairs:
+        for into, value in zip(target, source):
+            into.copy_(value)
+
+
 class GradientTransform(nn.Module):
     """A KFO of one parameter, from gradient to update: what learn2learn's LearnableOptimizer calls for each parameter.
 
@@ -155,11 +198,21 @@ def _forget() -> None:
 
 
 def _kronecker_layers(update: Any) -> list[Any]:
-    layers = []
-    for index in update.transforms_indices:
-        transform = None if index is None else update.transforms_modules[index]
-        layer = getattr(transform, "transform", transform)  # learn2learn wraps it in a ReshapedTransform
+    # learn2learn wraps each in a ReshapedTransform.
+    layers = [getattr(transform, "transform", transform) for transform in _layers(update)]
+    for layer in layers:
         if layer is not None and not (hasattr(layer, "left") and hasattr(layer, "right")):
             raise TypeError(f"update: expected KroneckerLinear transforms, got {type(layer).__name__}")
-        layers.append(layer)
     return layers
+
+
+def _layers(update: Any) -> list[Any]:
+    """The transform of each parameter, or None."""
+    return [None if index is None else update.transforms_modules[index] for index in update.transforms_indices]
+
+
+def _curvature_of(layer: Any) -> tuple[Tensor, ...]:
+    names = {1: ("mc",), 2: ("mc_in", "mc_out"), 4: ("mc_in", "mc_out", "mc_f")}.get(getattr(layer, "dim", 0))
+    if names is None or not all(hasattr(layer, name) for name in names):
+        raise TypeError(f"update: expected MetaCurvatureTransform, got {type(layer).__name__}")
+    return tuple(getattr(layer, name) for name in names)

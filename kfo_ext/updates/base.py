@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from kfo_ext.packing import Packing, listed
 from kfo_ext.updates import state
+from kfo_ext.updates.checks import check_step
 from kfo_ext.updates.gradients import gradients
 
 # Packed meta-parameters, (1, n) each.
@@ -23,6 +24,9 @@ class Update(nn.Module, ABC):
     A subclass defines `phi` and `rule`; `MAML(model, update=...)` takes it. It should start as plain gradient descent,
     U(g) = g, and must treat each task's row by itself.
 
+    One whose inner steps differ sets `steps`, their number, and defines `rule(phi, G, step=None)`: the inner loop says
+    which step it is, 0 for the first.
+
     Its state_dict says what the meta-parameters were made for (`_extra_state`, a tensor of bytes): names, shapes and
     `options()`; it loads nowhere else. Meta-parameters alone load with strict=False: then their sizes are all that is
     checked, and the rest is the caller's word.
@@ -31,6 +35,9 @@ class Update(nn.Module, ABC):
         parameters: the tensors that it updates, or (name, tensor) pairs such as `model.named_parameters()`; or how
             they are packed.
     """
+
+    # How many inner steps it has meta-parameters for; None where all steps share them.
+    steps: int | None = None
 
     def __init__(self, parameters: Iterable[Tensor | tuple[str, Tensor]] | Packing) -> None:
         super().__init__()
@@ -53,35 +60,52 @@ class Update(nn.Module, ABC):
             (tasks, n), packed updates.
         """
 
+    def rule_at(self, phi: Phi, G: Tensor, step: int | None) -> Tensor:
+        """`rule` in an inner step, which an update whose steps are all alike need not know.
+
+        Args:
+            phi: as for `rule`.
+            G: as for `rule`.
+            step: 0 for the first; None only where all steps are alike.
+
+        Raises:
+            ValueError: a step that this update has no meta-parameters for.
+        """
+        if self.steps is None:
+            return self.rule(phi, G)
+        check_step(step, self.steps)
+        return cast(Any, self).rule(phi, G, step=step)
+
     def options(self) -> dict[str, Any]:
         """What else than names and shapes the meta-parameters were made for: values that JSON holds, by name."""
         return {}
 
     @overload
-    def transform(self, grads: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]: ...
+    def transform(self, grads: Mapping[str, Tensor | None], step: int | None = None) -> dict[str, Tensor | None]: ...
 
     @overload
-    def transform(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]: ...
+    def transform(self, grads: Iterable[Tensor | None], step: int | None = None) -> list[Tensor | None]: ...
 
     def transform(
-        self, grads: Mapping[str, Tensor | None] | Iterable[Tensor | None]
+        self, grads: Mapping[str, Tensor | None] | Iterable[Tensor | None], step: int | None = None
     ) -> dict[str, Tensor | None] | list[Tensor | None]:
         """The updates of gradients, one per parameter, None where the gradient is None.
 
         Args:
             grads: tensors of the parameters' shapes, or all of them with one leading task dimension: a list in the
                 order given to the constructor, or a dict by name in any order.
+            step: the inner step, as for `rule_at`.
 
         Returns:
             A list, or a dict in the order of the one given.
 
         Raises:
             ValueError: another length, names that are missing or unknown, a dict for parameters without names; a shape,
-                task dimension or device that does not fit.
+                task dimension or device that does not fit; a step as for `rule_at`.
             TypeError: a dtype other than that of the meta-parameters.
         """
         if isinstance(grads, Mapping):
-            updates = self.transform(self.packing.in_order(grads, "grads"))
+            updates = self.transform(self.packing.in_order(grads, "grads"), step)
             return _by_name(self.packing, updates, grads)
         grads = listed(grads, "grads")
         rows = self.packing.tasks(grads, "grads")
@@ -93,12 +117,12 @@ class Update(nn.Module, ABC):
                 raise TypeError(f"grads: expected {row.dtype} as the meta-parameters have, got {present.dtype}")
             if present.device != row.device:
                 raise ValueError(f"grads: expected device {row.device} as the meta-parameters, got {present.device}")
-        return self.transform_checked(grads, rows)
+        return self.transform_checked(grads, rows, step)
 
-    def transform_checked(self, grads: list[Tensor | None], rows: int | None) -> list[Tensor | None]:
+    def transform_checked(self, grads: list[Tensor | None], rows: int | None, step: int | None) -> list[Tensor | None]:
         """`transform` of a list that has been checked; rows: its tasks, None without a task dimension."""
         packing = self.packing
-        updates = packing.unpack(self.rule(self.phi, packing.join(grads, rows)), batched=rows is not None)
+        updates = packing.unpack(self.rule_at(self.phi, packing.join(grads, rows), step), batched=rows is not None)
         return [None if grad is None else update for grad, update in zip(grads, updates)]
 
     @overload
@@ -110,6 +134,7 @@ class Update(nn.Module, ABC):
         retain_graph: bool | None = None,
         allow_unused: bool = False,
         allow_nograd: bool = False,
+        step: int | None = None,
     ) -> dict[str, Tensor | None]: ...
 
     @overload
@@ -121,6 +146,7 @@ class Update(nn.Module, ABC):
         retain_graph: bool | None = None,
         allow_unused: bool = False,
         allow_nograd: bool = False,
+        step: int | None = None,
     ) -> list[Tensor | None]: ...
 
     def forward(
@@ -131,6 +157,7 @@ class Update(nn.Module, ABC):
         retain_graph: bool | None = None,
         allow_unused: bool = False,
         allow_nograd: bool = False,
+        step: int | None = None,
     ) -> dict[str, Tensor | None] | list[Tensor | None]:
         """Differentiates `loss` by `parameters` and returns their updates, None where there is no gradient.
 
@@ -142,13 +169,15 @@ class Update(nn.Module, ABC):
             retain_graph: keep the loss's graph; as `create_graph` by default.
             allow_unused: parameters the loss does not depend on get None.
             allow_nograd: parameters that do not require a gradient get None.
+            step: the inner step, as for `rule_at`.
 
         Returns:
             A list, or a dict in the order of the one given.
 
         Raises:
             ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; names that are
-                missing or unknown, a dict for parameters without names; a frozen or unused parameter without its flag.
+                missing or unknown, a dict for parameters without names; a frozen or unused parameter without its flag;
+                a step as for `rule_at`.
         """
         by_name = parameters if isinstance(parameters, Mapping) else None
         grads = gradients(
@@ -160,7 +189,7 @@ class Update(nn.Module, ABC):
             allow_unused=allow_unused,
             allow_nograd=allow_nograd,
         )
-        updates = self.transform(grads)
+        updates = self.transform(grads, step)
         return updates if by_name is None else _by_name(self.packing, updates, by_name)
 
     def _made_for(self) -> dict[str, Any]:

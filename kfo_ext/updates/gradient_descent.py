@@ -1,32 +1,71 @@
-"""Plain gradient descent, as an update."""
+"""Gradient descent, as an update."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from torch import Tensor
+
+from kfo_ext.packing import Packing, listed
 from kfo_ext.updates.base import Phi, Update
+from kfo_ext.updates.checks import check_packed, named_alike
+from kfo_ext.updates.rates import StepRates
 
 
 class GradientDescent(Update):
     """U(g) = g: learns nothing, copies nothing, and adds nothing to a state_dict.
 
+    With `per_step` U(g) = r g, a learned rate for each parameter tensor and inner step.
+
     Args:
-        parameters: as for `Update`.
+        parameters: as for `Update`; no `Packing` with `per_step`.
+        per_step: the number of inner steps that have rates of their own, each 1 at the start; None for no rates.
+
+    Raises:
+        ValueError: `per_step` is less than 1; with it, no parameters or mixed devices.
+        TypeError: `per_step` is no integer; with it, parameters that are not floating point of one dtype.
     """
 
-    # There is nothing to load, so nothing that a state could fail to fit.
-    get_extra_state = nn.Module.get_extra_state
-    set_extra_state = nn.Module.set_extra_state
+    def __init__(
+        self, parameters: Iterable[Tensor | tuple[str, Tensor]] | Packing, *, per_step: int | None = None
+    ) -> None:
+        if not isinstance(parameters, Packing):
+            parameters = listed(parameters, "parameters", pairs=True)
+        super().__init__(parameters)
+        like = None if per_step is None else named_alike(parameters)[0][1]
+        self.rates = None if like is None else StepRates(self.packing, per_step, like)
+        self.steps = per_step
 
     @property
     def phi(self) -> Phi:
-        """No meta-parameters."""
-        return ()
+        """The rates, (1, per_step * parameters), or nothing."""
+        return () if self.rates is None else (self.rates.row,)
 
-    def rule(self, phi: Phi, G: Tensor) -> Tensor:
-        """G itself."""
-        return G
+    def rule(self, phi: Phi, G: Tensor, step: int | None = None) -> Tensor:
+        """G itself, or the step's rates times it."""
+        if self.rates is None:
+            return G
+        check_packed("GradientDescent", phi, self.phi, G, self.packing.numel)
+        return self.rates.rule(phi[0], G, step)
 
-    def transform_checked(self, grads: list[Tensor | None], rows: int | None) -> list[Tensor | None]:
-        """The gradients themselves."""
-        return grads
+    def transform_checked(self, grads: list[Tensor | None], rows: int | None, step: int | None) -> list[Tensor | None]:
+        """The gradients themselves, or as `Update` has it."""
+        return grads if self.rates is None else super().transform_checked(grads, rows, step)
+
+    def options(self) -> dict[str, Any]:
+        """The steps that have rates."""
+        return {"per_step": self.steps}
+
+    # Without rates there is nothing to load, so nothing that a state could fail to fit.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.rates is None:
+            del destination[prefix + "_extra_state"]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing, key = args[2], prefix + "_extra_state"
+        if self.rates is None and key in missing:
+            missing.remove(key)

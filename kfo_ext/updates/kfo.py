@@ -10,15 +10,16 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from kfo_ext.ops.dispatch import BACKENDS
-from kfo_ext.ops.operands import HALF, KERNEL_DTYPES
-from kfo_ext.packing import Packing, listed, name_parameters
+from kfo_ext.packing import Packing, listed
 from kfo_ext.problems import Problems, problem_shape
 from kfo_ext.updates import state
 from kfo_ext.updates.activations import ACTIVATIONS, activation_name
 from kfo_ext.updates.base import Phi, Update
+from kfo_ext.updates.checks import check_number, named_alike
 from kfo_ext.updates.covered import Covered, matching
 from kfo_ext.updates.layer import KroneckerLayer, Pair
 from kfo_ext.updates.memory import room_for_factors
+from kfo_ext.updates.rates import StepRates
 
 
 class KFO(Update):
@@ -36,8 +37,9 @@ class KFO(Update):
 
     Args:
         parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`. Those that get
-            factors are biases, linear and convolution weights (1, 2 or 4 dimensions). Their order is the order of every
-            list in this class.
+            factors are biases, linear and convolution weights (1 to 5 dimensions). One of three dimensions that is no
+            convolution, such as (1, tokens, width), follows the same rule: its first dimension shares the factors of
+            the other two; `only` leaves it out. Their order is the order of every list in this class.
         only: names of the parameters that get factors, or patterns such as "head.*" (fnmatch); the rest follows
             gradient descent, U(g) = g. None: all.
         max_factor: the longest side that gets a factor; on a longer one U is the identity, and nothing of its size is
@@ -47,12 +49,15 @@ class KFO(Update):
             with hidden layers alone, as the paper's non-linear update has it.
         hidden_layers: Kronecker layers before the last one, with an activation after each.
         activation: between layers: tanh, relu, sigmoid, gelu, softplus or any elementwise function.
+        per_step: the number of inner steps that have a learned rate of their own for each parameter tensor, whether it
+            has factors or not, in front of U; each is 1 at the start. None for none.
         backend: see `kfo_ext.transform`.
 
     Raises:
         ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or
-            backend, a pattern that matches no parameter, a `max_factor` that leaves no factor, or factors that need
-            more than a quarter of the memory that the device has left (p^2 + q^2 elements per parameter and layer).
+            backend, `per_step` less than 1, a pattern that matches no parameter, a `max_factor` that leaves no factor,
+            or factors that need more than a quarter of the memory that the device has left (p^2 + q^2 elements per
+            parameter and layer).
         TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or an option of
             another type.
 
@@ -70,6 +75,7 @@ class KFO(Update):
         bias: bool | None = None,
         hidden_layers: int = 0,
         activation: str | Callable[[Tensor], Tensor] = "tanh",
+        per_step: int | None = None,
         backend: str = "auto",
     ) -> None:
         if isinstance(parameters, Tensor):
@@ -81,11 +87,8 @@ class KFO(Update):
             )
         parameters = listed(parameters, "parameters", pairs=True)
         super().__init__(parameters)
-        if not len(self.packing):
-            raise ValueError("parameters: expected at least one parameter, got none")
+        like = named_alike(parameters)[0][1].detach()
         self.covered, self.problems = _covered_problems(self.packing, only, max_factor)
-        named = name_parameters(parameters)
-        _check_alike(named)
         if not isinstance(psd, bool):
             raise TypeError(f"psd: expected True or False, got {psd!r}")
         if bias is not None and not isinstance(bias, bool):
@@ -100,7 +103,6 @@ class KFO(Update):
         self.has_bias = hidden_layers > 0 if bias is None else bias
         self.activation = activation
         self._unnamed: tuple[str | Callable[[Tensor], Tensor], str] | None = None
-        like = named[0][1].detach()
         with room_for_factors(self.problems, hidden_layers + 1, self.has_bias, like):
             self.layers = nn.ModuleList(
                 KroneckerLayer(
@@ -113,31 +115,36 @@ class KFO(Update):
                 )
                 for i in range(hidden_layers + 1)
             )
+        self.rates = None if per_step is None else StepRates(self.packing, per_step, like)
+        self.steps = per_step
 
     @property
     def phi(self) -> Phi:
-        """All packed meta-parameters, (1, n) each: R, L (and bias) of each layer, in order."""
-        return tuple(tensor for layer in self._layers for tensor in layer.phi)
+        """All packed meta-parameters, (1, n) each: R, L (and bias) of each layer, in order; then the steps' rates."""
+        layers = tuple(tensor for layer in self._layers for tensor in layer.phi)
+        return layers if self.rates is None else (*layers, self.rates.row)
 
-    def rule(self, phi: Phi, G: Tensor) -> Tensor:
+    def rule(self, phi: Phi, G: Tensor, step: int | None = None) -> Tensor:
         """U(g), a pure function of packed tensors: differentiate it by either argument.
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n) rows.
             G: (tasks, n), packed gradients.
+            step: the inner step, with `per_step`.
 
         Returns:
             (tasks, n), packed updates.
 
         Raises:
-            ValueError: phi has another number of rows than `self.phi`.
+            ValueError: phi has another number of rows than `self.phi`; a step that has no rates.
         """
         problems = self.problems
         # R, L and the bias of each layer, those of them that there are.
         rows = (problems.R.numel > 0) + (problems.L.numel > 0) + self.has_bias
-        if len(phi) != rows * len(self.layers):
-            raise ValueError(f"phi: expected {rows * len(self.layers)} tensors, as phi of this KFO, got {len(phi)}")
-        return self.covered.rule(partial(self._covered_rule, phi), G)
+        layers = rows * len(self.layers)
+        check_number("KFO", phi, layers + (self.rates is not None))
+        U = self.covered.rule(partial(self._covered_rule, phi[:layers]), G)
+        return U if self.rates is None else self.rates.rule(phi[layers], U, step)
 
     def _covered_rule(self, phi: Phi, G: Tensor) -> Tensor:
         """`rule` of the covered parameters' columns."""
@@ -183,6 +190,7 @@ class KFO(Update):
             "bias": self.has_bias,
             "hidden_layers": len(self.layers) - 1,
             "activation": activation_name(self.activation) or self._unnamed_activation(),
+            "per_step": self.steps,
         }
 
     def _unnamed_activation(self) -> str:
@@ -220,21 +228,3 @@ def _covered_problems(packing: Packing, only: Iterable[str] | None, max_factor: 
         )
     covered = Covered(packing, indices)
     return covered, Problems(shapes, covered.packing, sides)
-
-
-def _check_alike(named: list[tuple[str, Tensor]]) -> None:
-    first_name, first = named[0]
-    for name, tensor in named:
-        if not tensor.is_floating_point():
-            raise TypeError(f"parameter {name!r}: expected a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype not in KERNEL_DTYPES + HALF:
-            raise TypeError(f"parameter {name!r}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.dtype != first.dtype:
-            raise TypeError(
-                f"parameter {name!r}: expected {first.dtype} as {first_name!r} has, got {tensor.dtype}: "
-                "convert the model to one dtype, or make a KFO for each"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"parameter {name!r}: expected device {first.device} as {first_name!r} has, got {tensor.device}"
-            )

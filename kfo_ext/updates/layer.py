@@ -67,7 +67,7 @@ class KroneckerLayer(nn.Module):
 
         In-place changes under no_grad show in the layer.
         """
-        Rs, Ls = _views(self.R, self.problems.R), _views(self.L, self.problems.L)
+        Rs, Ls = views(self.R, self.problems.R), views(self.L, self.problems.L)
         return list(zip(Rs, Ls))
 
 
@@ -75,11 +75,12 @@ def _row(numel: int, like: Tensor) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros((1, numel), dtype=like.dtype, device=like.device)) if numel else None
 
 
-def _views(row: Tensor | None, packing: Packing) -> list[Tensor | None]:
-    views: list[Tensor | None] = []
+def views(row: Tensor | None, packing: Packing) -> list[Tensor | None]:
+    """The tensors of a module's own packed row, (1, n); None where there is no row or a tensor has no elements."""
+    found: list[Tensor | None] = []
     offset = 0
     for shape, size in zip(packing.shapes, packing.sizes):
         # Views one by one: torch forbids in-place changes of what split returns.
-        views.append(None if row is None or not size else row[0].narrow(0, offset, size).view(shape))
+        found.append(None if row is None or not size else row[0].narrow(0, offset, size).view(shape))
         offset += size
-    return views
+    return found

@@ -21,8 +21,12 @@ _MOST = 2**63 - 1
 
 
 @contextmanager
-def room_for_factors(problems: Problems, layers: int, bias: bool, like: Tensor) -> Iterator[None]:
+def room_for_factors(
+    problems: Problems, layers: int, bias: bool, like: Tensor, remedy: str | None = None
+) -> Iterator[None]:
     """Makes the factors inside; names the largest parameter where they would take too much.
+
+    remedy: what to do then; by default KFO's.
 
     Raises:
         ValueError: they need more than a quarter of what the device has left, or its allocator failed.
@@ -31,16 +35,18 @@ def room_for_factors(problems: Problems, layers: int, bias: bool, like: Tensor) 
     needed = layers * elements * like.element_size()
     left = available_bytes(like.device)
     if needed > (_MOST if left is None else left // _SHARE):
-        raise _too_large(problems, layers, needed, left, like)
+        raise _too_large(problems, layers, needed, left, like, remedy)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        raise _too_large(problems, layers, needed, left, like) from error
+        raise _too_large(problems, layers, needed, left, like, remedy) from error
 
 
-def _too_large(problems: Problems, layers: int, needed: int, left: int | None, like: Tensor) -> ValueError:
+def _too_large(
+    problems: Problems, layers: int, needed: int, left: int | None, like: Tensor, remedy: str | None
+) -> ValueError:
     sizes = [R + L for R, L in zip(problems.R.sizes, problems.L.sizes)]
     worst = sizes.index(max(sizes))
     name, shape = problems.packing.names[worst], tuple(problems.packing.shapes[worst])
@@ -48,11 +54,14 @@ def _too_large(problems: Problems, layers: int, needed: int, left: int | None, l
     factors = " and ".join(f"{letter} {tuple(size)}" for letter, size in sides if size.numel())
     longest = max(size[0] for _, size in sides)
     has = "cannot give them" if left is None else f"has {_text(left)} left, of which they may take a quarter"
+    remedy = remedy or (
+        f"Pass max_factor, less than {longest}: a longer side gets no factor; or only=[...], "
+        "without this parameter, which then follows gradient descent; or adapt the head alone (ANIL)"
+    )
     return ValueError(
         f"parameter {name!r} of shape {shape}: its factors {factors} need "
         f"{_text(sizes[worst] * like.element_size())}, with the other parameters' and {layers} layers {_text(needed)}, "
-        f"but {like.device} {has}. Pass max_factor, less than {longest}: a longer side gets no factor; or only=[...], "
-        "without this parameter, which then follows gradient descent; or adapt the head alone (ANIL)"
+        f"but {like.device} {has}. {remedy}"
     )
 
 

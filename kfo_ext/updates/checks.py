@@ -1,0 +1,116 @@
+"""What an update is made of and called with, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from kfo_ext.ops.operands import HALF, KERNEL_DTYPES, autocasts
+from kfo_ext.packing import Packing, listed, name_parameters
+
+Parameters = Iterable["Tensor | tuple[str, Tensor]"]
+
+
+def named_alike(parameters: object) -> list[tuple[str, Tensor]]:
+    """(name, tensor) pairs of parameters that agree in dtype and device; the first gives those of meta-parameters.
+
+    Raises:
+        ValueError: no parameters, a name that occurs twice, mixed devices.
+        TypeError: no iterable of tensors or pairs, or parameters that are not floating point of one dtype.
+    """
+    if isinstance(parameters, Packing):
+        raise TypeError(
+            "parameters: expected tensors or (name, tensor) pairs, which give dtype and device of what is learned, "
+            "got a Packing"
+        )
+    named = name_parameters(listed(parameters, "parameters", pairs=True))  # type: ignore[arg-type]
+    if not named:
+        raise ValueError("parameters: expected at least one parameter, got none")
+    first_name, first = named[0]
+    for name, tensor in named:
+        if not tensor.is_floating_point():
+            raise TypeError(f"parameter {name!r}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype not in KERNEL_DTYPES + HALF:
+            raise TypeError(f"parameter {name!r}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"parameter {name!r}: expected {first.dtype} as {first_name!r} has, got {tensor.dtype}: "
+                "convert the model to one dtype, or make an update for each"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"parameter {name!r}: expected device {first.device} as {first_name!r} has, got {tensor.device}"
+            )
+    return named
+
+
+def check_count(argument: str, value: object, meaning: str) -> int:
+    """An integer of at least 1.
+
+    meaning: what it counts, for the message.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: less than 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: expected {meaning}, an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument}: expected {meaning}, at least 1, got {value}")
+    return value
+
+
+def check_step(step: int | None, steps: int) -> int:
+    """The inner step of an update that has meta-parameters for each of `steps`.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: None, or a step that it has none for.
+    """
+    if step is None:
+        raise ValueError(
+            f"step: expected 0 to {steps - 1}, since this update has meta-parameters for each of {steps} inner steps, "
+            "got None: pass step=... in a loop of your own"
+        )
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step: expected an integer, got {step!r}")
+    if not 0 <= step < steps:
+        raise ValueError(
+            f"step: expected 0 to {steps - 1}, got {step}: this update has meta-parameters for {steps} inner steps; "
+            "adapt by no more, or make it with a larger per_step"
+        )
+    return step
+
+
+def check_packed(update: str, phi: tuple[Tensor, ...], own: tuple[Tensor, ...], G: Tensor, columns: int) -> None:
+    """Checks what a rule in torch's own operations is called with, which would broadcast what does not fit.
+
+    Args:
+        update: its name, for messages.
+        phi: as given.
+        own: the update's own, (1, n) each.
+        G: as given.
+        columns: of G.
+
+    Raises:
+        ValueError: phi has another number of tensors; G or a tensor of phi another shape.
+        TypeError: several dtypes outside autocast.
+    """
+    check_number(update, phi, len(own))
+    if G.dim() != 2 or G.shape[1] != columns:
+        raise ValueError(f"G: expected shape (tasks, {columns}) for this {update}, got {tuple(G.shape)}")
+    for i, (row, mine) in enumerate(zip(phi, own)):
+        if row.dim() != 2 or row.shape[1] != mine.shape[1] or row.shape[0] not in (1, len(G)):
+            raise ValueError(
+                f"phi[{i}]: expected shape (1 or {len(G)} tasks, {mine.shape[1]}) for this {update}, "
+                f"got {tuple(row.shape)}"
+            )
+        if row.dtype != G.dtype and not autocasts(G.device):
+            raise TypeError(f"phi[{i}]: expected {G.dtype} as G has, got {row.dtype}")
+
+
+def check_number(update: str, phi: tuple[Tensor, ...], expected: int) -> None:
+    """Raises ValueError unless phi has that number of tensors."""
+    if len(phi) != expected:
+        raise ValueError(f"phi: expected {expected} tensors, as phi of this {update}, got {len(phi)}")

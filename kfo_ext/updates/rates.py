@@ -1,0 +1,43 @@
+"""Learned rates of each parameter tensor and inner step, which an update may have in front of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kfo_ext.packing import Packing
+from kfo_ext.updates.checks import check_count, check_step
+
+
+class StepRates(nn.Module):
+    """r[t, i] U_i(g) in inner step t, for parameter tensor i; all rates start at 1.
+
+    Adapting them in the inner loop changes nothing: a step's rates are used in that step alone.
+
+    Args:
+        packing: of the parameters.
+        steps: how many inner steps have rates.
+        like: a tensor that gives dtype and device.
+
+    Source: MAML++ (Antoniou et al. 2019), learned rates per layer and step.
+    """
+
+    def __init__(self, packing: Packing, steps: object, like: Tensor) -> None:
+        super().__init__()
+        self.steps = check_count("per_step", steps, "the number of inner steps")
+        self.count = len(packing)
+        # (1, steps * parameters), a step after the other.
+        self.row = nn.Parameter(torch.ones((1, self.steps * self.count), dtype=like.dtype, device=like.device))
+        self._flat = Packing(packing.names, [torch.Size((size,)) for size in packing.sizes])
+
+    def rule(self, row: Tensor, U: Tensor, step: int | None) -> Tensor:
+        """The step's rates times U, (tasks, n), with the given row, (tasks or 1, n), in place of its own.
+
+        Raises:
+            ValueError: a step that has no rates, or a row of another length.
+        """
+        if row.shape[1] != self.row.shape[1]:
+            raise ValueError(f"phi: expected {self.row.shape[1]} rates in a row, got {row.shape[1]}")
+        mine = row.narrow(1, check_step(step, self.steps) * self.count, self.count)
+        wide = [rate.expand(-1, size) for rate, size in zip(mine.split(1, dim=1), self._flat.sizes)]
+        return U * self._flat.join(wide, len(row))
