@@ -270,7 +270,7 @@ def run_case(seed: int) -> str:
         trained = rng.sample(trained, rng.randint(1, len(trained)))
         trained = [(name, p) for name, p in adapted.named_parameters() if any(p is chosen for _, chosen in trained)]
         only = {name for name, _ in trained}
-    if rng.random() < 0.5 and all(p.dim() in (1, 2, 4) for _, p in trained):
+    if rng.random() < 0.5 and all(1 <= p.dim() <= 5 for _, p in trained):
         layers = rng.choice([0, 0, 1])
         settings = {"psd": rng.random() < 0.5, "bias": rng.random() < 0.5}
         kfo = KFO(trained, hidden_layers=layers, **settings)

@@ -117,8 +117,8 @@ PER_STEP = [name for name in UPDATES if name.endswith("per step")]
 
 
 @pytest.mark.parametrize("route", ["vmap", "loop"])
-@pytest.mark.parametrize("name", PER_STEP)
-def test_checkpointed_steps_have_their_own_rates(name, route):
+@pytest.mark.parametrize("name", [*PER_STEP, "low rank", "meta-curvature"])
+def test_checkpointed_steps_are_the_same(name, route):
     model, tasks = network(), batch()
     update = learned(UPDATES[name], model, list(SHAPES))
     options = {"steps": STEPS, "adapt_update": True, "route": route}
@@ -135,12 +135,18 @@ def test_more_steps_than_have_rates_are_refused(name):
     update = learned(UPDATES[name], model, list(SHAPES))
     learner = make_learner("maml", model, update, steps=STEPS)
     support = (tasks.support.x[0], tasks.support.y[0])
-    for call in (
-        lambda: make_learner("maml", model, update, steps=STEPS + 1)(tasks),
-        lambda: learner.adapt(support, 5),
-    ):
+    calls = []
+
+    def loss(output, target):
+        calls.append(1)
+        return cross_entropy(output, target)
+
+    more = make_learner("maml", model, update, steps=STEPS + 1, loss=loss)
+    for call in (lambda: more(tasks), lambda: learner.adapt(support, 5)):
         with pytest.raises(ValueError, match=r"step: expected 0 to 2, got [34]: .* for 3 inner steps; .*per_step"):
             call()
+    # Nothing was computed in vain.
+    assert not calls
     # Fewer have their own as they are.
     for steps in range(STEPS):
         learner.adapt(support, steps)
@@ -287,6 +293,21 @@ def test_meta_sgd_equals_learn2learn(steps, first_order):
     close([p.grad for p in model.parameters()], [p.grad for p in theirs.module.parameters()])
     mine = update.packing.unpack(update.a.grad, batched=False)
     close(mine, [LR * rate.grad for rate in theirs.lrs])
+
+
+@pytest.mark.parametrize("name", [name for name in UPDATES if name not in PER_STEP])
+def test_as_compute_update_of_gbml(name):
+    """What learn2learn clones and adapts has the meta-gradients of our learner."""
+    model, tasks = network(), batch()
+    update = learned(UPDATES[name], model, list(SHAPES))
+    adapted = bool(update.phi)
+    result = MAML(model, update=update, lr=LR, steps=2, adapt_update=adapted)(tasks)
+    expected = torch.autograd.grad(result.loss, [*model.parameters(), *update.phi])
+    gbml = l2l.algorithms.GBML(model, transform=None, lr=LR, adapt_transform=adapted, compute_update=update)
+    loss = their_gradients(gbml, tasks, 2)
+    torch.testing.assert_close(loss, result.loss.detach(), rtol=1e-10, atol=1e-10)
+    found = tuple(p.grad for p in (*model.parameters(), *update.phi))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_matrices_copied_to_learn2learn_come_back():

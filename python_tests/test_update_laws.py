@@ -8,6 +8,8 @@ import pytest
 import torch
 from update_table import SHAPES, STEPS, UPDATES, named_parameters, random_phi
 
+from kfo_ext import MAML
+
 TASKS = 3
 # Of an update whose steps differ the last but one: neither the first nor all that there are.
 STEP = {name: STEPS - 2 if name.endswith("per step") else None for name in UPDATES}
@@ -143,3 +145,82 @@ def test_the_state_survives_a_round_trip_and_refuses_others(case, tmp_path):
             with pytest.raises(ValueError, match="state_dict: expected meta-parameters with "):
                 other.load_state_dict(state)
             assert name
+
+
+@each_step
+def test_operands_that_do_not_fit_are_refused(case, step):
+    """Above all those that torch would broadcast."""
+    update = case.make(named_parameters())
+    phi, G = random_phi(update, TASKS), torch.randn(TASKS, update.packing.numel, dtype=torch.float64)
+    if not phi:
+        assert update.rule(phi, G) is G
+        return
+    wrong = [(phi, G[:, :1]), (phi, G[:, :-1]), (phi[:-1], G), ((*phi, phi[0]), G)]
+    for i, row in enumerate(phi):
+        others = [row[:, :-1], row[:2]] + [row[:, :1]] * (row.shape[1] > 1)
+        wrong += [((*phi[:i], other, *phi[i + 1 :]), G) for other in others]
+    for given in wrong:
+        with pytest.raises(ValueError, match=r"expected|need"):
+            update.rule_at(*given, step)
+
+
+@each_step
+def test_half_types_and_autocast(case, step):
+    """They compute in float32; the update has the gradients' type outside autocast."""
+    update = learned(case)
+    grads = gradients(TASKS)
+    expected = update.transform(grads, step)
+    half = copy.deepcopy(update).bfloat16().transform([grad.bfloat16() for grad in grads], step)
+    for mine, other in zip(half, expected):
+        assert mine.dtype == torch.bfloat16
+        assert (mine - other).abs().max() < 0.04 * other.abs().max()
+    single = copy.deepcopy(update).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = single.transform([grad.float() for grad in grads], step)
+    for mine, other in zip(cast, expected):
+        torch.testing.assert_close(mine, other.float(), rtol=1e-4, atol=1e-4)
+
+
+@each_step
+def test_under_torch_func(case, step):
+    update = case.make(named_parameters())
+    phi, G = random_phi(update, TASKS), torch.randn(TASKS, update.packing.numel, dtype=torch.float64)
+    weights = torch.randn_like(G)
+
+    def value(*given):
+        return (weights * update.rule_at(given[:-1], given[-1], step).sin()).sum()
+
+    given = [X.detach().requires_grad_() for X in (*phi, G)]
+    expected = torch.autograd.grad(value(*given), given)
+    found = torch.func.grad(value, argnums=tuple(range(len(given))))(*(X.detach() for X in given))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    alone = torch.func.vmap(lambda *X: update.rule_at(tuple(row[None] for row in X[:-1]), X[-1][None], step)[0])
+    torch.testing.assert_close(
+        alone(*(X.detach() for X in given)), update.rule_at(phi, G, step).detach(), rtol=1e-10, atol=1e-10
+    )
+
+
+@each
+def test_another_model_is_refused(case):
+    class Model(torch.nn.Module):
+        def __init__(self, shapes) -> None:
+            super().__init__()
+            for name, shape in shapes.items():
+                self.register_parameter(name.replace(".", "_"), torch.nn.Parameter(torch.ones(shape)))
+
+    def named(shapes):
+        return [(name.replace("_", "."), p) for name, p in Model(shapes).named_parameters()]
+
+    shapes = {name.replace(".", "_"): shape for name, shape in SHAPES.items()}
+    update = case.make(named(shapes))
+    # As a learner names them.
+    names = {name: name.replace(".", "_") for name in update.packing.names}
+    update.packing = type(update.packing)([names[name] for name in update.packing.names], update.packing.shapes)
+    MAML(Model(shapes), update=update, lr=0.1, steps=1)
+    for other, message in (
+        ({**shapes, "head_0_weight": (5, 3)}, r"'head_0_weight' of shape \(5, 3\)"),
+        ({name.replace("0", "2"): shape for name, shape in shapes.items()}, "'head_2_weight'"),
+        (dict(list(shapes.items())[:-1]), "for 8 parameters, got one for 9; not adapted: head_1_bias"),
+    ):
+        with pytest.raises(ValueError, match=f"update: expected .*{message}"):
+            MAML(Model(other), update=update, lr=0.1, steps=1)

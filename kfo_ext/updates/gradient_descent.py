@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfo_ext.packing import Packing, listed
 from kfo_ext.updates.base import Phi, Update
-from kfo_ext.updates.checks import check_packed, named_alike
+from kfo_ext.updates.checks import check_number, named_alike
 from kfo_ext.updates.rates import StepRates
 
 
@@ -46,7 +46,7 @@ class GradientDescent(Update):
         """G itself, or the step's rates times it."""
         if self.rates is None:
             return G
-        check_packed("GradientDescent", phi, self.phi, G, self.packing.numel)
+        check_number("GradientDescent", phi, 1)
         return self.rates.rule(phi[0], G, step)
 
     def transform_checked(self, grads: list[Tensor | None], rows: int | None, step: int | None) -> list[Tensor | None]:

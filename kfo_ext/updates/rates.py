@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kfo_ext.packing import Packing
-from kfo_ext.updates.checks import check_count, check_step
+from kfo_ext.updates.checks import check_count, check_packed, check_step
 
 
 class StepRates(nn.Module):
@@ -34,10 +34,10 @@ class StepRates(nn.Module):
         """The step's rates times U, (tasks, n), with the given row, (tasks or 1, n), in place of its own.
 
         Raises:
-            ValueError: a step that has no rates, or a row of another length.
+            ValueError: a step that has no rates, or tensors of other shapes.
+            TypeError: several dtypes outside autocast.
         """
-        if row.shape[1] != self.row.shape[1]:
-            raise ValueError(f"phi: expected {self.row.shape[1]} rates in a row, got {row.shape[1]}")
+        check_packed("StepRates", (row,), (self.row,), U, self._flat.numel)
         mine = row.narrow(1, check_step(step, self.steps) * self.count, self.count)
         wide = [rate.expand(-1, size) for rate, size in zip(mine.split(1, dim=1), self._flat.sizes)]
         return U * self._flat.join(wide, len(row))
