@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from kfo_ext.ops.parts import Parts
 from kfo_ext.packing import listed, some
 from kfo_ext.updates.base import Phi, Update
 from kfo_ext.updates.checks import named_alike
+from kfo_ext.updates.covered import matches
 from kfo_ext.updates.several import Several
 
 # Of (name, tensor) pairs, their update: a class, or a partial of one.
@@ -103,9 +103,7 @@ def _choose(names: list[str], updates: Mapping[str, Maker]) -> list[int]:
                 f"partial(KFO, psd=False), got {got}"
             )
     patterns = list(updates)
-    hits = [
-        [i for i, pattern in enumerate(patterns) if name == pattern or fnmatchcase(name, pattern)] for name in names
-    ]
+    hits = [[i for i, pattern in enumerate(patterns) if matches(name, pattern)] for name in names]
     for name, hit in zip(names, hits):
         if not hit:
             raise ValueError(

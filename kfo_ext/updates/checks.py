@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 from kfo_ext.ops.operands import HALF, KERNEL_DTYPES, autocasts
 from kfo_ext.packing import Packing, listed, name_parameters
 
-Parameters = Iterable["Tensor | tuple[str, Tensor]"]
 
-
-def named_alike(parameters: object) -> list[tuple[str, Tensor]]:
+def named_alike(parameters: Iterable[Any] | Packing) -> list[tuple[str, Tensor]]:
     """(name, tensor) pairs of parameters that agree in dtype and device; the first gives those of meta-parameters.
 
     Raises:
@@ -24,7 +23,7 @@ def named_alike(parameters: object) -> list[tuple[str, Tensor]]:
             "parameters: expected tensors or (name, tensor) pairs, which give dtype and device of what is learned, "
             "got a Packing"
         )
-    named = name_parameters(listed(parameters, "parameters", pairs=True))  # type: ignore[arg-type]
+    named = name_parameters(listed(parameters, "parameters", pairs=True))
     if not named:
         raise ValueError("parameters: expected at least one parameter, got none")
     first_name, first = named[0]
@@ -45,7 +44,7 @@ def named_alike(parameters: object) -> list[tuple[str, Tensor]]:
     return named
 
 
-def check_count(argument: str, value: object, meaning: str) -> int:
+def check_count(argument: str, value: Any, meaning: str) -> int:
     """An integer of at least 1.
 
     meaning: what it counts, for the message.

@@ -11,6 +11,11 @@ from kfo_ext.ops.parts import Parts
 from kfo_ext.packing import Packing, some
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether the name is the pattern, or matches it by fnmatch."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
 def matching(names: Sequence[str], patterns: Iterable[str], argument: str) -> list[int]:
     """The positions of the names that are, or match by fnmatch, at least one pattern.
 
@@ -30,7 +35,7 @@ def matching(names: Sequence[str], patterns: Iterable[str], argument: str) -> li
         raise ValueError(f"{argument}: expected at least one name or pattern such as 'head.*', got none")
     found: set[int] = set()
     for pattern in patterns:
-        hits = [i for i, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        hits = [i for i, name in enumerate(names) if matches(name, pattern)]
         if not hits:
             raise ValueError(
                 f"{argument}: {pattern!r} matches no parameter: they are {some(list(map(repr, names)), 8)}"

@@ -16,7 +16,8 @@ from kfo_ext.updates.rates import StepRates
 class GradientDescent(Update):
     """U(g) = g: learns nothing, copies nothing, and adds nothing to a state_dict.
 
-    With `per_step` U(g) = r g, a learned rate for each parameter tensor and inner step.
+    With `per_step` U(g) = r g, a learned rate for each parameter tensor and inner step. `adapt_update` changes nothing
+    then: the rates of a step are used in that step alone.
 
     Args:
         parameters: as for `Update`; no `Packing` with `per_step`.
@@ -33,8 +34,9 @@ class GradientDescent(Update):
         if not isinstance(parameters, Packing):
             parameters = listed(parameters, "parameters", pairs=True)
         super().__init__(parameters)
-        like = None if per_step is None else named_alike(parameters)[0][1]
-        self.rates = None if like is None else StepRates(self.packing, per_step, like)
+        self.rates = None
+        if per_step is not None:
+            self.rates = StepRates(self.packing, per_step, named_alike(parameters)[0][1])
         self.steps = per_step
 
     @property

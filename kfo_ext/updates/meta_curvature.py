@@ -42,7 +42,7 @@ class MetaCurvature(Update):
             than a quarter of the memory that the device has left.
         TypeError: an entry that is no tensor, or parameters that are not floating point of one dtype.
 
-    Source: Park and Oliva 2019, Meta-Curvature, equations 4 to 8.
+    Source: Park and Oliva 2019, Meta-Curvature.
     """
 
     def __init__(self, parameters: Iterable[Tensor | tuple[str, Tensor]], *, backend: str = "auto") -> None:

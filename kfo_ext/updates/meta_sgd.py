@@ -17,7 +17,7 @@ from kfo_ext.updates.rates import StepRates
 class MetaSGD(Update):
     """U(g) = a g, element by element; a is learned and starts at 1.
 
-    The inner loop adapts a with `adapt_update` (as Alpha-MAML has it).
+    The inner loop may adapt a too (`adapt_update`, the idea of Alpha-MAML).
 
     Args:
         parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`.
@@ -29,7 +29,7 @@ class MetaSGD(Update):
         TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or `per_step` that
             is no integer.
 
-    Source: Li et al. 2017, Meta-SGD, equation 2, with the inner learning rate as the start of a.
+    Source: Li et al. 2017, Meta-SGD; its rates are a times the learner's lr.
     """
 
     def __init__(self, parameters: Iterable[Tensor | tuple[str, Tensor]], *, per_step: int | None = None) -> None:

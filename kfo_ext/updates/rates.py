@@ -22,7 +22,7 @@ class StepRates(nn.Module):
     Source: MAML++ (Antoniou et al. 2019), learned rates per layer and step.
     """
 
-    def __init__(self, packing: Packing, steps: object, like: Tensor) -> None:
+    def __init__(self, packing: Packing, steps: int, like: Tensor) -> None:
         super().__init__()
         self.steps = check_count("per_step", steps, "the number of inner steps")
         self.count = len(packing)
