@@ -25,6 +25,7 @@ from kfo_ext.runs import checkpoint
 from kfo_ext.trainer import Config
 from kfo_ext.trainer.datasets import DATASETS
 from kfo_ext.trainer.listing import listed
+from kfo_ext.trainer.updates import UPDATES
 
 TINY = {
     "dataset": "sinusoid",
@@ -100,7 +101,7 @@ def test_time_budget_says_how_to_resume(kfo):
 
 ERRORS = {
     "dataset": (["train", "--dataset", "mnist"], f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'"),
-    "update": (["train", "--update", "adam"], "update: expected one of none, kfo, got 'adam'"),
+    "update": (["train", "--update", "adam"], f"update: expected one of {', '.join(UPDATES)}, got 'adam'"),
     "number": (["train", "--fast-lr", "fast"], "Invalid value for '--fast-lr'"),
     "range": (["train", "--ways", "1"], "ways: expected at least 2, got 1"),
     "many-ways": (["train", "--ways", "5000"], "ways: expected 2 to 400"),
@@ -177,7 +178,7 @@ def test_help_names_every_option(kfo):
     # By what they belong to, each with its owners.
     for heading in ("Parts:", "Options of the data set:", "Options of the network:", "Options of the update:"):
         assert f"\n{heading}\n" in out
-    assert re.search(r"Options of the update:\n +--psd / --no-psd +kfo: use", out)
+    assert re.search(r"\n +--psd / --no-psd +kfo: use", out)
     assert re.search(r"--fast-lr <float> +inner learning rate  \[default: 0\.1;\s+sinusoid: 0\.01", out)
     code, out, _ = kfo()
     assert code == 0

@@ -31,7 +31,7 @@ GLYPHS = {"dataset": "glyphs", "ways": 2, "shots": 2, "queries": 2, "hidden": 4}
 
 BAD = {
     "dataset": ("mnist", f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'"),
-    "update": ("adam", "update: expected one of none, kfo, got 'adam'"),
+    "update": ("adam", f"update: expected one of {', '.join(UPDATES)}, got 'adam'"),
     "method": ("reptile", f"method: expected one of {', '.join(METHODS)}, got 'reptile'"),
     "dtype": ("float16", "dtype: expected one of float32, float64, got 'float16'"),
     "ways": (1, "ways: expected at least 2, got 1"),
@@ -91,7 +91,10 @@ def test_config_round_trip_and_unknown_keys(tmp_path):
 # What is given, and the part that the option has no effect with.
 WITHOUT_EFFECT = [
     ({"update": "none", "hidden_layers": 3}, "update 'none'; it is an option of update kfo"),
-    ({"update": "none", "adapt_update": False}, "update 'none'; it is an option of update kfo"),
+    (
+        {"update": "none", "adapt_update": False},
+        "update 'none'; it is an option of update meta_sgd, meta_curvature, low_rank, kfo",
+    ),
     ({"update": "none", "psd": True}, "update 'none'; it is an option of update kfo"),
     ({"dataset": "sinusoid", "ways": 5}, "dataset 'sinusoid'; it is an option of data set glyphs, omniglot, "),
     ({"dataset": "sinusoid", "init": "reference"}, "network 'sinusoid_mlp'; it is an option of network omniglot_cnn, "),
@@ -134,6 +137,7 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
         "shots": 10,
         "queries": 10,
         "hidden": 32,
+        "per_step": False,
         **{name: option.default for name, option in RUN.items()},
         "fast_lr": 0.01,
     }
@@ -168,7 +172,7 @@ def test_a_changed_configuration_takes_the_defaults_of_its_new_parts():
     assert (moved.network, moved.fast_lr, moved.ways, moved.shots) == ("omniglot_cnn", 0.1, 5, 3)
     with pytest.raises(ValueError, match="hidden_layers: has no effect with update 'none'"):
         config.changed(update="none", hidden_layers=2)
-    with pytest.raises(ValueError, match="update: expected one of none, kfo, got 'adam'"):
+    with pytest.raises(ValueError, match=f"update: expected one of {', '.join(UPDATES)}, got 'adam'"):
         config.changed(update="adam")
     assert difference(config, config.changed(update="none")) == "update: expected 'kfo', got 'none'"
     assert difference(config, config.changed(iterations=7, threads=2)) == ""
@@ -353,6 +357,27 @@ ADAPTED = {
 }
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_every_update_trains_and_resumes(update, tmp_path):
+    per_step = {"per_step": True} if "per_step" in UPDATES[update].options else {}
+    given = {
+        **GLYPHS,
+        "update": update,
+        "iterations": 1,
+        "meta_batch": 2,
+        "validation_tasks": 2,
+        "steps": 2,
+        **per_step,
+    }
+    if update == "low_rank":
+        given["rank"] = 2
+    trainer = Trainer.start(Config(**given), tmp_path / "run")
+    before = [p.detach().clone() for p in trainer.learner.update.parameters()]
+    assert trainer.fit().reason == "finished"
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.learner.update.parameters())) == bool(before)
+    assert Trainer.resume(tmp_path / "run", iterations=2).fit().progress.iteration == 2
+
+
 @pytest.mark.parametrize("update", ["none", "kfo"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_adapts_its_parameters(method, update, tmp_path):
@@ -360,8 +385,9 @@ def test_every_method_trains_and_adapts_its_parameters(method, update, tmp_path)
     trainer = Trainer.start(config, tmp_path / "run")
     before = {name: p.detach().clone() for name, p in trainer.learner.named_parameters()}
     assert trainer.fit().reason == "finished"
-    # Everything is meta-learned.
-    assert all(not torch.equal(before[name], p) for name, p in trainer.learner.named_parameters())
+    # Everything is meta-learned, but for the biases that batch norm subtracts.
+    same = {name for name, p in trainer.learner.named_parameters() if torch.equal(before[name], p)}
+    assert all(name.endswith(("conv.bias", "conv.b")) or name.startswith("update.") for name in same)
     adapted = trainer.learner.adapt(trainer.tasks.sample(0, 2).support)
     names = [name for name, _ in trainer.learner.model.named_parameters()]
     assert set(adapted.parameters) == set(filter(ADAPTED[method], names))

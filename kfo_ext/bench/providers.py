@@ -73,7 +73,7 @@ def kfo_rule(case: Case, backend: str = "native") -> Orders:
     ]
     kfo = KFO(parameters, psd=case.psd, bias=False, hidden_layers=case.hidden, backend=backend)
     return through_autograd(
-        lambda phi, G: [kfo.rule(tuple(X for form in phi for X in form), *G)], packed_leaves(case)
+        lambda phi, G: [kfo.rule(tuple(X for form in phi for X in form), G[0])], packed_leaves(case)
     )  # fmt: skip
 
 

@@ -41,6 +41,8 @@ def build_learner(config: Config) -> MAML:
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device: {config.device!r} is not available here ({error})") from None
     options = {name: value for name, value in config.options_of(update).items() if name not in ADAPTED}
+    if "per_step" in options:
+        options["per_step"] = config.steps if options["per_step"] else None
     learner = method.learner(
         network,
         update=update.make(method.adapted(network), **options),

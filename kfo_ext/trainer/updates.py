@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kfo_ext.choices import MOST_LAYERS
@@ -20,37 +21,49 @@ if TYPE_CHECKING:
 class LearnedUpdate(Part):
     """A row of `UPDATES`.
 
-    make: the update of (name, parameter) pairs, with this update's options as keywords but for `adapt_update`, which is
-        the learner's.
+    make: the update of (name, parameter) pairs, with its options as keywords. `adapt_update` is the learner's; `per_step`
+        comes as the number of inner steps, or None.
     """
 
     make: Callable[..., Update]
 
 
-def _gradient_descent(parameters: Iterable[tuple[str, Tensor]]) -> Update:
-    from kfo_ext.updates import GradientDescent
+def of_class(name: str) -> Callable[..., Update]:
+    """What makes an update of a class of `kfo_ext.updates`."""
 
-    return GradientDescent(parameters)
+    def make(parameters: Iterable[tuple[str, Tensor]], **options: Any) -> Update:
+        return getattr(importlib.import_module("kfo_ext.updates"), name)(parameters, **options)
 
-
-def _kfo(parameters: Iterable[tuple[str, Tensor]], **options: Any) -> Update:
-    from kfo_ext.updates import KFO
-
-    return KFO(parameters, **options)
+    return make
 
 
 def _with_hidden_layers(before: Mapping[str, Any]) -> bool:
     return before["hidden_layers"] > 0
 
 
+# Of every update that may have rates of its own for each inner step.
+PER_STEP = {"per_step": Option(kind=bool, default=False, help="learn a rate for each parameter tensor and inner step")}
 # Of every update with meta-parameters that the inner loop can adapt.
 ADAPTED = {"adapt_update": Option(kind=bool, default=True, help="adapt its meta-parameters too in the inner loop")}
+# As the paper has them.
+NOT_ADAPTED = {"adapt_update": replace(ADAPTED["adapt_update"], default=False)}
 
 UPDATES: dict[str, LearnedUpdate] = {
-    "none": LearnedUpdate(help="plain gradient descent", make=_gradient_descent),
+    "none": LearnedUpdate(help="plain gradient descent", make=of_class("GradientDescent"), options=PER_STEP),
+    "meta_sgd": LearnedUpdate(help="a rate per element", make=of_class("MetaSGD"), options={**NOT_ADAPTED, **PER_STEP}),
+    "meta_curvature": LearnedUpdate(help="a matrix per axis", make=of_class("MetaCurvature"), options=NOT_ADAPTED),
+    "low_rank": LearnedUpdate(
+        help="low-rank Cholesky",
+        make=of_class("LowRank"),
+        options={
+            "rank": Option(kind=int, default=4, help="columns of the learned matrices", least=1),
+            "whole_layer": Option(kind=bool, default=False, help="one matrix for a whole layer, not one per side"),
+            **ADAPTED,
+        },
+    ),
     "kfo": LearnedUpdate(
         help="Kronecker-factored",
-        make=_kfo,
+        make=of_class("KFO"),
         options={
             "psd": Option(kind=bool, default=True, help="use R^T R and L^T L in place of R and L"),
             "hidden_layers": Option(
@@ -64,6 +77,7 @@ UPDATES: dict[str, LearnedUpdate] = {
             ),
             "max_factor": Option(kind=int, default=None, help="longest side that gets a factor; none is any", least=1),
             **ADAPTED,
+            **PER_STEP,
         },
     ),
 }
