@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class LearnedUpdate(Part):
     """A row of `UPDATES`.
 
-    make: the update of (name, parameter) pairs, with its options as keywords. `adapt_update` is the learner's; `per_step`
-        comes as the number of inner steps, or None.
+    make: the update of (name, parameter) pairs, with its options as keywords. `adapt_update` is the learner's;
+        `per_step` comes as the number of inner steps, or None.
     """
 
     make: Callable[..., Update]
