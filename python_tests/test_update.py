@@ -176,3 +176,67 @@ def test_an_update_is_a_subclass_with_a_rule():
     with pytest.raises(TypeError, match=r"update: expected an Update, such as KFO, or None, got Linear"):
         MAML(Net(), update=nn.Linear(2, 2), lr=0.1, steps=1)
     assert issubclass(KFO, Update)
+
+
+class OneNumber(MetaSGD):
+    """One number per task, which would spread over all parameters."""
+
+    def rule(self, phi, G):
+        return (phi[0] * G).mean(1, keepdim=True)
+
+
+class OneTask(MetaSGD):
+    """One row, which would spread over all tasks."""
+
+    def rule(self, phi, G):
+        return (phi[0] * G).mean(0, keepdim=True)
+
+
+class ListOfOne(MetaSGD):
+    def rule(self, phi, G):
+        return [phi[0] * G]
+
+
+class OfItself(MetaSGD):
+    """Reads its meta-parameters past the tasks' own."""
+
+    def rule(self, phi, G):
+        return self.a * G
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (OneNumber, ValueError, rf"expected shape \({TASKS}, \d+\), as the gradients have, .* got \({TASKS}, 1\)"),
+        (OneTask, ValueError, rf"expected shape \({TASKS}, (\d+)\), .* of OneTask, got \(1, \1\)"),
+        (ListOfOne, TypeError, "expected a tensor from the rule of ListOfOne, got list"),
+        (OfItself, ValueError, "adapt_update: the rule of OfItself does not depend on all of the phi"),
+    ],
+)
+def test_a_rule_of_another_result_is_refused(kind, error, message, route):
+    model = Net().double()
+    maml = MAML(
+        model, update=kind(model.named_parameters()), lr=0.1, steps=2, adapt_update=kind is OfItself, route=route
+    )
+    with pytest.raises(error, match=message):
+        maml(batch())
+
+
+@pytest.mark.parametrize(
+    ("phi", "error", "message"),
+    [
+        (lambda a: a, TypeError, "expected phi of Own to be a tuple of tensors, got Parameter"),
+        (lambda a: (a[0],), ValueError, r"expected phi\[0\] of Own to have shape \(1, n\), got \(\d+,\)"),
+        (lambda a: (a, a.sum()), ValueError, r"expected phi\[1\] of Own to have shape \(1, n\), got \(\)"),
+    ],
+)
+def test_meta_parameters_that_are_no_rows_are_refused(phi, error, message):
+    class Own(MetaSGD):
+        @property
+        def phi(self):
+            return phi(self.a)
+
+    model = Net().double()
+    with pytest.raises(error, match=message):
+        MAML(model, update=Own(model.named_parameters()), lr=0.1, steps=2)

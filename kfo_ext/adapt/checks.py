@@ -60,8 +60,31 @@ def check_alike(update: Update, like: Tensor) -> None:
             raise ValueError(f"update: expected {like.device} as the parameters, got {row.device}; use learner.to()")
 
 
+def check_rule(update: Update, U: Any, G: Tensor) -> None:
+    """Raises TypeError or ValueError unless U, which the update's rule gave for G, is one update for each gradient."""
+    name = type(update).__name__
+    if not isinstance(U, Tensor):
+        raise TypeError(f"update: expected a tensor from the rule of {name}, got {type(U).__name__}")
+    if U.shape != G.shape:
+        raise ValueError(
+            f"update: expected shape {tuple(G.shape)}, as the gradients have, from the rule of {name}, "
+            f"got {tuple(U.shape)}"
+        )
+
+
+def check_phi(update: Update) -> None:
+    """Raises TypeError or ValueError unless all meta-parameters are packed rows."""
+    name, phi = type(update).__name__, update.phi
+    if not isinstance(phi, tuple) or not all(isinstance(row, Tensor) for row in phi):
+        raise TypeError(f"update: expected phi of {name} to be a tuple of tensors, got {type(phi).__name__}")
+    for i, row in enumerate(phi):
+        if row.dim() != 2 or len(row) != 1:
+            raise ValueError(f"update: expected phi[{i}] of {name} to have shape (1, n), got {tuple(row.shape)}")
+
+
 def check_update(update: Update, packing: Packing) -> None:
     """Raises ValueError unless the update was made for the adapted parameters, in their order."""
+    check_phi(update)
     theirs = update.packing
     if len(theirs) != len(packing):
         raise ValueError(

@@ -32,6 +32,7 @@ from kfo_ext.updates.base import Phi
 from kfo_ext.updates.checks import check_step
 
 from .calls import BufferReplay
+from .checks import check_rule
 from .routes import Route
 
 # Of each task's loss, packed (tasks, n), and a mask where some parameters are unused.
@@ -145,6 +146,7 @@ class InnerLoop(NamedTuple):
         """U of the gradient of that step."""
         G, used = gradient
         U = self.update.rule_at(phi, G, number)
+        check_rule(self.update, U, G)
         # A gradient is zero already where a parameter is unused.
         return U if used is None or U is G else U * used
 
@@ -154,7 +156,13 @@ class InnerLoop(NamedTuple):
         learned = [row for row in phi if row.requires_grad]
         if not learned:
             return phi
-        products = iter(torch.autograd.grad(U, learned, grad_outputs=G, create_graph=self.outer))
+        found = torch.autograd.grad(U, learned, grad_outputs=G, create_graph=self.outer, allow_unused=True)
+        if any(product is None for product in found):
+            raise ValueError(
+                f"adapt_update: the rule of {type(self.update).__name__} does not depend on all of the phi that it is "
+                "given; take meta-parameters from its argument `phi`, never from self"
+            )
+        products = iter(found)
         # Minus lr times (minus lr times the VJP).
         return tuple(row + self.lr**2 * next(products) if row.requires_grad else row for row in phi)
 

@@ -50,7 +50,7 @@ class Update(nn.Module, ABC):
 
     @abstractmethod
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
-        """U(g), a pure function of packed tensors, differentiable by both.
+        """U(g), a pure function of packed tensors, differentiable by both: of the phi that it is given, never of self.
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n_i) rows.
