@@ -60,7 +60,10 @@ Checkpoint = Annotated[str, typer.Option(help="best (by validation) or last")]
 Steps = Annotated[int | None, _number("inner steps, 0 for none, instead of the run's", least=0, show_default=False)]
 Shots = Annotated[int | None, _number("support examples of a class instead of the run's", least=1, show_default=False)]
 Queries = Annotated[int | None, _number("query examples of a class instead of the run's", least=1, show_default=False)]
-Ways = Annotated[int | None, _number("classes of a task instead of the run's", least=2, show_default=False)]
+Ways = Annotated[
+    int | None,
+    _number("classes of a task instead of the run's, if the network fits any number", least=2, show_default=False),
+]
 Precision = Annotated[str | None, typer.Option(help="instead of the run's", show_default=False)]
 
 
@@ -125,7 +128,9 @@ def train(
         Path | None, typer.Option(help="folder of the new run  [default: runs/...]", show_default=False)
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="continue this run folder", show_default=False)] = None,
-    time_budget: Annotated[float, _number("stop cleanly after so many seconds; 0 is no limit", least=0)] = 0.0,
+    time_budget: Annotated[
+        float, _number("stop cleanly after so many seconds, then validate; 0 is no limit", least=0)
+    ] = 0.0,
 ) -> None:
     """Meta-train a network, and with it a learned update, in a run folder."""
     with interrupt_ends():

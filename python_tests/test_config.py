@@ -91,10 +91,7 @@ def test_config_round_trip_and_unknown_keys(tmp_path):
 # What is given, and the part that the option has no effect with.
 WITHOUT_EFFECT = [
     ({"update": "none", "hidden_layers": 3}, "update 'none'; it is an option of update kfo"),
-    (
-        {"update": "none", "adapt_update": False},
-        "update 'none'; it is an option of update meta_sgd, meta_curvature, low_rank, kfo",
-    ),
+    ({"update": "none", "adapt_update": False}, "update 'none'; it is an option of update "),
     ({"update": "none", "psd": True}, "update 'none'; it is an option of update kfo"),
     ({"dataset": "sinusoid", "ways": 5}, "dataset 'sinusoid'; it is an option of data set glyphs, omniglot, "),
     ({"dataset": "sinusoid", "init": "reference"}, "network 'sinusoid_mlp'; it is an option of network omniglot_cnn, "),

@@ -60,6 +60,8 @@ class Adapted:
     def module(self, task: int = 0) -> nn.Module:
         """A copy of the model with the adapted parameters of one task, to be used or saved by itself.
 
+        It is in training mode like the model; after eval() its batch norms take running statistics, which mix tasks.
+
         Raises:
             IndexError: there is no such task.
             ValueError: a model whose parameters are others than when the learner was built.

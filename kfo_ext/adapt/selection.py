@@ -91,7 +91,8 @@ class Selection:
                 adapted[name] = parameter
             elif self.fits(name) and not allow_nograd:
                 raise ValueError(
-                    f"parameter {name!r} does not require a gradient; allow_nograd=True leaves it as it is"
+                    f"parameter {name!r} does not require a gradient; allow_nograd=True leaves it as it is, "
+                    "and so does adapted=[...] without it"
                 )
         if not adapted:
             raise ValueError("model: expected at least one parameter that requires a gradient, got none")

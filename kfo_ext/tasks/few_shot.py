@@ -30,7 +30,8 @@ class FewShot:
         are read when a task draws them, in the stream's workers: they must not depend on chance
     ways, shots, queries: classes per task, support and query examples per class
     seed: the run's seed
-    split: train, validation or test, part of the random stream's name
+    split: train, validation or test, part of the random stream's name alone: no class is held back. Give each split
+        data of its own classes
     labels: of the items of a data set; default its attribute `targets` or `labels`, else every item is read once
 
     Inputs of uint8 become float32 in [0, 1], Pillow images of mode L or RGB also (C, H, W); other tensors and arrays

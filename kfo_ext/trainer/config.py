@@ -168,9 +168,9 @@ class Config:
         data, network, method = self.data_set, self.network_row, self.method_row
         shape = data.inputs(self.options_of(data))
         if not network.takes(shape):
+            taken = ", ".join("any" if size is None else str(size) for size in network.inputs or ())
             raise ValueError(
-                f"network: data set {self.dataset!r} has examples of shape {shape}, "
-                f"{self.network!r} takes {network.inputs}"
+                f"network: data set {self.dataset!r} has examples of shape {shape}, {self.network!r} takes ({taken})"
             )
         if method.head and not network.head:
             raise ValueError(f"method: {self.method!r} needs a network with a head, {self.network!r} has none")
