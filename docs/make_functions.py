@@ -30,10 +30,10 @@ operands (`python_tests/test_verified.py`). `conv2d` with equal strides and padd
 batch norm by batch statistics, with a following ReLU, run on kfo_ext's kernels. `python docs/make_functions.py` writes
 this page.
 
-Everything else goes task by task, and `learner.route` says why: recurrent layers, branches on values, random factories
-(`rand`, `randn_like`, `bernoulli`), hooks, forwards that store something on a module, batch norm in eval mode with
-running statistics, embeddings with `max_norm` or `sparse`. Functions made by `torch.jit` are not reported to Python: do
-not use them in a network.
+`shape`, `size`, `dim` and other questions about a tensor are served too. Everything else goes task by task, and
+`learner.route` says why: recurrent layers, branches on values, random factories (`rand`, `randn_like`, `bernoulli`),
+hooks, forwards that store something on a module, batch norm in eval mode with running statistics, embeddings with
+`max_norm` or `sparse`. Functions made by `torch.jit` are not reported to Python: do not use them in a network.
 
 Small networks and those of our kernels gain most. A network with group norm on large images may be faster task by task:
 `route="loop"`.
