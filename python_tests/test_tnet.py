@@ -389,7 +389,9 @@ def test_refused_networks(model, message):
         TNet(nn.Sequential(model()))
 
 
-@pytest.mark.parametrize("model", [None, "cnn", omniglot_cnn, torch.zeros(2)], ids=str)
+@pytest.mark.parametrize(
+    "model", [None, "cnn", omniglot_cnn, torch.zeros(2)], ids=["None", "str", "function", "tensor"]
+)
 def test_no_networks(model):
     with pytest.raises(TypeError, match="model: expected a module of Python"):
         TNet(model)

@@ -60,18 +60,6 @@ def check_alike(update: Update, like: Tensor) -> None:
             raise ValueError(f"update: expected {like.device} as the parameters, got {row.device}; use learner.to()")
 
 
-def check_rule(update: Update, U: Any, G: Tensor) -> None:
-    """Raises TypeError or ValueError unless U, which the update's rule gave for G, is one update for each gradient."""
-    name = type(update).__name__
-    if not isinstance(U, Tensor):
-        raise TypeError(f"update: expected a tensor from the rule of {name}, got {type(U).__name__}")
-    if U.shape != G.shape:
-        raise ValueError(
-            f"update: expected shape {tuple(G.shape)}, as the gradients have, from the rule of {name}, "
-            f"got {tuple(U.shape)}"
-        )
-
-
 def check_phi(update: Update) -> None:
     """Raises TypeError or ValueError unless all meta-parameters are packed rows."""
     name, phi = type(update).__name__, update.phi

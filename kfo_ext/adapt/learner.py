@@ -110,7 +110,8 @@ class MAML(nn.Module):
     ) -> None:
         super().__init__()
         if update is not None and not isinstance(update, Update):
-            raise TypeError(f"update: expected an Update, such as KFO, or None, got {type(update).__name__}")
+            got = f"the class {update.__name__}" if isinstance(update, type) else type(update).__name__
+            raise TypeError(f"update: expected an Update, such as KFO(model.named_parameters()), or None, got {got}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, got {model!r}")
         check_function("loss", loss)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
 from kfo_ext.packing import Packing, some
+from kfo_ext.updates.covered import matches
 
 AGAIN = "after the learner was built: build it again"
 
@@ -59,14 +59,14 @@ class Selection:
         if self.patterns is None:
             return True
         if name not in self._fitting:
-            self._fitting[name] = any(name == pattern or fnmatchcase(name, pattern) for pattern in self.patterns)
+            self._fitting[name] = any(matches(name, pattern) for pattern in self.patterns)
         return self._fitting[name]
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError for a pattern that fits no parameter, or only some of the names of a tied one."""
         names = list(model.named_parameters(remove_duplicate=False))
         for pattern in self.patterns or ():
-            if not any(name == pattern or fnmatchcase(name, pattern) for name, _ in names):
+            if not any(matches(name, pattern) for name, _ in names):
                 have = some([name for name, _ in names])
                 raise ValueError(f"adapted: {pattern!r} fits no parameter of the model, which has {have}")
         first: dict[int, str] = {}

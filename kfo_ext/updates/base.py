@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfo_ext.packing import Packing, listed
 from kfo_ext.updates import state
-from kfo_ext.updates.checks import check_step
+from kfo_ext.updates.checks import check_rule, check_step
 from kfo_ext.updates.gradients import gradients
 
 # Packed meta-parameters, (1, n) each.
@@ -69,12 +69,17 @@ class Update(nn.Module, ABC):
             step: 0 for the first; None only where all steps are alike.
 
         Raises:
-            ValueError: a step that this update has no meta-parameters for.
+            ValueError: a step that this update has no meta-parameters for; a rule that gives another shape than G's,
+                which torch would broadcast.
+            TypeError: a rule that gives no tensor.
         """
         if self.steps is None:
-            return self.rule(phi, G)
-        check_step(step, self.steps)
-        return cast(Any, self).rule(phi, G, step=step)
+            U = self.rule(phi, G)
+        else:
+            check_step(step, self.steps)
+            U = cast(Any, self).rule(phi, G, step=step)
+        check_rule(type(self).__name__, U, G)
+        return U
 
     def options(self) -> dict[str, Any]:
         """What else than names and shapes the meta-parameters were made for: values that JSON holds, by name."""

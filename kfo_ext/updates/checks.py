@@ -113,3 +113,14 @@ def check_number(update: str, phi: tuple[Tensor, ...], expected: int) -> None:
     """Raises ValueError unless phi has that number of tensors."""
     if len(phi) != expected:
         raise ValueError(f"phi: expected {expected} tensors, as phi of this {update}, got {len(phi)}")
+
+
+def check_rule(update: str, U: Any, G: Tensor) -> None:
+    """Raises TypeError or ValueError unless U, of the rule of that update, is one update for each gradient of G."""
+    if not isinstance(U, Tensor):
+        raise TypeError(f"rule: expected a tensor from the rule of {update}, got {type(U).__name__}")
+    if U.shape != G.shape:
+        raise ValueError(
+            f"rule: expected shape {tuple(G.shape)}, as the gradients have, from the rule of {update}, "
+            f"got {tuple(U.shape)}"
+        )

@@ -39,6 +39,7 @@ def matching(names: Sequence[str], patterns: Iterable[str], argument: str) -> li
         if not hits:
             raise ValueError(
                 f"{argument}: {pattern!r} matches no parameter: they are {some(list(map(repr, names)), 8)}"
+                + ("; pass model.named_parameters() for names" if all(map(str.isdigit, names)) else "")
             )
         found.update(hits)
     return sorted(found)
