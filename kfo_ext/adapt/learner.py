@@ -221,7 +221,7 @@ class MAML(nn.Module):
                 metric that is no number.
             RuntimeError: called in inference mode, a normalisation would use running statistics, or the metric raised.
         """
-        steps, tasks = self._steps(steps), check_batch(batch)
+        tasks, steps = check_batch(batch), self._steps(steps)
         parameters, theta = self._start(batch.support.y)
         outer = torch.is_grad_enabled()
         with _named_errors(batch, theta):

@@ -17,6 +17,7 @@ class ClassDraws:
     sizes: (n_classes,) int64, examples of each class; those of a class are numbered one after the other
     split: part of the random stream's name
     names: of the classes, for messages
+    source: what holds the classes, for messages; by default the split
 
     Raises: TypeError or ValueError if there are too few classes or examples, naming the smallest class.
     """
@@ -31,19 +32,21 @@ class ClassDraws:
         queries: int,
         seed: int,
         names: Sequence[str] | None = None,
+        source: str | None = None,
     ) -> None:
         check_split(split)
+        source = f"the {split} split" if source is None else source
         if names is not None and len(names) != len(sizes):
             raise ValueError(f"names: expected one for each of the {len(sizes)} classes, got {len(names)}")
-        check_count("ways", ways, 2, len(sizes), f"the {split} split has {len(sizes)} classes")
+        check_count("ways", ways, 2, len(sizes), f"{source} has {len(sizes)} classes")
         check_count("shots", shots, 1)
         check_count("queries", queries, 1)
         smallest, at = sizes.min(0)
         if shots + queries > smallest:
             label = f"class {int(at)}" if names is None else f"class {names[int(at)]!r}"
             raise ValueError(
-                f"shots + queries: expected at most {smallest} (the examples of {label}, the smallest of the {split} "
-                f"split), got {shots} + {queries} = {shots + queries}"
+                f"shots + queries: expected at most {smallest} (the examples of {label}, the smallest of "
+                f"{source}), got {shots} + {queries} = {shots + queries}"
             )
         self.split, self.seed = split, seed
         self.sizes, self.first = sizes, sizes.cumsum(0) - sizes

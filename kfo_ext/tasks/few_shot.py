@@ -63,7 +63,14 @@ class FewShot:
             sizes, names = [len(group) for group in groups.values()], [str(label) for label in groups]
             self._examples = _of_items(data, [index for group in groups.values() for index in group])
         self._draws = ClassDraws(
-            torch.tensor(sizes), split, ways=ways, shots=shots, queries=queries, seed=seed, names=names
+            torch.tensor(sizes),
+            split,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            seed=seed,
+            names=names,
+            source="the data set",
         )
 
     def sample(self, index: int, tasks: int) -> TaskBatch:
