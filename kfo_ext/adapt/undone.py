@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -21,38 +24,84 @@ PLAIN = (bool, int, float, str, type(None))
 
 @contextmanager
 def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
-    """Sets everything back that the block does to a module; yields what names an attribute that it has changed."""
+    """Sets everything back that the block does to a module; yields what says which of it would change a later forward.
+
+    Seen are attributes, and the containers, objects and NumPy arrays that they hold, at any depth.
+    """
     cuda = {X.device for X in tree_leaves(arguments) if isinstance(X, Tensor) and X.is_cuda}
     with BufferReplay(module), torch.random.fork_rng(devices=cuda, device_type="cuda"):
         own = [(each, dict(vars(each))) for each in module.modules()]
-        held = [
-            (f"{type(each).__name__}.{name}", value, copy.copy(_contents(value)))
-            for each, attributes in own
-            for name, value in attributes.items()
-            # `call_with` is at work on the first.
-            if name not in ("_parameters", "_modules") and _contents(value) is not None
-        ]
+        held: dict[int, tuple[str, Any, Any]] = {}
+        for each, attributes in own:
+            for name, value in attributes.items():
+                # `call_with` is at work on the first.
+                if name not in ("_parameters", "_modules"):
+                    _hold(f"{type(each).__name__}.{name}", value, held)
+        draws = _python_draws()
 
         def changed() -> str:
             for each, attributes in own:
                 for name, value in vars(each).items():
                     if not _same(value, attributes.get(name, own)):
-                        return f"{type(each).__name__}.{name}"
-            return next((name for name, value, before in held if not _same_items(_contents(value), before)), "")
+                        return f"sets {type(each).__name__}.{name}"
+            for name, value, before in held.values():
+                if not _same_items(_contents(value), before):
+                    return f"sets {name}"
+            # One draw would be that of all tasks.
+            return next((f"draws numbers by {name}" for name, get, _, state in draws if _differ(get(), state)), "")
 
         try:
             yield changed
         finally:
             for each, attributes in own:
                 _refill(vars(each), attributes)
-            for _, value, before in held:
-                _refill(_contents(value), before)
+            for _, value, before in held.values():
+                # An array may be read-only.
+                if not _same_items(_contents(value), before):
+                    _refill(_contents(value), before)
+            for _, _, put, state in draws:
+                put(state)
+
+
+# Name, how to get and to set it, and what it is.
+_State = tuple[str, Callable[[], Any], Callable[[Any], Any], Any]
+
+
+def _python_draws() -> list[_State]:
+    """The random states that are not torch's."""
+    found: list[_State] = [("random", random.getstate, random.setstate, random.getstate())]
+    if numpy := sys.modules.get("numpy.random"):
+        found.append(("numpy.random", numpy.get_state, numpy.set_state, numpy.get_state()))
+    return found
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return pickle.dumps(one) != pickle.dumps(other)
+
+
+def _hold(name: str, value: Any, held: dict[int, tuple[str, Any, Any]]) -> None:
+    """Notes what a value holds, and what those values hold."""
+    contents = _contents(value)
+    if (contents is None and not isinstance(value, tuple)) or id(value) in held:
+        return
+    if contents is not None:
+        held[id(value)] = name, value, copy.copy(contents)
+    if not _is_array(value):
+        inner = value if isinstance(value, tuple) else contents
+        for each in list(inner.values() if isinstance(inner, dict) else inner):
+            _hold(name, each, held)
 
 
 def _contents(value: Any) -> Any:
-    if isinstance(value, SimpleNamespace):
-        return vars(value)
-    return value if isinstance(value, (list, dict, set, deque)) else None
+    if isinstance(value, (list, dict, set, deque)) or _is_array(value):
+        return value
+    if isinstance(value, (Tensor, nn.Module, type, ModuleType, FunctionType, MethodType)):
+        return None
+    return getattr(value, "__dict__", None)
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -60,6 +109,8 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _same_items(one: Any, other: Any) -> bool:
+    if _is_array(one):
+        return one.shape == other.shape and one.tobytes() == other.tobytes()
     if len(one) != len(other):
         return False
     if isinstance(one, dict):
@@ -68,5 +119,8 @@ def _same_items(one: Any, other: Any) -> bool:
 
 
 def _refill(value: Any, contents: Any) -> None:
+    if _is_array(value):
+        value[...] = contents
+        return
     value.clear()
     (value.extend if isinstance(value, (list, deque)) else value.update)(contents)

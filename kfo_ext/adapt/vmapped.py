@@ -85,13 +85,14 @@ def make_plan(module: nn.Module, function: Callable, *arguments: Any) -> Plan:
         with torch.enable_grad(), undone(module, arguments) as changed:
             recorder = _Forward(None, module)
             _through_vmap(recorder, function, arguments)
-            if attribute := changed():
-                raise Unserved(f"its forward sets {attribute}")
+            if change := changed():
+                raise Unserved(f"its forward {change}")
     except Unserved as reason:
         return Plan(str(reason))
     except Exception as error:
         with torch.enable_grad(), undone(module, arguments):
-            function(*(tree_map(lambda X: X[0], argument) for argument in arguments))
+            # Copies: a forward may change what it is given.
+            function(*(tree_map(lambda X: X[0].clone(), argument) for argument in arguments))
         return Plan(f"torch.func.vmap: {(str(error).splitlines() or [type(error).__name__])[0]}")
     return recorder.plan_made()
 
