@@ -71,7 +71,9 @@ class Adapted:
         learner = self._learner
         learner.current()
         with exclusive():
-            copied = copy.deepcopy(learner.model)
+            # What a forward left in the modules, as hooks of torch's weight norm and pruning do, has a graph.
+            left = [X for each in learner.model.modules() for X in vars(each).values() if isinstance(X, Tensor)]
+            copied = copy.deepcopy(learner.model, {id(X): X.detach().clone() for X in left if not X.is_leaf})
         part, named = copied.get_submodule(learner.part), named_under(copied, learner.part)
         values = learner.packing.unpack(self._theta[task : task + 1].detach(), batched=False)
         for places, value in zip(slots(part, [named[name] for name in learner.adapted]), values):

@@ -95,8 +95,12 @@ class ANIL(MAML):
             route=route,
             bf16=bf16,
         )
-        # In a tuple, so that it is no submodule: its parameters are the model's.
-        self._body = (_Body(model),)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "model":
+            # In a tuple, so that it is no submodule: its parameters are the model's.
+            self._body = (_Body(value),)
 
     @property
     def part(self) -> str:

@@ -51,6 +51,14 @@ def check_modules(model: nn.Module) -> None:
             )
 
 
+def check_adapted(adapt_update: bool, update: Update) -> None:
+    """Raises ValueError for an update without meta-parameters that is to be adapted."""
+    if adapt_update and not update.phi:
+        raise ValueError(
+            f"adapt_update: expected an update to adapt, got {type(update).__name__}, which learns nothing"
+        )
+
+
 def check_alike(update: Update, like: Tensor) -> None:
     """Raises TypeError or ValueError unless the update's meta-parameters are as the model's parameters are now."""
     for row in update.phi[:1]:
@@ -138,6 +146,8 @@ def check_batch(batch: TaskBatch) -> int:
                     "x[None] gives one task its dimension"
                 )
         x, y = examples
+        if 0 in (x.shape[1], y.shape[1]):
+            raise ValueError(f"batch.{part}: expected at least one example of each task, got none")
         if x.shape[1] != y.shape[1]:
             raise ValueError(
                 f"batch.{part}.y: expected ({tasks} tasks, {x.shape[1]} examples, ...) as x has, got shape "

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from kfo_ext.updates import GradientDescent, Update
 from .adapted import Adapted
 from .calls import exclusive
 from .checks import (
+    check_adapted,
     check_alike,
     check_batch,
     check_function,
@@ -109,16 +110,9 @@ class MAML(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        if update is not None and not isinstance(update, Update):
-            got = f"the class {update.__name__}" if isinstance(update, type) else type(update).__name__
-            raise TypeError(f"update: expected an Update, such as KFO(model.named_parameters()), or None, got {got}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a module, got {model!r}")
-        check_function("loss", loss)
-        check_function("metric", metric)
         if route not in ROUTES:
             raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-        self.lr = check_rate(lr)
+        self.lr = lr
         self.steps = check_steps(steps)
         self.model = model
         self.adapt_update = adapt_update
@@ -132,11 +126,33 @@ class MAML(nn.Module):
         self._selection = Selection(adapted_by_default(model) if adapted is None else adapted)
         self._selection.check(model)
         self.packing = self._selection.packing(named_under(model, self.part), allow_nograd)
-        self.update = GradientDescent(self.packing) if update is None else update
-        check_update(self.update, self.packing)
-        if adapt_update and not self.update.phi:
-            got = "update=None" if update is None else type(update).__name__
-            raise ValueError(f"adapt_update: expected an update to adapt, got {got}, which learns nothing")
+        self.update = cast(Update, update)
+        check_adapted(adapt_update, self.update)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As nn.Module's, for values that the constructor would take."""
+        super().__setattr__(name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """A value for an attribute of this name; raises what the constructor raises."""
+        if name in ("loss", "metric"):
+            check_function(name, value)
+        elif name == "lr":
+            return check_rate(value)
+        elif name == "steps":
+            # None of them is for an evaluation.
+            return check_steps(value, 0)
+        elif name == "model" and not isinstance(value, nn.Module):
+            raise TypeError(f"model: expected a module, got {value!r}")
+        elif name == "update":
+            value = GradientDescent(self.packing) if value is None else value
+            if not isinstance(value, Update):
+                got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+                raise TypeError(
+                    f"update: expected an Update, such as KFO(model.named_parameters()), or None, got {got}"
+                )
+            check_update(value, self.packing)
+        return value
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -215,7 +231,7 @@ class MAML(nn.Module):
             steps: inner steps, as many as the learner was built with by default; 0 for the model as it is.
 
         Raises:
-            ValueError: no task, support and query of different numbers of tasks, bf16 for parameters not of float32,
+            ValueError: no task or no example, support and query of different numbers of tasks, bf16 for parameters not of float32,
                 a model whose parameters are others than when the learner was built, a target that needs a named loss.
             TypeError: a batch that is no TaskBatch of dense tensors, or whose tensors the model cannot take, or a
                 metric that is no number.
@@ -253,6 +269,7 @@ class MAML(nn.Module):
                 "loss: expected integer targets for the default cross-entropy, got "
                 f"{targets.dtype}; pass a loss, such as mse_loss, or cross_entropy for probabilities"
             )
+        check_adapted(self.adapt_update, self.update)
         check_alike(self.update, parameters[0])
         with torch.enable_grad():
             return parameters, self.packing.pack(parameters, "parameters")
