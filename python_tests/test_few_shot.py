@@ -172,6 +172,7 @@ class Endless(IterableDataset):
         (5, {}, TypeError, "data: expected a list of one tensor per class or a map-style data set"),
         (Numbered(), {"labels": [0, 1]}, ValueError, "labels: expected one for each of the 27 items, got 2"),
         (Numbered(targets=[0.5] * 27), {}, TypeError, r"labels\[0\]: expected an integer or a string, got 0.5"),
+        (Numbered(targets=torch.eye(27)), {}, TypeError, r"labels\[0\]: expected an integer or a string, got tensor"),
         (TensorDataset(torch.zeros(5, 1)), {}, TypeError, r"data\[0\]: expected \(input, label\), got tuple"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -119,7 +120,9 @@ def _indices_by_label(data: LabelledData, labels: Sequence[Any] | Tensor | None)
         raise ValueError(f"labels: expected one for each of the {len(data)} items, got {len(labels)}")
     groups: dict[Any, list[int]] = {}
     for index, label in enumerate(labels):
-        plain = label.item() if hasattr(label, "item") else label
+        # A tensor or a number of NumPy; one label for each class cannot be read.
+        single = hasattr(label, "item") and prod(label.shape) == 1
+        plain = label.item() if single else label
         if not isinstance(plain, (int, str)):
             raise TypeError(f"labels[{index}]: expected an integer or a string, got {plain!r}")
         groups.setdefault(plain, []).append(index)
