@@ -171,6 +171,12 @@ def test_an_archive_with_a_path_out_of_it_is_refused(dataset, tmp_path):
         load(dataset, root)
 
 
+@pytest.mark.parametrize("dataset", ["csv_images", "folders"])
+def test_a_side_that_no_image_is_resized_to_is_refused_at_once(dataset, tmp_path):
+    with pytest.raises(ValueError, match="side: expected at most 8192 pixels, got 1000000"):
+        load(dataset, archive_of(dataset, tmp_path), side=10**6)
+
+
 def test_too_few_images_name_the_class(dataset, tmp_path):
     files = {name: content for name, content in WRITERS[dataset]().items() if "sea" not in name or "0" in name}
     if dataset == "csv_images":

@@ -231,7 +231,7 @@ class MAML(nn.Module):
             steps: inner steps, as many as the learner was built with by default; 0 for the model as it is.
 
         Raises:
-            ValueError: no task or no example, support and query of different numbers of tasks, bf16 for parameters not of float32,
+            ValueError: no task or example, support and query of different numbers of tasks, bf16 without float32,
                 a model whose parameters are others than when the learner was built, a target that needs a named loss.
             TypeError: a batch that is no TaskBatch of dense tensors, or whose tensors the model cannot take, or a
                 metric that is no number.

@@ -8,7 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from math import isqrt
 from typing import TYPE_CHECKING, NamedTuple
+
+from kfo_ext.tasks.checks import check_count
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +41,14 @@ class Target(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return (self.channels, self.side, self.side)
+
+
+def check_side(side: int) -> int:
+    """Raise TypeError or ValueError for a side that no image is resized to."""
+    check_count("side", side, 1)
+    if side * side > MOST_PIXELS:
+        raise ValueError(f"side: expected at most {isqrt(MOST_PIXELS)} pixels, got {side}")
+    return side
 
 
 def is_image(name: str) -> bool:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from kfo_ext.tasks.cache import SUFFIX, Plan, cache_folder, cached, key_of
-from kfo_ext.tasks.checks import check_count, check_split
-from kfo_ext.tasks.decoding import Target, decoded
+from kfo_ext.tasks.checks import check_split
+from kfo_ext.tasks.decoding import Target, check_side, decoded
 from kfo_ext.tasks.images import ImageClasses
 from kfo_ext.tasks.options import SIDE
 from kfo_ext.tasks.sources import Source, open_source, refuse_pickles
@@ -58,7 +58,7 @@ class CsvImages(ImageClasses):
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         check_split(split)
-        target = Target(check_count("side", side, 1))
+        target = Target(check_side(side))
         with _open(Path(root)) as source:
             self.name = source.name
             path = cache_folder(cache) / (

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from kfo_ext.tasks.cache import SUFFIX, Plan, cache_folder, cached, key_of
-from kfo_ext.tasks.checks import SPLITS, check_choice, check_count, check_split
-from kfo_ext.tasks.decoding import Target, decoded, is_image
+from kfo_ext.tasks.checks import SPLITS, check_choice, check_split
+from kfo_ext.tasks.decoding import Target, check_side, decoded, is_image
 from kfo_ext.tasks.images import ImageClasses
 from kfo_ext.tasks.options import COLOURS, SIDE
 from kfo_ext.tasks.sources import Source, open_source, refuse_pickles
@@ -61,7 +61,7 @@ class Folders(ImageClasses):
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         check_split(split)
-        target = _target(check_count("side", side, 1), colour)
+        target = _target(check_side(side), colour)
         listed = None if splits is None else read_splits(Path(splits))
         with open_source(Path(root), LAYOUT) as source:
             self.name = source.name
