@@ -109,8 +109,8 @@ def test_no_update_is_gradient_descent():
     assert all(mine is grad for mine, grad in zip(learner.update.transform(grads), grads, strict=True))
     with pytest.raises(ValueError, match=r"grads\['0'\]: expected shape"):
         learner.update.transform([X[:1] for X in grads])
-    for update, got in ((None, "update=None"), (GradientDescent(model.named_parameters()), "GradientDescent")):
-        with pytest.raises(ValueError, match=f"adapt_update: expected an update to adapt, got {got}, which"):
+    for update in (None, GradientDescent(model.named_parameters())):
+        with pytest.raises(ValueError, match="adapt_update: expected an update to adapt, got GradientDescent, which"):
             MAML(model, update=update, lr=0.2, steps=2, adapt_update=True)
 
 
