@@ -30,7 +30,7 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-_KINDS = {
+_KINDS: dict[Callable, str] = {
     **dict.fromkeys((F.conv2d, torch.conv2d), "convolution"),
     F.batch_norm: "norm",
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), "relu"),
