@@ -23,12 +23,16 @@ NOISE = 0.2
 Gradients = list[Tensor]
 
 
-class Contender(Protocol):
-    """One way to compute a case's meta-iteration."""
+class Runs(Protocol):
+    """What can be timed, and its memory measured."""
 
     def run(self) -> Tensor | float:
         """Computes the mean query loss and all meta-gradients; returns the loss once everything is there."""
         ...
+
+
+class Contender(Runs, Protocol):
+    """One way to compute a case's meta-iteration."""
 
     def gradients(self) -> Gradients:
         """Those of the last run: one per parameter of the network, then with factors dR and dL per parameter."""

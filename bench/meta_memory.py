@@ -22,10 +22,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.meta_case import Contender, Network, make_case
+from bench.meta_case import Network, Runs, make_case
 
 ROOT = Path(__file__).resolve().parent.parent
 Memory = dict[str, int]
@@ -42,14 +43,25 @@ def peak_memory(network: Network, method: str, contender: str, device: str, **se
         RuntimeError: that process failed; the message is its last line.
     """
     what = {"network": asdict(network), "method": method, "contender": contender, "device": device, **settings}
-    command = [sys.executable, "-m", "bench.meta_memory", json.dumps(what)]
+    return of_process("bench.meta_memory", what)
+
+
+def of_process(module: str, what: Any) -> Memory:
+    """What a process of its own prints in its last line.
+
+    module: what `python -m` runs, with `what` as JSON for its one argument
+
+    Raises:
+        RuntimeError: that process failed; the message is its last line.
+    """
+    command = [sys.executable, "-m", module, json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(contender: Contender, device: torch.device) -> Memory:
+def measure(contender: Runs, device: torch.device) -> Memory:
     """Bytes of the contender's first and second run, in this process."""
     gc.collect()
     if device.type != "cuda":
