@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
+from pages import ROOT, examples, run_example
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+README = ROOT / "README.md"
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 2
+    assert len(examples(README)) >= 2
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+@pytest.mark.parametrize("number", range(len(examples(README))))
 def test_example_runs(number):
-    exec(compile(EXAMPLES[number], f"README.md, example {number + 1}", "exec"), {"__name__": "__main__"})
+    run_example(README, number)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from pages import DOCS, script
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,7 +17,6 @@ from verified_cases import CASES, TRUTH, Case
 from kfo_ext.adapt.verified import DESCRIPTIONS, IN_PLACE, PROPERTIES, SHARING, VERIFIED
 from kfo_ext.adapt.vmapped import Plan, Unserved, mapped
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 TASKS = 3
 ENTRIES = [*VERIFIED.items(), *IN_PLACE.items()]
 # The operand that all tasks share, and whether tasks lie in memory with their second dimension last.
@@ -271,7 +269,5 @@ def test_types_under_autocast_are_those_of_the_loop(name):
 
 @pytest.mark.skipif(not DOCS.is_dir(), reason="docs/ is not beside the tests")
 def test_the_page_of_functions_is_that_of_the_table():
-    spec = importlib.util.spec_from_file_location("make_functions", DOCS / "make_functions.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.PAGE.read_text() == script.page(), "python docs/make_functions.py writes it anew"
+    functions = script("make_functions")
+    assert functions.PAGE.read_text() == functions.page(), "python docs/make_functions.py writes it anew"
