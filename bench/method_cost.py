@@ -70,8 +70,8 @@ def markdown(result: Row) -> str:
         f"{settings['hidden']} channels, images of 1 x 28 x 28, {settings['tasks']} tasks, {settings['steps']} inner "
         f"steps, medians of {settings['repeats']} interleaved repeats, {memory}.",
         "",
-        "An iteration is inner loops, meta-gradients and Adam's step, on tasks that are there. Peak memory is that of one "
-        "iteration in a fresh process, over the level before it.",
+        "An iteration is inner loops, meta-gradients and Adam's step, on tasks that are there. Peak memory is that of "
+        "one iteration in a fresh process, over the level before it.",
         "",
         "| method | iterations per second | time / MAML's | target | peak memory, MB |",
         "|---|---|---|---|---|",
