@@ -65,7 +65,8 @@ def train(options: argparse.Namespace, update: str, setting: Setting, iterations
         values = {
             "run": folder, "dataset": "omniglot", "data-root": options.data_root, "update": update,
             "fast-lr": setting.rate, "init": setting.init, "meta-lr": options.meta_lr,
-            "meta-lr-half-life": options.meta_lr_half_life, "clip-norm": setting.clip_norm, "layers": 2,
+            "schedule": "half_life", "meta-lr-half-life": options.meta_lr_half_life,
+            "clip-norm": setting.clip_norm, "layers": 2,
             "iterations": iterations, "threads": 1, "validation-tasks": 300,
         }  # fmt: skip
         line = ["train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]

@@ -131,12 +131,19 @@ def train(
     time_budget: Annotated[
         float, _number("stop cleanly after so many seconds, then validate; 0 is no limit", least=0)
     ] = 0.0,
+    log: Annotated[
+        str | None,
+        typer.Option(help="beside metrics.jsonl; comma-separated, of: tensorboard, wandb", show_default=False),
+    ] = None,
 ) -> None:
     """Meta-train a network, and with it a learned update, in a run folder."""
     with interrupt_ends():
+        from kfo_ext.runs.loggers import checked
         from kfo_ext.trainer import Trainer
 
     keep_freed_memory()
+    # First: what is not installed leaves no folder.
+    loggers = checked(_several(log) or ())
     if resume is None:
         config = Config(**given)
         trainer = Trainer.start(config, run)
@@ -146,7 +153,7 @@ def train(
         trainer = Trainer.resume(resume, **given)
     folder = trainer.run.path
     echo(f"run folder: {folder}")
-    outcome = trainer.fit(time_budget=time_budget)
+    outcome = trainer.fit(time_budget=time_budget, loggers=loggers)
     progress = outcome.progress
     best = ""
     if progress.best_iteration:

@@ -237,7 +237,7 @@ EDITS = {
         lambda s: s["config"].update(hidden=8),
         r"the checkpoint is of another configuration \(hidden: expected 4, got 8\)",
     ),
-    "config-key": (lambda s: s["config"].update(momentum=1), "unknown configuration key 'momentum'"),
+    "config-key": (lambda s: s["config"].update(temperature=1), "unknown configuration key 'temperature'"),
     "config-keys": (lambda s: s["config"].update({7: 1}), "unknown configuration key 7"),
     "missing": (drop_a_parameter, r"the checkpoint lacks parameter 'update\.layers\.0\.R'"),
     "foreign-key": (lambda s: s["learner"].update({7: 1}), "the checkpoint has a foreign parameter 7"),

@@ -108,7 +108,7 @@ ERRORS = {
     "no-root": (["train", "--dataset", "omniglot"], "data_root: data set 'omniglot' needs the folder"),
     "missing-root": (["train", "--dataset", "omniglot", "--data-root", "nowhere"], "nowhere"),
     "device": (["train", "--device", "cuda:99"], "device: 'cuda:99' is not available here"),
-    "option": (["train", "--momentum", "0.9"], "--momentum"),
+    "option": (["train", "--temperature", "0.9"], "--temperature"),
     "command": (["predict"], "predict"),
     "budget": (["train", *options(), "--time-budget", "-1"], "Invalid value for '--time-budget'"),
     "resume": (["train", "--resume", "nowhere"], "nowhere: there is no such run folder"),

@@ -77,8 +77,8 @@ def test_config_round_trip_and_unknown_keys(tmp_path):
     config = Config(**GLYPHS, seed=3)
     config.save(path)
     assert Config.load(path) == config
-    path.write_text(json.dumps({**config.to_dict(), "momentum": 0.9}))
-    with pytest.raises(ValueError, match=r"config\.json: unknown configuration key 'momentum'"):
+    path.write_text(json.dumps({**config.to_dict(), "temperature": 0.9}))
+    with pytest.raises(ValueError, match=r"config\.json: unknown configuration key 'temperature'"):
         Config.load(path)
     path.write_text('{"ways": 1}')
     with pytest.raises(ValueError, match=r"config\.json: ways: expected at least 2"):
@@ -97,6 +97,12 @@ WITHOUT_EFFECT = [
     ({"dataset": "sinusoid", "init": "reference"}, "network 'sinusoid_mlp'; it is an option of network omniglot_cnn, "),
     ({"dataset": "sinusoid", "layers": 2}, "network 'sinusoid_mlp'; it is an option of network omniglot_cnn, "),
     ({"data_root": "data"}, "dataset 'glyphs'; it is an option of data set omniglot, "),
+    ({"momentum": 0.9}, "optimizer 'adam'; it is an option of optimizer sgd"),
+    ({"meta_lr_half_life": 100}, "schedule 'constant'; it is an option of schedule half_life"),
+    (
+        {"schedule": "step", "meta_lr_every": 5, "meta_lr_end": 0.1},
+        "schedule 'step'; it is an option of schedule cosine",
+    ),
     ({"dataset": "logistic", "noise": 0.5}, "dataset 'logistic'; it is an option of data set linear"),
 ]
 
@@ -131,6 +137,9 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
         "network": "sinusoid_mlp",
         "method": "maml",
         "update": "none",
+        "optimizer": "adam",
+        "weight_decay": 0.0,
+        "schedule": "constant",
         "shots": 10,
         "queries": 10,
         "hidden": 32,
@@ -147,8 +156,8 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
     assert Config(bias=None, network=None) == Config()
     with pytest.raises(AttributeError, match="psd: has no effect with update 'none'; it is an option of update kfo"):
         config.psd  # noqa: B018
-    with pytest.raises(AttributeError, match="unknown configuration key 'momentum'"):
-        config.momentum  # noqa: B018
+    with pytest.raises(AttributeError, match="unknown configuration key 'temperature'"):
+        config.temperature  # noqa: B018
     with pytest.raises(AttributeError):
         config.values = {}
 

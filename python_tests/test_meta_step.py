@@ -183,10 +183,16 @@ def test_refuses_what_it_cannot_do():
     learner = make_learner()
     with pytest.raises(ValueError, match="clip_norm: expected at least 0, got -1"):
         MetaStep(learner, adam_of(learner), clip_norm=-1)
-    with pytest.raises(ValueError, match="optimizer: expected an Adam with fused=True"):
+    expected = "optimizer: expected Adam, AdamW or SGD with fused=True, which can leave out a step on the device, got"
+    with pytest.raises(ValueError, match=f"{expected} Adam with fused=False"):
         MetaStep(learner, torch.optim.Adam(learner.parameters()))
-    with pytest.raises(ValueError, match="optimizer: expected an Adam with fused=True"):
-        MetaStep(learner, torch.optim.SGD(learner.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=f"{expected} Adagrad$"):
+        MetaStep(learner, torch.optim.Adagrad(learner.parameters(), fused=True))
+    damped = torch.optim.SGD(learner.parameters(), momentum=0.9, dampening=0.5, fused=True)
+    with pytest.raises(ValueError, match=r"optimizer: expected an SGD with dampening=0, got dampening=0\.5"):
+        MetaStep(learner, damped)(make_batch(0), 0.1)
+    with pytest.raises(ValueError, match="batch: expected at least one meta-batch, got none"):
+        MetaStep(learner, adam_of(learner))([], 0.1)
     with pytest.raises(ValueError, match="cuda_graph: expected a learner on a CUDA device, got one on cpu"):
         CapturedMetaStep(learner, adam_of(learner, True))
     with pytest.raises(ValueError, match="optimizer: expected a learning rate that is a tensor"):

@@ -252,7 +252,7 @@ def test_a_graph_takes_no_group_whose_rate_it_would_keep():
     step(make_batch(0), 0.01)
     rate = torch.tensor(0.1, dtype=torch.float64)
     step.optimizer.add_param_group({"params": [step.learner.model[0].bias], "lr": rate})
-    with pytest.raises(RuntimeError, match="cuda_graph: parameters or Adam's state are other tensors than"):
+    with pytest.raises(RuntimeError, match="cuda_graph: parameters or the optimizer's state are other tensors than"):
         step(make_batch(0), 0.01)
     step.optimizer.param_groups.pop()
     step(make_batch(0), 0.01)

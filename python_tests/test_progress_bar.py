@@ -22,7 +22,7 @@ def fit(tmp_path, monkeypatch):
     def run(iterations: int, time_budget: float) -> str:
         config = Config(dataset="sinusoid", hidden=4, steps=1, meta_batch=2, iterations=iterations, validation_tasks=2)
         trainer = Trainer.start(config, tmp_path / "run")
-        monkeypatch.setattr(loop, "tqdm", bar)
+        monkeypatch.setattr(loop, "progress_bar", bar)
         trainer.fit(time_budget=time_budget)
         return text.getvalue()
 

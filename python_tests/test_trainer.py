@@ -34,7 +34,7 @@ GLYPHS = {**TINY, "dataset": "glyphs", "ways": 2, "iterations": 4, "validation_e
 CASES = {
     "waves-none": {**WAVES, "update": "none"},
     "waves-kfo": WAVES,
-    "waves-decay-clip": {**WAVES, "meta_lr_half_life": 2, "clip_norm": 0.1},
+    "waves-decay-clip": {**WAVES, "schedule": "half_life", "meta_lr_half_life": 2, "clip_norm": 0.1},
     "glyphs-maml": GLYPHS,
     "glyphs-anil": {**GLYPHS, "method": "anil", "hidden_layers": 1, "bias": True},
     "glyphs-first-order": {**GLYPHS, "first_order": True, "adapt_update": False, "psd": False},
@@ -147,7 +147,7 @@ def test_nonfinite_gradient_stops_before_the_step(tmp_path):
 
 
 def test_the_outer_learning_rate_halves(tmp_path):
-    trainer = Trainer.start(Config(**WAVES, meta_lr=0.004, meta_lr_half_life=2), tmp_path / "run")
+    trainer = Trainer.start(Config(**WAVES, meta_lr=0.004, schedule="half_life", meta_lr_half_life=2), tmp_path / "run")
     trainer.fit()
     rates = [record["learning_rate"] for record in read_metrics(trainer.run.metrics) if "learning_rate" in record]
     assert rates == pytest.approx([0.004 * 0.5 ** (i / 2) for i in range(WAVES["iterations"])])

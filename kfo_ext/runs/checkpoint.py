@@ -131,9 +131,9 @@ def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
-    """Load the state of an Adam, whose own loader checks the number of parameters but no shape.
+    """Load the state of an optimizer, whose own loader checks the number of parameters but no shape.
 
-    How Adam computes, and where its counters and its rate lie, stays as it is: the file may be of another device.
+    How it computes, and where its counters and its rate lie, stays as it is: the file may be of another device.
 
     Raises: ValueError naming the file and the first state that does not fit.
     """
@@ -143,18 +143,26 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, values: Mapp
         optimizer.load_state_dict({**values, "param_groups": groups})
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the optimizer state does not fit ({error})") from None
-    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+    owned = ((group, parameter) for group in optimizer.param_groups for parameter in group["params"])
+    for index, (group, parameter) in enumerate(owned):
         state = optimizer.state.get(parameter, {})
         if not state:
             continue
-        for name in ("exp_avg", "exp_avg_sq"):
-            _check_tensor(path, f"{name} of parameter {index}", parameter, state.get(name))
-        _check_tensor(path, f"step of parameter {index}", torch.zeros(()), state.get("step"))
+        for name in _state_names(group):
+            ours = torch.zeros(()) if name == "step" else parameter
+            _check_tensor(path, f"{name} of parameter {index}", ours, state.get(name))
+
+
+def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an optimizer holds of each parameter of a group, by the options that ask for it."""
+    if "betas" in group:
+        return ("exp_avg", "exp_avg_sq", "step")
+    return ("momentum_buffer",) if group.get("momentum") else ()
 
 
 def _implementation(group: Mapping[str, Any], lr: float) -> dict[str, Any]:
     rate = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else float(lr)
-    return {"lr": rate} | {name: group[name] for name in ("fused", "foreach", "capturable")}
+    return {"lr": rate} | {name: group[name] for name in ("fused", "foreach", "capturable") if name in group}
 
 
 def _check_tensor(path: Path, name: str, ours: Tensor, theirs: Any) -> None:

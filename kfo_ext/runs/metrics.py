@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from .progress import Progress
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+# What takes a copy of each record once it is in the file.
+Logger = Callable[[Record], object]
 
 _REMEDY = "mend the file, or move it away to go on without its records"
 
@@ -77,11 +80,13 @@ class Metrics:
     path: the file, made if absent.
     progress: of the checkpoint, whose records are kept.
     validation_every: of the run's configuration.
+    loggers: each gets every record that is appended, after the file.
     Raises: ValueError naming the file if it holds anything but records, OSError naming it if it cannot be written.
     """
 
-    def __init__(self, path: Path, progress: Progress, validation_every: int) -> None:
+    def __init__(self, path: Path, progress: Progress, validation_every: int, loggers: Iterable[Logger] = ()) -> None:
         self._path = path
+        self._loggers = tuple(loggers)
         records = read_metrics(path)
         reached = {True: progress.validated, False: progress.iteration}
         kept = [record for record in records if record["iteration"] <= reached[is_validation(record)]]
@@ -100,6 +105,8 @@ class Metrics:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise unwritable(self._path, error) from error
+        for log in self._loggers:
+            log(dict(record))
 
     def sync(self) -> None:
         """Bring the lines to the disk: before a checkpoint that counts on them."""

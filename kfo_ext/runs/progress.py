@@ -14,11 +14,11 @@ from .files import is_count, is_number
 class Progress:
     """Counters of a run.
 
-    iteration: meta-iterations done, which is also the index of the next meta-batch.
+    iteration: meta-iterations done, which is also the index of the next one's meta-batches.
     validated: iteration of the last validation.
     elapsed: seconds of training and validation, over all parts of the run.
     best_iteration, best_score: of the best validation, by accuracy, or by minus the loss for regression; 0 is none.
-    stale: validations since the best one.
+    stale: validations since the best one, those between two due ones not counted.
     """
 
     iteration: int = 0
@@ -28,11 +28,14 @@ class Progress:
     best_score: float = -math.inf
     stale: int = 0
 
-    def record(self, score: float) -> bool:
-        """Count a validation; true if it is the best so far."""
+    def record(self, score: float, *, due: bool = True) -> bool:
+        """Count a validation; true if it is the best so far.
+
+        due: false for one that only the end of a call brought about: it does not try the patience.
+        """
         self.validated = self.iteration
         if not score > self.best_score:
-            self.stale += 1
+            self.stale += due
             return False
         self.best_iteration, self.best_score, self.stale = self.iteration, score, 0
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from kfo_ext.adapt import MAML
 from kfo_ext.tasks import Examples, TaskBatch
 
-from .meta_step import MetaReport, MetaStep
+from .meta_step import MetaReport, MetaStep, several
 
-# The first makes handles, workspaces, scratch memory and Adam's state; two more, as torch's own recipe has them.
+# The first makes handles, workspaces, scratch memory and the optimizer's state; two more are in torch's own recipe.
 WARMUPS = 3
 
 
@@ -89,11 +89,11 @@ class CapturedMetaStep(MetaStep):
     """A `MetaStep` that the first call captures and every call replays: one launch for a whole meta-iteration.
 
     The first call warms up on its batch and undoes that in place: the iterations equal those of a `MetaStep`. Shapes,
-    types, the inner rate and everything else but the batch and Adam's rate are fixed from then on. A report and the
+    types, the inner rate and everything else but the batch and the outer rate are fixed from then on. A report and the
     meta-gradients in `grad` are memory of the graph, and hold until the next call. A batch of another shape is refused,
     not captured again: a meta-batch has one shape, and every graph keeps the memory of a whole iteration.
 
-    learner, optimizer, clip_norm: as for `MetaStep`; the rate of every group is a tensor, as `make_adam` builds it.
+    learner, optimizer, clip_norm: as for `MetaStep`; the rate of every group is a tensor, as `outer_rate` makes it.
     recorder: captures; by default a CUDA graph.
     Raises: ValueError as `MetaStep`, for a learner that is not on a CUDA device, one that recomputes its inner steps
     (which saves the random state, and a capture cannot read it), or a rate that is no tensor.
@@ -102,7 +102,7 @@ class CapturedMetaStep(MetaStep):
     def __init__(
         self,
         learner: MAML,
-        optimizer: torch.optim.Adam,
+        optimizer: torch.optim.Optimizer,
         *,
         clip_norm: float = 0.0,
         recorder: Recorder | None = None,
@@ -113,41 +113,46 @@ class CapturedMetaStep(MetaStep):
         self.device = next(learner.parameters()).device
         self._recorder = GraphRecorder(self.device) if recorder is None else recorder
         self._check_rates()
-        # Of the batch that is the graph's own memory: a replay, and the report that it writes.
-        self._captured: tuple[TaskBatch, Callable[[], object], MetaReport] | None = None
+        # Of the batches that are the graph's own memory: a replay, and the report that it writes.
+        self._captured: tuple[list[TaskBatch], Callable[[], object], MetaReport] | None = None
         # Held so that no other tensor comes to lie at their addresses.
         self._held: list[Tensor] = []
         self._identities: list[tuple[int, bool]] = []
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
-    def __call__(self, batch: TaskBatch, rate: float) -> MetaReport:
+    def __call__(self, batch: TaskBatch | Sequence[TaskBatch], rate: float) -> MetaReport:
         """As `MetaStep`'s.
 
-        Raises: ValueError for a batch of another shape, type or device than the first one's, or as `MetaStep`;
-        RuntimeError if the iteration cannot be captured, or parameters or Adam's state were replaced by other tensors
-        or frozen since.
+        Raises: ValueError for batches of another number, shape, type or device than the first ones, or as `MetaStep`;
+        RuntimeError if the iteration cannot be captured, or parameters or the optimizer's state were replaced by other
+        tensors or frozen since.
         """
+        batches = several(batch)
         self._check_rates()
         if self._captured is None:
-            self._captured = self._capture(batch)
+            self._captured = self._capture(batches)
         buffers, replay, report = self._captured
         self._check_tensors()
-        _load(buffers, batch)
+        _load(buffers, batches)
         self._set_rate(rate)
         replay()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         return report
 
-    def _capture(self, batch: TaskBatch) -> tuple[TaskBatch, Callable[[], object], MetaReport]:
-        buffers = TaskBatch(*(Examples(*(_checked_device(X, self.device).clone() for X in part)) for part in batch))
+    def _capture(self, batches: Sequence[TaskBatch]) -> tuple[list[TaskBatch], Callable[[], object], MetaReport]:
+        buffers = [
+            TaskBatch(*(Examples(*(_checked_device(X, self.device).clone() for X in part)) for part in batch))
+            for batch in batches
+        ]
 
         def run() -> MetaReport:
             return self._iterate(buffers)
 
         with undone(self.learner, self.optimizer):
             self._recorder.warm_up(run, WARMUPS)
-        groups = self.optimizer.param_groups
+        # Adam's alone.
+        groups = [group for group in self.optimizer.param_groups if "capturable" in group]
         before = [group["capturable"] for group in groups]
         for group in groups:
             # A fused Adam is the same either way; torch asks for the word in a capture, and warns of it elsewhere.
@@ -170,9 +175,9 @@ class CapturedMetaStep(MetaStep):
         states = self.optimizer.state
         parameters = self._parameters()
         # In the order of the parameters: that of the states is of their first steps.
-        adam = [X for p in parameters for X in states.get(p, {}).values()]
+        own = [X for p in parameters for X in states.get(p, {}).values()]
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [*self.learner.parameters(), *self.learner.buffers(), *parameters, *adam, *rates]
+        return [*self.learner.parameters(), *self.learner.buffers(), *parameters, *own, *rates]
 
     def _check_rates(self) -> None:
         if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
@@ -181,31 +186,38 @@ class CapturedMetaStep(MetaStep):
     def _check_tensors(self) -> None:
         if _identities(self._tensors()) != self._identities:
             raise RuntimeError(
-                "cuda_graph: parameters or Adam's state are other tensors than those captured, or were frozen or "
-                "unfrozen since: build a new CapturedMetaStep after such a change"
+                "cuda_graph: parameters or the optimizer's state are other tensors than those captured, or were frozen "
+                "or unfrozen since: build a new CapturedMetaStep after such a change"
             )
 
 
-def _load(buffers: TaskBatch, batch: TaskBatch) -> None:
-    """Copy a batch of the same kind into the graph's own memory."""
-    for part, into, values in zip(TaskBatch._fields, buffers, batch, strict=True):
-        for name, buffer, X in zip(Examples._fields, into, values, strict=True):
-            if (X.shape, X.dtype, X.device) != (buffer.shape, buffer.dtype, buffer.device):
-                raise ValueError(
-                    f"batch.{part}.{name}: expected {_kind(buffer)} as captured, got {_kind(X)}: "
-                    "another shape needs another CapturedMetaStep"
-                )
-    for into, values in zip(buffers, batch, strict=True):
-        for buffer, X in zip(into, values, strict=True):
-            buffer.copy_(X)
+def _load(buffers: Sequence[TaskBatch], batches: Sequence[TaskBatch]) -> None:
+    """Copy batches of the same kind into the graph's own memory."""
+    if len(batches) != len(buffers):
+        raise ValueError(
+            f"batch: expected {len(buffers)} meta-batches as captured, got {len(batches)}: "
+            "another number needs another CapturedMetaStep"
+        )
+    pairs = []
+    for own, batch in zip(buffers, batches):
+        for part, into, values in zip(TaskBatch._fields, own, batch, strict=True):
+            for name, buffer, X in zip(Examples._fields, into, values, strict=True):
+                if (X.shape, X.dtype, X.device) != (buffer.shape, buffer.dtype, buffer.device):
+                    raise ValueError(
+                        f"batch.{part}.{name}: expected {_kind(buffer)} as captured, got {_kind(X)}: "
+                        "another shape needs another CapturedMetaStep"
+                    )
+                pairs.append((buffer, X))
+    for buffer, X in pairs:
+        buffer.copy_(X)
 
 
 @contextmanager
-def undone(learner: torch.nn.Module, optimizer: torch.optim.Adam) -> Iterator[None]:
-    """Sets back what the block does to parameters, buffers, Adam's state and random states: in place, to the bit.
+def undone(learner: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Sets back what the block does to parameters, buffers, optimizer and random states: in place, to the bit.
 
-    A state that Adam has not had before becomes zeros, which is how Adam starts. Gradients of its parameters are none
-    afterwards.
+    A state that the optimizer has not had before becomes zeros, which is how those of a `MetaStep` start. Gradients of
+    its parameters are none afterwards.
     """
     tensors = [*learner.parameters(), *learner.buffers()]
     before = [X.detach().clone() for X in tensors]

@@ -1,7 +1,8 @@
 """What one meta-training run computes: a frozen configuration that checks itself.
 
-A run chooses one part of each of four tables: data set, network, method, update. Each part has options of its own, and
-the rest, `RUN`, belongs to every run. An option of a part that was not chosen would have no effect, and is refused.
+A run chooses one part of each of six tables: data set, network, method, update, optimizer, schedule. Each part has
+options of its own, and the rest, `RUN`, belongs to every run. An option of a part that was not chosen would have no
+effect, and is refused.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfo_ext.choices import MOST_THREADS, PRECISIONS
 from kfo_ext.runs.files import read_json, write_json
 
 from .datasets import DATASETS, DataSet
 from .methods import METHODS, Method
 from .networks import NETWORKS, Network
-from .options import MACHINE, SCORE, TRAINING, Option, Part
+from .optimizers import OPTIMIZERS, OuterOptimizer
+from .options import SCORE, TRAINING, Option, Part
+from .run_options import RUN
+from .schedules import SCHEDULES, Schedule
 from .updates import UPDATES, LearnedUpdate
 
 if TYPE_CHECKING:
@@ -29,9 +32,18 @@ TABLES: Mapping[str, Mapping[str, Part]] = {
     "network": NETWORKS,
     "method": METHODS,
     "update": UPDATES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
 }
 # What a message calls a part of each table.
-NOUNS = {"dataset": "data set", "network": "network", "method": "method", "update": "update"}
+NOUNS = {
+    "dataset": "data set",
+    "network": "network",
+    "method": "method",
+    "update": "update",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+}
 
 
 def _network_of(before: Mapping[str, Any]) -> str:
@@ -44,89 +56,8 @@ PARTS = {
     "network": Option(kind=str, default=_network_of, shown="that of the data set", help="what is meta-trained"),
     "method": Option(kind=str, default="maml", help="what the inner loop adapts"),
     "update": Option(kind=str, default="kfo", help="how it adapts"),
-}
-
-RUN = {
-    "first_order": Option(kind=bool, default=False, help="take the inner gradients as constants", role=TRAINING),
-    "checkpoint_inner": Option(
-        kind=bool,
-        default=False,
-        help="recompute the inner steps in the backward pass to save memory",
-        role=TRAINING,
-    ),
-    "steps": Option(kind=int, default=5, help="inner steps", least=0),
-    "fast_lr": Option(kind=float, default=0.1, help="inner learning rate", positive=True),
-    "meta_lr": Option(
-        kind=float, default=0.003, help="outer learning rate, of Adam(0.9, 0.999)", positive=True, role=TRAINING
-    ),
-    "meta_lr_half_life": Option(
-        kind=int,
-        default=0,
-        help="meta-iterations in which the outer learning rate halves; 0 keeps it constant",
-        least=0,
-        role=TRAINING,
-    ),
-    "clip_norm": Option(
-        kind=float,
-        default=0.0,
-        help="largest norm of the meta-gradient, longer ones are scaled; 0 is no limit",
-        least=0,
-        role=TRAINING,
-    ),
-    "meta_batch": Option(kind=int, default=16, help="tasks of a meta-iteration", least=1, role=MACHINE),
-    "iterations": Option(kind=int, default=1000, help="meta-iterations", least=1, role=TRAINING, resumable=True),
-    "seed": Option(
-        kind=int, default=0, help="seed of the parameters and of the training tasks", least=0, role=TRAINING
-    ),
-    "validation_every": Option(
-        kind=int,
-        default=100,
-        help="meta-iterations between two validations, each followed by a save",
-        least=1,
-        role=TRAINING,
-    ),
-    "validation_tasks": Option(kind=int, default=200, help="tasks of one validation", least=2, role=TRAINING),
-    "patience": Option(
-        kind=int,
-        default=0,
-        help="stop after so many validations without a better one; 0 is never",
-        least=0,
-        role=TRAINING,
-    ),
-    "workers": Option(
-        kind=int,
-        default=0,
-        help="threads that prepare tasks",
-        least=0,
-        most=MOST_THREADS,
-        role=MACHINE,
-        resumable=True,
-    ),
-    # Another number of threads rounds torch's own sums differently.
-    "threads": Option(
-        kind=int,
-        default=0,
-        help="threads of torch; 0 leaves torch's own choice",
-        least=0,
-        most=MOST_THREADS,
-        role=MACHINE,
-        resumable=True,
-    ),
-    "dtype": Option(kind=str, default="float32", help="floating-point type", choices=("float32", "float64")),
-    "device": Option(kind=str, default="cpu", help="device of torch, such as cpu or cuda:0", role=MACHINE),
-    "precision": Option(
-        kind=str,
-        default="ieee",
-        help="of the network's convolutions: float32 as it is, tf32 (CUDA), or bf16 for the whole forward",
-        choices=PRECISIONS,
-    ),
-    "cuda_graph": Option(
-        kind=bool,
-        default=False,
-        help="capture a whole meta-iteration as one CUDA graph, and replay it",
-        role=TRAINING,
-        resumable=True,
-    ),
+    "optimizer": Option(kind=str, default="adam", help="what applies the meta-gradients", role=TRAINING),
+    "schedule": Option(kind=str, default="constant", help="of the outer learning rate", role=TRAINING),
 }
 
 
@@ -176,6 +107,8 @@ class Config:
             raise ValueError(f"method: {self.method!r} needs a network with a head, {self.network!r} has none")
         if self.precision == "tf32" and not network.convolutions:
             raise ValueError(f"precision: 'tf32' has no effect on network {self.network!r}, which has no convolution")
+        for kind, table in TABLES.items():
+            table[self.values[kind]].check(self.values)
 
     def _check_device(self) -> None:
         # Not on top: the help of the command line reads the options alone.
@@ -218,6 +151,16 @@ class Config:
     def update_row(self) -> LearnedUpdate:
         """The row of `update` in its table."""
         return UPDATES[self.update]
+
+    @property
+    def optimizer_row(self) -> OuterOptimizer:
+        """The row of `optimizer` in its table."""
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def schedule_row(self) -> Schedule:
+        """The row of `schedule` in its table."""
+        return SCHEDULES[self.schedule]
 
     def options_of(self, part: Part) -> dict[str, Any]:
         """The values of the options that belong to a part."""
@@ -280,8 +223,17 @@ class Config:
 
 def options_in_effect(values: Mapping[str, Any]) -> dict[str, Option]:
     """The options that have an effect where the parts are those of `values`."""
-    parts = [table[values[kind]] for kind, table in TABLES.items()]
-    return {**PARTS, **{name: option for part in parts for name, option in part.options.items()}, **RUN}
+    scored, trained = (
+        {
+            name: option
+            for kind, table in TABLES.items()
+            if (PARTS[kind].role == TRAINING) == training
+            for name, option in table[values[kind]].options.items()
+        }
+        for training in (False, True)
+    )
+    # Those of how it is trained last: their defaults may follow from the run's options.
+    return {**PARTS, **scored, **RUN, **trained}
 
 
 def owners(name: str) -> dict[str, dict[str, Option]]:

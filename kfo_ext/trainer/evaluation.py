@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from kfo_ext.runs.bars import progress_bar
 from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
 from kfo_ext.tasks.checks import check_count
 
@@ -91,7 +91,7 @@ def evaluate(
     tasks: n, the length of the list.
     batch: tasks adapted at a time.
     steps: inner steps, as many as the learner was built with by default.
-    progress: show a bar where stderr is a terminal.
+    progress: show a bar on a terminal or in a notebook.
     cancelled: read before each batch; once true, the evaluation ends.
     Raises: ValueError for fewer than two tasks, too many or an empty batch, TypeError for a number that is no int,
     FloatingPointError at a loss that is not finite, Cancelled.
@@ -105,7 +105,7 @@ def evaluate(
     losses, metrics = [], []
     stream = batches(family, 1, start=0, workers=workers)
     with closing(stream), torch.no_grad():
-        for start in tqdm(range(0, tasks, batch), disable=None if progress else True, unit="batch"):
+        for start in progress_bar(range(0, tasks, batch), shown=progress, unit="batch"):
             if cancelled():
                 raise Cancelled
             group = _joined(list(islice(stream, min(batch, tasks - start))))

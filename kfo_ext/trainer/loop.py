@@ -1,22 +1,24 @@
-"""Meta-training: Adam outside, validation, best checkpoint, exact resume."""
+"""Meta-training: outer steps, validation, best checkpoint, exact resume."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from itertools import islice
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kfo_ext.runs import checkpoint
-from kfo_ext.runs.metrics import Metrics, Record
+from kfo_ext.runs.bars import progress_bar
+from kfo_ext.runs.loggers import checked, opened
+from kfo_ext.runs.metrics import Logger, Metrics, Record
 from kfo_ext.runs.plots import plot_runs
 from kfo_ext.runs.progress import Progress
 from kfo_ext.runs.run_folder import RunFolder
@@ -25,10 +27,14 @@ from kfo_ext.tasks import TaskBatch, batches
 from .captured_step import CapturedMetaStep
 from .config import Config, difference
 from .evaluation import Cancelled, Evaluation, evaluate, mean_interval
-from .meta_step import MetaStep, make_adam
+from .meta_step import MetaStep
 from .precision import convolution_precision
-from .recipe import EVALUATION_SEED, build_family, build_learner
+from .recipe import EVALUATION_SEED, build_family, build_learner, build_optimizer
+from .schedules import meta_rate
 from .signals import stop_requested
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +66,7 @@ class Trainer:
         self.tasks = build_family(config, "train", seed=config.seed)
         self.validation_tasks = build_family(config, "validation", seed=EVALUATION_SEED)
         self.learner = build_learner(config)
-        self.optimizer = make_adam(self.learner.parameters(), config.meta_lr)
+        self.optimizer = build_optimizer(config, self.learner)
         step = CapturedMetaStep if config.cuda_graph else MetaStep
         self.meta_step = step(self.learner, self.optimizer, clip_norm=config.clip_norm)
         # Last: what fails above leaves no folder.
@@ -99,24 +105,29 @@ class Trainer:
             config.save(run.config)
         return trainer
 
-    def fit(self, *, time_budget: float = 0.0) -> Outcome:
+    def fit(self, *, time_budget: float = 0.0, loggers: Iterable[str | Logger] = ()) -> Outcome:
         """Train until the iterations are done, the patience or the time is at its end, or a signal asks to stop.
 
         A validation follows every `validation_every` iterations and the last one; each is followed by a save. The run
         folder is locked meanwhile. A trainer that was neither started nor resumed begins a new run in it.
 
         time_budget: seconds of this call, the last validation not included; 0 is no limit.
+        loggers: what gets each record besides metrics.jsonl: functions of one record (a dict), or names of
+            `kfo_ext.runs.loggers.LOGGERS`. What one of them raises ends the call.
         Raises: FloatingPointError naming iteration, step and task at the first value that is not finite; the
         checkpoints stay as they were. ValueError if another writer is at work, or has continued the run since.
+        ImportError if what a logger needs is not installed.
         """
         if not time_budget >= 0:
             raise ValueError(f"time_budget: expected seconds, at least 0, got {time_budget}")
+        loggers = checked(loggers)
         if self._saved is None:
             self._begin()
         with self.run.writing():
             if checkpoint.digest(self.run.last) != self._saved:
                 raise ValueError(f"{self.run.last}: another trainer has written it since; go on with Trainer.resume")
-            return self._fit(time_budget)
+            with opened(loggers, self.run, self.config.to_dict(), self.progress.iteration) as functions:
+                return self._fit(time_budget, functions)
 
     def _begin(self) -> None:
         self.run.check_free(Config.load)
@@ -129,15 +140,16 @@ class Trainer:
             self.config.save(self.run.config)
             self._save()
 
-    def _fit(self, time_budget: float) -> Outcome:
+    def _fit(self, time_budget: float, loggers: Iterable[Logger]) -> Outcome:
         begin = time.monotonic()
         self._deadline = begin + time_budget if time_budget else math.inf
         self._clock = begin - self.progress.elapsed
-        stream = batches(self.tasks, self.config.meta_batch, start=self.progress.iteration, workers=self.config.workers)
+        start = self.progress.iteration * self.config.accumulate
+        stream = batches(self.tasks, self.config.meta_batch, start=start, workers=self.config.workers)
         with (
             convolution_precision(self.config.precision),
             stop_requested() as stop,
-            Metrics(self.run.metrics, self.progress, self.config.validation_every) as metrics,
+            Metrics(self.run.metrics, self.progress, self.config.validation_every, loggers) as metrics,
             self._bar() as bar,
             closing(stream),
         ):
@@ -149,7 +161,7 @@ class Trainer:
                 elif reason:
                     break
                 else:
-                    self._step(next(stream), metrics, bar)
+                    self._step(stream, metrics, bar)
             metrics.sync()
             self._save()
         plot_runs({self.run.path.name: self.run.metrics}, self.run.curve)
@@ -168,10 +180,13 @@ class Trainer:
         done = self.progress.iteration
         return done > self.progress.validated and (bool(ending) or done % self.config.validation_every == 0)
 
-    def _step(self, batch: TaskBatch, metrics: Metrics, bar: tqdm) -> None:
-        iteration = self.progress.iteration + 1
-        rate = self._meta_rate()
-        report = self.meta_step(batch.to(self.config.device, self.config.torch_dtype), rate).on_host()
+    def _step(self, stream: Iterator[TaskBatch], metrics: Metrics, bar: tqdm) -> None:
+        config, iteration = self.config, self.progress.iteration + 1
+        rate = meta_rate(config.schedule_row, self.progress.iteration, config.values)
+        # That of a step is of the group whose rate is the largest.
+        largest = max(1.0, (config.meta_lr_update or 0.0) / config.meta_lr)
+        parts = [batch.to(config.device, config.torch_dtype) for batch in islice(stream, config.accumulate)]
+        report = self.meta_step(parts, rate * largest).on_host()
         try:
             self.meta_step.check_finite(report)
         except FloatingPointError as error:
@@ -187,10 +202,9 @@ class Trainer:
     def _bar(self) -> tqdm:
         # The bar's own time left is that of all iterations, which a time budget does not wait for.
         timed = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
-        return tqdm(
+        return progress_bar(
             total=self.config.iterations,
             initial=self.progress.iteration,
-            disable=None,
             unit="it",
             bar_format=timed if self._deadline < math.inf else None,
         )
@@ -201,11 +215,6 @@ class Trainer:
             shown["seconds left"] = f"{max(0.0, self._deadline - time.monotonic()):.0f}"
         bar.set_postfix(shown, refresh=False)
         bar.update()
-
-    def _meta_rate(self) -> float:
-        # A function of the iteration alone: a resumed or prolonged run goes on exactly.
-        half_life = self.config.meta_lr_half_life
-        return self.config.meta_lr * (0.5 ** (self.progress.iteration / half_life) if half_life else 1.0)
 
     def _validate(self, metrics: Metrics, bar: tqdm, stop: Callable[[], bool]) -> None:
         bar.set_description("validating")
@@ -228,7 +237,8 @@ class Trainer:
         score, record = _summary(scores)
         metrics.append({"iteration": self.progress.iteration, **record, "elapsed": self.progress.elapsed})
         metrics.sync()
-        if self.progress.record(score):
+        due = self.progress.iteration % self.config.validation_every == 0
+        if self.progress.record(score, due=due):
             # Before last.pt: a kill in between leaves a last.pt that leads to this very best.pt again.
             checkpoint.save(self.run.best, self._state())
         self._save()

@@ -1,9 +1,9 @@
-"""One meta-iteration as a unit: adaptation, meta-gradients, clipping and Adam, without ever waiting for the device."""
+"""One meta-iteration as a unit: adaptation, meta-gradients, clipping, outer step; it never waits for the device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from kfo_ext.tasks import TaskBatch
 
 
 class MetaReport(NamedTuple):
-    """What one meta-iteration gives, on its device until `on_host`.
+    """What one meta-iteration gives, on its device until `on_host`; the tasks are those of its meta-batches in order.
 
     loss: (), the mean query loss.
     support_losses: (steps, tasks), before each inner step.
@@ -39,54 +39,64 @@ class MetaReport(NamedTuple):
         return MetaReport(*values, *[None] * (len(self) - len(values)))
 
 
-def make_adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
-    """The outer Adam(0.9, 0.999), fused: it can leave out a step by a flag on the device.
+def outer_rate(lr: float, device: torch.device) -> float | Tensor:
+    """The rate of a parameter group: on CUDA a tensor of float32, as fused kernels read it, which a graph follows."""
+    return torch.tensor(lr, dtype=torch.float32, device=device) if device.type == "cuda" else lr
 
-    On CUDA its rate is a tensor of float32, as its kernel reads it: a captured graph follows it.
-    """
+
+def make_adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
+    """The outer Adam(0.9, 0.999), fused: it can leave out a step by a flag on the device."""
     parameters = list(parameters)
-    device = parameters[0].device
-    rate = torch.tensor(lr, dtype=torch.float32, device=device) if device.type == "cuda" else lr
+    rate = outer_rate(lr, parameters[0].device)
     return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), fused=True)
 
 
 class MetaStep:
-    """One whole meta-iteration of a learner and its Adam: nothing is read back, nothing depends on a value.
+    """One whole meta-iteration of a learner and its optimizer: nothing is read back, nothing depends on a value.
 
-    Where a loss or the norm of the meta-gradient is not finite, parameters and Adam's state stay as they were, to the
-    bit, and `check_finite` says what it was.
+    Where a loss or the norm of the meta-gradient is not finite, parameters and the optimizer's state stay as they were,
+    to the bit, and `check_finite` says what it was.
 
     Clearing, differentiating, measuring and clipping are of the optimizer's parameters alone: `grad` of the others
     stays as it is. Its groups keep the ratios of their rates, which are those of their `initial_lr`: the rate that a
     group has when it is first seen here (or by one of torch's schedulers), saved with the optimizer's state.
 
     learner: MAML or ANIL.
-    optimizer: of all or some of its parameters, as `make_adam` builds it, or in groups.
-    clip_norm: longer meta-gradients are scaled to this norm; 0 is no limit.
-    Raises: ValueError for a negative limit, an Adam that is not fused, or a parameter that is not the learner's.
+    optimizer: Adam, AdamW or SGD, fused, of all or some of its parameters, in one group or several.
+    clip_norm: longer meta-gradients are scaled to this norm, before any weight decay; 0 is no limit.
+    Raises: ValueError for a negative limit, an optimizer of another kind or not fused, or a parameter that is not the
+    learner's.
     """
 
-    def __init__(self, learner: MAML, optimizer: torch.optim.Adam, *, clip_norm: float = 0.0) -> None:
+    def __init__(self, learner: MAML, optimizer: torch.optim.Optimizer, *, clip_norm: float = 0.0) -> None:
         if not clip_norm >= 0:
             raise ValueError(f"clip_norm: expected at least 0, got {clip_norm}")
-        if not isinstance(optimizer, torch.optim.Adam) or not all(group["fused"] for group in optimizer.param_groups):
-            raise ValueError("optimizer: expected an Adam with fused=True, which can leave out a step on the device")
+        # AdamW is an Adam.
+        known = isinstance(optimizer, torch.optim.Adam | torch.optim.SGD)
+        if not known or not all(group["fused"] for group in optimizer.param_groups):
+            raise ValueError(
+                "optimizer: expected Adam, AdamW or SGD with fused=True, which can leave out a step on the device, "
+                f"got {type(optimizer).__name__}{' with fused=False' if known else ''}"
+            )
         self.learner = learner
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self._parameters()
         self._ratios()
 
-    def __call__(self, batch: TaskBatch, rate: float) -> MetaReport:
+    def __call__(self, batch: TaskBatch | Sequence[TaskBatch], rate: float) -> MetaReport:
         """Takes one meta-step; the meta-gradients stay in `grad`, clipped.
 
-        batch: on the learner's device, in its type.
-        rate: Adam's learning rate, of the group whose `initial_lr` is largest; that of another is this times their
+        batch: on the learner's device, in its type. Several are adapted one after another, in the memory of one, and
+            give the meta-gradients of all their tasks together.
+        rate: the learning rate, of the group whose `initial_lr` is largest; that of another is this times their
             ratio, so that groups of one rate keep one rate, and a group of rate 0 beside others stays as it is.
-        Raises: ValueError for a rate that is negative or not finite, or an optimizer without a parameter to step.
+        Raises: ValueError for no batch, a rate that is negative or not finite, or an optimizer without a parameter to
+        step.
         """
+        batches = several(batch)
         self._set_rate(rate)
-        return self._iterate(batch)
+        return self._iterate(batches)
 
     def check_finite(self, report: MetaReport) -> None:
         """Raises FloatingPointError naming the first step and task, or the parameter, that is not finite.
@@ -141,25 +151,68 @@ class MetaStep:
             else:
                 group["lr"] = rate * ratio
 
-    def _iterate(self, batch: TaskBatch) -> MetaReport:
+    def _begin_momentum(self) -> None:
+        """Gives SGD the momentum of a first step, zero: torch leaves it undefined after a first step left out.
+
+        Raises: ValueError for damped momentum, whose first step torch does not damp.
+        """
+        for group in self.optimizer.param_groups:
+            if not group.get("momentum"):
+                continue
+            if group["dampening"]:
+                raise ValueError(f"optimizer: expected an SGD with dampening=0, got dampening={group['dampening']}")
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def _iterate(self, batches: Sequence[TaskBatch]) -> MetaReport:
         learned = [p for p in self._parameters() if p.requires_grad]
         if not learned:
             raise ValueError("optimizer: expected a parameter that requires a gradient, got only frozen ones")
+        self._begin_momentum()
         self.optimizer.zero_grad()
-        result = self.learner(batch)
-        result.loss.backward(inputs=learned)
+        results = []
+        for batch, share in zip(batches, _shares(batches)):
+            result = self.learner(batch)
+            shared = result.loss * share
+            shared.backward(inputs=learned)
+            results.append(result._replace(loss=shared.detach()))
         norm = get_total_norm([p.grad for p in learned if p.grad is not None])
         if self.clip_norm:
             # A norm that is not finite would spread to every gradient, and hide where it came from.
             clip_grads_with_norm_(learned, self.clip_norm, norm.nan_to_num(posinf=0.0))
-        losses = torch.cat([result.support_losses, result.query_losses[None]])
+        support_losses = torch.cat([result.support_losses for result in results], 1)
+        query_losses = torch.cat([result.query_losses for result in results])
+        losses = torch.cat([support_losses, query_losses[None]])
         finite = losses.isfinite().all() & norm.isfinite()
-        # As torch's GradScaler does: Adam, its step counter included, stands still where this is 1.
+        # As torch's GradScaler does: the optimizer, a step counter included, stands still where this is 1.
         # Not an attribute that the class declares.
         setattr(self.optimizer, "found_inf", finite.logical_not().float())  # noqa: B010
         try:
             self.optimizer.step()
         finally:
             delattr(self.optimizer, "found_inf")
-        metric = None if result.metrics is None else result.metrics.mean()
-        return MetaReport(result.loss.detach(), result.support_losses, result.query_losses, norm, metric)
+        metrics = [result.metrics for result in results if result.metrics is not None]
+        metric = torch.cat(metrics).mean() if metrics else None
+        loss = torch.stack([result.loss for result in results]).sum()
+        return MetaReport(loss, support_losses, query_losses, norm, metric)
+
+
+def several(batch: TaskBatch | Sequence[TaskBatch]) -> Sequence[TaskBatch]:
+    """The meta-batches of one iteration.
+
+    Raises: ValueError for none.
+    """
+    batches = [batch] if isinstance(batch, TaskBatch) else batch
+    if not batches:
+        raise ValueError("batch: expected at least one meta-batch, got none")
+    return batches
+
+
+def _shares(batches: Sequence[TaskBatch]) -> list[float]:
+    """The part that each has of all tasks."""
+    counts = [len(batch.support.x) for batch in batches]
+    if len(batches) == 1 or not any(counts):
+        return [1.0 / len(batches)] * len(batches)
+    return [count / sum(counts) for count in counts]

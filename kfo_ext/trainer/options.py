@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,15 +77,21 @@ class Option:
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
+def _fit_together(values: Mapping[str, Any]) -> None:
+    del values
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A row of a table: one data set, network, method or update.
+    """A row of a table: one data set, network, method, update, optimizer or schedule.
 
     help: what it is, in a few words.
     options: those that belong to it, by name.
     defaults: of options that belong to something else, where this part has other ones.
+    check: of the values of all options; raises ValueError where some do not go together.
     """
 
     help: str
     options: Mapping[str, Option] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], None] = _fit_together

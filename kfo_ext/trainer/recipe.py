@@ -1,4 +1,4 @@
-"""From a configuration to the objects it names: task families, and the learner."""
+"""From a configuration to the objects it names: task families, the learner, and the outer optimizer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kfo_ext.adapt import MAML
 from kfo_ext.tasks import TaskFamily
 
 from .config import Config
+from .meta_step import outer_rate
 from .updates import ADAPTED
 
 # Validation and test tasks do not follow the seed of the run: every run is judged on the same lists.
@@ -58,3 +59,26 @@ def build_learner(config: Config) -> MAML:
     )
     learner.steps = config.steps
     return learner
+
+
+def build_optimizer(config: Config, learner: MAML) -> torch.optim.Optimizer:
+    """The outer optimizer: of all parameters in one group, or with `meta_lr_update` those of the update in another.
+
+    Raises: ValueError for a rate of an update that has no meta-parameters.
+    """
+    parameters = list(learner.parameters())
+    of_update = set(learner.update.parameters()) if config.meta_lr_update else set()
+    if config.meta_lr_update and not of_update:
+        raise ValueError(
+            f"meta_lr_update: has no effect with update {config.update!r}, which has no meta-parameters here"
+        )
+    device = parameters[0].device
+    groups = [
+        {"params": owned, "lr": outer_rate(lr, device)}
+        for owned, lr in (
+            ([p for p in parameters if p not in of_update], config.meta_lr),
+            ([p for p in parameters if p in of_update], config.meta_lr_update),
+        )
+        if owned
+    ]
+    return config.optimizer_row.make(groups, **config.options_of(config.optimizer_row))

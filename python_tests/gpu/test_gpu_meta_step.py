@@ -219,7 +219,8 @@ def test_what_cannot_be_captured_says_why(cuda):
 
 TINY = {
     "shots": 2, "queries": 2, "hidden": 4, "steps": 2, "meta_batch": 2, "validation_tasks": 4,
-    "iterations": 4, "validation_every": 2, "dtype": "float64", "meta_lr_half_life": 2, "device": "cuda",
+    "iterations": 4, "validation_every": 2, "dtype": "float64", "schedule": "half_life",
+    "meta_lr_half_life": 2, "device": "cuda",
 }  # fmt: skip
 
 
