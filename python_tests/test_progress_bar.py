@@ -1,13 +1,19 @@
-"""What the progress bar says about the time."""
+"""What the progress bar says about the time, and where it is shown."""
 
 from __future__ import annotations
 
 import io
+import os
+import pty
 import re
+import subprocess
+import sys
 
 import pytest
-from tqdm import tqdm
+import tqdm.auto
+from tqdm import tqdm as text_bar
 
+from kfo_ext.runs.bars import progress_bar
 from kfo_ext.trainer import Config, Trainer, loop
 
 
@@ -17,7 +23,7 @@ def fit(tmp_path, monkeypatch):
     text = io.StringIO()
 
     def bar(*args, **options):
-        return tqdm(*args, **{**options, "disable": False, "file": text, "mininterval": 0.0, "ncols": 120})
+        return text_bar(*args, **{**options, "disable": False, "file": text, "mininterval": 0.0, "ncols": 120})
 
     def run(iterations: int, time_budget: float) -> str:
         config = Config(dataset="sinusoid", hidden=4, steps=1, meta_batch=2, iterations=iterations, validation_tasks=2)
@@ -55,3 +61,46 @@ def test_after_a_late_last_iteration_no_time_is_left(fit, monkeypatch):
     said = fit(10**6, 50.0)
     assert "seconds left=0" in said
     assert "seconds left=-" not in said
+
+
+def loop_of(shown: bool) -> str:
+    return (
+        f"from kfo_ext.runs.bars import progress_bar\nfor _ in progress_bar(range(3), shown={shown}, ncols=80): pass\n"
+    )
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_plain_terminal_gets_text_and_no_warning(shown):
+    ours, theirs = pty.openpty()
+    line = [sys.executable, "-W", "error", "-c", loop_of(shown)]
+    done = subprocess.run(line, stderr=theirs, stdout=subprocess.PIPE, check=True, timeout=60)
+    os.write(theirs, b"end")
+    said = os.read(ours, 10000).decode()
+    os.close(ours)
+    os.close(theirs)
+    assert ("3/3 [" in said) == shown
+    assert "Warning" not in said
+    assert done.stdout == b""
+
+
+def test_what_is_no_terminal_gets_nothing():
+    line = [sys.executable, "-W", "error", "-c", loop_of(True)]
+    done = subprocess.run(line, capture_output=True, check=True, timeout=60)
+    assert done.stdout + done.stderr == b""
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_notebook_gets_its_widget(shown, monkeypatch):
+    """Though its output is no terminal, where tqdm alone would show nothing."""
+    given = []
+
+    class Widget(text_bar):
+        __module__ = "tqdm.notebook"
+
+        def __init__(self, *args, **options) -> None:
+            given.append(options)
+            super().__init__(*args, **{**options, "disable": True})
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Widget)
+    assert list(progress_bar(range(3), shown=shown)) == [0, 1, 2]
+    assert given == [{"disable": not shown}]
