@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import tqdm.auto
@@ -64,14 +67,13 @@ def test_after_a_late_last_iteration_no_time_is_left(fit, monkeypatch):
 
 
 def loop_of(shown: bool) -> str:
-    return (
-        f"from kfo_ext.runs.bars import progress_bar\nfor _ in progress_bar(range(3), shown={shown}, ncols=80): pass\n"
-    )
+    return f"from kfo_ext.runs.bars import progress_bar\nfor _ in progress_bar(range(3), shown={shown}): pass\n"
 
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_plain_terminal_gets_text_and_no_warning(shown):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     line = [sys.executable, "-W", "error", "-c", loop_of(shown)]
     done = subprocess.run(line, stderr=theirs, stdout=subprocess.PIPE, check=True, timeout=60)
     os.write(theirs, b"end")
