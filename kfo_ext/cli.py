@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from kfo_ext.bench.names import AXES, GROUPS, ORDERS, PROVIDERS
 from kfo_ext.choices import LARGEST_INTEGER, MOST_THREADS
 from kfo_ext.machine import keep_freed_memory
+from kfo_ext.runs.loggers import LOGGERS, checked
 from kfo_ext.streams import complain, echo, open_streams, settle
 from kfo_ext.trainer.config import Config
 from kfo_ext.trainer.listing import listed
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 # Options whose text is a path.
 PATHS = ("data_root", "cache", "splits")
+_LOGGERS = ", ".join(f"{name} ({adapter.help})" for name, adapter in LOGGERS.items())
 # Where in its own sources an error of torch was.
 TORCH_PLACE = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
 # What torch says where there is too little memory; MemoryError is Python's own.
@@ -133,17 +135,16 @@ def train(
     ] = 0.0,
     log: Annotated[
         str | None,
-        typer.Option(help="beside metrics.jsonl; comma-separated, of: tensorboard, wandb", show_default=False),
+        typer.Option(help=f"besides metrics.jsonl, comma-separated: {_LOGGERS}", show_default=False),
     ] = None,
 ) -> None:
     """Meta-train a network, and with it a learned update, in a run folder."""
     with interrupt_ends():
-        from kfo_ext.runs.loggers import checked
         from kfo_ext.trainer import Trainer
 
+        # First: what is not installed leaves no folder.
+        loggers = checked(_several(log) or ())
     keep_freed_memory()
-    # First: what is not installed leaves no folder.
-    loggers = checked(_several(log) or ())
     if resume is None:
         config = Config(**given)
         trainer = Trainer.start(config, run)

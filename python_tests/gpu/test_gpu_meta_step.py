@@ -1,4 +1,4 @@
-"""A meta-iteration captured as one CUDA graph: the same as eager ones, Adam included; options of the convolutions."""
+"""A meta-iteration captured as one CUDA graph: the same as eager ones, optimizer included; options of convolutions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.testing import EagerRecorder
 from kfo_ext.trainer import Config, Trainer
 from kfo_ext.trainer.captured_step import CapturedMetaStep
-from kfo_ext.trainer.meta_step import MetaStep, make_adam
+from kfo_ext.trainer.meta_step import MetaStep, outer_rate
+from kfo_ext.trainer.optimizers import OPTIMIZERS
 from kfo_ext.trainer.precision import convolution_precision
 
 pytestmark = pytest.mark.gpu
@@ -62,15 +63,17 @@ def make_batch(seed, dtype, device, tasks=TASKS) -> TaskBatch:
     return TaskBatch(examples(10), examples(5)).to(device)
 
 
-def make_step(learner: MAML, graph: bool, **options) -> MetaStep:
-    adam = make_adam(learner.parameters(), 1.0)
+def make_step(learner: MAML, graph: bool, optimizer: str = "adam", settings=None, **options) -> MetaStep:
+    parameters = list(learner.parameters())
+    groups = [{"params": parameters, "lr": outer_rate(1.0, parameters[0].device)}]
+    outer = OPTIMIZERS[optimizer].make(groups, **(settings or {}))
     if not graph:
-        return MetaStep(learner, adam, **options)
-    if next(learner.parameters()).device.type == "cuda":
-        return CapturedMetaStep(learner, adam, **options)
+        return MetaStep(learner, outer, **options)
+    if parameters[0].device.type == "cuda":
+        return CapturedMetaStep(learner, outer, **options)
     # KFO_TEST_DEVICE=cpu: everything but the capture.
-    adam.param_groups[0]["lr"] = torch.tensor(1.0, dtype=torch.float64)
-    return CapturedMetaStep(learner, adam, recorder=EagerRecorder(learner), **options)
+    outer.param_groups[0]["lr"] = torch.tensor(1.0, dtype=torch.float64)
+    return CapturedMetaStep(learner, outer, recorder=EagerRecorder(learner), **options)
 
 
 def state_of(step: MetaStep) -> dict[str, torch.Tensor]:
@@ -102,6 +105,36 @@ def test_captured_iterations_equal_eager_ones(device, kind, clip_norm, dtype):
             torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=name)
         assert_close(*steps, TOLERANCE[dtype])
     assert {X.item() for name, X in state_of(steps[0]).items() if name.endswith(" step")} == {float(len(RATES))}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        ("adam", {"weight_decay": 0.1}),
+        ("adamw", {}),
+        ("sgd", {}),
+        ("sgd", {"momentum": 0.9, "weight_decay": 0.1}),
+        ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
+def test_optimizers_accumulate_and_leave_out_what_is_not_finite(device, optimizer, settings, graph):
+    """Two meta-batches as one larger one; the first iteration is not finite, and changes nothing."""
+    step = make_step(make_learner("maml", torch.float64, device), graph, optimizer, settings)
+    plain = make_step(make_learner("maml", torch.float64, device), False, optimizer, settings)
+    broken = make_batch(9, torch.float64, device)
+    broken.query.x[1] = math.nan
+    start = copy.deepcopy(step.learner.state_dict())
+    with pytest.raises(FloatingPointError, match=f"the query loss of task {TASKS + 1} is nan"):
+        step.check_finite(step([make_batch(8, torch.float64, device), broken], 0.01).on_host())
+    same = (torch.equal(X, start[name]) for name, X in step.learner.state_dict().items() if torch.is_tensor(X))
+    assert all(same)
+    for number, rate in enumerate(RATES):
+        pair = [make_batch(2 * number + half, torch.float64, device) for half in (0, 1)]
+        whole = TaskBatch(*(Examples(*map(torch.cat, zip(*part))) for part in zip(*pair)))
+        step(pair, rate)
+        plain(whole, rate)
+    assert_close(step, plain, 1e-6)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
