@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -114,6 +115,7 @@ class TaskByTask:
     def __init__(self, module: nn.Module, packing: Packing, parameters: Sequence[Tensor]) -> None:
         self.module, self.packing = module, packing
         self.slots = slots(module, parameters)
+        self.weight_norm = any(type(each).__name__ in _WEIGHT_NORMS for each in _parts(module))
         # The parameters whose gradients are sparse, and those that the forward scales down in place.
         embeddings = [
             [owner for owner, _ in held if isinstance(owner, (nn.Embedding, nn.EmbeddingBag))] for held in self.slots
@@ -138,7 +140,8 @@ class TaskByTask:
                 row[index] = row[index].clone()
             for index in self.sparse:
                 row[index] = _DenseGradient.apply(row[index])
-            with _Watched():
+            # The first task shows what the others do, and each function that is watched costs time.
+            with _Watched() if i == 0 or self.weight_norm else nullcontext():
                 outputs.append(call_with(self.module, self.slots, row, each))
             for piece, index in zip(pieces, self.bounded):
                 # theta goes on from the scaled values, as a tensor of its own would; no graph has saved them.
@@ -177,6 +180,16 @@ class _Watched(TorchFunctionMode):
                 "the task's; take it out, and give the learner checkpoint=True"
             )
         return (COMPOSED[func] if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+
+
+# torch's parametrization, and the hook of its older form.
+_WEIGHT_NORMS = ("_WeightNorm", "WeightNorm")
+
+
+def _parts(module: nn.Module) -> Iterator[object]:
+    for each in module.modules():
+        yield each
+        yield from each._forward_pre_hooks.values()
 
 
 class _DenseGradient(torch.autograd.Function):
