@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from states import WAVES
+from tiny_archives import pixels, png, write_folder
 from torch import nn
 from torch.nn import functional as F
 
@@ -290,3 +291,25 @@ def test_the_command_evaluates_and_compares_at_other_settings(kfo, run, tmp_path
         code, _, err = kfo("eval", run.path, *arguments)
         assert (code, err.count("\n")) == (2, 1)
         assert message in err
+
+
+def test_a_run_does_not_go_on_with_other_data_nor_is_it_scored_on_it(tmp_path):
+    def images(folder, seed):
+        classes = [f"{split}/{split}{number}" for split in ("train", "val", "test") for number in range(2)]
+        names = [f"{name}/{i}.png" for name in classes for i in range(4)]
+        return write_folder(tmp_path / folder, {name: png(pixels(seed + i, side=16)) for i, name in enumerate(names)})
+
+    one, other, moved = images("one", 0), images("other", 100), images("moved", 0)
+    sizes = {"ways": 2, "shots": 2, "queries": 2, "hidden": 4, "side": 16, "validation_tasks": 2, "meta_batch": 2}
+    config = Config(dataset="folders", data_root=str(one), cache=str(tmp_path / "cache"), iterations=1, **sizes)
+    run = Trainer.start(config, tmp_path / "run")
+    run.fit()
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"last\.pt: the run began with other data than is there now"):
+        Trainer.resume(tmp_path / "run", data_root=str(other), iterations=2)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    with pytest.raises(ValueError, match="data_root: expected the data that the run was trained on, got other data in"):
+        evaluate_run(run.run, data_root=str(other), tasks=2)
+    score = evaluate_run(run.run, data_root=str(moved), tasks=2)
+    assert score.content["scores"] == evaluate_run(run.run, tasks=2).content["scores"]
+    assert Trainer.resume(tmp_path / "run", data_root=str(moved), iterations=2).fit().progress.iteration == 2

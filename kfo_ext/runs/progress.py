@@ -19,6 +19,7 @@ class Progress:
     elapsed: seconds of training and validation, over all parts of the run.
     best_iteration, best_score: of the best validation, by accuracy, or by minus the loss for regression; 0 is none.
     stale: validations since the best one, those between two due ones not counted.
+    data: a digest of the run's data, which tells it apart from other data of the same options.
     """
 
     iteration: int = 0
@@ -27,6 +28,7 @@ class Progress:
     best_iteration: int = 0
     best_score: float = -math.inf
     stale: int = 0
+    data: str = ""
 
     def record(self, score: float, *, due: bool = True) -> bool:
         """Count a validation; true if it is the best so far.
@@ -56,6 +58,8 @@ class Progress:
         progress = cls(**values)
         counts = (progress.stale, progress.best_iteration, progress.validated, progress.iteration)
         if not all(map(is_count, counts)) or not progress.best_iteration <= progress.validated <= progress.iteration:
+            raise wrong
+        if not isinstance(progress.data, str):
             raise wrong
         if not is_number(progress.elapsed) or progress.elapsed < 0:
             raise wrong

@@ -112,9 +112,7 @@ def evaluate(
             on_cpu = group.to("cpu")
             result = learner(group.to(like.device, like.dtype), steps)
             # Here, a device computes meanwhile.
-            for task in zip(*on_cpu.support, *on_cpu.query, strict=True):
-                for tensor in task:
-                    digest.update(tensor.contiguous().numpy())
+            _note(digest, on_cpu)
             try:
                 result.check_finite()
             except FloatingPointError as error:
@@ -126,6 +124,20 @@ def evaluate(
     return Evaluation(
         torch.cat(losses), torch.cat(metrics) if len(metrics) == len(losses) else None, digest.hexdigest()
     )
+
+
+def fingerprint(family: TaskFamily) -> str:
+    """A digest of a family's first task: families of other data or options have another one."""
+    digest = hashlib.blake2b(digest_size=16)
+    _note(digest, family.sample(0, 1).to("cpu"))
+    return digest.hexdigest()
+
+
+def _note(digest: hashlib.blake2b, batch: TaskBatch) -> None:
+    """Takes in the tasks of a batch on the CPU, one after the other."""
+    for task in zip(*batch.support, *batch.query, strict=True):
+        for tensor in task:
+            digest.update(tensor.contiguous().numpy())
 
 
 def _joined(group: list[TaskBatch]) -> TaskBatch:

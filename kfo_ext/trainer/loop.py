@@ -26,7 +26,7 @@ from kfo_ext.tasks import TaskBatch, batches
 
 from .captured_step import CapturedMetaStep
 from .config import Config, difference
-from .evaluation import Cancelled, Evaluation, evaluate, mean_interval
+from .evaluation import Cancelled, Evaluation, evaluate, fingerprint, mean_interval
 from .meta_step import MetaStep
 from .precision import convolution_precision
 from .recipe import EVALUATION_SEED, build_family, build_learner, build_optimizer
@@ -59,12 +59,12 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
-        self.progress = Progress()
         # Digest of the run's last checkpoint as this trainer wrote or read it; none before the first one.
         self._saved: str | None = None
         self._clock, self._deadline = 0.0, math.inf
         self.tasks = build_family(config, "train", seed=config.seed)
         self.validation_tasks = build_family(config, "validation", seed=EVALUATION_SEED)
+        self.progress = Progress(data=fingerprint(self.validation_tasks))
         self.learner = build_learner(config)
         self.optimizer = build_optimizer(config, self.learner)
         step = CapturedMetaStep if config.cuda_graph else MetaStep
@@ -270,7 +270,9 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         path = self.run.last
-        self.progress = Progress.from_dict(state["progress"], str(path))
+        here, self.progress = self.progress.data, Progress.from_dict(state["progress"], str(path))
+        if self.progress.data != here:
+            raise ValueError(f"{path}: the run began with other data than is there now; give it the same")
         try:
             if self.progress.best_iteration:
                 checkpoint.digest(self.run.best)

@@ -17,7 +17,7 @@ from kfo_ext.runs.run_folder import RunFolder
 from kfo_ext.tasks.checks import check_count
 
 from .config import Config, difference, options_in_effect, settings
-from .evaluation import Interval, evaluate, mean_interval, paired_difference
+from .evaluation import Interval, evaluate, fingerprint, mean_interval, paired_difference
 from .options import TRAINING
 from .precision import convolution_precision
 from .recipe import EVALUATION_SEED, build_family, build_learner
@@ -117,7 +117,9 @@ def evaluate_run(
     # Before loading: a checkpoint that is replaced in between counts as another one.
     digest = checkpoint.digest(run.checkpoint(name)) if run.checkpoint(name).exists() else ""
     config, learner, progress = load_learner(run, name, **changes)
-    apart = _changed(Config.load(run.config), config)
+    own = Config.load(run.config)
+    apart = _changed(own, config)
+    _check_data(own, config, progress)
     if config.threads:
         torch.set_num_threads(config.threads)
     family = build_family(config, split, seed=seed)
@@ -141,6 +143,19 @@ def evaluate_run(
     if save:
         score.save()
     return score
+
+
+def _check_data(own: Config, config: Config, progress: Progress) -> None:
+    """Raises ValueError if the data set lies elsewhere than in training, and is another one there."""
+    root = config.values.get("data_root")
+    if root is None or root == own.values["data_root"]:
+        return
+    same = own.changed(data_root=root, cache=config.values.get("cache"), device=config.device)
+    if fingerprint(build_family(same, "validation", seed=EVALUATION_SEED)) != progress.data:
+        raise ValueError(
+            f"data_root: expected the data that the run was trained on, got other data in {root}; "
+            "kfo_ext.trainer.evaluate scores a learner on any tasks"
+        )
 
 
 def compare_runs(
