@@ -14,13 +14,14 @@ from kfo_ext.networks.linear import (
     softmax_regression,
 )
 from kfo_ext.networks.linnet import LinNet
-from kfo_ext.networks.mlp import sinusoid_mlp
+from kfo_ext.networks.mlp import MLP, sinusoid_mlp
 from kfo_ext.networks.protocol import HasHead
 from kfo_ext.networks.tnet import TNet
 
 __all__ = [
     "CNN",
     "INITS",
+    "MLP",
     "SOFTMAX_WIDTHS",
     "HasHead",
     "LinNet",

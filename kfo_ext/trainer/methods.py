@@ -45,7 +45,10 @@ def _head(network: nn.Module) -> Named:
 
 
 def _body(network: nn.Module) -> Named:
-    return [(name, X) for name, X in network.named_parameters() if not name.startswith("head.")]
+    body = [(name, X) for name, X in network.named_parameters() if not name.startswith("head.")]
+    if not body:
+        raise ValueError("method: 'boil' adapts all but the head, and this network is a head alone")
+    return body
 
 
 def _without_t(network: Any) -> Named:

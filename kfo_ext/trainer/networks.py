@@ -71,9 +71,9 @@ def _sinusoid_mlp(inputs: tuple[int, ...], outputs: int, *, hidden: int) -> nn.M
 
 
 def _linear(inputs: tuple[int, ...], outputs: int) -> nn.Module:
-    from torch import nn
+    from kfo_ext.networks import LinearModel
 
-    return nn.Sequential(nn.Flatten(1), nn.Linear(prod(inputs), outputs))
+    return LinearModel(prod(inputs), outputs)
 
 
 CNN = {
@@ -122,10 +122,12 @@ NETWORKS: dict[str, Network] = {
         make=_sinusoid_mlp,
         options={"hidden": Option(kind=int, default=32, help="units of a hidden layer", least=1)},
         inputs=(1,),
+        head=True,
     ),
     "linear": Network(
         help="one linear layer: linear, logistic or softmax regression",
         make=_linear,
         inputs=None,
+        head=True,
     ),
 }

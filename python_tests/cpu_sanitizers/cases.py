@@ -15,8 +15,9 @@ import sys
 import torch
 from torch import Tensor
 
-from kfo_ext.functional import reference
 from kfo_ext.ops import library
+from kfo_ext.ops.batch_norm import reference as plain_batch_norm
+from kfo_ext.ops.conv2d import reference as plain_conv2d
 from kfo_ext.problems import Problems
 from kfo_ext.testing import (
     CASES,
@@ -89,7 +90,7 @@ def convolutions(choose: random.Random) -> int:
         x = torch.randn(tasks, images, H, W, C, dtype=dtype)
         weight = torch.randn(tasks, out, C, KH, KW, dtype=dtype)
         wide = [X.double().requires_grad_() for X in (x, weight)]
-        y = reference.conv2d(*wide, min(stride, 100), padding)
+        y = plain_conv2d.conv2d(*wide, min(stride, 100), padding)
         dy = torch.randn(y.shape, dtype=dtype)
         dx, dweight = torch.autograd.grad(y, wide, dy.double())
         what = f"conv2d {tuple(x.shape)}, {tuple(weight.shape)}, stride {stride}, padding {padding}, {dtype}"
@@ -109,7 +110,7 @@ def batch_norms(choose: random.Random) -> int:
         weight, bias = (torch.randn(choose.choice((1, tasks)), channels, dtype=dtype) for _ in range(2))
         y, mean, rstd = OPS.batch_norm_relu(x, weight, bias, 1e-5, relu)
         what = f"batch norm {tuple(x.shape)}, relu {relu}, {dtype}"
-        check(y, reference.batch_norm_relu(*(X.double() for X in (x, weight, bias)), 1e-5, relu), what)
+        check(y, plain_batch_norm.batch_norm_relu(*(X.double() for X in (x, weight, bias)), 1e-5, relu), what)
         need = [choose.random() < 0.7 for _ in range(3)]
         saved = (x, weight, bias, mean, rstd, dy)
         OPS.batch_norm_relu_backward(*saved, relu, need)
