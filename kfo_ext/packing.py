@@ -13,6 +13,12 @@ from kfo_ext.ops.operands import check_dense, is_dense
 from kfo_ext.ops.parts import plain
 from kfo_ext.ops.registration import pick
 
+# A generator that another update has read is empty.
+NO_PARAMETERS = (
+    "parameters: expected at least one parameter, got none; a generator such as model.named_parameters() can be read "
+    "once, so make a list of it for several updates"
+)
+
 
 def listed(tensors: Iterable[Any], argument: str, *, pairs: bool = False) -> list[Any]:
     """The entries of an iterable of tensors or, with `pairs`, of (name, tensor) pairs too.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kfo_ext.ops.transform.group import Group
 from kfo_ext.ops.transform.one_sided import ONLY_L, ONLY_R
-from kfo_ext.packing import Packing
+from kfo_ext.packing import NO_PARAMETERS, Packing
 
 
 def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int, int]:
@@ -80,5 +80,5 @@ class Problems(Group):
         """
         packing = Packing.of(parameters)
         if not len(packing):
-            raise ValueError("parameters: expected at least one parameter, got none")
+            raise ValueError(NO_PARAMETERS)
         return cls([problem_shape(shape, name) for name, shape in zip(packing.names, packing.shapes)], packing)

@@ -31,8 +31,8 @@ GLYPHS = {"dataset": "glyphs", "ways": 2, "shots": 2, "queries": 2, "hidden": 4}
 
 BAD = {
     "dataset": ("mnist", f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'"),
-    "update": ("adam", f"update: expected one of {', '.join(UPDATES)}, got 'adam'"),
-    "method": ("reptile", f"method: expected one of {', '.join(METHODS)}, got 'reptile'"),
+    "update": ("adam", f"update: expected one of {', '.join(UPDATES)}, got 'adam'; it is a choice of optimizer"),
+    "method": ("meta_sgd", f"method: expected one of {', '.join(METHODS)}, got 'meta_sgd'; it is a choice of update"),
     "dtype": ("float16", "dtype: expected one of float32, float64, got 'float16'"),
     "ways": (1, "ways: expected at least 2, got 1"),
     "steps": (-1, "steps: expected at least 0, got -1"),

@@ -16,7 +16,7 @@ from kfo_ext.trainer.updates import UPDATES
 FOLDER = DOCS / "methods"
 INDEX = FOLDER / "README.md"
 PAGES = [page for page in sorted(FOLDER.glob("*.md")) if page != INDEX]
-NUMBERED = [(page, number) for page in PAGES for number in range(len(examples(page)))]
+NUMBERED = [(page, number) for page in [*PAGES, INDEX] for number in range(len(examples(page)))]
 LINES = [line for page in PAGES for line in re.findall(r"^    kfo (train .*)$", page.read_text(), flags=re.MULTILINE)]
 # What makes a run as small as can be.
 SMALL = "--layers 1 --hidden 4 --steps 1 --meta-batch 2 --iterations 1 --validation-tasks 2 --shots 1 --queries 1"

@@ -208,6 +208,14 @@ def test_chain_of_bad_updates():
             Chain(*updates)
 
 
+@pytest.mark.parametrize("second", [MetaSGD, KFO])
+def test_a_generator_that_a_part_has_read_is_named(second):
+    generator = nn.Linear(2, 2).named_parameters()
+    MetaSGD(generator)
+    with pytest.raises(ValueError, match=r"got none; a generator such as model.named_parameters\(\) can be read once"):
+        second(generator)
+
+
 def test_chain_takes_the_names_that_one_has():
     tensors = [tensor for _, tensor in named(SMALL)]
     chain = Chain(MetaSGD(tensors), KFO(named(SMALL)))

@@ -206,6 +206,10 @@ def test_a_loss_that_cannot_be_meant_is_refused():
     for route in ("auto", "loop"):
         with pytest.raises(ValueError, match="loss: cross-entropy over a single class is 0 for any output"):
             MAML(nn.Linear(4, 1), route=route, **OPTIONS)(TaskBatch(*[Examples(x, ints(1))] * 2))
+        with pytest.raises(
+            ValueError, match=r"loss: cross-entropy .* Target 3 is out .* one output per class \(ways\)"
+        ):
+            MAML(nn.Linear(4, 3), route=route, **OPTIONS)(TaskBatch(*[Examples(x, ints(1) + 3)] * 2))
     with pytest.raises(TypeError, match="loss: expected a scalar tensor per task, got float"):
         MAML(nn.Linear(4, 3), loss=lambda o, y: 1.0, **OPTIONS)(TaskBatch(*[Examples(x, ints(3))] * 2))
     for route in ("auto", "loop"):

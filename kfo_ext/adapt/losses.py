@@ -23,19 +23,22 @@ def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) ->
     targets: (tasks, n, ...).
 
     Raises:
-        ValueError: a loss that is no scalar, or torch's cross-entropy over a single class, which is 0 for any output.
+        ValueError: a loss that is no scalar, torch's cross-entropy over a single class, which is 0 for any output, or
+            on the CPU of a class that the output does not have.
         TypeError: a loss that is no tensor.
     """
     if loss is F.cross_entropy and isinstance(outputs, Tensor) and outputs.dim() == 3 and targets.dim() == 2:
         _check_classes(outputs[0])
-        each = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        each = _cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
         # The mean of a task is over the targets that count.
         return each.sum(1) / (targets != IGNORED).sum(1)
     losses = []
     for output, target in zip(outputs, targets, strict=True):
         if loss is F.cross_entropy and isinstance(output, Tensor):
             _check_classes(output)
-        losses.append(loss(output, target))
+            losses.append(_cross_entropy(output, target))
+        else:
+            losses.append(loss(output, target))
         if not isinstance(losses[-1], Tensor):
             raise TypeError(f"loss: expected a scalar tensor per task, got {type(losses[-1]).__name__}")
         if losses[-1].dim() != 0:
@@ -49,6 +52,16 @@ def ignored_target(loss: Loss | None) -> int:
         return loss.keywords.get("ignore_index", ignored_target(loss.func))
     index = getattr(loss, "ignore_index", IGNORED)
     return index if isinstance(index, int) else IGNORED
+
+
+def _cross_entropy(output: Tensor, target: Tensor, **options: Any) -> Tensor:
+    try:
+        return F.cross_entropy(output, target, **options)
+    except IndexError as error:
+        raise ValueError(
+            f"loss: cross-entropy of an output of shape {tuple(output.shape)}: {error}; expected targets below the "
+            "number of outputs, so make the network with one output per class (ways)"
+        ) from None
 
 
 def _check_classes(output: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kfo_ext.ops.operands import HALF, KERNEL_DTYPES, autocasts
-from kfo_ext.packing import Packing, listed, name_parameters
+from kfo_ext.packing import NO_PARAMETERS, Packing, listed, name_parameters
 
 
 def named_alike(parameters: Iterable[Any] | Packing) -> list[tuple[str, Tensor]]:
@@ -25,7 +25,7 @@ def named_alike(parameters: Iterable[Any] | Packing) -> list[tuple[str, Tensor]]
         )
     named = name_parameters(listed(parameters, "parameters", pairs=True))
     if not named:
-        raise ValueError("parameters: expected at least one parameter, got none")
+        raise ValueError(NO_PARAMETERS)
     first_name, first = named[0]
     for name, tensor in named:
         if not tensor.is_floating_point():
