@@ -90,8 +90,8 @@ class LowRank(Update):
             if rank > side:
                 raise ValueError(
                     f"rank: expected at most {side}, the {'size' if whole_layer else 'shorter side'} of parameter "
-                    f"{packing.names[i]!r} of shape {tuple(packing.shapes[i])}, got {rank}; a KFO is smaller there, or "
-                    "leave it out by only=[...]"
+                    f"{packing.names[i]!r} of shape {tuple(packing.shapes[i])}, got {rank}; give a smaller "
+                    "rank, use KFO, which is smaller there, or leave the parameter out by only=[...]"
                 )
         triples = dict(zip(wanted, shapes))
         self.covered = Covered(packing, sorted({i for i, _, _ in sides}))
