@@ -46,7 +46,7 @@ CASES = {
     "rates per step": Case({"method": "maml", "update": "none", "per_step": True}),
     "Meta-SGD": Case({"method": "maml", "update": "meta_sgd"}, 1.3),
     "Meta-Curvature": Case({"method": "maml", "update": "meta_curvature"}, 1.3),
-    "low-rank Cholesky": Case({"method": "maml", "update": "low_rank"}),
+    "low-rank Cholesky": Case({"method": "maml", "update": "low_rank", "rank": 4}),
     "KFO, fixed factors": Case({"method": "maml", "update": "kfo", "adapt_update": False}),
     "KFO, adapted factors": Case({"method": "maml", "update": "kfo"}, 1.6),
     "KFO, two hidden layers": Case({"method": "maml", "update": "kfo", "hidden_layers": 2}),

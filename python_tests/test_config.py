@@ -373,8 +373,6 @@ def test_every_update_trains_and_resumes(update, tmp_path):
         "steps": 2,
         **per_step,
     }
-    if update == "low_rank":
-        given["rank"] = 2
     trainer = Trainer.start(Config(**given), tmp_path / "run")
     before = [p.detach().clone() for p in trainer.learner.update.parameters()]
     assert trainer.fit().reason == "finished"

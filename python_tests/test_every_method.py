@@ -44,7 +44,7 @@ def test_kfo_train_runs_every_method(data, cache, tmp_path):
             pytest.skip("the shared archives are not here")
         given |= {"data_root": str(root), "cache": cache}
     for number, (name, case) in enumerate(CASES.items()):
-        options = {**case.options, "rank": 1} if case.options["update"] == "low_rank" else case.options
+        options = {**case.options, "rank": 2} if case.options["update"] == "low_rank" else case.options
         run, config = tmp_path / str(number), Config(dataset=data, **given, **options)
         if (data, name) in REFUSED:
             with pytest.raises(ValueError, match=REFUSED[data, name]):

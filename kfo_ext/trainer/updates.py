@@ -56,7 +56,7 @@ UPDATES: dict[str, LearnedUpdate] = {
         help="low-rank Cholesky",
         make=of_class("LowRank"),
         options={
-            "rank": Option(kind=int, default=4, help="columns of the learned matrices", least=1),
+            "rank": Option(kind=int, default=2, help="columns of the learned matrices", least=1),
             "whole_layer": Option(kind=bool, default=False, help="one matrix for a whole layer, not one per side"),
             **ADAPTED,
         },
