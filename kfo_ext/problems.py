@@ -35,8 +35,8 @@ def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int,
         return shape[0], shape[1], shape[2:].numel()
     raise ValueError(
         f"parameter {name!r}: expected 1 (bias, normalisation), 2 (linear) or 3 to 5 (convolution) dimensions, "
-        f"got {len(shape)}: {tuple(shape)}; KFO(parameters, only=[...]) names those that get factors, and the rest "
-        "follows gradient descent"
+        f"got {len(shape)}: {tuple(shape)}; only=[...] of KFO and LowRank leaves it to gradient descent, "
+        "ByName(parameters, {name: MetaSGD, ...}) gives it another update"
     )
 
 

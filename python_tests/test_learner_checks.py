@@ -147,10 +147,10 @@ def test_a_network_changed_since_is_refused(change, learner):
         (
             nn.Parameter(torch.tensor(0.1)),
             TypeError,
-            "lr: expected a number, got Parameter; learned rates and rates per",
+            "lr: expected a number, got Parameter; learned rates are those of an update, such as MetaSGD",
         ),
         (torch.tensor(0.1), TypeError, "lr: expected a number, got Tensor; learned rates"),
-        ([0.1, 0.2], TypeError, "lr: expected a number, got list; learned rates and rates per parameter"),
+        ([0.1, 0.2], TypeError, "lr: expected a number, got list; learned rates"),
         ("0.1", TypeError, "lr: expected a number, got str"),
         (True, TypeError, "lr: expected a number, got bool"),
         (None, TypeError, "lr: expected a number, got NoneType$"),

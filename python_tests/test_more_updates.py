@@ -323,3 +323,9 @@ def test_by_name_has_the_steps_that_all_have():
         mixed.updates[1].rates.row.copy_(torch.tensor([[2.0, 3.0]]))
     for step, rate in ((0, 2), (1, 3)):
         torch.testing.assert_close(mixed.transform(grads, step)[2], rate * grads[2])
+
+
+@pytest.mark.parametrize("make", [MetaCurvature, partial(LowRank, rank=1), KFO])
+def test_a_shape_without_sides_has_a_remedy_that_serves_every_update(make):
+    with pytest.raises(ValueError, match=r"parameter 's': .*KFO and LowRank leaves it.*ByName\(parameters, {name: Met"):
+        make([("s", torch.randn(())), ("b", torch.randn(3))])

@@ -154,6 +154,18 @@ def test_steps_shots_and_queries_are_those_asked_for(tmp_path):
         assert score.path.name == f"eval-test-best{suffix}.json"
 
 
+def test_rates_of_each_step_serve_fewer_steps_and_no_more(tmp_path):
+    options = {**WAVES, "update": "none", "per_step": True, "steps": 3, "dtype": "float32", "meta_lr": 0.05}
+    run = finished(tmp_path / "run", **options)
+    for steps in (0, 1, 3):
+        learner = load_learner(run, "best")[1]
+        learner.steps = steps
+        expected = evaluate(learner, build_family(Config(**options), "test", seed=0), tasks=3).scores
+        assert evaluate_run(run, tasks=3, steps=steps).content["scores"] == expected.tolist()
+    with pytest.raises(ValueError, match=r"^steps: expected at most 3 as in training, .*per_step.*, got 4$"):
+        evaluate_run(run, tasks=3, steps=4)
+
+
 def test_the_runs_own_settings_give_the_usual_file(glyphs):
     usual = evaluate_run(glyphs, tasks=3)
     again = evaluate_run(glyphs, tasks=3, steps=2, shots=2, queries=2, ways=2, precision="ieee")

@@ -179,6 +179,17 @@ def test_with_a_learned_update(network):
     assert_equal_truth(MAML(tnet, adapted=tnet.adapted, update=kfo, **options), batch, truth)
 
 
+def test_inside_another_module_t_is_not_adapted_either():
+    """What lies around a T-Net is adapted as a whole, T-Nets in it as they say; in each name of a shared one."""
+    tnet = TNet(nn.Linear(4, 4))
+    model = randomised(nn.Sequential(nn.Linear(4, 4), tnet, nn.Tanh(), tnet, nn.Linear(4, WAYS)))
+    learner = MAML(model, lr=0.3, steps=3)
+    assert learner.adapted == ("0.weight", "0.bias", "1.model.W", "1.model.b", "4.weight", "4.bias")
+    batch = random_batch((4,))
+    truth = plain_maml(model, batch, cross_entropy, only=learner.adapted, lr=0.3, steps=3)
+    assert_equal_truth(learner, batch, truth)
+
+
 @pytest.mark.parametrize("make", [omniglot_cnn, cifar_fs_cnn, mini_imagenet_cnn])
 def test_starts_as_the_network_and_leaves_it_alone(make):
     model = make(2, hidden=4)

@@ -19,7 +19,9 @@ def check_rate(lr: Any) -> float:
     """The inner learning rate as a float."""
     if isinstance(lr, bool) or not isinstance(lr, Real):
         learned = (
-            "; learned rates and rates per parameter are not supported" if isinstance(lr, (Tensor, Iterable)) else ""
+            "; learned rates are those of an update, such as MetaSGD or GradientDescent(..., per_step=steps)"
+            if isinstance(lr, (Tensor, Iterable))
+            else ""
         )
         raise TypeError(f"lr: expected a number, got {type(lr).__name__}{learned}")
     rate = float(lr)

@@ -59,8 +59,9 @@ class MAML(nn.Module):
     Args:
         model: any module whose forward takes one tensor of examples; batch norm must use batch statistics.
         adapted: what the inner loop adapts, by names of the model's parameters or shell patterns such as "head.*"; None
-            for what the model's class says by a property `adapted`, as a TNet's does, or else for all. They must
-            require a gradient, or see `allow_nograd`. The rest is only meta-learned: it gets meta-gradients alone.
+            for what the class of the model, or of a module in it, says by a property `adapted`, as a TNet's does, or
+            else for all. They must require a gradient, or see `allow_nograd`. The rest is only meta-learned: it gets
+            meta-gradients alone.
         update: an `Update` made for the adapted parameters, such as a KFO, or None for plain gradient descent.
         lr: the inner learning rate.
         steps: inner steps.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -24,8 +24,22 @@ def named_under(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
 
 
 def adapted_by_default(model: nn.Module) -> Any:
-    """What a model's class says that is to be adapted, by a property `adapted`, as a TNet's does; None: all of it."""
-    return model.adapted if isinstance(getattr(type(model), "adapted", None), property) else None
+    """What the classes of a model and its modules say that is to be adapted, by a property `adapted` as a TNet's does.
+
+    None: all of it. What lies outside of the modules that say something is adapted.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    said = {name: module for name, module in modules if isinstance(getattr(type(module), "adapted", None), property)}
+    if not said or "" in said:
+        return said[""].adapted if said else None
+    choices = {f"{name}.": Selection(cast(Any, module).adapted) for name, module in said.items()}
+    names = []
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        # A module comes before those in it: the outermost one decides.
+        prefix = next((prefix for prefix in choices if name.startswith(prefix)), None)
+        if prefix is None or choices[prefix].fits(name.removeprefix(prefix)):
+            names.append(name)
+    return names
 
 
 class Selection:

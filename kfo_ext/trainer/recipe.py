@@ -27,9 +27,10 @@ def build_family(config: Config, split: str, *, seed: int) -> TaskFamily:
     return row.build(split, seed=seed, device=config.device, options=config.options_of(row))
 
 
-def build_learner(config: Config) -> MAML:
+def build_learner(config: Config, *, rated: int | None = None) -> MAML:
     """The network and its learned update, initialised from `config.seed`.
 
+    rated: inner steps that have rates of their own, with `per_step`; none is `config.steps`.
     Raises: ValueError if the device is not there.
     """
     torch.manual_seed(config.seed)
@@ -43,7 +44,7 @@ def build_learner(config: Config) -> MAML:
         raise ValueError(f"device: {config.device!r} is not available here ({error})") from None
     options = {name: value for name, value in config.options_of(update).items() if name not in ADAPTED}
     if "per_step" in options:
-        options["per_step"] = config.steps if options["per_step"] else None
+        options["per_step"] = (rated or config.steps) if options["per_step"] else None
     learner = method.learner(
         network,
         update=update.make(method.adapted(network), **options),

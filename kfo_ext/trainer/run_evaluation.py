@@ -83,7 +83,7 @@ def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, MAM
     if mismatch := difference(own, Config.from_dict(state["config"], str(path))):
         raise ValueError(f"{path}: the checkpoint is of another configuration ({mismatch})")
     config = _judged(own, changes)
-    learner = build_learner(config)
+    learner = build_learner(config, rated=own.steps)
     try:
         checkpoint.restore_learner(path, learner, state["learner"])
     except ValueError:
@@ -200,7 +200,13 @@ def _judged(own: Config, changes: Mapping[str, Any]) -> Config:
         if name in known and known[name].role == TRAINING:
             raise ValueError(f"{name}: has no effect on an evaluation")
     plain = {name: value for name, value in _PLAIN.items() if name in known}
-    return own.changed(**{**plain, **changes})
+    config = own.changed(**{**plain, **changes})
+    if own.values.get("per_step") and config.values.get("per_step") and config.steps > own.steps:
+        raise ValueError(
+            f"steps: expected at most {own.steps} as in training, since each has learned rates (per_step), "
+            f"got {config.steps}"
+        )
+    return config
 
 
 def _changed(own: Config, config: Config) -> dict[str, Any]:
@@ -224,7 +230,7 @@ def _check_changes(own: Config, changes: Mapping[str, Any], path: Path, state: M
 def _misfit(own: Config, changes: Mapping[str, Any], path: Path, state: Mapping[str, Any]) -> str:
     """Why the learner of a changed configuration cannot take the parameters of a checkpoint; '' if it can."""
     try:
-        checkpoint.restore_learner(path, build_learner(_judged(own, changes)), state)
+        checkpoint.restore_learner(path, build_learner(_judged(own, changes), rated=own.steps), state)
     except ValueError as error:
         return str(error).removeprefix(f"{path}: ")
     return ""
