@@ -242,6 +242,10 @@ def test_splits_of_ones_own(tmp_path):
         tmp_path / "lists", {"train.txt": b"all/fox\nbed\n", "val.txt": b"apple\n", "test.txt": b"sea\n\n"}
     )
     assert load("folders", flat, splits=lines).names == ("all/fox", "bed")
+    # Some editors begin a file with a mark of its encoding.
+    for file in (splits, lines / "train.txt"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        assert load("folders", flat, splits=file if file == splits else lines).names[-1] in ("fox", "bed")
 
 
 @pytest.mark.parametrize(
@@ -283,6 +287,15 @@ def test_folders_that_share_a_class_are_refused(tmp_path):
         load("folders", tiny.write_zip(tmp_path / "birds.zip", files))
 
 
+@pytest.mark.parametrize("copy", ["birds/validation/otter", "small/val/otter"])
+def test_a_class_in_two_folders_of_a_split_is_refused(tmp_path, copy):
+    """An image may be in both: a task would be judged by what it adapted on."""
+    files = {**folder_files(), f"{copy}/0.png": tiny.png(image_of("otter", 0))}
+    both = r"class 'otter' of validation lies in birds/val/otter and in " + copy
+    with pytest.raises(ValueError, match=both):
+        load("folders", tiny.write_zip(tmp_path / "birds.zip", files))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -312,6 +325,7 @@ def test_gray_folders_have_one_channel(tmp_path):
         (("apple0.png", "apple9.png"), "lacks 1 of the 12 images of grocery/train.csv, say grocery/images/apple9.png"),
         (("apple0.png", "../../apple0.png"), "lacks 1 of the 12 images"),
         (("apple", "bed"), "class 'bed' is in train and in test"),
+        (("apple0.png,apple", "bed0.png,apple"), "image bed0.png is in train and in test; remove one of them"),
         (("\nwolf2.png,wolf", ""), None),
     ],
 )

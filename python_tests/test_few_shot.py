@@ -173,12 +173,32 @@ class Endless(IterableDataset):
         (Numbered(), {"labels": [0, 1]}, ValueError, "labels: expected one for each of the 27 items, got 2"),
         (Numbered(targets=[0.5] * 27), {}, TypeError, r"labels\[0\]: expected an integer or a string, got 0.5"),
         (Numbered(targets=torch.eye(27)), {}, TypeError, r"labels\[0\]: expected an integer or a string, got tensor"),
+        (
+            Numbered(),
+            {"labels": dict.fromkeys(range(27), 1)},
+            TypeError,
+            "labels: expected a list or tensor, .* dict",
+        ),
+        (Numbered(), {"labels": iter(LABELS)}, TypeError, "labels: expected a list or tensor, one for each item, got"),
         (TensorDataset(torch.zeros(5, 1)), {}, TypeError, r"data\[0\]: expected \(input, label\), got tuple"),
     ],
 )
 def test_data_that_is_refused(data, options, error, message):
     with pytest.raises(error, match=message):
         FewShot(data, **options)
+
+
+class Named(Numbered):
+    def __getitem__(self, index: int):
+        return dict(zip(("input", "label"), super().__getitem__(index)))
+
+
+@pytest.mark.parametrize("data", [torch.rand(27, 3, 2), torch.rand(27, 3, 2).numpy(), Named()], ids=type)
+def test_items_without_labels_are_not_taken_apart(data):
+    """The first entry of an input is not an input."""
+    family = FewShot(data, ways=2, shots=1, queries=2, labels=LABELS)
+    with pytest.raises(TypeError, match=r"data\[\d+\]: expected \(input, label\), got .*TensorDataset\(inputs"):
+        family.sample(0, 1)
 
 
 def test_items_of_several_shapes_are_named():

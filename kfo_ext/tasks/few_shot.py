@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, Protocol
 
@@ -115,7 +115,9 @@ def _indices_by_label(data: LabelledData, labels: Sequence[Any] | Tensor | None)
     if labels is None:
         labels = getattr(data, "labels", None)
     if labels is None:
-        labels = [_label_of(data, index) for index in range(len(data))]
+        labels = [_item(data, index)[1] for index in range(len(data))]
+    if isinstance(labels, Mapping) or not hasattr(labels, "__len__"):
+        raise TypeError(f"labels: expected a list or tensor, one for each item, got {type(labels).__name__}")
     if len(labels) != len(data):
         raise ValueError(f"labels: expected one for each of the {len(data)} items, got {len(labels)}")
     groups: dict[Any, list[int]] = {}
@@ -131,11 +133,15 @@ def _indices_by_label(data: LabelledData, labels: Sequence[Any] | Tensor | None)
     return dict(sorted(groups.items(), key=lambda group: (str(type(group[0])), group[0])))
 
 
-def _label_of(data: LabelledData, index: int) -> Any:
+def _item(data: LabelledData, index: int) -> Sequence[Any]:
     item = data[index]
+    # The first entry of a tensor would be a part of an input.
     if not isinstance(item, (tuple, list)) or len(item) < 2:
-        raise TypeError(f"data[{index}]: expected (input, label), got {type(item).__name__}")
-    return item[1]
+        raise TypeError(
+            f"data[{index}]: expected (input, label), got {type(item).__name__}; "
+            "torch.utils.data.TensorDataset(inputs, labels) has such items"
+        )
+    return item
 
 
 def _of_tensor(inputs: Tensor) -> Callable[[Tensor], Tensor]:
@@ -153,7 +159,7 @@ def _of_items(data: LabelledData, order: list[int]) -> Callable[[Tensor], Tensor
 
     def examples(numbers: Tensor) -> Tensor:
         indices = [order[number] for number in numbers.flatten().tolist()]
-        inputs = [_input_of(data[index][0], index) for index in indices]
+        inputs = [_input_of(_item(data, index)[0], index) for index in indices]
         for index, one in zip(indices, inputs):
             if (one.shape, one.dtype) != (inputs[0].shape, inputs[0].dtype):
                 raise ValueError(

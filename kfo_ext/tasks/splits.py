@@ -36,7 +36,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"splits: {path} is neither a JSON file nor a folder with train.txt, val.txt, test.txt")
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"splits: {path} is no JSON ({error})") from error
     named = {split_named(name): value for name, value in values.items()} if isinstance(values, dict) else {}
@@ -102,7 +102,7 @@ def _is_list_of_text(value: object) -> bool:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return lines_of(path.read_text("utf-8"))
+        return lines_of(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"splits: {path.parent} has no {path.name}, a class a line") from None
     except (OSError, ValueError) as error:

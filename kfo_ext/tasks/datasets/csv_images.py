@@ -39,7 +39,7 @@ class CsvImages(ImageClasses):
     cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home
 
     Raises: FileNotFoundError if the files are not there; ValueError for damaged or pickled ones, for splits that share
-    a class, for options out of range and if the device is not there.
+    a class or an image, for options out of range and if the device is not there.
     Source: Finn, Abbeel and Levine 2017, who resize by Lanczos; Ravi and Larochelle 2017 for the splits' files.
     """
 
@@ -93,6 +93,7 @@ def _plan(source: Source, split: str, target: Target) -> Plan:
         raise FileNotFoundError(f"root: {source.path} has no train.csv; expected {LAYOUT}")
     tables = {each: _classes(source, file) for each, file in files.items()}
     check_splits({each: list(table) for each, table in tables.items()}, f"root: {source.path}")
+    _check_apart(tables, source)
     classes = tables[split]
     folder = files[split].rsplit("/", 1)[0] + "/" if "/" in files[split] else ""
     paths = [f"{folder}images/{file}" for files_of in classes.values() for file in files_of]
@@ -108,6 +109,15 @@ def _plan(source: Source, split: str, target: Target) -> Plan:
         target.shape,
         lambda: decoded(source.read, paths, target, title=f"{source.name} {split}", where=str(source.path)),
     )
+
+
+def _check_apart(tables: dict[str, dict[str, list[str]]], source: Source) -> None:
+    """Raise ValueError for an image that two splits list."""
+    seen: dict[str, str] = {}
+    for split, classes in tables.items():
+        for file in (file for files in classes.values() for file in files):
+            if (other := seen.setdefault(file, split)) != split:
+                raise ValueError(f"root: {source.path}: image {file} is in {other} and in {split}; remove one of them")
 
 
 def _classes(source: Source, file: str) -> dict[str, list[str]]:

@@ -116,6 +116,7 @@ def _of_folders(tree: Tree, source: Source) -> dict[str, Tree]:
     """Classes by the outermost folder named after a split; a class is the path behind it."""
     splits: dict[str, Tree] = {split: {} for split in SPLITS}
     outside = []
+    taken: dict[tuple[str, str], str] = {}
     for folder, images in tree.items():
         parts = folder.split("/")
         depth = next((depth for depth, part in enumerate(parts) if split_named(part)), len(parts))
@@ -123,8 +124,14 @@ def _of_folders(tree: Tree, source: Source) -> dict[str, Tree]:
         split = split_named(parts[depth]) if name else None
         if split is None:
             outside.append(folder)
-        else:
-            splits[split].setdefault(name, []).extend(images)
+            continue
+        # Together they may hold an image twice, as an example to adapt on and one to be judged by.
+        if (other := taken.setdefault((split, name), folder)) != folder:
+            raise ValueError(
+                f"root: {source.path}: class {name!r} of {split} lies in {other} and in {folder}; remove one of them, "
+                "or give the splits in a file"
+            )
+        splits[split][name] = images
     if outside:
         raise ValueError(
             f"root: {source.path}: {outside[0]} holds images and lies in no folder train, val or test, as a "
