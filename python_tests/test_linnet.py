@@ -285,6 +285,33 @@ def test_a_stack_of_something_else_does_not_collapse():
         linnet.collapse()
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_one_layer_would_lose_does_not_collapse():
+    linnet = LinNet(nn.Sequential(nn.Linear(4, 3)), [5])
+    for module, where in ((linnet.head, "the head"), (linnet.head[1], "layer '1' of the head")):
+        hook = module.register_forward_hook(lambda module, inputs, output: 2 * output)
+        with pytest.raises(ValueError, match=f"collapse: {where} has hooks, which one layer would lose"):
+            linnet.collapse()
+        hook.remove()
+    linnet.head[0] = Doubled(4, 5)
+    with pytest.raises(ValueError, match="collapse: layer '0' of the head has a forward of its own"):
+        linnet.collapse()
+
+
+@pytest.mark.parametrize("biases", [(False, True), (True, False), (False, False)])
+def test_collapsed_with_the_biases_that_there_are(biases):
+    linnet = LinNet(nn.Sequential(nn.Linear(4, 3)).double(), [5]).requires_grad_(False)
+    linnet.head[0], linnet.head[1] = (nn.Linear(p, q, b).double() for p, q, b in zip((4, 5), (5, 3), biases))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    torch.testing.assert_close(linnet.collapse()(x), linnet(x), rtol=1e-12, atol=1e-12)
+    assert all(X.requires_grad for X in linnet.collapse().parameters())
+    assert not any(X.requires_grad for X in linnet.requires_grad_(False).collapse().parameters())
+
+
 def test_anil_needs_features():
     with pytest.raises(TypeError, match="model: expected a module with a method features"):
         ANIL(made("mlp")[0], lr=0.1, steps=1)

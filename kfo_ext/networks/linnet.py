@@ -69,7 +69,11 @@ class LinNet(nn.Module):
         return self.model(*args, **kwargs)
 
     def collapse(self) -> nn.Module:
-        """A copy of the network with one linear layer as its head, as the original has it, that computes the same."""
+        """A copy of the network with one linear layer as its head, as the original has it, that computes the same.
+
+        Raises:
+            ValueError: the stack has other modules than linear layers, or one that has hooks or a forward of its own.
+        """
         model = copy.deepcopy(self.model)
         stack = model.get_submodule(self._name)
         _become(stack, _collapsed(stack))
@@ -109,7 +113,7 @@ def _check_head(model: nn.Module, name: str) -> None:
     layer = modules[name]
     if type(layer) is not nn.Linear:
         raise TypeError(f"head: expected a torch.nn.Linear, got {name!r}, which is {type(layer).__name__}")
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if _has_hooks(layer):
         raise ValueError(f"head: {name!r} has hooks, which a stack of layers would lose: remove them")
     if "forward" in vars(layer):
         raise ValueError(f"head: the forward of {name!r} was replaced, which a stack of layers would lose")
@@ -117,6 +121,10 @@ def _check_head(model: nn.Module, name: str) -> None:
         shared = {id(X) for X in module._parameters.values() if X is not None} & {id(X) for X in layer.parameters()}
         if module is not layer and shared:
             raise ValueError(f"head: {name!r} shares a parameter with {owner!r}, which a stack of layers would not")
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:
@@ -137,15 +145,25 @@ def _collapsed(stack: nn.Module) -> nn.Linear:
     layers = [layer for layer in stack.children() if isinstance(layer, nn.Linear)]
     if len(layers) < len(stack._modules):
         raise ValueError(f"collapse: expected linear layers alone, got {stack}")
+    for name, module in stack.named_modules(remove_duplicate=False):
+        where = f"layer {name!r} of the head" if name else "the head"
+        if _has_hooks(module):
+            raise ValueError(f"collapse: {where} has hooks, which one layer would lose: remove them")
+        if "forward" in vars(module) or (module in layers and type(module).forward is not nn.Linear.forward):
+            raise ValueError(f"collapse: {where} has a forward of its own, which one layer would lose")
     first, *others = layers
     exact = torch.promote_types(first.weight.dtype, torch.float64)
     weight = first.weight.to(exact)
-    bias = None if first.bias is None else first.bias.to(exact)
+    bias: Tensor | None = None if first.bias is None else first.bias.to(exact)
     for layer in others:
         W = layer.weight.to(exact)
-        weight, bias = W @ weight, None if bias is None else W @ bias + layer.bias.to(exact)
-    head = _layer(weight.shape[1], len(weight), first)
+        terms = [] if bias is None else [W @ bias]
+        terms += [] if layer.bias is None else [layer.bias.to(exact)]
+        weight, bias = W @ weight, sum(terms[1:], terms[0]) if terms else None
+    like = first.weight
+    head = nn.Linear(weight.shape[1], len(weight), bias is not None, device=like.device, dtype=like.dtype)
     head.weight.copy_(weight)
     if bias is not None:
         head.bias.copy_(bias)
+    head.requires_grad_(any(X.requires_grad for X in stack.parameters()))
     return head.train(stack.training)
