@@ -329,3 +329,18 @@ def test_by_name_has_the_steps_that_all_have():
 def test_a_shape_without_sides_has_a_remedy_that_serves_every_update(make):
     with pytest.raises(ValueError, match=r"parameter 's': .*KFO and LowRank leaves it.*ByName\(parameters, {name: Met"):
         make([("s", torch.randn(())), ("b", torch.randn(3))])
+
+
+@pytest.mark.parametrize("damage", ["lacks start", "short start", "short A"])
+def test_a_refused_state_leaves_an_update_of_several_as_it_was(damage):
+    update, other = (Chain(MetaSGD(named(SMALL)), LowRank(named(SMALL), rank=1)) for _ in range(2))
+    with torch.no_grad():
+        other.updates[0].a.fill_(7)
+    state, kept = other.state_dict(), copy.deepcopy(update.state_dict())
+    key = f"updates.1.{damage.split()[1]}"
+    state[key] = state[key][:, :3]
+    if damage.startswith("lacks"):
+        del state[key]
+    with pytest.raises(ValueError, match=r"updates\.1\.(A and|A: expected shape|start: expected shape)"):
+        update.load_state_dict(state)
+    assert all(torch.equal(value, kept[name]) for name, value in update.state_dict().items())

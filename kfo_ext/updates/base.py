@@ -207,21 +207,27 @@ class Update(nn.Module, ABC):
         return state.encode(self._made_for())
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to restore: `_load_from_state_dict` has compared the state already."""
+        """Nothing to restore: `check_state` has compared the state already."""
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Before anything is copied, so that a refused state leaves the module as it was.
+        # All that it is made of before anything is copied, so that a refused state leaves the module as it was.
+        for name, module in self.named_modules():
+            if isinstance(module, Update):
+                module.check_state(state_dict, f"{prefix}{name}." if name else prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raises ValueError for a state_dict, whose keys have the prefix, that was made for something else."""
         key = prefix + "_extra_state"
         if key in state_dict:
             state.compare(self._made_for(), state.decode(state_dict[key], key), key)
-        for name, parameter in self.named_parameters():
+        for name, parameter in (*self.named_parameters(), *self.named_buffers()):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.shape != parameter.shape:
                 raise ValueError(
                     f"{prefix}{name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}: "
                     "these meta-parameters were made for other parameters"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _by_name(packing: Packing, updates: list[Tensor | None], given: Mapping[str, Any]) -> dict[str, Tensor | None]:

@@ -150,14 +150,15 @@ class LowRank(Update):
         covered = [i in self.covered.indices for i in range(len(self.packing))]
         return {"covered": covered, "rank": self.rank, "whole_layer": self.whole_layer}
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """As `Update` has it; raises ValueError for A without its start, or the start alone."""
         if (prefix + "A" in state_dict) != (prefix + "start" in state_dict):
             lacks, has = ("start", "A") if prefix + "A" in state_dict else ("A", "start")
             raise ValueError(
                 f"state_dict: expected {prefix}A and {prefix}start, of which one without the other means "
                 f"nothing, got {has} without {lacks}"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super().check_state(state_dict, prefix)
 
     def extra_repr(self) -> str:
         return f"parameters={len(self.covered.indices)} of {len(self.packing)}, rank={self.rank}"
