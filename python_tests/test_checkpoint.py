@@ -216,11 +216,11 @@ def move_a_parameter(state):
 
 
 def reshape_a_parameter(state):
-    state["learner"]["model.0.weight"] = torch.zeros(3, 1)
+    state["learner"]["model.body.0.weight"] = torch.zeros(3, 1)
 
 
 def change_a_dtype(state):
-    state["learner"]["model.0.weight"] = state["learner"]["model.0.weight"].double()
+    state["learner"]["model.body.0.weight"] = state["learner"]["model.body.0.weight"].double()
 
 
 def reshape_a_moment(state):
@@ -242,8 +242,8 @@ EDITS = {
     "missing": (drop_a_parameter, r"the checkpoint lacks parameter 'update\.layers\.0\.R'"),
     "foreign-key": (lambda s: s["learner"].update({7: 1}), "the checkpoint has a foreign parameter 7"),
     "foreign": (move_a_parameter, r"the checkpoint has a foreign parameter 'model\.9\.weight'"),
-    "shape": (reshape_a_parameter, r"model\.0\.weight: expected \(4, 1\) torch\.float32, got \(3, 1\) torch\.float32"),
-    "dtype": (change_a_dtype, r"model\.0\.weight: expected \(4, 1\) torch\.float32, got \(4, 1\) torch\.float64"),
+    "shape": (reshape_a_parameter, r"model\.body\.0\.weight: expected \(4, 1\) .*, got \(3, 1\) torch\.float32"),
+    "dtype": (change_a_dtype, r"model\.body\.0\.weight: expected \(4, 1\) torch\.float32, got \(4, 1\) torch\.float64"),
 }
 RESUME_EDITS = {
     "progress": (lambda s: s["progress"].update(iteration="2"), "the checkpoint's progress is not valid"),
