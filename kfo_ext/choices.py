@@ -1,6 +1,6 @@
 """What options may be set to, without torch: the command line says and checks it before it imports anything."""
 
-INITS = ("reference", "zero_head")
+INITS = ("reference", "zero_head", "torch")
 PRECISIONS = ("ieee", "tf32", "bf16")
 
 # Of every count and seed: torch takes no more.

@@ -102,6 +102,14 @@ def test_zero_head_start():
     assert not model(torch.rand(3, 1, 28, 28)).any()
 
 
+def test_torch_start():
+    model = omniglot_cnn(2, init="torch")
+    assert all((block.norm.weight == 1).all() for block in model.blocks)
+    bound = model.head.in_features**-0.5
+    assert bound >= model.head.weight.abs().max() > 0.9 * bound
+    assert not model.head.bias.any()
+
+
 def test_training_and_evaluation_normalise_alike():
     model, x = omniglot_cnn(2), torch.rand(6, 1, 28, 28)
     assert torch.equal(model.train()(x), model.eval()(x))
@@ -125,7 +133,7 @@ def test_channels_last_reaches_every_convolution_and_changes_no_number():
     [
         ({"layers": 0}, "layers: expected an integer of at least 1, got 0"),
         ({"hidden": 2.5}, "hidden: expected an integer of at least 1, got 2.5"),
-        ({"init": "magic"}, "init: expected one of reference, zero_head, got 'magic'"),
+        ({"init": "magic"}, "init: expected one of reference, zero_head, torch, got 'magic'"),
         ({"pool": 0}, "pool: expected an integer of at least 1, got 0"),
         ({"pool": 1.5}, "pool: expected an integer of at least 1, got 1.5"),
         ({"pool": [2, 0]}, "pool: expected an integer of at least 1, got 0"),

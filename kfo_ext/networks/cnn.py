@@ -7,6 +7,7 @@ Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the
                 of the reference implementations
     zero_head   batch-norm weights 1, head 0: every task starts from equal logits, which lets plain MAML use larger
                 inner rates
+    torch       batch-norm weights 1, head weights as torch.nn.Linear starts them: uniform in +-1 / sqrt(features)
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class CNN(nn.Module):
         nn.init.zeros_(self.head.bias)
         if init == "zero_head":
             nn.init.zeros_(self.head.weight)
+        if init != "reference":
             return
         for block in self.blocks:
             nn.init.uniform_(block.get_parameter("norm.weight"))

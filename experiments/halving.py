@@ -1,0 +1,142 @@
+"""Successive halving, one rule for every method, as a function from what is known to the runs that are missing.
+
+1. Every inner rate with every start, to the first rung. Where the best rate is the smallest or the largest, the grid
+   gets one more beyond it, up to `WIDENINGS` times.
+2. The best `keep` of them to the second rung; the best of those again with each other outer rate.
+3. Of all these, `keep` of each further rung; the one that is left is trained with every seed, and tested.
+
+All runs of a comparison see the same stream of tasks. Scores are the best validation so far, on validation classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .jobs import Job, Record, Settings, Test
+
+WIDENINGS = 3
+Records = Mapping[str, Record]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """How far runs are trained, and how many of those of the rung before are."""
+
+    iterations: int
+    keep: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """A method that is tuned.
+
+    base: the options that all runs share.
+    rates: inner rates, in ascending order.
+    inits: starts of the network; none for networks that have one start.
+    meta_lrs: outer rates; the first rung uses `base`'s.
+    first: iterations of the first rung.
+    rungs: the second and further ones; the last keeps one.
+    seeds: of the final runs; the first one is that of the tuning.
+    tests: of the final runs.
+    """
+
+    base: Settings
+    rates: tuple[float, ...]
+    inits: tuple[str, ...]
+    meta_lrs: tuple[float, ...]
+    first: int
+    rungs: tuple[Rung, ...]
+    seeds: tuple[int, ...]
+    tests: tuple[Test, ...]
+
+    def __post_init__(self) -> None:
+        if list(self.rates) != sorted(set(self.rates)):
+            raise ValueError(f"rates: expected ascending ones, got {self.rates}")
+        if not self.rungs or self.rungs[-1].keep != 1:
+            raise ValueError(f"rungs: expected the last one to keep one run, got {self.rungs}")
+
+    def missing(self, records: Records) -> list[Job]:
+        """The runs that can be computed now; none when all is done."""
+        for stage in self._stages(records):
+            if jobs := [job for job in stage if not job.done_in(records)]:
+                return jobs
+        return []
+
+    def finals(self, records: Records) -> list[Job]:
+        """The final runs, one for each seed.
+
+        Raises:
+            LookupError: the tuning is not done.
+        """
+        stage: list[Job] = []
+        for stage in self._stages(records):
+            if not all(job.done_in(records) for job in stage):
+                raise LookupError("the tuning is not done")
+        return stage
+
+    def _stages(self, records: Records) -> Any:
+        """The jobs of one stage after the other; each follows from the results of those before it."""
+        grid = yield from self._widened(records)
+        kept: list[Settings] = []
+        for number, rung in enumerate(self.rungs):
+            reached = self.rungs[number - 1].iterations if number else self.first
+            kept = _best(kept if number else grid, records, reached)[: rung.keep]
+            yield [Job(settings=each, iterations=rung.iterations) for each in kept]
+            if number == 0:
+                best = _best(kept, records, rung.iterations)[0]
+                others = [best | {"meta_lr": rate} for rate in self.meta_lrs if rate != best["meta_lr"]]
+                yield [Job(settings=each, iterations=rung.iterations) for each in others]
+                kept += others
+        winner, last = kept[0], self.rungs[-1].iterations
+        yield [Job(settings={**winner, "seed": seed}, iterations=last, tests=self.tests) for seed in self.seeds]
+
+    def _widened(self, records: Records) -> Any:
+        rates = list(self.rates)
+        for widening in range(WIDENINGS + 1):
+            grid = [self._setting(rate, init) for rate in rates for init in self.inits or (None,)]
+            yield [Job(settings=each, iterations=self.first) for each in grid]
+            winner = _best(grid, records, self.first)[0]["fast_lr"]
+            if len(self.rates) == 1 or widening == WIDENINGS or rates[0] < winner < rates[-1]:
+                break
+            rates = [*rates, 2 * winner] if winner == rates[-1] else [winner / 2, *rates]
+        return grid
+
+    def _setting(self, rate: float, init: str | None) -> dict[str, Any]:
+        start = {} if init is None else {"init": init}
+        return {**self.base, "fast_lr": rate, **start, "seed": self.seeds[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Runs whose settings are given: the paper's own, and controls that change one of them at a time.
+
+    base: the options that all runs share.
+    variants: label to the options that differ.
+    """
+
+    base: Settings
+    variants: Mapping[str, Settings]
+    iterations: int
+    seeds: tuple[int, ...]
+    tests: tuple[Test, ...]
+
+    def missing(self, records: Records) -> list[Job]:
+        """The runs that can be computed now."""
+        return [job for jobs in self.jobs().values() for job in jobs if not job.done_in(records)]
+
+    def jobs(self) -> dict[str, list[Job]]:
+        """The runs of each variant, one for each seed."""
+        return {
+            label: [
+                Job(settings={**self.base, **variant, "seed": seed}, iterations=self.iterations, tests=self.tests)
+                for seed in self.seeds
+            ]
+            for label, variant in self.variants.items()
+        }
+
+
+def _best(settings: list[Any], records: Records, iterations: int) -> list[Any]:
+    """Settings by their score, the best first; equal ones in the order of the grid."""
+    return sorted(settings, key=lambda each: -records[Job(settings=each, iterations=iterations).key].best(iterations))

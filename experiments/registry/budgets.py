@@ -1,0 +1,91 @@
+"""What all tuned entries have in common: the rule of successive halving at each budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..entry import Work
+from ..halving import Fixed, Halving, Rung
+from ..jobs import Settings, Test
+
+OUTER_RATES = (0.0005, 0.001, 0.003)
+# torch's default, and that of the reference implementation.
+STARTS = ("torch", "reference")
+FEW_SHOT = {"ways": 5, "shots": 5, "queries": 5, "steps": 5, "meta_batch": 16}
+VALIDATION = {"validation_every": 100, "validation_tasks": 300}
+FINAL = (Test(tasks=1000), Test(tasks=1000, checkpoint="last"))
+# Iterations of the first rung, and of the others with how many are kept.
+Rungs = tuple[int, Sequence[tuple[int, int]]]
+# The reference repository's Makefile takes 20,000 iterations; the paper gives no number.
+PAPER: Rungs = (1000, [(2000, 4), (5000, 2), (20_000, 1)])
+
+
+def tuned(
+    base: Settings,
+    rates: Sequence[float],
+    starts: Sequence[str] = STARTS,
+    *,
+    cpu: Rungs,
+    seeds: int = 3,
+    tests: tuple[Test, ...] = FINAL,
+    paper: Rungs = PAPER,
+    **shared: Any,
+) -> dict[str, Work]:
+    """The works of a method whose inner rate, start and outer rate are found by successive halving.
+
+    base: its options, `meta_lr` among them.
+    cpu, paper: the rungs of these budgets; `gpu` takes those of `cpu` with five seeds.
+    shared: options that replace `FEW_SHOT` and `VALIDATION`.
+    """
+    common = {**FEW_SHOT, **VALIDATION, **shared, **base}
+
+    def work(rungs: Rungs, seeds: int) -> Halving:
+        first, rest = rungs
+        return Halving(
+            base=common,
+            rates=tuple(rates),
+            inits=tuple(starts),
+            meta_lrs=OUTER_RATES,
+            first=first,
+            rungs=tuple(Rung(iterations=iterations, keep=keep) for iterations, keep in rest),
+            seeds=tuple(range(seeds)),
+            tests=tests,
+        )
+
+    smoke = Halving(
+        base={**common, "validation_every": 2, "validation_tasks": 2},
+        rates=tuple(rates[:1]),
+        inits=tuple(starts[:1]),
+        meta_lrs=(base["meta_lr"],),
+        first=2,
+        rungs=(Rung(iterations=2, keep=1),),
+        seeds=(0,),
+        tests=(Test(tasks=2),),
+    )
+    return {"ci": smoke, "cpu": work(cpu, seeds), "gpu": work(cpu, 5), "paper": work(paper, 5)}
+
+
+def fixed(
+    base: Settings,
+    variants: Mapping[str, Settings],
+    *,
+    cpu: int,
+    seeds: int = 3,
+    tests: tuple[Test, ...] = FINAL,
+    **shared: Any,
+) -> dict[str, Work]:
+    """The works of runs whose settings are given; arguments as for `tuned`."""
+    common = {**FEW_SHOT, **VALIDATION, **shared, **base}
+    smoke = {**common, "validation_every": 2, "validation_tasks": 2}
+
+    def work(iterations: int, seeds: int) -> Fixed:
+        return Fixed(base=common, variants=variants, iterations=iterations, seeds=tuple(range(seeds)), tests=tests)
+
+    first = dict(list(variants.items())[:1])
+    return {
+        "ci": Fixed(base=smoke, variants=first, iterations=2, seeds=(0,), tests=(Test(tasks=2),)),
+        "cpu": work(cpu, seeds),
+        "gpu": work(cpu, 5),
+        "paper": work(20_000, 5),
+    }

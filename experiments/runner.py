@@ -1,0 +1,219 @@
+"""Computes what is missing of entries: two one-thread jobs side by side, resumable at any moment.
+
+Each entry is computed by one `run` at a time; a second one takes the next entry. The jobs of an entry come from its
+results, and where they leave a worker without work it takes one of a later entry.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import IO, Any
+
+from .entry import Computed, Entry, Roots
+from .jobs import NUMERICS, Job, Record
+from .store import Results
+from .workers import Task, Worker
+
+# A training run saves within a meta-iteration.
+PATIENCE = 55.0
+
+
+class Runner:
+    """Computes entries at one budget.
+
+    entries: in the order in which they are wanted.
+    budget: whose works.
+    roots: where each data set lies, by its name.
+    runs: folder of the run folders, of what functions keep, and of locks.
+    results: folder of the result files.
+    jobs: processes.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], budget: str, roots: Roots, runs: Path, results: Path, jobs: int = 2
+    ) -> None:
+        self.budget, self.roots, self.runs = budget, dict(roots), runs
+        self.results = [Results(entry, budget, results) for entry in entries if budget in entry.works]
+        self.slots = jobs
+        self.failed: dict[str, str] = {}
+        self._locks = ExitStack()
+        self._ours: set[str] = set()
+        self._busy: dict[Worker, tuple[Results, str]] = {}
+        self._stopping = False
+
+    def run(self) -> bool:
+        """Compute until nothing is missing that can be computed here, or a signal asks to stop.
+
+        Returns:
+            Whether nothing is missing, and nothing has failed.
+        """
+        self.runs.mkdir(parents=True, exist_ok=True)
+        idle: list[Worker] = []
+        with self._locks, _registered(self.runs), _on_signal(self._stop):
+            try:
+                while not self._stopping:
+                    while len(self._busy) < self.slots and (found := self._next()):
+                        worker = idle.pop() if idle else Worker()
+                        self._begin(worker, *found)
+                    if not self._busy:
+                        break
+                    for connection in wait([worker.connection for worker in self._busy], timeout=1.0):
+                        idle += self._take(next(w for w in self._busy if w.connection is connection))
+            finally:
+                workers = [*idle, *self._busy]
+                for worker in workers:
+                    worker.stop()
+                for worker in workers:
+                    worker.join(PATIENCE)
+        return not self._stopping and not self.failed and all(each.complete for each in self.results)
+
+    def _next(self) -> tuple[Results, str, Task] | None:
+        """The first job that nobody does."""
+        running = {key for _, key in self._busy.values()}
+        for each in self.results:
+            name = each.entry.name
+            if name in self.failed or each.complete or not self._lock(each):
+                continue
+            if isinstance(each.work, Computed):
+                key = each.entry.key(self.budget)
+                if each.value is None and key not in running:
+                    return each, key, Task(each.work, self._folder(f"{name}-{key}"), self.roots)
+                continue
+            for job in each.work.missing(each.records):
+                if job.key not in running:
+                    return each, job.key, Task(job, self._folder(job.key), self.roots)
+        return None
+
+    def _folder(self, name: str) -> Path:
+        return self.runs / f"numerics-{NUMERICS}" / name
+
+    def _lock(self, each: Results) -> bool:
+        """Whether the entry is ours; the system gives it back when this process ends."""
+        name = f"{each.entry.name}-{each.path.stem}"
+        if name in self._ours:
+            return True
+        file = _locked(self.runs / f"{name}.lock")
+        if file is None:
+            return False
+        self._locks.enter_context(file)
+        self._ours.add(name)
+        # Another process may have written it since.
+        each.load()
+        return True
+
+    def _begin(self, worker: Worker, each: Results, key: str, task: Task) -> None:
+        _say(f"{each.entry.name}: {_described(task.work)}")
+        self._busy[worker] = each, key
+        worker.start(task)
+
+    def _take(self, worker: Worker) -> list[Worker]:
+        """Store what a worker sends; the worker, if it can go on."""
+        each, key = self._busy.pop(worker)
+        result = worker.result()
+        if result.interrupted:
+            return []
+        if result.error:
+            self.failed[each.entry.name] = result.error
+            _say(f"{each.entry.name}: FAILED: {result.error}")
+        elif isinstance(result.value, Record):
+            each.add(key, result.value, list(result.environments))
+            _say(f"{each.entry.name}: {_outcome(result.value)}")
+        else:
+            each.set(result.value, list(result.environments))
+            _say(f"{each.entry.name}: computed")
+        return [worker] if worker.alive else []
+
+    def _stop(self) -> None:
+        self._stopping = True
+        _say("stopping: each run saves after its meta-iteration")
+
+
+def pause(runs: Path) -> int:
+    """Ask every `run` on these run folders to save and stop, and wait for it.
+
+    Returns:
+        How many there were.
+    """
+    files = [path for path in runs.glob("*.pid") if _held(path)]
+    for path in files:
+        os.kill(int(path.read_text()), signal.SIGTERM)
+    end = time.monotonic() + PATIENCE + 5
+    while any(map(_held, files)) and time.monotonic() < end:
+        time.sleep(0.2)
+    if any(map(_held, files)):
+        raise TimeoutError(f"{runs}: a run has not stopped within a minute")
+    return len(files)
+
+
+def _held(path: Path) -> bool:
+    """Whether a living process holds the file."""
+    file = _locked(path)
+    if file is None:
+        return True
+    file.close()
+    return False
+
+
+@contextmanager
+def _registered(runs: Path) -> Iterator[None]:
+    """Meanwhile `pause` finds this process."""
+    path = runs / f"{os.getpid()}.pid"
+    file = _locked(path)
+    assert file is not None
+    file.write(str(os.getpid()))
+    file.flush()
+    try:
+        yield
+    finally:
+        path.unlink()
+        file.close()
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """The file, locked; None if another process has it."""
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def _on_signal(stop: Any) -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with suppress(TypeError):
+                signal.signal(number, handler)
+
+
+def _described(work: Job | Computed) -> str:
+    if isinstance(work, Computed):
+        return "computing"
+    shown = ("fast_lr", "init", "meta_lr", "clip_norm", "seed")
+    settings = " ".join(f"{name}={work.settings[name]}" for name in shown if name in work.settings)
+    return f"{settings} to {work.iterations}{' and tests' if work.tests else ''}"
+
+
+def _outcome(record: Record) -> str:
+    score = f"validation {record.best(record.iterations):.3f} by {record.iterations}"
+    tests = "".join(f", {test['checkpoint']} {test['mean']:.3f}" for test in record.tests)
+    return f"{score}{tests}{f'; ended: {record.ended}' if record.ended else ''} ({record.seconds:.0f} s)"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stdout.flush()

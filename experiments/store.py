@@ -1,0 +1,95 @@
+"""Result files: one for each entry and each specification of it; a file of another specification stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kfo_ext.bench.result import write_rows
+from kfo_ext.runs.files import read_json
+
+from .entry import Computed, Entry, specification
+from .jobs import NUMERICS, Record
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Results:
+    """The result of one entry at one budget.
+
+    path: of the file.
+    records: the runs so far, by their keys.
+    value: what a function has computed; None before.
+    environments: machine, versions and commit of the sessions that computed it.
+    """
+
+    def __init__(self, entry: Entry, budget: str, folder: Path = RESULTS) -> None:
+        self.entry, self.budget = entry, budget
+        self.path = folder / entry.name / f"{budget}-{entry.key(budget)}.json"
+        self.load()
+
+    def load(self) -> None:
+        """Read the file as it is now."""
+        self.records: dict[str, Record] = {}
+        self.value: dict[str, Any] | None = None
+        self.environments: list[dict[str, Any]] = []
+        if self.path.exists():
+            content = read_json(self.path)
+            self.records = {key: Record(**values) for key, values in content.get("runs", {}).items()}
+            self.value = content.get("value")
+            self.environments = content["environments"]
+
+    @property
+    def work(self) -> Any:
+        """What is to be computed."""
+        return self.entry.works[self.budget]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        if isinstance(self.work, Computed):
+            return self.value is not None
+        return not self.work.missing(self.records)
+
+    def add(self, key: str, record: Record, environments: list[dict[str, Any]]) -> None:
+        """Take in a run, and write the file."""
+        record.environments = self._numbers(environments)
+        if (old := self.records.get(key)) is not None:
+            made = record.tests
+            record.tests = made + [test for test in old.tests if test not in made]
+        self.records[key] = record
+        self._write()
+
+    def set(self, value: dict[str, Any], environments: list[dict[str, Any]]) -> None:
+        """Take in what a function has computed, and write the file."""
+        self._numbers(environments)
+        self.value = value
+        self._write()
+
+    def _numbers(self, environments: list[dict[str, Any]]) -> list[int]:
+        self.environments += [each for each in environments if each not in self.environments]
+        return [self.environments.index(each) for each in environments]
+
+    def _write(self) -> None:
+        content: dict[str, Any] = {
+            "entry": self.entry.name,
+            "title": self.entry.title,
+            "budget": self.budget,
+            "numerics": NUMERICS,
+            "specification": _plain(specification(self.work)),
+            "environments": self.environments,
+        }
+        if self.value is not None:
+            content["value"] = self.value
+        else:
+            content["runs"] = {key: asdict(record) for key, record in sorted(self.records.items())}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(self.path, content)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

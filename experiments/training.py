@@ -1,0 +1,105 @@
+"""One job: meta-training in a run folder, from where an earlier process has left it, and the scores after it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kfo_ext.runs import RunFolder
+from kfo_ext.runs.files import read_json
+from kfo_ext.runs.metrics import is_validation, read_metrics
+from kfo_ext.trainer import Config, Trainer, evaluate_run
+
+from .jobs import Job, Record, Test, encoded
+
+# What differs between two sessions of one environment.
+OF_A_SESSION = ("started", "command")
+
+
+class Interrupted(Exception):
+    """A signal has asked to stop; the run can go on from where it is."""
+
+
+def configuration(job: Job, roots: dict[str, Path]) -> Config:
+    """The configuration of a job.
+
+    roots: where each data set lies, by its name.
+    """
+    place = {"data_root": str(roots[name])} if (name := job.settings["dataset"]) in roots else {}
+    return Config(**job.settings, **place, iterations=job.iterations, threads=1)
+
+
+def carry_out(job: Job, folder: Path, roots: dict[str, Path]) -> tuple[Record, list[dict[str, Any]]]:
+    """Do what is missing of a job.
+
+    folder: of the run; one that holds an earlier part of it goes on from there.
+
+    Returns:
+        The record, and the environments of the sessions that it took.
+
+    Raises:
+        Interrupted: a signal has come.
+        ValueError: the data is not there, or another process is at this run.
+    """
+    config = configuration(job, roots)
+    run = RunFolder(folder)
+    ended = ""
+    if run.config.exists():
+        places = {name: config.values[name] for name in ("data_root",) if name in config.values}
+        trainer = Trainer.resume(folder, iterations=job.iterations, **places)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer.start(config, folder)
+    if trainer.progress.iteration < job.iterations:
+        try:
+            if trainer.fit().reason == "interrupted":
+                raise Interrupted
+        except FloatingPointError as error:
+            ended = str(error)
+    tests = [] if ended and not run.best.exists() else [_tested(run, config, test) for test in job.tests]
+    return _record(job, run, ended, tests), _environments(run)
+
+
+def _tested(run: RunFolder, config: Config, test: Test) -> dict[str, Any]:
+    score = evaluate_run(run, split=test.split, name=test.checkpoint, tasks=test.tasks, **test.changes)
+    queries = config.ways * test.changes.get("queries", config.queries)
+    return {
+        **asdict(test),
+        "iteration": score.iteration,
+        "mean": score.interval.mean,
+        "interval": score.interval.half,
+        "correct": encoded(score.content["scores"], queries),
+        "queries": queries,
+    }
+
+
+def _record(job: Job, run: RunFolder, ended: str, tests: list[dict[str, Any]]) -> Record:
+    records = read_metrics(run.metrics)
+    validations = [each for each in records if is_validation(each)]
+    steps = [each for each in records if not is_validation(each)]
+    training, before = [], 0
+    for each in validations:
+        part = [step["accuracy"] for step in steps if before < step["iteration"] <= each["iteration"]]
+        training.append(round(sum(part) / max(1, len(part)), 4))
+        before = each["iteration"]
+    return Record(
+        settings=dict(job.settings),
+        iterations=steps[-1]["iteration"] if steps else 0,
+        ended=ended,
+        at=[each["iteration"] for each in validations],
+        accuracy=[round(each["validation_accuracy"], 5) for each in validations],
+        interval=[round(each["validation_interval"], 5) for each in validations],
+        training=training,
+        seconds=round(records[-1]["elapsed"], 1) if records else 0.0,
+        tests=tests,
+    )
+
+
+def _environments(run: RunFolder) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for session in read_json(run.environment) if run.environment.exists() else []:
+        plain = {name: value for name, value in session.items() if name not in OF_A_SESSION}
+        if plain not in found:
+            found.append(plain)
+    return found

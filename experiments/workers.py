@@ -1,0 +1,122 @@
+"""Processes that do one task at a time, each on one thread, and stop when they are asked to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from .entry import Computed
+from .jobs import Job
+
+# Of what waits for it, such as an editor or another measurement.
+NICENESS = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker does: a job, or a function.
+
+    work: the one or the other.
+    folder: for what it keeps.
+    roots: where each data set lies.
+    """
+
+    work: Job | Computed
+    folder: Path
+    roots: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a worker sends back: a record or a value with its environments, or why there is none."""
+
+    value: Any = None
+    environments: tuple[dict[str, Any], ...] = ()
+    error: str = ""
+    interrupted: bool = False
+
+
+class Worker:
+    """A process of its own. It starts at once, and ends with this one."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def start(self, task: Task) -> None:
+        """Begin a task; its result comes through `connection`."""
+        self.connection.send(task)
+
+    def result(self) -> Result:
+        """Wait for the result."""
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self._process.join()
+            return Result(error=f"the process ended with status {self._process.exitcode}")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take another task."""
+        return self._process.is_alive()
+
+    def stop(self) -> None:
+        """Ask it to save and to end; a training run ends after its meta-iteration."""
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def join(self, seconds: float) -> None:
+        """Wait for its end; after so many seconds, end it."""
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(connection: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.nice(NICENESS)
+    # Ctrl-C goes to the whole group; the parent tells the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        result = _done(task)
+        connection.send(result)
+        if result.interrupted:
+            return
+
+
+def _done(task: Task) -> Result:
+    # Here, so that a process that only waits has not loaded it.
+    import torch
+
+    from kfo_ext.machine import environment
+
+    from .training import OF_A_SESSION, Interrupted, carry_out
+
+    torch.set_num_threads(1)
+    try:
+        if isinstance(task.work, Job):
+            record, environments = carry_out(task.work, task.folder, dict(task.roots))
+            return Result(record, tuple(environments))
+        value = task.work.function(roots=task.roots, folder=task.folder, **task.work.options)
+        here = {name: fact for name, fact in environment().items() if name not in OF_A_SESSION}
+        return Result(value, (here,))
+    except Interrupted:
+        return Result(interrupted=True)
+    except Exception as error:
+        expected = isinstance(error, (OSError, ValueError))
+        return Result(error=str(error) if expected else traceback.format_exc())
