@@ -52,7 +52,7 @@ def _list(options: argparse.Namespace) -> int:
 def _state(entry: Entry, budget: str) -> str:
     if budget not in entry.works:
         return "not run"
-    results = Results(entry, budget)
+    results = Results(entry, budget, others=ENTRIES)
     if results.complete:
         return "done"
     return f"{len(results.records)} runs" if results.records else "missing"
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
             entries.append(entry)
     # Two meta-iterations show that an entry runs; nobody keeps what they give.
     results = options.runs / "ci-results" if options.budget == "ci" else RESULTS
-    return 0 if Runner(entries, options.budget, roots, options.runs, results, options.jobs).run() else 1
+    return 0 if Runner(entries, options.budget, roots, options.runs, results, options.jobs, ENTRIES).run() else 1
 
 
 def _roots(data: Path | None) -> dict[str, Path]:

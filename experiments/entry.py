@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .halving import Fixed, Halving
+from .halving import Fixed, Following, Halving, StartOf
 from .jobs import digest
 
 BUDGETS = ("ci", "cpu", "gpu", "paper")
@@ -47,7 +47,7 @@ class Computed:
     version: int = 1
 
 
-Work = Halving | Fixed | Computed
+Work = Halving | Fixed | StartOf | Following | Computed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ All runs of a comparison see the same stream of tasks. Scores are the best valid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .jobs import Job, Record, Settings, Test
@@ -135,6 +135,45 @@ class Fixed:
             ]
             for label, variant in self.variants.items()
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOf:
+    """A method that is tuned over inner and outer rates alone, from the start of the network that another entry found.
+
+    of: the name of that entry.
+    work: whose `inits` are replaced.
+    """
+
+    of: str
+    work: Halving
+
+    def resolved(self, finals: Sequence[Job]) -> Halving:
+        """The work, from the final runs of the other entry."""
+        return replace(self.work, inits=(finals[0].settings["init"],))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """Runs at the setting that another entry found, with other options.
+
+    of: the name of that entry.
+    variants: label to the options that differ.
+    without: options of the other entry that these runs do not have.
+    iterations, seeds, tests: as of `Fixed`.
+    """
+
+    of: str
+    variants: Mapping[str, Settings]
+    without: tuple[str, ...] = ()
+    iterations: int
+    seeds: tuple[int, ...]
+    tests: tuple[Test, ...]
+
+    def resolved(self, finals: Sequence[Job]) -> Fixed:
+        """The runs, from the final runs of the other entry."""
+        base = {name: value for name, value in finals[0].settings.items() if name not in (*self.without, "seed")}
+        return Fixed(base=base, variants=self.variants, iterations=self.iterations, seeds=self.seeds, tests=self.tests)
 
 
 def _best(settings: list[Any], records: Records, iterations: int) -> list[Any]:

@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from .entry import Computed, Entry, Roots
@@ -35,13 +36,21 @@ class Runner:
     runs: folder of the run folders, of what functions keep, and of locks.
     results: folder of the result files.
     jobs: processes.
+    others: all entries, by name: one may follow another.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], budget: str, roots: Roots, runs: Path, results: Path, jobs: int = 2
+        self,
+        entries: Sequence[Entry],
+        budget: str,
+        roots: Roots,
+        runs: Path,
+        results: Path,
+        jobs: int = 2,
+        others: Mapping[str, Entry] = MappingProxyType({}),
     ) -> None:
         self.budget, self.roots, self.runs = budget, dict(roots), runs
-        self.results = [Results(entry, budget, results) for entry in entries if budget in entry.works]
+        self.results = [Results(entry, budget, results, others) for entry in entries if budget in entry.works]
         self.slots = jobs
         self.failed: dict[str, str] = {}
         self._locks = ExitStack()
@@ -68,10 +77,11 @@ class Runner:
                     for connection in wait([worker.connection for worker in self._busy], timeout=1.0):
                         idle += self._take(next(w for w in self._busy if w.connection is connection))
             finally:
-                workers = [*idle, *self._busy]
-                for worker in workers:
+                for worker in idle:
+                    worker.dismiss()
+                for worker in self._busy:
                     worker.stop()
-                for worker in workers:
+                for worker in [*idle, *self._busy]:
                     worker.join(PATIENCE)
         return not self._stopping and not self.failed and all(each.complete for each in self.results)
 
@@ -82,14 +92,15 @@ class Runner:
             name = each.entry.name
             if name in self.failed or each.complete or not self._lock(each):
                 continue
-            if isinstance(each.work, Computed):
+            work, roots = each.work, {data: self.roots[data] for data in each.entry.data}
+            if isinstance(work, Computed):
                 key = each.entry.key(self.budget)
                 if each.value is None and key not in running:
-                    return each, key, Task(each.work, self._folder(f"{name}-{key}"), self.roots)
+                    return each, key, Task(work, self._folder(f"{name}-{key}"), roots)
                 continue
-            for job in each.work.missing(each.records):
+            for job in work.missing(each.records) if work else []:
                 if job.key not in running:
-                    return each, job.key, Task(job, self._folder(job.key), self.roots)
+                    return each, job.key, Task(job, self._folder(job.key), roots)
         return None
 
     def _folder(self, name: str) -> Path:

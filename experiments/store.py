@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kfo_ext.bench.result import write_rows
 from kfo_ext.runs.files import read_json
 
 from .entry import Computed, Entry, specification
+from .halving import Fixed, Following, Halving, StartOf
 from .jobs import NUMERICS, Record
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,14 +21,22 @@ RESULTS = Path(__file__).parent / "results"
 class Results:
     """The result of one entry at one budget.
 
-    path: of the file.
-    records: the runs so far, by their keys.
-    value: what a function has computed; None before.
-    environments: machine, versions and commit of the sessions that computed it.
+    entry: what is computed.
+    budget: whose work.
+    folder: of all result files.
+    others: all entries, by name: one may follow another.
+
+    Attributes:
+        path: of the file.
+        records: the runs so far, by their keys.
+        value: what a function has computed; None before.
+        environments: machine, versions and commit of the sessions that computed it.
     """
 
-    def __init__(self, entry: Entry, budget: str, folder: Path = RESULTS) -> None:
-        self.entry, self.budget = entry, budget
+    def __init__(
+        self, entry: Entry, budget: str, folder: Path = RESULTS, others: Mapping[str, Entry] = MappingProxyType({})
+    ) -> None:
+        self.entry, self.budget, self.folder, self.others = entry, budget, folder, others
         self.path = folder / entry.name / f"{budget}-{entry.key(budget)}.json"
         self.load()
 
@@ -42,16 +52,26 @@ class Results:
             self.environments = content["environments"]
 
     @property
-    def work(self) -> Any:
-        """What is to be computed."""
-        return self.entry.works[self.budget]
+    def work(self) -> Halving | Fixed | Computed | None:
+        """What is to be computed; None while it waits for the results of another entry."""
+        work = self.entry.works[self.budget]
+        if not isinstance(work, StartOf | Following):
+            return work
+        other = Results(self.others[work.of], self.budget, self.folder, self.others)
+        if not isinstance(tuning := other.work, Halving):
+            return None
+        try:
+            return work.resolved(tuning.finals(other.records))
+        except LookupError:
+            return None
 
     @property
     def complete(self) -> bool:
         """Whether nothing is missing."""
-        if isinstance(self.work, Computed):
-            return self.value is not None
-        return not self.work.missing(self.records)
+        work = self.work
+        if work is None:
+            return False
+        return self.value is not None if isinstance(work, Computed) else not work.missing(self.records)
 
     def add(self, key: str, record: Record, environments: list[dict[str, Any]]) -> None:
         """Take in a run, and write the file."""
@@ -78,7 +98,7 @@ class Results:
             "title": self.entry.title,
             "budget": self.budget,
             "numerics": NUMERICS,
-            "specification": _plain(specification(self.work)),
+            "specification": _plain(specification(self.entry.works[self.budget])),
             "environments": self.environments,
         }
         if self.value is not None:

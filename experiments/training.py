@@ -21,19 +21,20 @@ class Interrupted(Exception):
     """A signal has asked to stop; the run can go on from where it is."""
 
 
-def configuration(job: Job, roots: dict[str, Path]) -> Config:
+def configuration(job: Job, root: Path | None) -> Config:
     """The configuration of a job.
 
-    roots: where each data set lies, by its name.
+    root: where its data lies; None for data that is drawn.
     """
-    place = {"data_root": str(roots[name])} if (name := job.settings["dataset"]) in roots else {}
+    place = {} if root is None else {"data_root": str(root)}
     return Config(**job.settings, **place, iterations=job.iterations, threads=1)
 
 
-def carry_out(job: Job, folder: Path, roots: dict[str, Path]) -> tuple[Record, list[dict[str, Any]]]:
+def carry_out(job: Job, folder: Path, root: Path | None) -> tuple[Record, list[dict[str, Any]]]:
     """Do what is missing of a job.
 
     folder: of the run; one that holds an earlier part of it goes on from there.
+    root: see `configuration`.
 
     Returns:
         The record, and the environments of the sessions that it took.
@@ -42,12 +43,12 @@ def carry_out(job: Job, folder: Path, roots: dict[str, Path]) -> tuple[Record, l
         Interrupted: a signal has come.
         ValueError: the data is not there, or another process is at this run.
     """
-    config = configuration(job, roots)
+    config = configuration(job, root)
     run = RunFolder(folder)
     ended = ""
     if run.config.exists():
-        places = {name: config.values[name] for name in ("data_root",) if name in config.values}
-        trainer = Trainer.resume(folder, iterations=job.iterations, **places)
+        place = {} if root is None else {"data_root": str(root)}
+        trainer = Trainer.resume(folder, iterations=job.iterations, **place)
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         trainer = Trainer.start(config, folder)

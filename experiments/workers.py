@@ -25,7 +25,7 @@ class Task:
 
     work: the one or the other.
     folder: for what it keeps.
-    roots: where each data set lies.
+    roots: where each data set of the entry lies; a job reads the first.
     """
 
     work: Job | Computed
@@ -70,6 +70,10 @@ class Worker:
         """Whether it can take another task."""
         return self._process.is_alive()
 
+    def dismiss(self) -> None:
+        """Let it end, as it has nothing to do."""
+        self.connection.close()
+
     def stop(self) -> None:
         """Ask it to save and to end; a training run ends after its meta-iteration."""
         if self._process.is_alive():
@@ -110,7 +114,7 @@ def _done(task: Task) -> Result:
     torch.set_num_threads(1)
     try:
         if isinstance(task.work, Job):
-            record, environments = carry_out(task.work, task.folder, dict(task.roots))
+            record, environments = carry_out(task.work, task.folder, next(iter(task.roots.values()), None))
             return Result(record, tuple(environments))
         value = task.work.function(roots=task.roots, folder=task.folder, **task.work.options)
         here = {name: fact for name, fact in environment().items() if name not in OF_A_SESSION}

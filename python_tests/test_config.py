@@ -358,6 +358,7 @@ ADAPTED = {
     "boil": lambda name: not name.startswith("head."),
     "tnet": lambda name: name.rpartition(".")[2] in ("W", "b"),
     "linnet": lambda name: True,
+    "anil_linnet": lambda name: name.startswith("model.head."),
 }
 
 
@@ -403,7 +404,8 @@ def test_options_and_needs_of_methods(monkeypatch):
         Config(dataset="sinusoid", network="plain", method="anil")
     with pytest.raises(ValueError, match=r"widths: expected integers with commas between them, got '8,x'"):
         build_learner(Config(**GLYPHS, method="linnet", widths="8,x"))
-    assert len(build_learner(Config(**GLYPHS, method="linnet", widths="8,6,7")).model.head) == 4
+    for method in ("linnet", "anil_linnet"):
+        assert len(build_learner(Config(**GLYPHS, method=method, widths="8,6,7")).model.head) == 4
 
 
 def test_a_run_is_not_resumed_with_another_part(tmp_path):

@@ -5,10 +5,17 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from ..entry import Entry
-from . import anil, omniglot
+from . import anil, beyond, cifar, depth, linear, omniglot
 
 ENTRIES: dict[str, Entry] = {}
-for _entry in (*omniglot.ENTRIES, *anil.ENTRIES):
+for _entry in (
+    *omniglot.ENTRIES,
+    *anil.ENTRIES,
+    *linear.ENTRIES,
+    *depth.ENTRIES,
+    *cifar.ENTRIES,
+    *beyond.ENTRIES,
+):
     if _entry.name in ENTRIES:
         raise ValueError(f"{_entry.name}: two entries have this name")
     ENTRIES[_entry.name] = _entry

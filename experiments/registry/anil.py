@@ -26,6 +26,14 @@ ENTRIES = [
         works=tuned({**ANIL, "meta_lr": 0.001}, RATES, cpu=RUNGS),
     ),
     Entry(
+        name="omniglot-anil-linnet",
+        title="ANIL with LinNet",
+        group="table-2",
+        published=cell("2", "w/ LinNet", 93.02),
+        data=("omniglot",),
+        works=tuned({**ANIL, "method": "anil_linnet", "meta_lr": 0.003}, RATES, cpu=RUNGS),
+    ),
+    Entry(
         name="omniglot-anil-kfo",
         title="ANIL, META-KFO",
         group="table-b4",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..entry import Work
-from ..halving import Fixed, Halving, Rung
+from ..halving import Fixed, Following, Halving, Rung, StartOf
 from ..jobs import Settings, Test
 
 OUTER_RATES = (0.0005, 0.001, 0.003)
@@ -64,6 +64,47 @@ def tuned(
         tests=(Test(tasks=2),),
     )
     return {"ci": smoke, "cpu": work(cpu, seeds), "gpu": work(cpu, 5), "paper": work(paper, 5)}
+
+
+def start_of(name: str, works: Mapping[str, Work]) -> dict[str, Work]:
+    """The works of `tuned`, with one start of the network: the one that another entry has found; `ci` needs none."""
+    return {
+        budget: StartOf(of=name, work=work) if budget != "ci" and isinstance(work, Halving) else work
+        for budget, work in works.items()
+    }
+
+
+def following(
+    name: str,
+    variants: Mapping[str, Settings],
+    smoke: Settings,
+    *,
+    cpu: int,
+    seeds: int = 1,
+    without: tuple[str, ...] = (),
+    tests: tuple[Test, ...] = FINAL,
+) -> dict[str, Work]:
+    """The works of runs at the setting that another entry has found.
+
+    smoke: the options of the run of `ci`.
+    """
+
+    def work(iterations: int, seeds: int) -> Following:
+        return Following(
+            of=name,
+            variants=variants,
+            without=without,
+            iterations=iterations,
+            seeds=tuple(range(seeds)),
+            tests=tests,
+        )
+
+    return {
+        "ci": fixed(smoke, variants, cpu=2)["ci"],
+        "cpu": work(cpu, seeds),
+        "gpu": work(cpu, 3),
+        "paper": work(20_000, 5),
+    }
 
 
 def fixed(

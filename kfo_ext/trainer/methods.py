@@ -51,6 +51,10 @@ def _body(network: nn.Module) -> Named:
     return body
 
 
+def _stack(network: Any) -> Named:
+    return network.head.named_parameters()
+
+
 def _without_t(network: Any) -> Named:
     named = dict(network.named_parameters())
     return [(name, named[name]) for name in network.adapted if name in named]
@@ -88,6 +92,15 @@ def _linnet(network: nn.Module, *, widths: str | None) -> nn.Module:
     return LinNet(network, sizes)
 
 
+WIDTHS = {
+    "widths": Option(
+        kind=str,
+        default=None,
+        shown="the head's inputs, twice",
+        help="of the layers, with commas between them: 256,128,64,64",
+    )
+}
+
 METHODS: dict[str, Method] = {
     "maml": Method(help="adapts all parameters", adapted=_all, learner=_maml),
     "anil": Method(help="adapts the head only", adapted=_head, learner=_anil, head=True),
@@ -103,13 +116,14 @@ METHODS: dict[str, Method] = {
         adapted=_all,
         learner=_maml,
         transformed=_linnet,
-        options={
-            "widths": Option(
-                kind=str,
-                default=None,
-                shown="the head's inputs, twice",
-                help="of the layers, with commas between them: 256,128,64,64",
-            )
-        },
+        options=WIDTHS,
+    ),
+    "anil_linnet": Method(
+        help="LinNet of which the linear layers alone are adapted",
+        adapted=_stack,
+        learner=_anil,
+        transformed=_linnet,
+        options=WIDTHS,
+        head=True,
     ),
 }
