@@ -52,6 +52,7 @@ CASES = {
     "KFO, two hidden layers": Case({"method": "maml", "update": "kfo", "hidden_layers": 2}),
     "T-Net": Case({"method": "tnet", "update": "none"}, 1.3),
     "LinNet": Case({"method": "linnet", "update": "none"}),
+    "LinNet, ANIL": Case({"method": "anil_linnet", "update": "none"}),
 }
 
 

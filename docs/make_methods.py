@@ -46,6 +46,7 @@ ENTRIES = {
     ),
     "T-Net": Entry("t-nets.md", "T per layer", "W and b of every layer, not T"),
     "LinNet": Entry("linnet.md", "the head's linear layers", "all parameters, those layers too"),
+    "LinNet, ANIL": Entry("linnet.md", "the head's linear layers", "those layers"),
 }
 HEAD = """# Methods
 
