@@ -110,9 +110,12 @@ def right_weight_norm() -> Iterator[None]:
             owner._weight_norm = function
 
 
-def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1, sides: list[str] | None = None) -> Rule:
+def plain_kfo(
+    *, psd: bool = True, bias: bool = False, layers: int = 1, sides: list[str] | None = None, scale: float = 1.0
+) -> Rule:
     """KFO's update of plain gradients, by its packed phi: R, L (and bias) of each layer, tanh between layers.
 
+    scale: s of g + f(s g) / s, with more than one layer.
     sides: the factors of each parameter, "RL", "R" or "L", an identity for the other; "" is plain gradient descent.
     """
 
@@ -131,7 +134,7 @@ def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1, sides: l
         has = ["RL"] * len(gradients) if sides is None else sides
         covered = [(g, side) for g, side in zip(gradients, has) if side]
         sizes = [triple(g.shape) for g, _ in covered]
-        hidden = [g.reshape(size) for (g, _), size in zip(covered, sizes)]
+        hidden = [scale * g.reshape(size) for (g, _), size in zip(covered, sizes)]
         rows = (row[0] for row in phi)
         for layer in range(layers):
             Rs = factors(rows, [p for _, p, _ in sizes], ["R" in side for _, side in covered])
@@ -144,7 +147,9 @@ def plain_kfo(*, psd: bool = True, bias: bool = False, layers: int = 1, sides: l
             if bias:
                 terms = next(rows).split([p * q for _, p, q in sizes])
                 hidden = [X + term.view(p, q) for X, term, (_, p, q) in zip(hidden, terms, sizes)]
-        updates = (X.reshape(g.shape) if layers == 1 else X.reshape(g.shape) + g for X, (g, _) in zip(hidden, covered))
+        updates = (
+            X.reshape(g.shape) if layers == 1 else g + X.reshape(g.shape) / scale for X, (g, _) in zip(hidden, covered)
+        )
         return [next(updates) if side else g for g, side in zip(gradients, has)]
 
     return rule

@@ -85,11 +85,12 @@ def test_train_chooses_a_folder_and_resume_continues_it(kfo, tmp_path):
 
 
 def test_flags_and_numbers_reach_the_configuration(kfo):
-    code, _, err = kfo("train", "--run", "a", *options(hidden_layers=1, seed=5), "--no-psd", "--bias", "--first-order")
+    numbers = options(hidden_layers=1, scale=2.5, seed=5)
+    code, _, err = kfo("train", "--run", "a", *numbers, "--no-psd", "--bias", "--first-order")
     assert (code, err) == (0, "")
     config = Config.load(Path("a/config.json"))
     assert (config.psd, config.bias, config.first_order, config.hidden_layers, config.seed) == (False, True, True, 1, 5)
-    assert config.meta_lr == Config().meta_lr
+    assert (config.scale, config.meta_lr) == (2.5, Config().meta_lr)
 
 
 def test_time_budget_says_how_to_resume(kfo):

@@ -37,6 +37,7 @@ BAD = {
     "ways": (1, "ways: expected at least 2, got 1"),
     "steps": (-1, "steps: expected at least 0, got -1"),
     "fast_lr": (-0.1, "fast_lr: expected a finite number above 0, got -0.1"),
+    "scale": (math.inf, "scale: expected a finite number above 0, got inf"),
     "clip_norm": (-1.0, "clip_norm: expected at least 0, got -1.0"),
     "meta_lr": (math.nan, "meta_lr: expected a finite number above 0, got nan"),
     "device": ("gpu", "device: expected a device of torch such as 'cpu' or 'cuda:0', got 'gpu'"),
@@ -58,6 +59,8 @@ def test_config_refuses_wrong_types_and_combinations():
         Config(ways=None)
     with pytest.raises(TypeError, match="psd: expected bool, got 'yes'"):
         Config(psd="yes")
+    with pytest.raises(ValueError, match=r"scale: has no effect without hidden_layers, expected 1, got 3\.0"):
+        Config(scale=3.0)
     with pytest.raises(ValueError, match="data_root: data set 'omniglot' needs the folder or archive that holds"):
         Config(dataset="omniglot")
     with pytest.raises(ValueError, match="data_root: expected text without null characters"):
@@ -161,8 +164,9 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
 
 
 def test_the_options_of_an_update_reach_it():
-    config = Config(**GLYPHS, psd=False, hidden_layers=1, bias=False, max_factor=8)
+    config = Config(**GLYPHS, psd=False, hidden_layers=1, scale=20, bias=False, max_factor=8)
     update = build_learner(config).update
+    assert update.scale == 20.0
     assert (update.psd, update.has_bias, len(update.layers)) == (False, False, 2)
     assert max(side for factors in update.factors() for X in factors if X is not None for side in X.shape) <= 8
     assert build_learner(Config(**GLYPHS, update="none")).update.phi == ()

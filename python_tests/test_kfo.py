@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ SETTINGS = [
     for bias in (False, True)
     for hidden, activation in ((0, "tanh"), (1, "tanh"), (2, "relu"))
 ]
+SETTINGS += [{"hidden_layers": 1, "scale": 30.0}, {"psd": False, "bias": False, "hidden_layers": 2, "scale": 0.1}]
 
 
 def network() -> nn.Module:
@@ -91,7 +93,7 @@ def explicit(kfo: KFO, grads: list[torch.Tensor]) -> list[torch.Tensor]:
     activation = kfo.activation if callable(kfo.activation) else ACTIVATIONS[kfo.activation]
     updates = []
     for i, (grad, (B, p, q)) in enumerate(zip(grads, kfo.problems.shapes)):
-        hidden = grad.reshape(B, p * q)
+        hidden = kfo.scale * grad.reshape(B, p * q)
         for depth, layer in enumerate(kfo.layers):
             R, L = kfo.factors(depth)[i]
             if layer.psd:
@@ -100,7 +102,7 @@ def explicit(kfo: KFO, grads: list[torch.Tensor]) -> list[torch.Tensor]:
             if layer.bias is not None:
                 offset = sum(b * c for _, b, c in kfo.problems.shapes[:i])
                 hidden = hidden + layer.bias[0, offset : offset + p * q]
-        updates.append((hidden if len(kfo.layers) == 1 else grad.reshape(B, p * q) + hidden).reshape(grad.shape))
+        updates.append(hidden.reshape(grad.shape) if len(kfo.layers) == 1 else grad + hidden.view_as(grad) / kfo.scale)
     return updates
 
 
@@ -170,6 +172,23 @@ def test_custom_activation():
     grads = random_grads(model)
     for update, expected in zip(kfo.transform(grads), explicit(kfo, grads)):
         torch.testing.assert_close(update, expected)
+
+
+def test_scale_decides_whether_small_gradients_see_an_activation():
+    model = network()
+    grads = [1e-3 * grad for grad in random_grads(model)]
+
+    def update(**options) -> torch.Tensor:
+        torch.manual_seed(1)
+        kfo = randomise(KFO(model.parameters(), hidden_layers=1, bias=False, **options))
+        return torch.cat([update.flatten() for update in kfo.transform(grads)])
+
+    linear = update(activation=lambda x: x)
+    torch.testing.assert_close(update(), linear, rtol=1e-3, atol=1e-8)
+    assert (update(scale=1000) - linear).norm() > 0.05 * linear.norm()
+    # It cancels where the activation lets it through.
+    torch.testing.assert_close(update(scale=1000, activation=lambda x: x), linear, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(update(scale=1000, activation="relu"), update(activation="relu"), rtol=1e-12, atol=1e-15)
 
 
 def test_no_gradient_no_update():
@@ -436,6 +455,14 @@ def test_factors_of_a_side_that_is_too_long_are_none():
         ({"hidden_layers": 1.5}, "hidden_layers"),
         ({"activation": "swoosh"}, "activation: expected a function or one of tanh"),
         ({"backend": "fpga"}, "backend: expected one of auto"),
+        ({"scale": 2.0}, "scale: expected 1 without hidden layers, .*got 2.0: set hidden_layers"),
+        *(
+            (
+                {"scale": value, "hidden_layers": 1},
+                f"scale: expected a finite .*float32.*, got {value}$",
+            )
+            for value in (0, -2.0, math.inf, math.nan, 2**128, 10**400, 1e-39)
+        ),
     ],
     ids=str,
 )
@@ -448,6 +475,12 @@ def test_bad_options(option, message):
 def test_options_that_are_no_flags(option):
     with pytest.raises(TypeError, match=f"{next(iter(option))}: expected True"):
         KFO([torch.ones(2)], **option)
+
+
+@pytest.mark.parametrize("scale", [True, "2", None, torch.ones(()), 2j], ids=str)
+def test_a_scale_that_is_no_number(scale):
+    with pytest.raises(TypeError, match="scale: expected a number, got "):
+        KFO([torch.ones(2)], hidden_layers=1, scale=scale)
 
 
 def test_bad_gradients():

@@ -122,6 +122,23 @@ def test_a_state_says_which_parameters_have_which_factors():
     made(only=["head.*"]).load_state_dict(made(only=["head.weight", "head.bias"], max_factor=4).state_dict())
 
 
+def test_a_state_of_another_scale_is_refused():
+    def made(scale: float) -> KFO:
+        return randomise(KFO(network().named_parameters(), hidden_layers=1, scale=scale))
+
+    mine, theirs, grads = made(4), made(1.0), random_grads(network())
+    assert described(mine)["scale"] == 4.0
+    for kfo, other in ((mine, theirs), (theirs, mine)):
+        with pytest.raises(ValueError, match=f"meta-parameters with scale={kfo.scale}, got scale={other.scale}"):
+            kfo.load_state_dict(other.state_dict())
+    expected = explicit(mine, grads)
+    again = made(4.0)
+    again.load_state_dict(mine.state_dict())
+    for kfo in (again, copy.deepcopy(mine)):
+        for update, other in zip(kfo.transform(grads), expected):
+            torch.testing.assert_close(update, other)
+
+
 def test_a_state_of_another_update_is_refused():
     class Other(KFO):
         pass

@@ -338,7 +338,7 @@ def test_kfo_itself_is_no_transform_of_a_learnable_optimizer():
         gradient_transform()(nn.Parameter(torch.ones(2)))(None)
 
 
-@pytest.mark.parametrize("options", [{}, {"psd": False, "hidden_layers": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"psd": False, "hidden_layers": 1, "scale": 3.0}], ids=str)
 def test_learnable_optimizer_with_our_transforms(options):
     """One step, and the gradients of the next loss by all factors, against the formula in plain torch."""
     torch.manual_seed(4)
@@ -362,8 +362,8 @@ def test_learnable_optimizer_with_our_transforms(options):
         G = gradient.reshape(p, q)
         if options:
             R, L, b, R2, L2, b2 = factors[at : at + 6]
-            hidden = torch.tanh(R.view(p, p).T @ G @ L.view(q, q) + b.view(p, q))
-            U = G + R2.view(p, p).T @ hidden @ L2.view(q, q) + b2.view(p, q)
+            hidden = torch.tanh(R.view(p, p).T @ (3 * G) @ L.view(q, q) + b.view(p, q))
+            U = G + (R2.view(p, p).T @ hidden @ L2.view(q, q) + b2.view(p, q)) / 3
             at += 6
         else:
             R, L = factors[at].view(p, p), factors[at + 1].view(q, q)

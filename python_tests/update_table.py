@@ -129,6 +129,11 @@ UPDATES: dict[str, Case] = {
     "kfo psd": Case(KFO, always(plain_kfo())),
     "kfo bias": Case(partial(KFO, bias=True), always(plain_kfo(bias=True))),
     "kfo hidden": Case(partial(KFO, hidden_layers=2), always(plain_kfo(bias=True, layers=3))),
+    "kfo scale": Case(partial(KFO, hidden_layers=2, scale=5.0), always(plain_kfo(bias=True, layers=3, scale=5.0))),
+    "kfo max_factor scale per step": Case(
+        partial(KFO, max_factor=4, psd=False, bias=False, hidden_layers=1, scale=0.2, per_step=STEPS),
+        lambda update: rated(sided(SHORT, psd=False, layers=2, scale=0.2)(update))(update),
+    ),
     "kfo per step": Case(partial(KFO, per_step=STEPS), rated(plain_kfo())),
     "kfo only": Case(partial(KFO, only=["head.*"], bias=True), sided(HEAD, bias=True)),
     "kfo max_factor": Case(partial(KFO, max_factor=4, psd=False, bias=True), sided(SHORT, psd=False, bias=True)),

@@ -41,6 +41,11 @@ def _with_hidden_layers(before: Mapping[str, Any]) -> bool:
     return before["hidden_layers"] > 0
 
 
+def _scale_has_effect(values: Mapping[str, Any]) -> None:
+    if values["scale"] != 1 and values["hidden_layers"] == 0:
+        raise ValueError(f"scale: has no effect without hidden_layers, expected 1, got {values['scale']}")
+
+
 # Of every update that may have rates of its own for each inner step.
 PER_STEP = {"per_step": Option(kind=bool, default=False, help="learn a rate for each parameter tensor and inner step")}
 # Of every update with meta-parameters that the inner loop can adapt.
@@ -69,6 +74,9 @@ UPDATES: dict[str, LearnedUpdate] = {
             "hidden_layers": Option(
                 kind=int, default=0, help="hidden Kronecker layers; 0 is the linear update", least=0, most=MOST_LAYERS
             ),
+            "scale": Option(
+                kind=float, default=1.0, help="factor of gradients before the hidden layers' tanh", positive=True
+            ),
             "bias": Option(
                 kind=bool,
                 default=_with_hidden_layers,
@@ -79,5 +87,6 @@ UPDATES: dict[str, LearnedUpdate] = {
             **ADAPTED,
             **PER_STEP,
         },
+        check=_scale_has_effect,
     ),
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
+from numbers import Real
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from kfo_ext.ops.dispatch import BACKENDS
@@ -26,8 +28,8 @@ class KFO(Update):
     """A learned update of gradients; at the start U(g) = g in every setting: plain gradient descent.
 
     Without hidden layers U(g) = R^T g L, with psd R^T R g L^T L, plus the bias term. With `hidden_layers` = h,
-    U(g) = g + K_{h+1}(act(K_h(... act(K_1(g))))), each K a Kronecker layer; the last one starts as the zero map and
-    has no psd.
+    U(g) = g + K_{h+1}(act(K_h(... act(K_1(s g))))) / s, each K a Kronecker layer; the last one starts as the zero map
+    and has no psd. The number s > 0 is `scale`.
 
     It meets the contract of learn2learn's ParameterUpdate: it can be the update of GBML, and be cloned by clone_module.
 
@@ -49,15 +51,19 @@ class KFO(Update):
             with hidden layers alone, as the paper's non-linear update has it.
         hidden_layers: Kronecker layers before the last one, with an activation after each.
         activation: between layers: tanh, relu, sigmoid, gelu, softplus or any elementwise function.
+        scale: s, a fixed number that the hidden layers see gradients multiplied by; what they add is divided by it. It
+            decides whether they are non-linear at all: tanh(x) is nearly x at the size that gradients have. Where the
+            activation is the identity, s cancels but for biases; with relu too, as relu(s x) = s relu(x).
         per_step: the number of inner steps that have a learned rate of their own for each parameter tensor, whether it
             has factors or not, in front of U; each is 1 at the start. None for none.
         backend: see `kfo_ext.transform`.
 
     Raises:
         ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or
-            backend, `per_step` less than 1, a pattern that matches no parameter, a `max_factor` that leaves no factor,
-            or factors that need more than a quarter of the memory that the device has left (p^2 + q^2 elements per
-            parameter and layer).
+            backend, a `scale` that is not above 0, that the parameters' dtype cannot hold, or that has no effect
+            because there are no hidden layers, `per_step` less than 1, a pattern that matches no parameter, a
+            `max_factor` that leaves no factor, or factors that need more than a quarter of the memory that the device
+            has left (p^2 + q^2 elements per parameter and layer).
         TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or an option of
             another type.
 
@@ -75,6 +81,7 @@ class KFO(Update):
         bias: bool | None = None,
         hidden_layers: int = 0,
         activation: str | Callable[[Tensor], Tensor] = "tanh",
+        scale: float = 1.0,
         per_step: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -99,6 +106,7 @@ class KFO(Update):
             raise ValueError(f"activation: expected a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.scale = _checked_scale(scale, hidden_layers, like.dtype)
         self.psd = psd
         self.has_bias = hidden_layers > 0 if bias is None else bias
         self.activation = activation
@@ -151,10 +159,12 @@ class KFO(Update):
         activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
         layers = self._layers
         width = len(phi) // len(layers)
-        hidden = G
+        hidden = G if self.scale == 1 else self.scale * G
         for i, layer in enumerate(layers):
             hidden = layer.rule(phi[i * width : (i + 1) * width], activation(hidden) if i else hidden)
-        return hidden if len(layers) == 1 else G + hidden
+        if len(layers) == 1:
+            return hidden
+        return G + (hidden if self.scale == 1 else hidden / self.scale)
 
     @property
     def _layers(self) -> list[KroneckerLayer]:
@@ -190,6 +200,7 @@ class KFO(Update):
             "bias": self.has_bias,
             "hidden_layers": len(self.layers) - 1,
             "activation": activation_name(self.activation) or self._unnamed_activation(),
+            "scale": self.scale,
             "per_step": self.steps,
         }
 
@@ -204,6 +215,22 @@ class KFO(Update):
         count = len(self.packing)
         covered = count if self.covered.all else f"{len(self.covered.indices)} of {count}"
         return f"parameters={covered}, psd={self.psd}, bias={self.has_bias}"
+
+
+def _checked_scale(scale: float, hidden_layers: int, dtype: torch.dtype) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale: expected a number, got {scale!r}")
+    least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    # A number outside would make zeros or infinities of all gradients.
+    if not least <= scale <= most:
+        raise ValueError(
+            f"scale: expected a finite number above 0, in {dtype} from {least:.3g} to {most:.3g}, got {scale}"
+        )
+    if scale != 1 and hidden_layers == 0:
+        raise ValueError(
+            f"scale: expected 1 without hidden layers, where it would have no effect, got {scale}: set hidden_layers"
+        )
+    return float(scale)
 
 
 def _covered_problems(packing: Packing, only: Iterable[str] | None, max_factor: int | None) -> tuple[Covered, Problems]:
