@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--data", type=Path, help=f"folder with the data sets; none is ${DATA_VARIABLE}, else data/")
     run.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     run.add_argument("--runs", type=Path, default=RUNS, help="folder of the run folders")
+    run.add_argument("--results", type=Path, help="folder of the result files; none is experiments/results")
     run.add_argument("--pause", action="store_true", help="stop every other `run`, within a minute")
     run.set_defaults(command=_run)
     return parser
@@ -76,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
         else:
             entries.append(entry)
     # Two meta-iterations show that an entry runs; nobody keeps what they give.
-    results = options.runs / "ci-results" if options.budget == "ci" else RESULTS
+    results = options.results or (options.runs / "ci-results" if options.budget == "ci" else RESULTS)
     return 0 if Runner(entries, options.budget, roots, options.runs, results, options.jobs, ENTRIES).run() else 1
 
 
