@@ -50,7 +50,7 @@ def fitted(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return weight.detach(), bias.detach()
 
 

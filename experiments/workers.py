@@ -108,6 +108,7 @@ def _done(task: Task) -> Result:
     import torch
 
     from kfo_ext.machine import environment
+    from kfo_ext.trainer.evaluation import Cancelled
 
     from .training import OF_A_SESSION, Interrupted, carry_out
 
@@ -119,7 +120,7 @@ def _done(task: Task) -> Result:
         value = task.work.function(roots=task.roots, folder=task.folder, **task.work.options)
         here = {name: fact for name, fact in environment().items() if name not in OF_A_SESSION}
         return Result(value, (here,))
-    except Interrupted:
+    except (Cancelled, Interrupted):
         return Result(interrupted=True)
     except Exception as error:
         expected = isinstance(error, (OSError, ValueError))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from ..entry import Entry
-from . import anil, beyond, cifar, depth, linear, omniglot
+from . import anil, beyond, cifar, depth, floors, linear, omniglot
 
 ENTRIES: dict[str, Entry] = {}
 for _entry in (
     *omniglot.ENTRIES,
     *anil.ENTRIES,
     *linear.ENTRIES,
+    *floors.ENTRIES,
     *depth.ENTRIES,
     *cifar.ENTRIES,
     *beyond.ENTRIES,
