@@ -55,14 +55,15 @@ class Runner:
         self.failed: dict[str, str] = {}
         self._locks = ExitStack()
         self._ours: set[str] = set()
-        self._busy: dict[Worker, tuple[Results, str]] = {}
+        # With the lock of the run: entries may share one, and other processes may be at theirs.
+        self._busy: dict[Worker, tuple[Results, str, IO[str]]] = {}
         self._stopping = False
 
     def run(self) -> bool:
         """Compute until nothing is missing that can be computed here, or a signal asks to stop.
 
         Returns:
-            Whether nothing is missing, and nothing has failed.
+            Whether nothing has failed or was stopped.
         """
         self.runs.mkdir(parents=True, exist_ok=True)
         idle: list[Worker] = []
@@ -83,28 +84,28 @@ class Runner:
                     worker.stop()
                 for worker in [*idle, *self._busy]:
                     worker.join(PATIENCE)
-        return not self._stopping and not self.failed and all(each.complete for each in self.results)
-
-    def _next(self) -> tuple[Results, str, Task] | None:
-        """The first job that nobody does."""
-        running = {key for _, key in self._busy.values()}
         for each in self.results:
-            name = each.entry.name
-            if name in self.failed or each.complete or not self._lock(each):
+            each.load()
+            if not each.complete and not self._stopping and each.entry.name not in self.failed:
+                _say(f"{each.entry.name}: left to another run, or waits for one of its entries")
+        return not self._stopping and not self.failed
+
+    def _next(self) -> tuple[Results, str, IO[str], Task] | None:
+        """The first job that nobody does."""
+        for each in self.results:
+            if each.entry.name in self.failed or each.complete or not self._lock(each):
                 continue
-            work, roots = each.work, {data: self.roots[data] for data in each.entry.data}
-            if isinstance(work, Computed):
-                key = each.entry.key(self.budget)
-                if each.value is None and key not in running:
-                    return each, key, Task(work, self._folder(f"{name}-{key}"), roots)
-                continue
-            for job in work.missing(each.records) if work else []:
-                if job.key not in running:
-                    return each, job.key, Task(job, self._folder(job.key), roots)
+            roots = {data: self.roots[data] for data in each.entry.data}
+            for name, key, work in _missing(each):
+                folder = self._folder(name)
+                if lock := _locked(folder.with_suffix(".lock")):
+                    return each, key, lock, Task(work, folder, roots)
         return None
 
     def _folder(self, name: str) -> Path:
-        return self.runs / f"numerics-{NUMERICS}" / name
+        folder = self.runs / f"numerics-{NUMERICS}" / name
+        folder.parent.mkdir(exist_ok=True)
+        return folder
 
     def _lock(self, each: Results) -> bool:
         """Whether the entry is ours; the system gives it back when this process ends."""
@@ -120,15 +121,16 @@ class Runner:
         each.load()
         return True
 
-    def _begin(self, worker: Worker, each: Results, key: str, task: Task) -> None:
+    def _begin(self, worker: Worker, each: Results, key: str, lock: IO[str], task: Task) -> None:
         _say(f"{each.entry.name}: {_described(task.work)}")
-        self._busy[worker] = each, key
+        self._busy[worker] = each, key, lock
         worker.start(task)
 
     def _take(self, worker: Worker) -> list[Worker]:
         """Store what a worker sends; the worker, if it can go on."""
-        each, key = self._busy.pop(worker)
-        result = worker.result()
+        each, key, lock = self._busy.pop(worker)
+        with lock:
+            result = worker.result()
         if result.interrupted:
             return []
         if result.error:
@@ -145,6 +147,15 @@ class Runner:
     def _stop(self) -> None:
         self._stopping = True
         _say("stopping: each run saves after its meta-iteration")
+
+
+def _missing(each: Results) -> list[tuple[str, str, Job | Computed]]:
+    """What can be computed now: name of its folder, key of its result, work."""
+    work = each.work
+    if isinstance(work, Computed):
+        key = each.entry.key(each.budget)
+        return [(f"{each.entry.name}-{key}", key, work)]
+    return [(job.key, job.key, job) for job in work.missing(each.records)] if work else []
 
 
 def pause(runs: Path) -> int:
