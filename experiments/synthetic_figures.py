@@ -1,0 +1,116 @@
+"""Drawings of what `experiments.synthetic.logistic` returns: Figure 1 right, Figures B.1 and B.3, as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any, NamedTuple
+
+from kfo_ext.runs.plots import PALETTE
+
+from .synthetic import COLLAPSED, LINNETS, MODELS, TRAINING, UNSEEN
+
+AFTER = {"sign": "sign of the logit", "sampled": "sampled predictions"}
+LABELS = {"separable": "labels 1[theta^T x > 0]", "bernoulli": "labels drawn from sigma(theta^T x)"}
+# Of names that draw their own curve; each has a marker and a dash pattern, so that they are apart without colours.
+STYLES: Mapping[str, Mapping[str, Any]] = {
+    "LR": {"color": "black", "linestyle": "-", "marker": "o"},
+    "LinNet(2)": {"color": PALETTE[0], "linestyle": "--", "marker": "s"},
+    "LinNet(3)": {"color": PALETTE[1], "linestyle": "-.", "marker": "^"},
+    "LinNet(2), collapsed first": {"color": PALETTE[2], "linestyle": ":", "marker": "s", "markerfacecolor": "white"},
+    "LinNet(3), collapsed first": {"color": PALETTE[3], "linestyle": ":", "marker": "^", "markerfacecolor": "white"},
+}
+# Points of a curve between two of its markers.
+APART = 6
+
+
+class Column(NamedTuple):
+    """What the panels of a column show: the title, the metric, and names of curves."""
+
+    title: str
+    metric: str
+    curves: Sequence[str]
+
+
+def figure_1_right(result: Mapping[str, Any], labels: str) -> bytes:
+    """Accuracy on unseen tasks by either metric; a row for each support."""
+    curves = [f"{name}, {UNSEEN}" for name in MODELS]
+    return _grid(result, labels, [Column(f"unseen tasks, {AFTER[metric]}", metric, curves) for metric in AFTER])
+
+
+def figure_b1(result: Mapping[str, Any], metric: str) -> bytes:
+    """Accuracy on training tasks and unseen tasks of separable labels by one metric; a row for each support."""
+    return _grid(
+        result,
+        "separable",
+        [
+            Column(f"{part}, {AFTER[metric]}", metric, [f"{name}, {part}" for name in MODELS])
+            for part in (TRAINING, UNSEEN)
+        ],
+    )
+
+
+def figure_b3(result: Mapping[str, Any], labels: str) -> bytes:
+    """LinNets as they are and collapsed before they adapt, on unseen tasks by either metric; a row for each support."""
+    curves = [f"{name}, {UNSEEN}" for name in MODELS] + [f"{name}, {COLLAPSED}" for name in LINNETS]
+    return _grid(result, labels, [Column(f"unseen tasks, {AFTER[metric]}", metric, curves) for metric in AFTER])
+
+
+def drawings(result: Mapping[str, Any]) -> dict[str, bytes]:
+    """All of them, by the name of the file."""
+    return {
+        **{f"figure-1-right-{labels}.svg": figure_1_right(result, labels) for labels in LABELS},
+        **{f"figure-b1-{metric}.svg": figure_b1(result, metric) for metric in AFTER},
+        **{f"figure-b3-{labels}.svg": figure_b3(result, labels) for labels in LABELS},
+    }
+
+
+def _grid(result: Mapping[str, Any], labels: str, columns: Sequence[Column]) -> bytes:
+    """A row of panels for each support, as SVG that is the same to the byte whenever it is drawn."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    settings = result["settings"]
+    supports = settings["supports"]
+    panels = {(panel["labels"], panel["support"], panel["metric"]): panel for panel in result["panels"]}
+    # Whatever the reader's own settings are; identifiers follow from the salt alone.
+    with style.context(["default", {"svg.hashsalt": "kfo", "svg.fonttype": "none"}]):
+        figure = Figure(figsize=(4.2 * len(columns), 2.7 * len(supports) + 0.6), layout="constrained")
+        grid = figure.subplots(len(supports), len(columns), sharex=True, sharey=True, squeeze=False)
+        for row, support in zip(grid, supports):
+            for axes, column in zip(row, columns):
+                curves = panels[labels, support, column.metric]["curves"]
+                _draw(axes, result["iterations"], {name: curves[name]["mean"] for name in column.curves})
+                _draw_limits(axes, settings["best_accuracy"][labels])
+                axes.set_title(f"{column.title}\nsupport {support}", fontsize=9)
+            row[0].set_ylabel("accuracy on queries (%)")
+        for axes in grid[-1]:
+            axes.set_xlabel(f"meta-iterations, {settings['meta_batch']} tasks each")
+        handles, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        figure.suptitle(f"{LABELS[labels]}; mean of {len(settings['seeds'])} seeds", fontsize=10)
+        whole = BytesIO()
+        figure.savefig(whole, format="svg", metadata={"Date": None, "Creator": None})
+    return whole.getvalue()
+
+
+def _draw(axes: Any, iterations: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
+    for number, (name, mean) in enumerate(curves.items()):
+        label = name.removesuffix(f", {TRAINING}").removesuffix(f", {UNSEEN}")
+        axes.plot(
+            iterations,
+            [100 * value for value in mean],
+            label=label,
+            # Not all at one iteration, where they would hide each other.
+            markevery=(number % APART, APART),
+            markersize=4.5,
+            linewidth=1.3,
+            **STYLES[label],
+        )
+
+
+def _draw_limits(axes: Any, best: float) -> None:
+    axes.axhline(50, color="0.6", linewidth=0.8, linestyle=(0, (1, 2)), label="chance")
+    axes.axhline(100 * best, color="0.6", linewidth=0.8, linestyle=(0, (6, 2)), label="best possible")
+    axes.set_ylim(45, 102)
+    axes.grid(alpha=0.25)
