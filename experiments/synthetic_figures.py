@@ -88,7 +88,9 @@ def _grid(result: Mapping[str, Any], labels: str, columns: Sequence[Column]) -> 
             axes.set_xlabel(f"meta-iterations, {settings['meta_batch']} tasks each")
         handles, names = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-        figure.suptitle(f"{LABELS[labels]}; mean of {len(settings['seeds'])} seeds", fontsize=10)
+        seeds = len(settings["seeds"])
+        runs = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+        figure.suptitle(f"{LABELS[labels]}; {runs}", fontsize=10)
         whole = BytesIO()
         figure.savefig(whole, format="svg", metadata={"Date": None, "Creator": None})
     return whole.getvalue()

@@ -25,7 +25,6 @@ from kfo_ext.trainer import Config, Trainer, evaluate, load_learner
 from kfo_ext.updates import GradientDescent
 
 every_model = pytest.mark.parametrize("model", MODELS)
-every_kind = pytest.mark.parametrize("labels", ["separable", "bernoulli"])
 
 
 def weights_of(learner: MAML) -> list[Tensor]:
