@@ -1,4 +1,4 @@
-"""What functions compute for the registry: floors and upper lines of image data sets, as plain values."""
+"""What functions compute for the registry, as plain values."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .ceiling import accuracies, chosen_penalty
 from .entry import Roots
 from .floors import evaluate_prototypical, nearest_centroid, train_prototypical
 from .jobs import encoded
+from .synthetic import claims, logistic
 
 NETWORKS = {"omniglot": omniglot_cnn, "cifar_fs": cifar_fs_cnn}
 QUERIES = 25
@@ -65,6 +66,13 @@ def floors(
             {"seed": seed, **scores, "at": list(curve), "accuracy": [round(score, 5) for score in curve.values()]}
         )
     return value
+
+
+def binary_logistic(*, roots: Roots, folder: Path, seeds: int, iterations: int, tasks: int) -> dict[str, Any]:
+    """Figure 1 right, Figures B.1 and B.3, and the claim of appendix B.4: see `logistic`."""
+    del roots, folder
+    result = logistic(range(seeds), iterations, tasks)
+    return {**result, "claims": claims(result)}
 
 
 def upper_line(

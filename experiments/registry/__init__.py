@@ -5,10 +5,11 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from ..entry import Entry
-from . import anil, beyond, cifar, depth, floors, linear, omniglot
+from . import anil, beyond, cifar, depth, floors, linear, omniglot, synthetic
 
 ENTRIES: dict[str, Entry] = {}
 for _entry in (
+    *synthetic.ENTRIES,
     *omniglot.ENTRIES,
     *anil.ENTRIES,
     *linear.ENTRIES,
