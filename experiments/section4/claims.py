@@ -174,7 +174,7 @@ def step_size_turns() -> str:
     return f"Inwards it grows down to $a = {sp.latex(turn)}$ only, and is 0 at $a = 0$."
 
 
-CLAIMS = (
+MAIN = (
     Claim(
         "10 to 11",
         "Equation 11 is the mean of equation 10 over tasks.",
@@ -251,9 +251,12 @@ CLAIMS = (
         step_size_turns,
         ours=True,
     ),
+)
+
+APPENDIX = (
     Claim(
         "28",
-        "The gradient of the MAML loss.",
+        "The MAML gradient is $(I - \\alpha H)$ times the gradient at the adapted parameters.",
         maml_gradient_holds,
         "every cubic loss of two parameters",
     ),

@@ -158,7 +158,7 @@ APPENDIX = (
     Formula("31", "gradient, SHALLOW", "SHALLOW: gradient", C - THETA),
     Formula(
         "32",
-        "loss after one step, SHALLOW, with k = (1 - alpha) c + alpha theta",
+        "loss after one step, SHALLOW",
         "SHALLOW: loss after a step",
         TaskMean((Y - K * X) ** 2),
         TaskMean((Y - K * X) ** 2) / 2,
@@ -166,7 +166,7 @@ APPENDIX = (
     ),
     Formula(
         "33",
-        "the same",
+        "loss after one step, SHALLOW",
         "SHALLOW: loss after a step",
         K**2 - 2 * K * THETA,
         (K**2 - 2 * K * THETA + THETA**2 + 1) / 2,
@@ -180,7 +180,7 @@ APPENDIX = (
     Formula("40, 41", "MAML loss, DEEP", "DEEP: MAML loss", MetaMean(TaskMean((Y - F * X) ** 2)) / 2),
     Formula(
         "42",
-        "the same",
+        "MAML loss, DEEP",
         "DEEP: MAML loss",
         MetaMean(THETA**2 - 2 * THETA + F**2) / 2,
         MetaMean(THETA**2 - 2 * THETA * F + F**2 + 1) / 2,
@@ -188,7 +188,7 @@ APPENDIX = (
     ),
     Formula(
         "43",
-        "the same",
+        "MAML loss, DEEP",
         "DEEP: MAML loss",
         HALF + MetaMean(F**2) / 2 - MetaMean(THETA * F) / 2,
         1 + MetaMean(F**2) / 2 - MetaMean(THETA * F),
@@ -202,7 +202,7 @@ APPENDIX = (
     ),
     Formula(
         "45",
-        "the same",
+        "square of f",
         "DEEP: squared slope",
         (A * B - ALPHA * (A**2 + B**2) * ERROR + ALPHA**2 * ERROR**2) ** 2,
         (A * B - ALPHA * (A**2 + B**2) * ERROR + ALPHA**2 * A * B * ERROR**2) ** 2,
@@ -210,7 +210,7 @@ APPENDIX = (
     ),
     Formula(
         "46",
-        "the same",
+        "square of f",
         "DEEP: squared slope",
         (
             A * B
@@ -221,7 +221,7 @@ APPENDIX = (
         )
         ** 2,
     ),
-    Formula("47", "the same", "DEEP: squared slope", (P1 + P2 * THETA + P3 * THETA**2) ** 2),
+    Formula("47", "square of f", "DEEP: squared slope", (P1 + P2 * THETA + P3 * THETA**2) ** 2),
     Formula("49", "p1", "DEEP: p1", A * B - ALPHA * (A**2 + B**2) * A * B + ALPHA**2 * A**3 * B**3),
     Formula("49", "p2", "DEEP: p2", ALPHA * (A**2 + B**2) - 2 * ALPHA**2 * A**2 * B**2),
     Formula("49", "p3", "DEEP: p3", ALPHA**2 * A * B),

@@ -5,6 +5,7 @@ python -m experiments.section4.errata
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -23,8 +24,9 @@ from .verdicts import CONSTANT, HOLDS, WRONG, Relation
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errata.md"
 ROWS: tuple[Row, ...] = (
     *equations.MAIN,
+    *claims.MAIN,
     *equations.APPENDIX,
-    *claims.CLAIMS,
+    *claims.APPENDIX,
     *optimizers.CLAIMS,
     *equations.ALGORITHM,
 )
@@ -45,7 +47,10 @@ Each verdict is computed from the printed and the derived formula.
 - **holds**: the difference simplifies to 0.
 - **holds up to a constant**: the printed formula is a positive number times the right one, plus a constant. Minimizers
   and directions of gradients are then the same. The right formula is called $\\rho$ in the relation.
-- **does not hold**: no such relation exists.
+- **does not hold**: no such relation exists, or the statement is false. Where a number matters, as in an inner step, no
+  constant is allowed.
+
+CONST is what the paper leaves open; it counts as 0.
 
 Statements that are no formulas have an exact check, which the last column names. "Ours" marks what the paper does not
 say. Names: $p_1$, $p_2$, $p_3$ are those of equation 49, $f$ is that of equation 41, and
@@ -106,7 +111,14 @@ def _summary(rows: Iterable[tuple[Row, Relation]]) -> str:
 
 def _line(row: Row, found: Relation) -> str:
     cells = _formula(row, found) if isinstance(row, Formula) else _claim(row, found)
-    return "| " + " | ".join(cell.replace("\n", " ") for cell in cells) + " |\n"
+    return "| " + " | ".join(map(_symbols, cells)) + " |\n"
+
+
+def _symbols(text: str) -> str:
+    """The text with Greek letters as formulas, where they are not in one already."""
+    parts = text.split("$")
+    parts[::2] = [re.sub(r"\b(alpha|theta|xi)\b", r"$\\\1$", part) for part in parts[::2]]
+    return "$".join(parts)
 
 
 def _formula(row: Formula, found: Relation) -> list[str]:
