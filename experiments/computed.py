@@ -18,6 +18,7 @@ from .ceiling import accuracies, chosen_penalty
 from .entry import Roots
 from .floors import evaluate_prototypical, nearest_centroid, train_prototypical
 from .jobs import encoded
+from .section4.figures import figure1_left, figure2
 from .synthetic import claims, logistic
 
 NETWORKS = {"omniglot": omniglot_cnn, "cifar_fs": cifar_fs_cnn}
@@ -73,6 +74,18 @@ def binary_logistic(*, roots: Roots, folder: Path, seeds: int, iterations: int, 
     del roots, folder
     result = logistic(range(seeds), iterations, tasks)
     return {**result, "claims": claims(result)}
+
+
+def regression(*, roots: Roots, folder: Path, seeds: int, iterations: int) -> dict[str, Any]:
+    """Figure 1 left: SHALLOW and DEEP by MAML."""
+    del roots, folder
+    return figure1_left(tuple(range(seeds)), iterations)
+
+
+def landscape(*, roots: Roots, folder: Path, iterations: int) -> dict[str, Any]:
+    """Figure 2: the loss of DEEP over its parameters, and four trajectories."""
+    del roots, folder
+    return figure2(iterations=iterations)
 
 
 def upper_line(
