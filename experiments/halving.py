@@ -10,7 +10,7 @@ All runs of a comparison see the same stream of tasks. Scores are the best valid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from .jobs import Job, Record, Settings, Test
 
 WIDENINGS = 3
 Records = Mapping[str, Record]
+# Yields the jobs of each stage, and returns what comes out of them.
+Stages = Generator[list[Job], None, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +72,35 @@ class Halving:
         Raises:
             LookupError: the tuning is not done.
         """
-        stage: list[Job] = []
-        for stage in self._stages(records):
+        tuning = self._tuning(records)
+        while True:
+            try:
+                stage = next(tuning)
+            except StopIteration as end:
+                return self._finals(end.value)
             if not all(job.done_in(records) for job in stage):
                 raise LookupError("the tuning is not done")
-        return stage
 
-    def _stages(self, records: Records) -> Any:
+    def tuning(self, records: Records) -> list[Job]:
+        """The runs of the tuning as far as they are known, each rung's after those of the one before."""
+        found: list[Job] = []
+        for stage in self._tuning(records):
+            found += [job for job in stage if job not in found]
+            if not all(job.done_in(records) for job in stage):
+                break
+        return found
+
+    def _stages(self, records: Records) -> Stages:
         """The jobs of one stage after the other; each follows from the results of those before it."""
+        winner = yield from self._tuning(records)
+        yield self._finals(winner)
+
+    def _finals(self, winner: Settings) -> list[Job]:
+        last = self.rungs[-1].iterations
+        return [Job(settings={**winner, "seed": seed}, iterations=last, tests=self.tests) for seed in self.seeds]
+
+    def _tuning(self, records: Records) -> Stages:
+        """The stages before the final runs; returns the setting that wins."""
         grid = yield from self._widened(records)
         kept: list[Settings] = []
         for number, rung in enumerate(self.rungs):
@@ -89,10 +112,9 @@ class Halving:
                 others = [best | {"meta_lr": rate} for rate in self.meta_lrs if rate != best["meta_lr"]]
                 yield [Job(settings=each, iterations=rung.iterations) for each in others]
                 kept += others
-        winner, last = kept[0], self.rungs[-1].iterations
-        yield [Job(settings={**winner, "seed": seed}, iterations=last, tests=self.tests) for seed in self.seeds]
+        return _best(kept, records, self.rungs[-1].iterations)[0]
 
-    def _widened(self, records: Records) -> Any:
+    def _widened(self, records: Records) -> Stages:
         rates = list(self.rates)
         for widening in range(WIDENINGS + 1):
             grid = [self._setting(rate, init) for rate in rates for init in self.inits or (None,)]
