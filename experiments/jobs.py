@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # Part of what a result belongs to; to be raised when the same configuration gives other numbers than before.
@@ -74,7 +74,8 @@ class Record:
     training: the mean training accuracy of the meta-iterations since the validation before.
     seconds: of meta-training, validations included, on one thread.
     environments: numbers of the environments in the result file.
-    tests: fields of `Test`, iteration of the checkpoint, mean, interval, and `correct`: see `encoded`.
+    tests: fields of `Test`, iteration of the checkpoint, mean, interval, and `correct`: see `encoded`;
+        `failure` says why there are none, such as a loss that is not finite.
     """
 
     settings: Settings
@@ -110,6 +111,11 @@ class Record:
             if _is(found, test):
                 return found
         raise KeyError(f"{test} of {dict(self.settings)}")
+
+
+def identity(found: Mapping[str, Any]) -> Test:
+    """The test that has given this."""
+    return Test(**{part.name: found[part.name] for part in fields(Test)})
 
 
 def _is(found: Mapping[str, Any], test: Test) -> bool:

@@ -13,7 +13,7 @@ from kfo_ext.runs.files import read_json
 
 from .entry import Computed, Entry, specification
 from .halving import Fixed, Following, Halving, StartOf
-from .jobs import NUMERICS, Record
+from .jobs import NUMERICS, Record, identity
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -77,8 +77,7 @@ class Results:
         """Take in a run, and write the file."""
         record.environments = self._numbers(environments)
         if (old := self.records.get(key)) is not None:
-            made = record.tests
-            record.tests = made + [test for test in old.tests if test not in made]
+            record.tests = record.tests + [test for test in old.tests if not record.has(identity(test))]
         self.records[key] = record
         self._write()
 

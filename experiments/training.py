@@ -49,6 +49,9 @@ def carry_out(job: Job, folder: Path, root: Path | None) -> tuple[Record, list[d
     if run.config.exists():
         place = {} if root is None else {"data_root": str(root)}
         trainer = Trainer.resume(folder, iterations=job.iterations, **place)
+        if job.tests and trainer.progress.iteration > job.iterations:
+            # Another entry has trained it for longer, and its checkpoints are of that.
+            return carry_out(job, folder.with_name(f"{folder.name}-{job.iterations}"), root)
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         trainer = Trainer.start(config, folder)
@@ -63,8 +66,12 @@ def carry_out(job: Job, folder: Path, root: Path | None) -> tuple[Record, list[d
 
 
 def _tested(run: RunFolder, config: Config, test: Test) -> dict[str, Any]:
-    score = evaluate_run(run, split=test.split, name=test.checkpoint, tasks=test.tasks, **test.changes)
     queries = config.ways * test.changes.get("queries", config.queries)
+    try:
+        score = evaluate_run(run, split=test.split, name=test.checkpoint, tasks=test.tasks, **test.changes)
+    except FloatingPointError as error:
+        none = {"iteration": None, "mean": None, "interval": None, "correct": "", "queries": queries}
+        return {**asdict(test), **none, "failure": str(error)}
     return {
         **asdict(test),
         "iteration": score.iteration,
