@@ -82,8 +82,9 @@ class Runner:
                     worker.dismiss()
                 for worker in self._busy:
                     worker.stop()
+                end = time.monotonic() + PATIENCE
                 for worker in [*idle, *self._busy]:
-                    worker.join(PATIENCE)
+                    worker.join(max(0.0, end - time.monotonic()))
         for each in self.results:
             each.load()
             if not each.complete and not self._stopping and each.entry.name not in self.failed:
@@ -232,7 +233,8 @@ def _described(work: Job | Computed) -> str:
 
 def _outcome(record: Record) -> str:
     score = f"validation {record.best(record.iterations):.3f} by {record.iterations}"
-    tests = "".join(f", {test['checkpoint']} {test['mean']:.3f}" for test in record.tests)
+    scores = [(test["checkpoint"], test.get("failure") or f"{test['mean']:.3f}") for test in record.tests]
+    tests = "".join(f", {checkpoint} {score}" for checkpoint, score in scores)
     return f"{score}{tests}{f'; ended: {record.ended}' if record.ended else ''} ({record.seconds:.0f} s)"
 
 
