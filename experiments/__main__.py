@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--results", type=Path, help="folder of the result files; none is experiments/results")
     run.add_argument("--pause", action="store_true", help="stop every other `run`, within a minute")
     run.set_defaults(command=_run)
+    report = commands.add_parser("report", help="write docs/paper.md and its pictures from the result files")
+    report.set_defaults(command=_report)
     return parser
 
 
@@ -79,6 +81,13 @@ def _run(options: argparse.Namespace) -> int:
     # Two meta-iterations show that an entry runs; nobody keeps what they give.
     results = options.results or (options.runs / "ci-results" if options.budget == "ci" else RESULTS)
     return 0 if Runner(entries, options.budget, roots, options.runs, results, options.jobs, ENTRIES).run() else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import PAGE, write
+
+    sys.stdout.write(f"{len(write())} files: {PAGE} and its pictures\n")
+    return 0
 
 
 def _roots(data: Path | None) -> dict[str, Path]:

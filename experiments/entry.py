@@ -19,7 +19,7 @@ class Published:
     """A number of the paper.
 
     where: table or figure, row and column.
-    value: accuracy in %; None where no copy that we have shows it.
+    value: accuracy in %, or a learning rate; None where no copy that we have shows it.
     certainty: whether it is legible, follows from its position or the prose, or is unknown.
     """
 
@@ -32,6 +32,22 @@ class Published:
             raise ValueError(f"{self.where}: expected a value, or certainty {UNKNOWN!r}, got {self.value}")
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of the paper's tables D.5 to D.7.
+
+    inner: of the adaptation.
+    outer: of meta-training.
+    """
+
+    inner: Published
+    outer: Published
+
+
+# What a report shows of a value: Markdown, in which pictures lie in `paper/`, and these pictures (SVG) by file name.
+Shown = tuple[str, Mapping[str, bytes]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Computed:
     """What a function computes as a whole.
@@ -40,11 +56,13 @@ class Computed:
         plain values.
     version: to be raised when it computes something else.
     options: its other keywords.
+    shown: what the report shows of its value; none shows nothing.
     """
 
     function: Callable[..., dict[str, Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1
+    shown: Callable[[Mapping[str, Any]], Shown] | None = None
 
 
 Work = Halving | Fixed | StartOf | Following | Computed
@@ -58,9 +76,12 @@ class Entry:
     title: in the report.
     group: the entries that the report shows together.
     published: the paper's numbers.
+    rates: the paper's learning rates.
+    baseline: the entry that it is compared with, task by task.
     works: budget to what is computed; a budget that is not there is not run, and `why_not` says why.
     data: the data sets that it reads from a folder.
     choices: where the paper is silent, what we chose, and why.
+    tried: where the result is off the paper's, what was tried.
     """
 
     name: str
@@ -68,8 +89,11 @@ class Entry:
     group: str
     works: Mapping[str, Work]
     published: tuple[Published, ...] = ()
+    rates: Rates | None = None
+    baseline: str = ""
     data: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    tried: tuple[str, ...] = ()
     why_not: str = ""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..entry import Entry, Published
 from .budgets import tuned
 from .omniglot import BASE, KFO_RATES
+from .published import cnn2
 
 ANIL = {**BASE, "method": "anil", "update": "none"}
 RUNGS = (200, [(500, 4), (1500, 2), (5000, 1)])
@@ -22,6 +23,7 @@ ENTRIES = [
         title="ANIL",
         group="table-b4",
         published=cell("B.4", "ANIL", 91.0),
+        rates=cnn2("Omniglot", "ANIL"),
         data=("omniglot",),
         works=tuned({**ANIL, "meta_lr": 0.001}, RATES, cpu=RUNGS),
     ),
@@ -38,6 +40,8 @@ ENTRIES = [
         title="ANIL, META-KFO",
         group="table-b4",
         published=cell("B.4", "KFO", 94.4),
+        rates=cnn2("Omniglot", "ANIL + KFO"),
+        baseline="omniglot-anil",
         data=("omniglot",),
         works=tuned({**ANIL, "update": "kfo", "adapt_update": True, "meta_lr": 0.001}, KFO_RATES, cpu=RUNGS),
     ),
@@ -46,6 +50,8 @@ ENTRIES = [
         title="ANIL, Meta-SGD",
         group="table-b4",
         published=cell("B.4", "MSGD", 92.47),
+        rates=cnn2("Omniglot", "ANIL + MSGD"),
+        baseline="omniglot-anil",
         data=("omniglot",),
         works=tuned({**ANIL, "update": "meta_sgd", "meta_lr": 0.001}, RATES, cpu=RUNGS),
     ),
@@ -54,6 +60,8 @@ ENTRIES = [
         title="ANIL, Meta-Curvature",
         group="table-b4",
         published=cell("B.4", "MC", 92.67),
+        rates=cnn2("Omniglot", "ANIL + MC"),
+        baseline="omniglot-anil",
         data=("omniglot",),
         works=tuned({**ANIL, "update": "meta_curvature", "meta_lr": 0.001}, RATES, cpu=RUNGS),
     ),
@@ -62,6 +70,8 @@ ENTRIES = [
         title="ANIL, META-KFO, two hidden layers, with bias",
         group="table-b4",
         published=cell("B.4", "KFO", 94.4),
+        rates=cnn2("Omniglot", "ANIL + KFO"),
+        baseline="omniglot-anil",
         data=("omniglot",),
         works=tuned(
             {**ANIL, "update": "kfo", "hidden_layers": 2, "bias": True, "adapt_update": True, "meta_lr": 0.001},
