@@ -32,6 +32,8 @@ ENTRIES = [
         title="ANIL with LinNet",
         group="table-2",
         published=cell("2", "w/ LinNet", 93.02),
+        rates=cnn2("Omniglot", "ANIL + LinNet"),
+        baseline="omniglot-anil",
         data=("omniglot",),
         works=tuned({**ANIL, "method": "anil_linnet", "meta_lr": 0.003}, RATES, cpu=RUNGS),
     ),

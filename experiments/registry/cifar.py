@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..entry import CERTAIN, INFERRED, Entry, Published
 from .budgets import start_of, tuned
+from .published import cnn2
 
 BASE = {"dataset": "cifar_fs", "network": "cifar_fs_cnn", "layers": 2, "hidden": 32}
 ANIL_RUNGS = (200, [(400, 4), (1000, 2), (3000, 1)])
@@ -48,6 +49,18 @@ TABLE_3 = {
         0.7,
     ),
 }
+# Of tables D.6 and D.7, which have none of T-Nets.
+COLUMNS = {
+    "maml": "MAML",
+    "kfo": "MAML + KFO",
+    "msgd": "MAML + MSGD",
+    "mc": "MAML + MC",
+    "anil": "ANIL",
+    "anil-linnet": "ANIL + LinNet",
+    "anil-kfo": "ANIL + KFO",
+    "anil-msgd": "ANIL + MSGD",
+    "anil-mc": "ANIL + MC",
+}
 SIX = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 COST = "9 to 22 core-seconds a meta-iteration on a CPU: needs a GPU"
 
@@ -63,6 +76,8 @@ def _anil(name: str) -> Entry:
         title=f"CIFAR-FS, {title}",
         group="table-2" if table == "2" else "table-b4",
         published=(Published(f"Table {table}, CIFAR-FS, {column}", value),),
+        rates=cnn2("CIFAR-FS", COLUMNS[name]),
+        baseline="" if name == "anil" else "cifar-anil",
         data=("cifar_fs",),
         works=tuned({**BASE, **base}, _around(rate), cpu=ANIL_RUNGS, seeds=2, meta_batch=8),
     )
@@ -75,6 +90,8 @@ def _maml(name: str) -> Entry:
         title=f"CIFAR-FS, {title}",
         group="table-3",
         published=(Published(f"Table 3, CIFAR-FS, {column}", value, certainty),),
+        rates=cnn2("CIFAR-FS", COLUMNS[name]) if name in COLUMNS else None,
+        baseline="" if name == "maml" else "cifar-cnn2-maml",
         data=("cifar_fs",),
         works=start_of(
             f"omniglot-cnn2-{name}",
@@ -101,6 +118,8 @@ ENTRIES = [
         title="CIFAR-FS, CNN(2), LinNet",
         group="table-1",
         published=(Published("Table 1, CIFAR-FS, CNN(2), LinNet", 66.1),),
+        rates=cnn2("CIFAR-FS", "MAML + LinNet"),
+        baseline="cifar-cnn2-maml",
         works={},
         why_not="left out of the budget: 5 core-seconds a meta-iteration",
     ),

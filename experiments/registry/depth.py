@@ -35,6 +35,7 @@ def _entry(layers: int, method: str) -> Entry:
         title=f"CNN({layers}), {title}",
         group="figure-4",
         published=_published(method, layers),
+        baseline="" if method == "maml" else f"omniglot-cnn{layers}-maml",
         data=("omniglot",),
         works=start_of(
             f"omniglot-cnn2-{method}", tuned({**base, "layers": layers, "meta_lr": 0.003}, rates, cpu=RUNGS)

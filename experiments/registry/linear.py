@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..entry import UNKNOWN, Entry, Published
 from ..jobs import Settings, Test
 from .budgets import FINAL, tuned
+from .published import linear
 
 GROUP = "figure-3"
 RUNGS = (300, [(1000, 2), (3000, 1)])
@@ -15,6 +16,8 @@ DATA: dict[str, Settings] = {
     "grocery84": {"dataset": "csv_images", "side": 32},
 }
 FIGURES = {"omniglot": "Figure 3", "cifar_fs": "Figure 3", "grocery84": "Figure B.2, of mini-ImageNet"}
+# Of table D.5.
+ROWS = {"omniglot": "Omniglot", "cifar_fs": "CIFAR-FS", "grocery84": "mini-ImageNet"}
 # Around the paper's inner rates (table D.5).
 RATES = {
     "omniglot": ((0.03, 0.1, 0.3, 1.0, 3.0, 10.0), (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)),
@@ -36,6 +39,8 @@ def _entry(name: str, linnet: bool) -> Entry:
         title=f"{name}, softmax regression{' with LinNet' if linnet else ''}",
         group=GROUP,
         published=(Published(FIGURES[name], None, UNKNOWN),),
+        rates=linear(ROWS[name], f"LR{' + LinNet' if linnet else ''}"),
+        baseline=f"{name}-softmax" if linnet else "",
         data=(name,),
         works=tuned(base, RATES[name][linnet], (), cpu=RUNGS, tests=TESTS),
         choices=(STEPS,),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..entry import Computed, Entry
-from ..halving import Fixed, Halving
+from ..halving import Fixed, Halving, StartOf
 from ..jobs import Job, Record, Settings, Test, decoded
 from ..store import Results
 from .statistics import Scores, Summary, difference, summary
@@ -81,8 +81,10 @@ class Row:
         return self.work.tests if self.work else ()
 
     def test(self, checkpoint: str) -> Test | None:
-        """The test of a checkpoint with nothing changed."""
-        plain = (test for test in self.tests if test.checkpoint == checkpoint and not test.changes)
+        """The test of a checkpoint on test classes, with nothing changed."""
+        plain = (
+            test for test in self.tests if test.checkpoint == checkpoint and test.split == "test" and not test.changes
+        )
         return next(plain, None)
 
     def scores(self, test: Test | None) -> Scores:
@@ -136,7 +138,9 @@ def rows(results: Results | None, entry: Entry) -> list[Row]:
             return [Row(entry=entry, work=work, reason="being tuned" if results.records else "not run yet")]
     if isinstance(work, Computed):
         return []
-    return [Row(entry=entry, reason="not run yet: it follows another entry")]
+    planned = entry.works[results.budget]
+    base = planned.work if isinstance(planned, StartOf) else None
+    return [Row(entry=entry, work=base, reason="not run yet: it takes the setting of an entry that is not tuned yet")]
 
 
 def _row(entry: Entry, work: Halving | Fixed, records: Mapping[str, Record], jobs: list[Job], **facts: Any) -> Row:
@@ -179,7 +183,9 @@ class Book:
     @classmethod
     def read(cls, entries: Mapping[str, Entry], budget: str, folder: Path) -> Book:
         """The results in a folder."""
-        results = {name: Results(entry, budget, folder) for name, entry in entries.items() if budget in entry.works}
+        results = {
+            name: Results(entry, budget, folder, entries) for name, entry in entries.items() if budget in entry.works
+        }
         return cls(entries, results, tuple(row for e in entries.values() for row in rows(results.get(e.name), e)))
 
     def row(self, name: str) -> Row:

@@ -95,7 +95,8 @@ def tuning(panels: Mapping[str, Results]) -> bytes:
 
 
 def _first_rung(results: Results) -> dict[str, dict[float, float]]:
-    work: Halving = results.work
+    work = results.work
+    assert isinstance(work, Halving)
     found: dict[str, dict[float, float]] = {}
     for job in work.tuning(results.records):
         record = results.records.get(job.key)

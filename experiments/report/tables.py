@@ -114,7 +114,10 @@ def _settings(row: Row) -> list[str]:
 def protocols(rows: Sequence[Row]) -> str:
     """How tasks are made and adapted to, in training and test."""
     header = ("", "ways", "shots", "queries", "inner steps", "test classes", "rotation of classes")
-    return table(header, [_protocol(row) for row in rows if row.work])
+    body = [_protocol(row) for row in rows if row.work]
+    if len(body) > 1 and len({tuple(cells[1:]) for cells in body}) == 1:
+        body = [["every row", *body[0][1:]]]
+    return table(header, body)
 
 
 def _protocol(row: Row) -> list[str]:
@@ -131,7 +134,10 @@ def _rotation(found: Settings) -> str:
 
 def checkpoints(rows: Sequence[Row]) -> str:
     """The best checkpoint on validation classes beside the last one: a collapse is the difference."""
-    header = ("", "best checkpoint", "of iterations", "last checkpoint", "last less best", "training, at the end")
+    header = ["", "best checkpoint", "of iterations", "last checkpoint", "last less best", "training tasks, at the end"]
+    if any(test.split == "train" for row in rows for test in row.tests):
+        header.append("best checkpoint, training classes")
+        return table(header, [[*_checkpoints(row), _seen(row)] for row in rows if row.records])
     return table(header, [_checkpoints(row) for row in rows if row.records])
 
 
@@ -148,6 +154,12 @@ def _checkpoints(row: Row) -> list[str]:
         percent(other.mean - one.mean, sign=True) if one and other and one.n == other.n else NONE,
         percent(fmean(training) if training else None),
     ]
+
+
+def _seen(row: Row) -> str:
+    """The accuracy on new tasks of training classes."""
+    found = [row.accuracy(test) for test in row.tests if test.split == "train"]
+    return percent(found[0].mean) if found and found[0] else NONE
 
 
 def _at(test: Mapping[str, Any]) -> str:

@@ -192,20 +192,16 @@ SUBTABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
 
 
 def _against(made: Page, group: Group) -> None:
-    if not group.against:
-        return
-    series = {}
-    for label, names in group.series.items():
-        rows = [made.book.row(name) for name in names]
-        series[label] = {row.settings[group.against]: found for row in rows if (found := row.accuracy())}
-    drawn = {label: points for label, points in series.items() if points}
-    if drawn:
-        caption = (
-            f"{group.title}: accuracy on test classes; bars are 95 % intervals over seeds, or over tasks for one seed"
-        )
-        made.picture(
-            f"{group.name}-{group.against}", pictures.against(drawn, group.unit or group.against), f"{caption}."
-        )
+    for picture in group.against:
+        series = {}
+        for label, names in picture.series.items():
+            rows = [made.book.row(name) for name in names]
+            series[label] = {row.settings[picture.option]: found for row in rows if (found := row.accuracy())}
+        drawn = {label: points for label, points in series.items() if points}
+        if drawn:
+            caption = f"Accuracy on test classes against {picture.unit}. Bars are 95 % intervals over seeds; over tasks"
+            svg = pictures.against(drawn, picture.unit)
+            made.picture(f"{group.name}-{picture.option}", svg, f"{caption} where there is one seed.")
 
 
 def _shown(made: Page, entry: Entry) -> None:
