@@ -16,6 +16,11 @@ QUERIES = 25
 EVERY = 100
 
 
+def scored(tasks: int, **facts: Any) -> Test:
+    """A `Test`, which pytest would take for one of its own in a test file."""
+    return Test(tasks=tasks, **facts)
+
+
 def record(job: Job, curve: Curve, right: Right = lambda *_: 20, ended: int = 0) -> Record:
     """The record of a job.
 

@@ -150,8 +150,10 @@ def _curves(made: Page, name: str, rows: Mapping[str, Row]) -> None:
     drawn = {label: line for label, line in lines.items() if line is not None}
     if drawn:
         seeds = "; ".join(f"{label}: {len(rows[label].records)}" for label in drawn)
-        caption = "Accuracy on validation classes against meta-iterations: mean over seeds, and their range as a band"
-        made.picture(name, pictures.curves(drawn), f"{caption}. Seeds: {seeds}.")
+        caption = (
+            "Accuracy on validation classes against meta-iterations, as far as every seed came: mean over seeds, with"
+        )
+        made.picture(name, pictures.curves(drawn), f"{caption} their range as a band. Seeds: {seeds}.")
 
 
 def _claims(made: Page, claims: Sequence[Claim]) -> None:
