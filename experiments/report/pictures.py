@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import cycle
@@ -33,13 +33,13 @@ class Line(NamedTuple):
 
     x: iterations.
     y: accuracies.
-    low, high: a band around it, or nothing.
+    low, high: a band around it.
     """
 
     x: Sequence[float]
     y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    low: Sequence[float]
+    high: Sequence[float]
 
 
 def over_seeds(records: Sequence[Record]) -> Line | None:
@@ -52,16 +52,18 @@ def over_seeds(records: Sequence[Record]) -> Line | None:
     return Line(common, list(map(fmean, values)), list(map(min, values)), list(map(max, values)))
 
 
-def curves(lines: Mapping[str, Line]) -> bytes:
-    """Accuracy against meta-iterations, a line for each label, with its band."""
-    with _figure(1) as (figure, (axes,), whole):
-        for (label, line), look in zip(lines.items(), _looks()):
-            axes.plot(line.x, _percents(line.y), label=label, linewidth=1.4, **look, markevery=0.1)
-            if line.low:
+def curves(panels: Mapping[str, Mapping[str, Line]]) -> bytes:
+    """Accuracy against meta-iterations: a panel for each title, a line with its band for each label."""
+    with _figure(len(panels)) as (figure, grid, whole):
+        looks = _looks()
+        for axes, (title, lines) in zip(grid, panels.items()):
+            for label, line in lines.items():
+                look = next(looks)
+                axes.plot(line.x, _percents(line.y), label=label, linewidth=1.4, **look, markevery=0.1)
                 axes.fill_between(line.x, _percents(line.low), _percents(line.high), color=look["color"], alpha=0.15)
-        axes.set_xlabel("meta-iterations")
-        axes.set_ylabel(ACCURACY)
-        _legend(figure, axes)
+            axes.set_title(title, fontsize=9)
+        _label(grid, "meta-iterations", ACCURACY)
+        _legend(figure, *grid)
     return whole.getvalue()
 
 
@@ -82,11 +84,12 @@ def tuning(panels: Mapping[str, Results]) -> bytes:
     """Accuracy at the first rung against the inner rate: a panel for each entry, a line for each start."""
     with _figure(len(panels)) as (figure, grid, whole):
         for axes, (title, results) in zip(grid, panels.items()):
-            looks = _looks()
-            for start, points in _first_rung(results).items():
+            looks, found = _looks(), _first_rung(results)
+            for start, points in found.items():
                 rates, scores = zip(*sorted(points.items()))
                 axes.plot(rates, _percents(scores), label=start.replace("_", " ") or "its start", **next(looks))
             axes.set_xscale("log")
+            _ticks(axes, {rate for points in found.values() for rate in points})
             axes.set_title(title, fontsize=9)
             axes.set_ylim(0, 100)
         _label(grid, "inner learning rate", ACCURACY)
@@ -114,10 +117,18 @@ def against(series: Mapping[str, Mapping[float, Summary]], unit: str) -> bytes:
             bars = [points[at].tasks if points[at].seeds is None else points[at].seeds for at in x]
             widths = [math.nan if bar is None else 100 * bar for bar in bars]
             axes.errorbar(x, [100 * points[at].mean for at in x], widths, label=label, capsize=3, **look)
+        _ticks(axes, {at for points in series.values() for at in points})
         axes.set_xlabel(unit)
         axes.set_ylabel("accuracy on test classes (%)")
         _legend(figure, axes)
     return whole.getvalue()
+
+
+def _ticks(axes: Any, values: Iterable[float]) -> None:
+    """A tick at each value and nowhere else."""
+    ordered = sorted(values)
+    axes.set_xticks(ordered, [f"{value:g}" for value in ordered], fontsize=8)
+    axes.set_xticks([], minor=True)
 
 
 def _percents(values: Sequence[float]) -> list[float]:

@@ -55,7 +55,7 @@ def accuracies(rows: Sequence[Row], book: Book) -> str:
         "over seeds",
         "over tasks",
         "baseline",
-        "less it",
+        "less the baseline",
         "over seeds",
         "over tasks",
         "budget",

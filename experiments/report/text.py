@@ -13,7 +13,7 @@ from ..registry.groups import Group
 from . import pictures, tables
 from .claims import LEAST_SEEDS, judged, off
 from .outcomes import Book, Row, paired
-from .pictures import over_seeds
+from .pictures import Line, over_seeds
 from .statistics import summary
 
 FOLDER = "paper"
@@ -142,18 +142,22 @@ def _headline(made: Page, headline: Mapping[str, str]) -> None:
         )
     else:
         made.add("The tuned runs are not complete yet.")
-    _curves(made, "headline", rows)
+    _curves(made, "headline", {"": rows})
 
 
-def _curves(made: Page, name: str, rows: Mapping[str, Row]) -> None:
-    lines = {label: over_seeds(list(row.records.values())) for label, row in rows.items()}
-    drawn = {label: line for label, line in lines.items() if line is not None}
+def _curves(made: Page, name: str, panels: Mapping[str, Mapping[str, Row]]) -> None:
+    drawn: dict[str, dict[str, Line]] = {}
+    seeds = []
+    for title, rows in panels.items():
+        for label, row in rows.items():
+            if line := over_seeds(list(row.records.values())):
+                drawn.setdefault(title, {})[label] = line
+                seeds.append(f"{label}: {len(row.records)}")
     if drawn:
-        seeds = "; ".join(f"{label}: {len(rows[label].records)}" for label in drawn)
         caption = (
             "Accuracy on validation classes against meta-iterations, as far as every seed came: mean over seeds, with"
         )
-        made.picture(name, pictures.curves(drawn), f"{caption} their range as a band. Seeds: {seeds}.")
+        made.picture(name, pictures.curves(drawn), f"{caption} their range as a band. Seeds: {'; '.join(seeds)}.")
 
 
 def _claims(made: Page, claims: Sequence[Claim]) -> None:
@@ -169,7 +173,10 @@ def _group(made: Page, group: Group) -> None:
     made.add(f"## {group.title}", group.text)
     if rows:
         _comparison(made, rows)
-        _curves(made, group.name, {row.title: row for row in rows})
+        panels: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            panels.setdefault(row.settings.get("dataset", ""), {})[row.title] = row
+        _curves(made, group.name, panels)
         _against(made, group)
     for entry in entries:
         _shown(made, entry)
@@ -233,7 +240,10 @@ def _collapse(made: Page, names: Sequence[str]) -> None:
         "A run collapses where its last checkpoint is far below its best one. The controls change one factor of the "
         "published setting at a time.",
     )
-    drawn = {row.title: row.records for row in rows if any(record.at for record in row.records.values())}
+    drawn = {}
+    for row in rows:
+        if with_validation := {seed: record for seed, record in row.records.items() if record.at}:
+            drawn[row.title] = with_validation
     if not drawn:
         made.add("These runs are not done yet.")
         return
