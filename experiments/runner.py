@@ -18,6 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
+from kfo_ext.runs import RunFolder
+
 from .entry import Computed, Entry, Roots
 from .jobs import NUMERICS, Job, Record
 from .store import Results
@@ -58,6 +60,8 @@ class Runner:
         # With the lock of the run: entries may share one, and other processes may be at theirs.
         self._busy: dict[Worker, tuple[Results, str, IO[str]]] = {}
         self._stopping = False
+        # Whether a worker whose parent was killed has still to end.
+        self._orphaned = False
 
     def run(self) -> bool:
         """Compute until nothing is missing that can be computed here, or a signal asks to stop.
@@ -73,8 +77,10 @@ class Runner:
                     while len(self._busy) < self.slots and (found := self._next()):
                         worker = idle.pop() if idle else Worker()
                         self._begin(worker, *found)
-                    if not self._busy:
+                    if not (self._busy or self._orphaned):
                         break
+                    if not self._busy:
+                        time.sleep(1.0)
                     for connection in wait([worker.connection for worker in self._busy], timeout=1.0):
                         idle += self._take(next(w for w in self._busy if w.connection is connection))
             finally:
@@ -93,6 +99,7 @@ class Runner:
 
     def _next(self) -> tuple[Results, str, IO[str], Task] | None:
         """The first job that nobody does."""
+        self._orphaned = False
         for each in self.results:
             if each.entry.name in self.failed or each.complete or not self._lock(each):
                 continue
@@ -100,7 +107,10 @@ class Runner:
             for name, key, work in _missing(each):
                 folder = self._folder(name)
                 if lock := _locked(folder.with_suffix(".lock")):
-                    return each, key, lock, Task(work, folder, roots)
+                    if not _in_use(folder):
+                        return each, key, lock, Task(work, folder, roots)
+                    lock.close()
+                    self._orphaned = True
         return None
 
     def _folder(self, name: str) -> Path:
@@ -174,6 +184,12 @@ def pause(runs: Path) -> int:
     if any(map(_held, files)):
         raise TimeoutError(f"{runs}: a run has not stopped within a minute")
     return len(files)
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process trains this run."""
+    lock = RunFolder(folder).lock
+    return lock.exists() and _held(lock)
 
 
 def _held(path: Path) -> bool:

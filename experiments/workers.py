@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def _serve(connection: Connection) -> None:
     os.nice(NICENESS)
     # Ctrl-C goes to the whole group; the parent tells the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             task = connection.recv()
@@ -101,6 +103,14 @@ def _serve(connection: Connection) -> None:
         connection.send(result)
         if result.interrupted:
             return
+
+
+def _end_with_parent() -> None:
+    """Save and end when the parent is gone: a killed one could not say so, and the next `run` needs the run folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _done(task: Task) -> Result:

@@ -91,6 +91,11 @@ GROUPS = (
         text="Each row changes one factor of META-KFO's published setting.",
     ),
     Group(
+        name="floors",
+        title="Floors: nearest class means and prototypical networks",
+        text="Methods that adapt nothing, on the same tasks.",
+    ),
+    Group(
         name="beyond",
         title="Beyond the paper",
         text="These runs take the setting that the tuned entry found, and change one option.",
