@@ -18,6 +18,7 @@ from experiments.halving import Fixed, Following, Halving, Rung
 from experiments.registry import ENTRIES
 from experiments.registry.claims import CLAIMS, Claim, above, shrinks
 from experiments.registry.groups import COLLAPSE, GROUPS, HEADLINE, Against, Group
+from experiments.registry.published import COLUMNS, INNER, OUTER, cnn2, linear
 from experiments.report import pictures, tables
 from experiments.report.claims import judged, off, verdict
 from experiments.report.outcomes import Book, paired
@@ -259,6 +260,21 @@ def test_runs_that_ended_are_said_and_do_not_count(book, whole):
     assert [line[1] for line in row_of(text, "row ended") if line[1] in ("0", "1", "2")] == ["0", "1", "2"]
 
 
+def test_a_score_that_is_not_finite_is_said_and_does_not_count(tmp_path):
+    entries = {"one": entry("one", replace(FIXED, seeds=(0, 1)))}
+    results = Results(entries["one"], "cpu", tmp_path, entries)
+    finish(results, rising, lambda *_: 18)
+    first = min(results.records.values(), key=lambda each: each.settings["seed"])
+    first.tests[0] |= {"mean": None, "interval": None, "iteration": None, "correct": "", "failure": "not finite"}
+    results.add("unused", first, [])
+    row = Book.read(entries, "cpu", tmp_path).row("one")
+    assert row.remarks() == ["seed 0 has no finite score"]
+    assert row.accuracy().n == 1
+    lines = [[cell.strip() for cell in line.split("|")] for line in tables.single_runs([row]).splitlines()[2:]]
+    assert lines[0][2:7] == ["0", "", "not finite", "72.00", "300"]
+    assert "| not finite, 300 | 72.00 |  |" in tables.checkpoints([row])
+
+
 def test_verdicts_of_the_made_up_results(book, whole):
     found = [judged(claim, book).verdict for claim in STATEMENTS]
     assert found == ["reproduced", "reversed", "undecided", "not run"]
@@ -381,6 +397,18 @@ def test_the_registry_names_what_there_is():
             for names in picture.series.values():
                 assert {name.partition("/")[0] for name in names} <= set(ENTRIES)
     assert {*HEADLINE.values(), *COLLAPSE} <= set(ENTRIES)
+
+
+def test_the_published_rates_are_those_of_the_tables():
+    assert cnn2("Omniglot", "MAML + KFO") == Rates(
+        Published("Table D.6, Omniglot, MAML + KFO", 0.1), Published("Table D.7, Omniglot, MAML + KFO", 0.003, INFERRED)
+    )
+    assert cnn2("mini-ImageNet", "MAML + MC").outer.value is None
+    assert cnn2("CIFAR-FS", "ANIL").outer.value == 0.002
+    assert linear("Omniglot", "LR + LinNet").inner.value == 0.08
+    assert {len(row) for row in (*INNER.values(), *OUTER.values())} == {len(COLUMNS)}
+    with pytest.raises(ValueError, match="not in tuple"):
+        cnn2("Omniglot", "T-Nets")
 
 
 def test_a_claim_needs_as_many_worse_as_better():

@@ -47,6 +47,21 @@ def _variants(entry: str, unit: str, numbers: tuple[int, ...]) -> tuple[str, ...
 STEPS = (1, 2, 3, 4)
 GROUPS = (
     Group(
+        name="figure-1-left",
+        title="Figure 1, left: SHALLOW and DEEP",
+        text="Linear regression in one dimension, by one parameter and by a product of two.",
+    ),
+    Group(
+        name="figure-1-right",
+        title="Figures 1, right, B.1 and B.3: binary logistic regression",
+        text="Drawn tasks that a linear model can solve, with and without added linear layers.",
+    ),
+    Group(
+        name="figure-2",
+        title="Figure 2: the landscape of DEEP",
+        text="The MAML loss over both parameters of DEEP, and trajectories on it.",
+    ),
+    Group(
         name="figure-3",
         title="Figures 3 and B.2: softmax regression of pixels",
         text="LinNet adds linear layers to the regression, which does not change what it can represent. The 84x84 set, "
