@@ -65,6 +65,7 @@ ENTRIES = [
         published=table3("MAML", 66.6),
         rates=cnn2("Omniglot", "MAML"),
         data=("omniglot",),
+        tried=("the tuned row of MAML has other rates and starts",),
         works=fixed(PAPER_MAML, {"": {}}, cpu=2000),
     ),
     Entry(
@@ -75,6 +76,10 @@ ENTRIES = [
         rates=cnn2("Omniglot", "MAML + KFO"),
         baseline="omniglot-cnn2-maml-paper",
         data=("omniglot",),
+        tried=(
+            "the tuned row has other rates and starts",
+            "the controls change clipping, outer rate and start, one at a time",
+        ),
         works=fixed(PAPER_KFO, {"": {}}, cpu=2000),
     ),
     Entry(

@@ -68,6 +68,11 @@ class Row:
         return bool(self.tried)
 
     @property
+    def label(self) -> str:
+        """The title, and whether the setting was searched for."""
+        return f"{self.title}, tuned" if self.tuned else self.title
+
+    @property
     def edge(self) -> str:
         """Where the best inner rate is the smallest or the largest that was tried: which of the two."""
         if len(self.tried) < 2 or not self.jobs:

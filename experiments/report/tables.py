@@ -73,7 +73,7 @@ def _accuracy(row: Row, book: Book) -> list[str]:
         baseline,
         *([NONE] * 3 if less is None else [percent(less.mean, True), half(less.seeds), half(less.tasks)]),
     ]
-    return [row.title, ", ".join(filter(None, map(number, row.entry.published))), *cells, _cost(row, accuracy)]
+    return [row.label, ", ".join(filter(None, map(number, row.entry.published))), *cells, _cost(row, accuracy)]
 
 
 def _cost(row: Row, accuracy: Summary | None) -> str:
@@ -108,7 +108,7 @@ def _settings(row: Row) -> list[str]:
     found = row.settings
     start = str(found.get("init", NONE)).replace("_", " ")
     rates = [f"{found['fast_lr']:g}{edge}", number(inner), f"{found['meta_lr']:g}", number(outer)]
-    return [f"{row.title}{', tuned' if row.tuned else ''}", *rates, start, tried]
+    return [row.label, *rates, start, tried]
 
 
 def protocols(rows: Sequence[Row]) -> str:
@@ -214,13 +214,19 @@ def claims(found: Sequence[Judged]) -> str:
 
 def off_the_paper(found: Sequence[Off]) -> str:
     """A line for each number of the paper outside our interval."""
-    lines = []
-    for row, where, points in found:
-        tried = "; ".join(row.entry.tried) or "nothing else was tried"
-        if row.tuned:
-            tried = f"{len(row.tried)} inner rates, {row.tried[0]:g} to {row.tried[-1]:g}; {tried}"
-        lines.append(f"- {row.title} ({where}): off by {points:+.2f} points. Tried: {tried}.\n")
-    return "".join(lines)
+    return "".join(
+        f"- {row.label} ({where}): off by {points:+.2f} points. Tried: {'; '.join(_tried(row))}.\n"
+        for row, where, points in found
+    )
+
+
+def _tried(row: Row) -> list[str]:
+    searched = []
+    if row.tuned and isinstance(row.work, Halving):
+        starts = f", {len(row.work.inits)} starts of the network" if row.work.inits else ""
+        rates = f"{len(row.tried)} inner rates, {row.tried[0]:g} to {row.tried[-1]:g}"
+        searched = [f"{rates}{starts}, {len(row.work.meta_lrs)} outer rates"]
+    return [*searched, *row.entry.tried] or ["no other setting"]
 
 
 def tuning(results: Results) -> str:
