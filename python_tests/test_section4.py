@@ -440,7 +440,7 @@ def test_figures_refuse_no_seed_and_no_iteration():
                 call(iterations=bad)
 
 
-def test_pictures_repeat_byte_by_byte(tmp_path, monkeypatch):
+def test_pictures_repeat_byte_by_byte(monkeypatch):
     monkeypatch.setattr(figures, "TEST_TASKS", 5)
     left, right = figures.figure1_left((0, 1), 2), figures.figure2(iterations=2)
     draws = [
@@ -449,10 +449,7 @@ def test_pictures_repeat_byte_by_byte(tmp_path, monkeypatch):
         (pictures.draw_figure2_right, right),
     ]
     for i, (draw, numbers) in enumerate(draws):
-        written = []
-        for name in ("one.svg", "two.svg"):
-            draw(json.loads(json.dumps(numbers)), tmp_path / name)
-            written.append((tmp_path / name).read_bytes())
+        written = [draw(json.loads(json.dumps(numbers))) for _ in range(2)]
         assert written[0] == written[1], i
         assert b"<svg" in written[0]
         assert b"<dc:date>" not in written[0]

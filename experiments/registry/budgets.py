@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..entry import Work
+from ..entry import Computed, Shown, Work
 from ..halving import Fixed, Following, Halving, Rung, StartOf
 from ..jobs import Settings, Test
 
@@ -105,6 +105,17 @@ def following(
         "gpu": work(cpu, 3),
         "paper": work(20_000, 5),
     }
+
+
+def computed(
+    function: Callable[..., dict[str, Any]],
+    shown: Callable[[Mapping[str, Any]], Shown],
+    smoke: Settings,
+    full: Settings,
+) -> dict[str, Work]:
+    """The works of a function, whose `full` options hold at all budgets but `ci`."""
+    work = Computed(function=function, shown=shown, options=full)
+    return {"ci": Computed(function=function, shown=shown, options=smoke), "cpu": work, "gpu": work, "paper": work}
 
 
 def fixed(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import shown
 from ..computed import floors, upper_line
-from ..entry import Computed, Entry
+from ..entry import Entry
+from .budgets import computed
 
 DATA: dict[str, dict[str, Any]] = {
     "omniglot": {"family": "omniglot"},
@@ -33,7 +35,7 @@ def _floors(name: str) -> Entry:
         title=f"{name}: nearest class means of pixels{', prototypical networks' if seeds else ''}",
         group="floors",
         data=(name,),
-        works=_works(Computed(function=floors, options=smoke), Computed(function=floors, options=full)),
+        works=computed(floors, shown.floors, smoke, full),
     )
 
 
@@ -46,13 +48,9 @@ def _upper_line(name: str) -> Entry:
         title=f"{name}: softmax regression on all images of the classes",
         group="figure-3",
         data=(name,),
-        works=_works(Computed(function=upper_line, options=smoke), Computed(function=upper_line, options=full)),
+        works=computed(upper_line, shown.upper_line, smoke, full),
         choices=("the penalty of the weights is chosen on validation classes; the paper says `sufficient data`",),
     )
-
-
-def _works(smoke: Computed, full: Computed) -> dict[str, Any]:
-    return {"ci": smoke, "cpu": full, "gpu": full, "paper": full}
 
 
 ENTRIES = [*map(_upper_line, DATA), *map(_floors, DATA)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from .. import shown
 from ..computed import binary_logistic, landscape, regression
-from ..entry import UNKNOWN, Computed, Entry, Published
+from ..entry import UNKNOWN, Entry, Published
+from .budgets import computed
 
-FULL = Computed(function=binary_logistic, options={"seeds": 3, "iterations": 3000, "tasks": 1000})
-REGRESSION = Computed(function=regression, options={"seeds": 3, "iterations": 500})
-LANDSCAPE = Computed(function=landscape, options={"iterations": 2000})
-LONGER = Computed(function=binary_logistic, options={"seeds": 5, "iterations": 3000, "tasks": 1000})
+SMOKE = {"seeds": 1, "iterations": 2, "tasks": 64}
+FULL = {"seeds": 3, "iterations": 3000, "tasks": 1000}
 
 ENTRIES = [
     Entry(
@@ -16,12 +16,7 @@ ENTRIES = [
         title="linear regression in one dimension, SHALLOW and DEEP",
         group="figure-1-left",
         published=(Published("Figure 1 left", None, UNKNOWN),),
-        works={
-            "ci": Computed(function=regression, options={"seeds": 1, "iterations": 2}),
-            "cpu": REGRESSION,
-            "gpu": REGRESSION,
-            "paper": REGRESSION,
-        },
+        works=computed(regression, shown.regression, {"seeds": 1, "iterations": 2}, {"seeds": 3, "iterations": 500}),
         choices=("16 tasks in a meta-iteration, 100 examples in a support set: the paper states neither",),
     ),
     Entry(
@@ -29,12 +24,7 @@ ENTRIES = [
         title="the MAML loss of DEEP, and four trajectories",
         group="figure-2",
         published=(Published("Figure 2", None, UNKNOWN),),
-        works={
-            "ci": Computed(function=landscape, options={"iterations": 2}),
-            "cpu": LANDSCAPE,
-            "gpu": LANDSCAPE,
-            "paper": LANDSCAPE,
-        },
+        works=computed(landscape, shown.landscape, {"iterations": 2}, {"iterations": 2000}),
     ),
     Entry(
         name="logistic",
@@ -45,12 +35,12 @@ ENTRIES = [
             Published("Figure B.1", None, UNKNOWN),
             Published("Figure B.3", None, UNKNOWN),
         ),
-        works={
-            "ci": Computed(function=binary_logistic, options={"seeds": 1, "iterations": 2, "tasks": 64}),
-            "cpu": FULL,
-            "gpu": LONGER,
-            "paper": LONGER,
-        },
+        works=computed(
+            binary_logistic,
+            shown.logistic,
+            {"seeds": 1, "iterations": 2, "tasks": 64},
+            {"seeds": 3, "iterations": 3000, "tasks": 1000},
+        ),
         choices=(
             "labels 1[theta^T x > 0], which the caption's `linear separable` needs; the text draws them",
             "support sets of 10 and 100 examples, 100 queries: the paper states neither",

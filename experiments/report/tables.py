@@ -13,30 +13,11 @@ from kfo_ext.tasks import FAMILIES
 from ..entry import INFERRED, Published
 from ..halving import Halving
 from ..jobs import Job, Settings, Test
+from ..markdown import NONE, half, percent, table
 from ..store import Results
 from .claims import Judged, Off
 from .outcomes import Book, Row, paired
 from .statistics import Summary, summary
-
-NONE = ""
-
-
-def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left, the others to the right; nothing without a body."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    if len(lines) == 2:
-        return ""
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
-
-
-def percent(value: float | None, sign: bool = False) -> str:
-    """A share in %; nothing for None."""
-    return NONE if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
-
-
-def half(value: float | None) -> str:
-    """Half an interval, in %; nothing for None."""
-    return NONE if value is None else f"± {100 * value:.2f}"
 
 
 def number(published: Published | None) -> str:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from io import BytesIO
 from typing import Any
 
 import numpy as np
-
-from kfo_ext.runs.files import atomic_write
-
-from .figures import Numbers
 
 # A hue and a dash each: the pictures read in grey too.
 STYLES = {"SHALLOW": ("#000000", "-"), "DEEP": ("#D55E00", "--")}
@@ -18,7 +14,7 @@ STYLES = {"SHALLOW": ("#000000", "-"), "DEEP": ("#D55E00", "--")}
 LEVELS = (0.5, 0.55, 0.65, 0.8, 1.0, 1.3, 1.7, 3.0)
 
 
-def draw_figure1_left(numbers: Numbers, path: Path) -> None:
+def draw_figure1_left(numbers: Mapping[str, Any]) -> bytes:
     """Errors after one step over meta-training: a line per seed, and the best population errors."""
 
     def draw(axes: Any) -> None:
@@ -34,10 +30,10 @@ def draw_figure1_left(numbers: Numbers, path: Path) -> None:
         axes.set_ylabel("mean squared error after one step")
         axes.legend(frameon=False)
 
-    _picture(draw, path, (6.0, 4.0))
+    return _picture(draw, (6.0, 4.0))
 
 
-def draw_figure2_left(numbers: Numbers, path: Path) -> None:
+def draw_figure2_left(numbers: Mapping[str, Any]) -> bytes:
     """DEEP's MAML loss over (a, b), as contours, with the four solutions."""
 
     def draw(axes: Any) -> None:
@@ -45,10 +41,10 @@ def draw_figure2_left(numbers: Numbers, path: Path) -> None:
         axes.figure.colorbar(filled, ax=axes, label="MAML loss of DEEP")
         _plane(axes, numbers)
 
-    _picture(draw, path, (5.6, 4.8))
+    return _picture(draw, (5.6, 4.8))
 
 
-def draw_figure2_right(numbers: Numbers, path: Path) -> None:
+def draw_figure2_right(numbers: Mapping[str, Any]) -> bytes:
     """The trajectories of meta-training over the contours; a dot where each begins."""
 
     def draw(axes: Any) -> None:
@@ -58,15 +54,15 @@ def draw_figure2_right(numbers: Numbers, path: Path) -> None:
             axes.plot(trajectory["a"], trajectory["b"], color="#D55E00", linewidth=1.8)
             axes.plot(trajectory["a"][0], trajectory["b"][0], "o", color="#D55E00")
 
-    _picture(draw, path, (5.6, 4.8))
+    return _picture(draw, (5.6, 4.8))
 
 
-def _grid(numbers: Numbers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _grid(numbers: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     axis = np.array(numbers["axis"])
     return axis, axis, np.array(numbers["loss"])
 
 
-def _plane(axes: Any, numbers: Numbers) -> None:
+def _plane(axes: Any, numbers: Mapping[str, Any]) -> None:
     """The solutions, and the names of the axes."""
     solutions = np.array(numbers["solutions"])
     axes.plot(solutions[:, 0], solutions[:, 1], "*", color="#0072B2", markersize=12, markeredgecolor="white")
@@ -75,15 +71,16 @@ def _plane(axes: Any, numbers: Numbers) -> None:
     axes.set_aspect("equal")
 
 
-def _picture(draw: Callable[[Any], None], path: Path, size: tuple[float, float]) -> None:
-    """Writes an SVG whose bytes depend on what is drawn alone."""
-    from matplotlib import rc_context
+def _picture(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
+    """An SVG whose bytes depend on what is drawn alone."""
+    from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "kfo_ext", "svg.fonttype": "path"}):
+    with style.context(["default", {"svg.hashsalt": "kfo", "svg.fonttype": "none"}]):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
-        with atomic_write(path) as file:
-            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        whole = BytesIO()
+        figure.savefig(whole, format="svg", metadata={"Date": None, "Creator": None})
+    return whole.getvalue()

@@ -1,0 +1,25 @@
+"""Tables and numbers as Markdown. Accuracies are in %, differences in percentage points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+NONE = ""
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left, the others to the right; nothing without a body."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    if len(lines) == 2:
+        return ""
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+
+
+def percent(value: float | None, sign: bool = False) -> str:
+    """A share in %; nothing for None."""
+    return NONE if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
+
+
+def half(value: float | None) -> str:
+    """Half an interval, in %; nothing for None."""
+    return NONE if value is None else f"± {100 * value:.2f}"
