@@ -56,15 +56,20 @@ class Ours:
         return result.loss.detach()
 
     def gradients(self) -> Gradients:
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        if self.kfo is not None:
-            # The factors' packed gradients, read as the factors themselves are.
-            factors = copy.deepcopy(self.kfo)
-            with torch.no_grad():
-                for into, parameter in zip(factors.parameters(), self.kfo.parameters(), strict=True):
-                    into.copy_(parameter.grad)
-            gradients += [X.detach() for pair in factors.factors() for X in pair]
-        return gradients
+        return gradients_of(self.model, self.kfo)
+
+
+def gradients_of(model: nn.Module, kfo: KFO | None) -> Gradients:
+    """The meta-gradients as a contender gives them: the network's, then those of the factors of an update."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    if kfo is not None:
+        # The factors' packed gradients, read as the factors themselves are.
+        factors = copy.deepcopy(kfo)
+        with torch.no_grad():
+            for into, parameter in zip(factors.parameters(), kfo.parameters(), strict=True):
+                into.copy_(parameter.grad)
+        gradients += [X.detach() for pair in factors.factors() for X in pair]
+    return gradients
 
 
 class OursCaptured(Ours):

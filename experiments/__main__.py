@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("names", nargs="*", metavar="NAME", help="entries, or groups of them; none is all")
     run.add_argument("--budget", choices=BUDGETS, default="cpu", help="ci takes two meta-iterations of each")
     run.add_argument("--data", type=Path, help=f"folder with the data sets; none is ${DATA_VARIABLE}, else data/")
-    run.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    jobs = "processes, of one thread each; what measures time gets none beside it, and no other program should run then"
+    run.add_argument("--jobs", type=int, default=2, help=jobs)
     run.add_argument("--runs", type=Path, default=RUNS, help="folder of the run folders")
     run.add_argument("--results", type=Path, help="folder of the result files; none is experiments/results")
     run.add_argument("--pause", action="store_true", help="stop every other `run`, within a minute")

@@ -57,12 +57,15 @@ class Computed:
     version: to be raised when it computes something else.
     options: its other keywords.
     shown: what the report shows of its value; none shows nothing.
+    of: entries whose winners it needs: `settings` is then another keyword, name to settings without the seed. A value
+        that has them under `settings` is computed anew once there are other winners.
     """
 
     function: Callable[..., dict[str, Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1
     shown: Callable[[Mapping[str, Any]], Shown] | None = None
+    of: tuple[str, ...] = ()
 
 
 Work = Halving | Fixed | StartOf | Following | Computed
@@ -82,6 +85,7 @@ class Entry:
     data: the data sets that it reads from a folder.
     choices: where the paper is silent, what we chose, and why.
     tried: where the result is off the paper's, what was tried.
+    alone: no other job of a `run` is computed beside its jobs, as they measure time.
     """
 
     name: str
@@ -94,6 +98,7 @@ class Entry:
     data: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     tried: tuple[str, ...] = ()
+    alone: bool = False
     why_not: str = ""
 
     def __post_init__(self) -> None:
@@ -111,7 +116,8 @@ def specification(work: Work) -> dict[str, Any]:
     """All that decides the result of a work, as plain values."""
     if isinstance(work, Computed):
         name = f"{work.function.__module__}.{work.function.__qualname__}"
-        return {"function": name, "options": dict(work.options), "version": work.version}
+        followed = {"of": list(work.of)} if work.of else {}
+        return {"function": name, "options": dict(work.options), "version": work.version, **followed}
     return asdict(work)
 
 

@@ -1,7 +1,9 @@
 """Computes what is missing of entries: two one-thread jobs side by side, resumable at any moment.
 
 Each entry is computed by one `run` at a time; a second one takes the next entry. The jobs of an entry come from its
-results, and where they leave a worker without work it takes one of a later entry.
+results, and where they leave a worker without work it takes one of a later entry. A job of an entry that runs alone
+waits until no other job of this `run` is at work, and meanwhile none begins. Whatever else the machine does is not seen
+here: the user keeps other processes away, another `run` among them.
 """
 
 from __future__ import annotations
@@ -98,9 +100,13 @@ class Runner:
         return not self._stopping and not self.failed
 
     def _next(self) -> tuple[Results, str, IO[str], Task] | None:
-        """The first job that nobody does."""
+        """The first job that nobody does, and that may run beside those at work."""
         self._orphaned = False
+        if any(each.entry.alone for each, *_ in self._busy.values()):
+            return None
         for each in self.results:
+            if each.entry.alone and (self._busy or self._orphaned):
+                continue
             if each.entry.name in self.failed or each.complete or not self._lock(each):
                 continue
             roots = {data: self.roots[data] for data in each.entry.data}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,7 @@ from kfo_ext.runs.files import read_json
 
 from .entry import Computed, Entry, specification
 from .halving import Fixed, Following, Halving, StartOf
-from .jobs import NUMERICS, Record, identity
+from .jobs import NUMERICS, Job, Record, identity
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,15 +55,31 @@ class Results:
     def work(self) -> Halving | Fixed | Computed | None:
         """What is to be computed; None while it waits for the results of another entry."""
         work = self.entry.works[self.budget]
+        if isinstance(work, Computed):
+            return self._followed(work) if work.of else work
         if not isinstance(work, StartOf | Following):
             return work
-        other = Results(self.others[work.of], self.budget, self.folder, self.others)
+        finals = self._finals_of(work.of)
+        return None if finals is None else work.resolved(finals)
+
+    def _finals_of(self, name: str) -> list[Job] | None:
+        """The final runs of another entry; None while they are not known."""
+        other = Results(self.others[name], self.budget, self.folder, self.others)
         if not isinstance(tuning := other.work, Halving):
             return None
         try:
-            return work.resolved(tuning.finals(other.records))
+            return tuning.finals(other.records)
         except LookupError:
             return None
+
+    def _followed(self, work: Computed) -> Computed | None:
+        """A work with the settings that others have found; None while one of them is not known."""
+        found: dict[str, Any] = {}
+        for name in work.of:
+            if (finals := self._finals_of(name)) is None:
+                return None
+            found[name] = {option: value for option, value in finals[0].settings.items() if option != "seed"}
+        return replace(work, options={**work.options, "settings": found})
 
     @property
     def complete(self) -> bool:
@@ -71,7 +87,12 @@ class Results:
         work = self.work
         if work is None:
             return False
-        return self.value is not None if isinstance(work, Computed) else not work.missing(self.records)
+        if not isinstance(work, Computed):
+            return not work.missing(self.records)
+        if self.value is None or not work.of:
+            return self.value is not None
+        found = work.options["settings"]
+        return self.value.get("settings", found) == found
 
     def add(self, key: str, record: Record, environments: list[dict[str, Any]]) -> None:
         """Take in a run, and write the file."""
