@@ -7,6 +7,7 @@ and seconds are known to the distance of two validations.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -73,7 +74,8 @@ def wall_clock(
     Returns:
         The arguments; `apart`, for each peer the relative distance of its first loss and meta-gradients from ours; and
         `runs`, method to its measurements by seed: `seconds` and `iterations` to the target (None where it was not
-        reached), `ended` (why it could not go on, or ""), and `curve`, rows of seconds, iteration and accuracy.
+        reached), `ended` (why it could not go on, or ""), `curve`, rows of seconds, iteration and accuracy, and `load`,
+        the machine's in the last minute: above `threads` where other programs ran beside it.
 
     Raises:
         ValueError: an argument out of range; a peer without learn2learn, of a configuration that it does not have, or
@@ -158,7 +160,8 @@ def _measured(folder: Path, label: str, config: Config, peer: bool, race: Race, 
     path = folder / f"{label.replace(' ', '-')}-{config.seed}-{name}.json"
     if path.exists():
         return read_json(path)
-    measurement = {"seed": config.seed, **_measure(config, peer, race, stop), "commit": here["commit"]}
+    measurement = {"seed": config.seed, **_measure(config, peer, race, stop)}
+    measurement |= {"commit": here["commit"], "load": round(os.getloadavg()[0], 2)}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, measurement)
     return measurement

@@ -77,6 +77,7 @@ def test_every_method_is_measured_with_every_seed(tmp_path):
             # The last one too, though no validation is due then.
             assert iterations == (2, 3) and 0 < seconds[0] < seconds[1]
             assert (run["seconds"], run["iterations"], run["ended"]) == (None, None, "")
+            assert run["load"] >= 0 and run["commit"]
     first, second = value["runs"]["kfo"]
     assert without_seconds(first) != without_seconds(second)
 
@@ -337,7 +338,7 @@ def test_what_runs_alone_has_nothing_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(FakeWorker, "beside", {})
     entries = [
         Entry(name=name, title="", group="g", works={"ci": Computed(function=dict)}, alone=name.startswith("alone"))
-        for name in ("a", "alone1", "b", "c", "alone2", "d")
+        for name in ("alone1", "a", "alone2", "b", "c", "d")
     ]
     assert Runner(entries, "ci", {}, tmp_path / "runs", tmp_path / "results", jobs=2).run()
     assert set(FakeWorker.beside) == {entry.name for entry in entries}

@@ -43,7 +43,7 @@ WALL_CLOCK = {
             "validation_tasks": 2,
             "most_iterations": 2,
             "seeds": (0,),
-            "threads": 2,
+            "threads": 1,
             "peers": (),
         },
     ),
