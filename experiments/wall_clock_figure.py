@@ -10,6 +10,7 @@ from typing import Any
 
 from kfo_ext.runs.plots import PALETTE
 
+from .entry import Shown
 from .wall_clock import PEER
 
 # Identifiers follow from the salt, texts stay texts, and the reader's own settings do not count.
@@ -29,8 +30,42 @@ TITLES = {
     "omniglot-cnn2-linnet": "LinNet",
 }
 MARKERS = "os^DvPX*<>"
+PICTURE = "wall-clock.svg"
 GREY = "0.35"
 Run = Mapping[str, Any]
+
+
+def shown(value: Mapping[str, Any]) -> Shown:
+    """What the report shows: the picture with its caption, and the seconds of every seed."""
+    goal = f"{100 * value['target']:g} %"
+    caption = (
+        f"Accuracy on validation classes against seconds of meta-training, and seconds to {goal}: {_setting(value)}. "
+        "Diamonds are single seeds; hatched bars did not get there."
+    )
+    lines = [
+        f"| method | seconds to {goal}, by seed | meta-iterations | seconds of one |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for label, runs in value["runs"].items():
+        cells = [
+            ", ".join("none" if run["seconds"] is None else f"{run['seconds']:,.1f}" for run in runs),
+            ", ".join("none" if run["iterations"] is None else f"{run['iterations']:,}" for run in runs),
+            f"{_seconds_of_one(runs):.3g}",
+        ]
+        lines.append(f"| {title(label)} | {' | '.join(cells)} |")
+    parts = [f"![{caption}](paper/{PICTURE})", f"*{caption}*", "\n".join(lines)]
+    if value["peers"]:
+        parts.append(
+            f"learn2learn {value[PEER]} meta-trains from the same start with the same rates, Adam, tasks and "
+            f"validations. Its first loss and meta-gradients are ours up to {max(value['apart'].values()):.0e} "
+            "(relative, in float64)."
+        )
+    return "\n\n".join(parts) + "\n", {PICTURE: drawing(value)}
+
+
+def _seconds_of_one(runs: Sequence[Run]) -> float:
+    """Of a meta-iteration, over all seeds."""
+    return sum(_spent(run) for run in runs) / max(1, sum(run["curve"][-1][1] for run in runs if run["curve"]))
 
 
 def drawing(value: Mapping[str, Any]) -> bytes:

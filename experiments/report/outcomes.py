@@ -141,9 +141,9 @@ def rows(results: Results | None, entry: Entry) -> list[Row]:
             return [_row(entry, work, results.records, work.finals(results.records), tried=rates)]
         except LookupError:
             return [Row(entry=entry, work=work, reason="being tuned" if results.records else "not run yet")]
-    if isinstance(work, Computed):
-        return []
     planned = entry.works[results.budget]
+    if isinstance(planned, Computed):
+        return []
     base = planned.work if isinstance(planned, StartOf) else None
     return [Row(entry=entry, work=base, reason="not run yet: it takes the setting of an entry that is not tuned yet")]
 

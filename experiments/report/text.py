@@ -215,9 +215,9 @@ def _against(made: Page, group: Group) -> None:
 
 def _shown(made: Page, entry: Entry) -> None:
     results = made.book.results.get(entry.name)
-    if results is None or not isinstance(work := results.work, Computed):
+    if results is None or not isinstance(work := entry.works[results.budget], Computed):
         return
-    if results.value is None:
+    if not results.complete or results.value is None:
         made.add(f"{entry.title}: not run yet.")
     elif work.shown is not None:
         text, drawn = work.shown(results.value)
