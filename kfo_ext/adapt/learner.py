@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from kfo_ext.tasks import Examples, TaskBatch
-from kfo_ext.updates import GradientDescent, Update
+from kfo_ext.updates import GradientDescent, Update, state
 
 from .adapted import Adapted
 from .calls import exclusive
@@ -206,7 +206,7 @@ class MAML(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's."""
-        with exclusive():
+        with exclusive(), state.explained():
             return super().load_state_dict(*args, **kwargs)
 
     def features(self, x: Tensor) -> Tensor:

@@ -209,6 +209,11 @@ class Update(nn.Module, ABC):
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to restore: `check_state` has compared the state already."""
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's."""
+        with state.explained():
+            return super().load_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # All that it is made of before anything is copied, so that a refused state leaves the module as it was.
         for name, module in self.named_modules():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +104,22 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any], key: str) -> None:
             f"state_dict: expected meta-parameters with {option}={value!r}, got {option}={other!r}"
             + _unnamed_remedy(value, other)
         )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Says in torch's error what a state_dict lacks that has meta-parameters without a state."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch tells no hook whether loading is strict.
+        missing = next((line for line in str(error).splitlines() if "Missing key" in line), "")
+        if '_extra_state"' not in missing:
+            raise
+        raise RuntimeError(
+            f"{error}\n\t_extra_state says what an update's meta-parameters were made for; without it their sizes are "
+            "all that is checked: load them by strict=False if you know that they belong here"
+        ) from None
 
 
 def _unnamed_remedy(*values: object) -> str:
