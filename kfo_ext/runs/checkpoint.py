@@ -5,9 +5,11 @@ A file is one line of text and a payload:
     kfo_ext checkpoint VERSION DIGEST LENGTH
     payload
 
-DIGEST is the payload's SHA-256 in hexadecimal, LENGTH its size in bytes. The payload is what `torch.save` makes of a
-dictionary of the sections config, progress, learner, optimizer and rng. The reader builds the line anew from the
-payload and compares: no flipped bit passes. The digest detects damage; it is no signature.
+VERSION is that of the format, DIGEST the payload's SHA-256 in hexadecimal, LENGTH its size in bytes. The payload is
+what `torch.save` makes of a dictionary of the sections config, progress, learner, optimizer and rng. The reader builds
+the line anew from the payload and compares: no flipped bit passes. The digest detects damage; it is no signature.
+
+Version 2 is that of kfo_ext 0.1.0. Every later kfo_ext reads it; python_tests/fixtures/run-0.1.0 is a run of it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from torch import Tensor, nn
 
 from .files import atomic_write
 
+# Written. The digest of a later version must count its number too: one flipped bit makes a 2 of a 3.
 VERSION = 2
+# Read, with all between them.
+OLDEST = 2
 _MAGIC = b"kfo_ext checkpoint "
 # Longer than any first line: of a foreign file, no more is read.
 _LINE = 256
@@ -41,7 +46,7 @@ def save(path: Path, state: Mapping[str, Any]) -> str:
     torch.save(dict(state), buffer)
     payload = buffer.getbuffer()
     with atomic_write(path) as file:
-        file.write(_first_line(payload))
+        file.write(_first_line(payload, VERSION))
         file.write(payload)
     return _sha256(payload)
 
@@ -49,7 +54,7 @@ def save(path: Path, state: Mapping[str, Any]) -> str:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint to CPU memory, never executing what it contains.
 
-    Raises: ValueError naming the file and what is wrong with it.
+    Raises: ValueError naming the file and what is wrong with it, such as a format newer than this kfo_ext's.
     """
     payload = _payload(path)
     try:
@@ -80,22 +85,30 @@ def _payload(path: Path) -> bytes:
         raise ValueError(f"{path}: there is no such checkpoint") from None
     except OSError as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error.strerror})") from None
-    expected = _first_line(payload)
-    if line == expected:
-        return payload
     if not line.startswith(_MAGIC):
         raise ValueError(f"{path}: not a checkpoint of kfo_ext")
-    version, _, length = (line[len(_MAGIC) :].split() + [b""] * 3)[:3]
-    if version != b"%d" % VERSION:
-        got = version.decode(errors="replace")
-        raise ValueError(f"{path}: checkpoint version {got!r}, this kfo_ext reads {VERSION}")
+    text, _, length = (line[len(_MAGIC) :].split() + [b""] * 3)[:3]
+    version = next((number for number in range(OLDEST, VERSION + 1) if text == b"%d" % number), None)
+    if version is None:
+        raise ValueError(f"{path}: {_unread(text.decode(errors='replace'))}")
+    if line == _first_line(payload, version):
+        return payload
     if length != b"%d" % len(payload):
         raise ValueError(f"{path}: the checkpoint is truncated or damaged (its length is not the recorded one)")
     raise ValueError(f"{path}: the checkpoint is damaged (its digest is not the recorded one)")
 
 
-def _first_line(payload: bytes | memoryview) -> bytes:
-    return b"%s%d %s %d\n" % (_MAGIC, VERSION, _sha256(payload).encode(), len(payload))
+def _unread(version: str) -> str:
+    """Why a file of this format is not read."""
+    read = f"{VERSION}" if OLDEST == VERSION else f"{OLDEST} to {VERSION}"
+    reason = f"checkpoint version {version!r}, this kfo_ext reads {read}"
+    if version.isdecimal() and int(version) > VERSION:
+        return f"{reason}; it was written by a newer kfo_ext: upgrade"
+    return reason
+
+
+def _first_line(payload: bytes | memoryview, version: int) -> bytes:
+    return b"%s%d %s %d\n" % (_MAGIC, version, _sha256(payload).encode(), len(payload))
 
 
 def _sha256(payload: bytes | memoryview) -> str:
