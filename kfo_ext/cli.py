@@ -1,4 +1,4 @@
-"""The command `kfo`: train, eval, compare, doctor, demo, bench. Every error is one line on stderr and exit code 2."""
+"""The command `kfo`: train, eval, compare, export, doctor, demo, bench. An error is one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kfo_ext.bench.names import AXES, GROUPS, ORDERS, PROVIDERS
 from kfo_ext.choices import LARGEST_INTEGER, MOST_THREADS
 from kfo_ext.machine import keep_freed_memory
 from kfo_ext.runs.loggers import LOGGERS, checked
-from kfo_ext.streams import complain, echo, open_streams, settle
+from kfo_ext.streams import complain, echo, open_streams, said, settle
 from kfo_ext.trainer.config import Config
 from kfo_ext.trainer.listing import listed
 from kfo_ext.trainer.signals import interrupt_ends
@@ -35,8 +35,6 @@ app = typer.Typer(
 # Options whose text is a path.
 PATHS = ("data_root", "cache", "splits")
 _LOGGERS = ", ".join(f"{name} ({adapter.help})" for name, adapter in LOGGERS.items())
-# Where in its own sources an error of torch was.
-TORCH_PLACE = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
 # What torch says where there is too little memory; MemoryError is Python's own.
 NO_MEMORY = re.compile("(not enough|can't allocate|out of|no) memory|Storage size calculation overflowed|new thread")
 
@@ -239,6 +237,21 @@ def compare(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    to: Annotated[Path, typer.Option(help="an absent or empty folder")],
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Write a run's network and update as safetensors, with a config.json, for other tools and `from_pretrained`."""
+    with interrupt_ends():
+        from kfo_ext.runs import RunFolder
+        from kfo_ext.trainer import export_run
+
+    for path in export_run(RunFolder.open(run), to, name=checkpoint):
+        echo(f"written: {path}")
+
+
+@app.command()
 def doctor() -> None:
     """Print what is built and what loads, and test each available backend against float64."""
     with interrupt_ends():
@@ -355,29 +368,19 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _end(130, "aborted")
     except (ArithmeticError, ImportError, OSError, ValueError) as error:
-        _end(2, _said(error))
+        _end(2, said(error))
     except SystemExit:
         # The parser's own answer where nobody reads its help.
         _end(2, "standard output: Broken pipe")
     except Exception as error:
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
             smaller = "--hidden, --layers, --hidden-layers, --meta-batch, --shots, --queries, --steps or --workers"
-            _end(2, f"not enough memory for these options ({_said(error)}): less of {smaller} needs less")
+            _end(2, f"not enough memory for these options ({said(error)}): less of {smaller} needs less")
         # A usage error of typer's own parser, whose class moved between its versions.
         if hasattr(error, "format_message"):
             _end(2, error.format_message())
         raise
     _end(code or 0, "aborted" if code == 130 else "")
-
-
-def _said(error: BaseException) -> str:
-    # An OSError has its number and a file's name in its text; without a file its reason alone says more.
-    if isinstance(error, OSError) and error.filename is None and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return TORCH_PLACE.sub("", lines[0]) if isinstance(error, RuntimeError) else " ".join(lines)
 
 
 def _end(code: int, message: str = "") -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import TextIO
+
+# Where in its own sources an error of torch was.
+_TORCH_PLACE = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
 
 
 def open_streams() -> None:
@@ -48,6 +52,17 @@ def complain(text: str) -> None:
     """Print one line on the standard error, if it can take it."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in one line."""
+    # An OSError has its number and a file's name in its text; without a file its reason alone says more.
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return _TORCH_PLACE.sub("", lines[0]) if isinstance(error, RuntimeError) else " ".join(lines)
 
 
 def settle() -> None:

@@ -183,7 +183,7 @@ def test_help_names_every_option(kfo):
     assert re.search(r"--fast-lr <float> +inner learning rate  \[default: 0\.1;\s+sinusoid: 0\.01", out)
     code, out, _ = kfo()
     assert code == 0
-    assert all(command in out for command in ("train", "eval", "compare", "doctor", "demo", "bench"))
+    assert all(command in out for command in ("train", "eval", "compare", "export", "doctor", "demo", "bench"))
 
 
 @pytest.fixture

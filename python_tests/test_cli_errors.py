@@ -37,7 +37,7 @@ def test_help_and_version_need_no_torch():
     code = """
 import sys
 from kfo_ext.__main__ import main
-for line in (" -h --help --version train/--help eval/-h compare/-h demo/-h doctor/-h bench/-h").split(" "):
+for line in (" -h --help --version train/--help eval/-h compare/-h export/-h demo/-h doctor/-h bench/-h").split(" "):
     sys.argv = ["kfo", *filter(None, line.split("/"))]
     try:
         main()

@@ -7,6 +7,7 @@ from kfo_ext.lazy import lazily
 if TYPE_CHECKING:
     from .config import Config
     from .evaluation import Evaluation, Interval, evaluate, mean_interval, paired_difference
+    from .export import export_run, from_pretrained
     from .loop import Outcome, Trainer
     from .run_evaluation import RunScore, compare_runs, compare_scores, evaluate_run, load_learner
 
@@ -21,6 +22,8 @@ __all__ = [
     "compare_scores",
     "evaluate",
     "evaluate_run",
+    "export_run",
+    "from_pretrained",
     "load_learner",
     "mean_interval",
     "paired_difference",
@@ -31,6 +34,7 @@ __getattr__, __dir__ = lazily(
     {
         "config": ["Config"],
         "evaluation": ["Evaluation", "Interval", "evaluate", "mean_interval", "paired_difference"],
+        "export": ["export_run", "from_pretrained"],
         "loop": ["Outcome", "Trainer"],
         "run_evaluation": ["RunScore", "compare_runs", "compare_scores", "evaluate_run", "load_learner"],
     },

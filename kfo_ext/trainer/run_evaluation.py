@@ -82,14 +82,28 @@ def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, MAM
     own, state = Config.load(run.config), checkpoint.load(path)
     if mismatch := difference(own, Config.from_dict(state["config"], str(path))):
         raise ValueError(f"{path}: the checkpoint is of another configuration ({mismatch})")
+    config, learner = restored(own, path, state["learner"], changes)
+    return config, learner, Progress.from_dict(state["progress"], str(path))
+
+
+def restored(own: Config, path: Path, values: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Config, MAML]:
+    """The learner of a run's configuration with trained values.
+
+    own: of the run.
+    path: where the values come from, for messages.
+    values: of the learner's state_dict.
+    changes: as for `load_learner`.
+    out: the configuration with the changes, the learner.
+    Raises: ValueError as `load_learner`.
+    """
     config = _judged(own, changes)
     learner = build_learner(config, rated=own.steps)
     try:
-        checkpoint.restore_learner(path, learner, state["learner"])
+        checkpoint.restore_learner(path, learner, values)
     except ValueError:
-        _check_changes(own, changes, path, state["learner"])
+        _check_changes(own, changes, path, values)
         raise
-    return config, learner, Progress.from_dict(state["progress"], str(path))
+    return config, learner
 
 
 def evaluate_run(
