@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-COUNT = 24
+COUNT = 25
 
 
 def rows() -> list[list[str]]:
