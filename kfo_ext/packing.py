@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.autograd import Function
 from kfo_ext.ops.operands import check_dense, is_dense
 from kfo_ext.ops.parts import plain
 from kfo_ext.ops.registration import pick
+
+T = TypeVar("T")
 
 # A generator that another update has read is empty.
 NO_PARAMETERS = (
@@ -119,6 +121,11 @@ class Packing:
             )
             raise ValueError(f"{argument}: expected one tensor for each of {self.described()}; got {wrong}")
         return [tensors[name] for name in self.names]
+
+    def by_name(self, tensors: Iterable[T], like: Mapping[str, Any]) -> dict[str, T]:
+        """What is in the order of the packing, by name in the order of `like`: undoes `in_order`."""
+        found = dict(zip(self.names, tensors))
+        return {name: found[name] for name in like}
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,21 +11,6 @@ from torch import Tensor, nn
 from kfo_ext.packing import Packing
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.updates import Update
-
-
-def check_rate(lr: Any) -> float:
-    """The inner learning rate as a float."""
-    if isinstance(lr, bool) or not isinstance(lr, Real):
-        learned = (
-            "; learned rates are those of an update, such as MetaSGD or GradientDescent(..., per_step=steps)"
-            if isinstance(lr, (Tensor, Iterable))
-            else ""
-        )
-        raise TypeError(f"lr: expected a number, got {type(lr).__name__}{learned}")
-    rate = float(lr)
-    if not 0 <= rate < math.inf:
-        raise ValueError(f"lr: expected a finite number of at least 0, got {lr!r}")
-    return rate
 
 
 def check_function(argument: str, function: Any) -> None:
@@ -51,14 +34,6 @@ def check_modules(model: nn.Module) -> None:
                 f"{type(module).__name__} {name!r} would use running statistics, which mix tasks: "
                 "build it with track_running_stats=False, or call train() on it"
             )
-
-
-def check_adapted(adapt_update: bool, update: Update) -> None:
-    """Raises ValueError for an update without meta-parameters that is to be adapted."""
-    if adapt_update and not update.phi:
-        raise ValueError(
-            f"adapt_update: expected an update to adapt, got {type(update).__name__}, which learns nothing"
-        )
 
 
 def check_alike(update: Update, like: Tensor) -> None:

@@ -1,19 +1,8 @@
 """The inner loop of a group of tasks: packed parameters in, adapted ones out, differentiable end to end.
 
-Step t of every task, with the learned update U and its meta-parameters phi (paper, Algorithm 1 and equation 22):
-
-    g_t       = grad_theta loss(theta_t)
-    phi_t     = phi_{t-1} - lr * grad_phi loss(theta_t)      (adapt_update, from the second step on)
-    theta_t+1 = theta_t - lr * U(phi_t, g_t)
-
-The gradient by phi needs no second backward pass through the model: theta_t = theta_{t-1} - lr * U(phi_{t-1}, g_{t-1}),
-hence
-
-    grad_phi loss(theta_t) = -lr * (VJP of U at (phi_{t-1}, g_{t-1}) applied to g_t)
-
-exactly, because the loss holds phi only through theta_t and the step is plain gradient descent with one scalar lr.
-U is evaluated once per step: the evaluation that moves theta has that VJP. Only where steps are recomputed
-(checkpoint) does each gradient inside a step evaluate it again.
+The step, and the gradient by the meta-parameters of its update, are those of `kfo_ext.updates.adaptation` (paper,
+Algorithm 1 and equation 22). U is evaluated once per step: the evaluation that moves theta has the VJP that adapts phi.
+Only where steps are recomputed (checkpoint) does each gradient inside a step evaluate it again.
 """
 
 from __future__ import annotations
@@ -28,14 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from kfo_ext.updates import Update
+from kfo_ext.updates.adaptation import Gradient, adapted, products, updated
 from kfo_ext.updates.base import Phi
 from kfo_ext.updates.checks import check_step
 
 from .calls import BufferReplay
 from .routes import Route
-
-# Of each task's loss, packed (tasks, n), and a mask where some parameters are unused.
-Gradient = tuple[Tensor, Tensor | None]
 
 
 class InnerLoop(NamedTuple):
@@ -82,7 +69,7 @@ class InnerLoop(NamedTuple):
             step_losses.append(losses)
         if gradient is None:
             return theta, theta.new_empty((0, len(theta)))
-        return theta - self.lr * self._update(phi, gradient, steps - 1), torch.stack(step_losses)
+        return theta - self.lr * updated(self.update, phi, gradient, steps - 1), torch.stack(step_losses)
 
     def _step(
         self,
@@ -107,7 +94,7 @@ class InnerLoop(NamedTuple):
         if not self.outer:
             phi = tuple(row.detach().requires_grad_(row.requires_grad) for row in phi)
         if last is not None:
-            U = self._update(phi, last, number - 1)
+            U = updated(self.update, phi, last, number - 1)
             theta = theta - self.lr * U
         if not self.outer:
             theta = theta.detach().requires_grad_()
@@ -141,28 +128,13 @@ class InnerLoop(NamedTuple):
             step, number, theta, phi, last, use_reentrant=False, context_fn=lambda: (nullcontext(), again)
         )
 
-    def _update(self, phi: Phi, gradient: Gradient, number: int) -> Tensor:
-        """U of the gradient of that step."""
-        G, used = gradient
-        U = self.update.rule_at(phi, G, number)
-        # A gradient is zero already where a parameter is unused.
-        return U if used is None or U is G else U * used
-
     def _adapted(self, phi: Phi, U: Tensor, G: Tensor) -> Phi:
         """phi after its own step, from the update U by phi that theta has moved by, and the gradient there."""
-        # Rows that are frozen are not adapted either, in training as in evaluation.
-        learned = [row for row in phi if row.requires_grad]
-        if not learned:
+        learned = [row.requires_grad for row in phi]
+        if not any(learned):
             return phi
-        found = torch.autograd.grad(U, learned, grad_outputs=G, create_graph=self.outer, allow_unused=True)
-        if any(product is None for product in found):
-            raise ValueError(
-                f"adapt_update: the rule of {type(self.update).__name__} does not depend on all of the phi that it is "
-                "given; take meta-parameters from its argument `phi`, never from self"
-            )
-        products = iter(found)
-        # Minus lr times (minus lr times the VJP).
-        return tuple(row + self.lr**2 * next(products) if row.requires_grad else row for row in phi)
+        found = products(self.update, (row for row in phi if row.requires_grad), U, G, create_graph=self.outer)
+        return adapted(phi, learned, found, self.lr)
 
     def _gradient(self, leaves: Sequence[Tensor], losses: Tensor) -> Gradient:
         if not losses.requires_grad:

@@ -15,16 +15,15 @@ from torch.utils._pytree import tree_map_only
 
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.updates import GradientDescent, Update, state
+from kfo_ext.updates.checks import check_adapted, check_rate
 
 from .adapted import Adapted
 from .calls import exclusive
 from .checks import (
-    check_adapted,
     check_alike,
     check_batch,
     check_function,
     check_modules,
-    check_rate,
     check_steps,
     check_update,
     foreign_tensor,

@@ -17,6 +17,7 @@ def _private(owner: object, name: str) -> Any:
 
 
 in_functorch = _private(torch._C, "_are_functorch_transforms_active")
+functorch_level = _private(torch._C._functorch, "maybe_current_level")
 after_autograd = _private(torch._C, "_after_autograd_keyset")
 _private(forward_ad, "_current_level")
 

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, overload
 
-import torch
 from torch import Tensor, nn
 
 from kfo_ext.packing import Packing, listed
 from kfo_ext.updates import state
-from kfo_ext.updates.checks import check_rule, check_step
+from kfo_ext.updates.checks import check_like, check_rule, check_step
 from kfo_ext.updates.gradients import gradients
+from kfo_ext.updates.step import StepState, taken
 
 # Packed meta-parameters, (1, n) each.
 Phi = tuple[Tensor, ...]
@@ -111,17 +111,13 @@ class Update(nn.Module, ABC):
         """
         if isinstance(grads, Mapping):
             updates = self.transform(self.packing.in_order(grads, "grads"), step)
-            return _by_name(self.packing, updates, grads)
+            return self.packing.by_name(updates, grads)
         grads = listed(grads, "grads")
         rows = self.packing.tasks(grads, "grads")
         present = next((grad for grad in grads if grad is not None), None)
         if present is None:
             return [None] * len(grads)
-        for row in self.phi[:1]:
-            if present.dtype != row.dtype and not torch.is_autocast_enabled(present.device.type):
-                raise TypeError(f"grads: expected {row.dtype} as the meta-parameters have, got {present.dtype}")
-            if present.device != row.device:
-                raise ValueError(f"grads: expected device {row.device} as the meta-parameters, got {present.device}")
+        check_like(self.phi, present, "grads")
         return self.transform_checked(grads, rows, step)
 
     def transform_checked(self, grads: list[Tensor | None], rows: int | None, step: int | None) -> list[Tensor | None]:
@@ -195,7 +191,92 @@ class Update(nn.Module, ABC):
             allow_nograd=allow_nograd,
         )
         updates = self.transform(grads, step)
-        return updates if by_name is None else _by_name(self.packing, updates, by_name)
+        return updates if by_name is None else self.packing.by_name(updates, by_name)
+
+    @overload
+    def step(
+        self,
+        loss: Tensor | Mapping[str, Tensor | None] | Iterable[Tensor | None],
+        params: Mapping[str, Tensor],
+        state: StepState | None = None,
+        *,
+        lr: float,
+        adapt_update: bool = False,
+        first_order: bool = False,
+        allow_unused: bool = False,
+    ) -> tuple[dict[str, Tensor], StepState]: ...
+
+    @overload
+    def step(
+        self,
+        loss: Tensor | Mapping[str, Tensor | None] | Iterable[Tensor | None],
+        params: Iterable[Tensor],
+        state: StepState | None = None,
+        *,
+        lr: float,
+        adapt_update: bool = False,
+        first_order: bool = False,
+        allow_unused: bool = False,
+    ) -> tuple[list[Tensor], StepState]: ...
+
+    def step(
+        self,
+        loss: Tensor | Mapping[str, Tensor | None] | Iterable[Tensor | None],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        state: StepState | None = None,
+        *,
+        lr: float,
+        adapt_update: bool = False,
+        first_order: bool = False,
+        allow_unused: bool = False,
+    ) -> tuple[dict[str, Tensor] | list[Tensor], StepState]:
+        """One inner step of a loop of your own: `params - lr * U(phi, grad of loss)`. Changes nothing in place.
+
+            params, state = dict(model.named_parameters()), None
+            for x, y in batches:
+                loss = cross_entropy(functional_call(model, params, x), y)
+                params, state = kfo.step(loss, params, state, lr=0.1, adapt_update=True)
+
+        With `adapt_update` the meta-parameters phi are adapted too, from the second step on: phi minus lr times the
+        gradient of the loss by phi, which costs no second backward pass (see `kfo_ext.updates.adaptation`). All is
+        differentiable: a backward pass from the last params reaches the first ones and this update's own phi.
+
+        Parameters with one leading task dimension, (tasks, *shape) each, are of so many tasks: each takes a step of its
+        own, and `loss` is one loss for each of them, of its parameters alone.
+
+        Under torch.func pass gradients in place of the loss; they may have, or be mapped over, a task dimension:
+
+            grads = torch.func.grad(loss_of)(params, x, y)
+            params, state = kfo.step(grads, params, state, lr=0.1)
+
+        A transform that differentiates by phi calls a module that holds this update, whose forward is the loop:
+        functional_call(module, {...}).
+
+        An endless loop cuts its graph now and then: `params, state = state.detached(params)`.
+
+        Args:
+            loss: (), or (tasks,) with a task dimension; or gradients of the parameters, as `params`, which the caller
+                answers for: that they are of a loss at `params` that holds phi through these alone.
+            params: tensors of the parameters' shapes, or all of them with one leading task dimension: a list in the
+                order given to the constructor, or a dict by name in any order.
+            state: what the last step returned; None for the first one.
+            lr: of params, and of phi.
+            adapt_update: adapt phi.
+            first_order: gradients count as constants; phi keeps its gradient through U.
+            allow_unused: parameters that the loss does not depend on stay as they are.
+
+        Returns:
+            The parameters, a list or a dict in the order of the one given, and the state of the next step.
+
+        Raises:
+            ValueError: what the gradient of phi does not allow: another lr or `adapt_update` than in the last step,
+                params that the last step has not returned or that were changed since, a loss that holds phi itself,
+                no graph to differentiate; a state of another update or transform; more steps than there are
+                meta-parameters for; a loss without a graph, of another shape, or of a parameter that it does not depend
+                on; names, lengths or shapes that do not fit.
+            TypeError: an argument of another type, a dtype other than that of the meta-parameters.
+        """
+        return taken(self, loss, params, state, lr, adapt_update, first_order, allow_unused)
 
     def _made_for(self) -> dict[str, Any]:
         packing = self.packing
@@ -233,8 +314,3 @@ class Update(nn.Module, ABC):
                     f"{prefix}{name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}: "
                     "these meta-parameters were made for other parameters"
                 )
-
-
-def _by_name(packing: Packing, updates: list[Tensor | None], given: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    found = dict(zip(packing.names, updates))
-    return {name: found[name] for name in given}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from kfo_ext.ops.operands import HALF, KERNEL_DTYPES, autocasts
 from kfo_ext.packing import NO_PARAMETERS, Packing, listed, name_parameters
+
+if TYPE_CHECKING:
+    from kfo_ext.updates.base import Update
 
 
 def named_alike(parameters: Iterable[Any] | Packing) -> list[tuple[str, Tensor]]:
@@ -80,6 +86,38 @@ def check_step(step: int | None, steps: int) -> int:
             "adapt by no more, or make it with a larger per_step"
         )
     return step
+
+
+def check_rate(lr: Any) -> float:
+    """The inner learning rate as a float."""
+    if isinstance(lr, bool) or not isinstance(lr, Real):
+        learned = (
+            "; learned rates are those of an update, such as MetaSGD or GradientDescent(..., per_step=steps)"
+            if isinstance(lr, (Tensor, Iterable))
+            else ""
+        )
+        raise TypeError(f"lr: expected a number, got {type(lr).__name__}{learned}")
+    rate = float(lr)
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"lr: expected a finite number of at least 0, got {lr!r}")
+    return rate
+
+
+def check_adapted(adapt_update: bool, update: Update) -> None:
+    """Raises ValueError for an update without meta-parameters that is to be adapted."""
+    if adapt_update and not update.phi:
+        raise ValueError(
+            f"adapt_update: expected an update to adapt, got {type(update).__name__}, which learns nothing"
+        )
+
+
+def check_like(phi: tuple[Tensor, ...], tensor: Tensor, argument: str) -> None:
+    """Raises TypeError or ValueError unless a tensor has the dtype and device of the meta-parameters."""
+    for row in phi[:1]:
+        if tensor.dtype != row.dtype and not torch.is_autocast_enabled(tensor.device.type):
+            raise TypeError(f"{argument}: expected {row.dtype} as the meta-parameters have, got {tensor.dtype}")
+        if tensor.device != row.device:
+            raise ValueError(f"{argument}: expected device {row.device} as the meta-parameters, got {tensor.device}")
 
 
 def check_packed(update: str, phi: tuple[Tensor, ...], own: tuple[Tensor, ...], G: Tensor, columns: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +38,7 @@ def gradients(
             parameter.
         TypeError: a loss or parameter that is no tensor.
     """
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}: pass the value of a loss, computed")
-    if loss.is_complex():
-        raise TypeError(f"loss: expected a real floating-point number, got {loss.dtype}")
-    if loss.numel() != 1:
-        raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")
+    check_loss(loss, None)
     parameters = listed(parameters, "parameters")
     for i, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):
@@ -60,7 +56,45 @@ def gradients(
                 f"parameters[{name!r}]: does not require a gradient; "
                 "allow_nograd=True gives it no update instead of this error"
             )
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    return differentiated(
+        loss,
+        dict(zip(packing.names, parameters)),
+        "parameters",
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=allow_unused,
+    )
+
+
+def check_loss(loss: Any, tasks: int | None) -> None:
+    """Raises TypeError or ValueError for what is no loss, (), or (tasks,) with a task dimension."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}: pass the value of a loss, computed")
+    if loss.is_complex():
+        raise TypeError(f"loss: expected a real floating-point number, got {loss.dtype}")
+    if tasks is None and loss.numel() != 1:
+        raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")
+    if tasks is not None and loss.shape != (tasks,):
+        raise ValueError(
+            f"loss: expected shape ({tasks},), one loss for each of the tasks that the parameters are of, got shape "
+            f"{tuple(loss.shape)}; a mean over tasks would divide their gradients"
+        )
+
+
+def differentiated(
+    loss: Tensor,
+    parameters: Mapping[str, Tensor],
+    argument: str,
+    *,
+    create_graph: bool,
+    retain_graph: bool | None = None,
+    allow_unused: bool = False,
+) -> list[Tensor | None]:
+    """The gradient of the sum of `loss` by each parameter; None where one requires none, or is unused and may be.
+
+    argument: what the parameters are called in messages.
+    """
+    wanted = [parameter for parameter in parameters.values() if parameter.requires_grad]
     if not wanted:
         return [None] * len(parameters)
     if not loss.requires_grad:
@@ -68,14 +102,20 @@ def gradients(
             "loss: does not depend on any parameter: it has no graph (was it computed under no_grad, or detached?)"
         )
     found = iter(
-        torch.autograd.grad(loss, wanted, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
+        torch.autograd.grad(
+            loss if loss.numel() == 1 else loss.sum(),
+            wanted,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
     )
-    grads = [next(found) if parameter.requires_grad else None for parameter in parameters]
+    grads = [next(found) if parameter.requires_grad else None for parameter in parameters.values()]
     if not allow_unused:
-        for name, parameter, grad in zip(packing.names, parameters, grads):
+        for (name, parameter), grad in zip(parameters.items(), grads):
             if grad is None and parameter.requires_grad:
                 raise ValueError(
-                    f"parameters[{name!r}]: the loss does not depend on it; "
+                    f"{argument}[{name!r}]: the loss does not depend on it; "
                     "allow_unused=True gives it no update instead of this error"
                 )
     return grads
