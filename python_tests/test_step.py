@@ -159,16 +159,19 @@ def test_a_loop_that_torch_func_differentiates(name):
     places = [next(n for n, p in loop.named_parameters() if p is row) for row in loop.update.phi]
     mine = [found[f"model.{n}"] for n in SHAPES] + [found[place] for place in places]
     torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)
+    # Without a gradient by phi they are adapted all the same.
+    losses = functional_call(loop, learnable, (tasks,)).query_losses
+    torch.testing.assert_close(losses, loop(tasks).query_losses, rtol=1e-10, atol=1e-10)
     second = vmap(grad(lambda params, x: functional_call(loop, params, (x,)).loss), (None, 0))
     twice = TaskBatch(*(type(part)(*(torch.stack([X, X.flip(0)]) for X in part)) for part in tasks))
     for rows in second(learnable, twice).values():
         torch.testing.assert_close(rows[0], rows[1], rtol=1e-10, atol=1e-10)
 
 
-def parts() -> tuple[nn.Module, KFO, Tensor, Tensor]:
+def parts(**options) -> tuple[nn.Module, KFO, Tensor, Tensor]:
     """A small network, a KFO of its own and a task."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    update = KFO(model.named_parameters(), psd=False)
+    update = KFO(model.named_parameters(), psd=False, **options)
     with torch.no_grad():
         for row, other in zip(update.phi, random_phi(update)):
             row.copy_(other)
@@ -281,7 +284,7 @@ def test_frozen_meta_parameters_are_not_adapted():
 
 @pytest.mark.parametrize("adapt_update", [False, True])
 def test_a_cut_changes_no_value_and_ends_the_graph(adapt_update):
-    model, update, x, y = parts()
+    model, update, x, y = parts(per_step=6)
     ends = []
     for every in (100, 1, 2):
         params, state = list(model.parameters()), None
@@ -294,6 +297,18 @@ def test_a_cut_changes_no_value_and_ends_the_graph(adapt_update):
         ends.append([p.detach() for p in params])
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ends[2], ends[0], rtol=1e-12, atol=1e-12)
+
+    def cut_within(x, y):
+        params, state = dict(model.named_parameters()), None
+        for _ in range(6):
+            grads = grad(partial(error_of, model))(params, x, y)
+            params, state = update.step(grads, params, state, lr=0.1, adapt_update=adapt_update)
+            params, state = state.detached(params)
+        return list(params.values())
+
+    mapped = vmap(cut_within)(torch.stack([x, x]), torch.stack([y, y]))
+    torch.testing.assert_close([p[1] for p in mapped], ends[0], rtol=1e-12, atol=1e-12)
+    assert not any(p.requires_grad for p in mapped)
 
 
 def test_the_gradient_back_to_a_cut_equals_plain_torch():

@@ -8,5 +8,6 @@ from kfo_ext.updates.kfo import KFO
 from kfo_ext.updates.low_rank import LowRank
 from kfo_ext.updates.meta_curvature import MetaCurvature
 from kfo_ext.updates.meta_sgd import MetaSGD
+from kfo_ext.updates.step import StepState
 
-__all__ = ["KFO", "ByName", "Chain", "GradientDescent", "LowRank", "MetaCurvature", "MetaSGD", "Update"]
+__all__ = ["KFO", "ByName", "Chain", "GradientDescent", "LowRank", "MetaCurvature", "MetaSGD", "StepState", "Update"]
