@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy, mse_loss
 from update_network import TASKS, batch, network
-from update_table import SHAPES, STEPS, UPDATES, random_phi
+from update_table import SHAPES, STEPS, UPDATES, randomised
 
 from kfo_ext import KFO, MAML, GradientDescent, MetaResult, MetaSGD, Update
 from kfo_ext.tasks import Examples, TaskBatch
@@ -99,11 +99,7 @@ class Mapped(Loop):
 
 
 def learned(name: str, model: nn.Module) -> Update:
-    update = UPDATES[name].make(list(model.named_parameters()))
-    with torch.no_grad():
-        for row, other in zip(update.phi, random_phi(update)):
-            row.copy_(other)
-    return update
+    return randomised(UPDATES[name].make(list(model.named_parameters())))
 
 
 OPTIONS = {
@@ -171,10 +167,7 @@ def test_a_loop_that_torch_func_differentiates(name):
 def parts(**options) -> tuple[nn.Module, KFO, Tensor, Tensor]:
     """A small network, a KFO of its own and a task."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    update = KFO(model.named_parameters(), psd=False, **options)
-    with torch.no_grad():
-        for row, other in zip(update.phi, random_phi(update)):
-            row.copy_(other)
+    update = randomised(KFO(model.named_parameters(), psd=False, **options))
     return model, update, torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
 
 
@@ -245,10 +238,7 @@ def test_unused_parameters_stay():
             return self.last(self.first(x).tanh())
 
     model = Partial().double()
-    update = KFO(model.named_parameters(), hidden_layers=1)
-    with torch.no_grad():
-        for row, other in zip(update.phi, random_phi(update)):
-            row.copy_(other)
+    update = randomised(KFO(model.named_parameters(), hidden_layers=1))
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     tasks = TaskBatch(Examples(x, x[..., :3].sin()), Examples(x.flip(1), x[..., 1:].cos()))
     options = {"adapt_update": True, "allow_unused": True}

@@ -11,7 +11,7 @@ from plain_maml import assert_equal_truth, measured, plain_maml
 from torch import nn
 from torch.nn.functional import cross_entropy
 from update_network import TASKS, WAYS, batch, network
-from update_table import SHAPES, STEPS, UPDATES, Case, random_phi
+from update_table import SHAPES, STEPS, UPDATES, Case, randomised
 
 from kfo_ext import ANIL, KFO, MAML, Chain, GradientDescent, MetaCurvature, MetaSGD, Update
 from kfo_ext.interop.learn2learn import light_import, meta_curvature_from, meta_curvature_to
@@ -26,11 +26,7 @@ def adapted_of(model: nn.Module, learner: str) -> list[str]:
 
 
 def learned(case: Case, model: nn.Module, names: list[str]) -> Update:
-    update = case.make([(name, p) for name, p in model.named_parameters() if name in names])
-    with torch.no_grad():
-        for row, other in zip(update.phi, random_phi(update)):
-            row.copy_(other)
-    return update
+    return randomised(case.make([(name, p) for name, p in model.named_parameters() if name in names]))
 
 
 def make_learner(kind: str, model: nn.Module, update: Update, **options) -> MAML:
@@ -214,10 +210,7 @@ class Images(nn.Module):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_meta_curvature_equals_learn2learn(steps, options):
     model, tasks = Images().double(), batch()
-    update = MetaCurvature(model.named_parameters())
-    with torch.no_grad():
-        for row, other in zip(update.phi, random_phi(update)):
-            row.copy_(other)
+    update = randomised(MetaCurvature(model.named_parameters()))
     theirs = {"adapt_transform": True} if "adapt_update" in options else options
     gbml = l2l.algorithms.GBML(copy.deepcopy(model), l2l.optim.MetaCurvatureTransform, lr=LR, **theirs).double()
     meta_curvature_to(gbml.compute_update, update.matrices())
@@ -275,10 +268,7 @@ def test_as_compute_update_of_gbml(name):
 
 def test_matrices_copied_to_learn2learn_come_back():
     model = Images().double()
-    update = MetaCurvature(model.named_parameters())
-    with torch.no_grad():
-        for row, other in zip(update.phi, random_phi(update)):
-            row.copy_(other)
+    update = randomised(MetaCurvature(model.named_parameters()))
     theirs = l2l.optim.ParameterUpdate(model.parameters(), l2l.optim.MetaCurvatureTransform).double()
     meta_curvature_to(theirs, update.matrices())
     again = MetaCurvature(model.named_parameters())

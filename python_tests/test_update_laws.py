@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from update_table import SHAPES, STEPS, UPDATES, named_parameters, random_phi
+from update_table import SHAPES, STEPS, UPDATES, named_parameters, random_phi, randomised
 
 from kfo_ext import MAML
 
@@ -24,11 +24,7 @@ def gradients(tasks: int | None = None) -> list[torch.Tensor]:
 
 def learned(case):
     """The update with other meta-parameters than at its start."""
-    update = case.make(named_parameters())
-    with torch.no_grad():
-        for row, other in zip(update.phi, random_phi(update)):
-            row.copy_(other)
-    return update
+    return randomised(case.make(named_parameters()))
 
 
 @each_step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from plain_maml import Rule, plain_kfo
@@ -38,6 +38,8 @@ SHAPES = {
     "head.1.bias": (3,),
 }
 STEPS = 3
+
+U = TypeVar("U", bound=Update)
 
 
 class Case(NamedTuple):
@@ -154,3 +156,11 @@ def random_phi(update: Update, rows: int = 1, scale: float = 0.3) -> tuple[Tenso
     return tuple(
         (row.detach() + scale * torch.randn(rows, row.shape[1], dtype=row.dtype)).requires_grad_() for row in update.phi
     )
+
+
+def randomised(update: U) -> U:
+    """The update, with other meta-parameters than at its start."""
+    with torch.no_grad():
+        for row, other in zip(update.phi, random_phi(update)):
+            row.copy_(other)
+    return update

@@ -287,10 +287,13 @@ def _versions(params: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(param._version for param in params)
 
 
+def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
+    return {X.grad_fn or get_gradient_edge(X).node for X in tensors if X.requires_grad}
+
+
 def _check_direct(loss: Tensor, params: Iterable[Tensor], phi: Iterable[Tensor]) -> None:
     """Raises ValueError if the graph of a loss reaches phi on a way that does not lead through params."""
-    seen = {get_gradient_edge(param).node for param in params if param.requires_grad}
-    wanted = {get_gradient_edge(row).node for row in phi if row.requires_grad}
+    seen, wanted = _nodes(params), _nodes(phi)
     nodes = [loss.grad_fn]
     while nodes:
         node = nodes.pop()
