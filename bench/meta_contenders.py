@@ -22,6 +22,11 @@ FUNCTIONAL: dict[str, Factory] = {
     "torch_func": TorchFunc,
     "torch_func_compiled": partial(TorchFunc, compiled="inductor"),
 }
+FAST_LAYERS: dict[str, Factory] = {
+    "learn2learn_fast_layers": partial(meta_task_loops.learn2learn, fast=True),
+    "by_hand": meta_task_loops.by_hand,
+    "by_hand_fast_layers": partial(meta_task_loops.by_hand, fast=True),
+}
 CONTENDERS: dict[str, dict[str, Factory]] = {
     "kfo": {f"ours_{backend}": partial(Ours, backend=backend) for backend in BACKENDS if backend != "auto"}
     | {
@@ -29,7 +34,12 @@ CONTENDERS: dict[str, dict[str, Factory]] = {
         "ours_user_loop": partial(Ours, backend="native", plain=True, route="loop"),
         "ours_native_graph": partial(OursCaptured, backend="native"),
     }
-    | {"learn2learn": meta_task_loops.learn2learn}
+    | {
+        "learn2learn": meta_task_loops.learn2learn,
+        "learn2learn_our_kfo": partial(meta_task_loops.learn2learn, our_kfo=True),
+        "learn2learn_our_kfo_fast_layers": partial(meta_task_loops.learn2learn, our_kfo=True, fast=True),
+    }
+    | FAST_LAYERS
     | FUNCTIONAL,
     "maml": {
         "ours": Ours,
@@ -38,6 +48,7 @@ CONTENDERS: dict[str, dict[str, Factory]] = {
         "torchopt": meta_task_loops.torchopt,
         "higher": meta_task_loops.higher,
     }
+    | FAST_LAYERS
     | FUNCTIONAL,
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,30 @@ from kfo_ext import KFO, MAML
 from kfo_ext.trainer.captured_step import CapturedMetaStep, Recorder
 from kfo_ext.trainer.meta_step import make_adam
 from kfo_ext.trainer.precision import convolution_precision
+
+
+@torch.no_grad()
+def copy_factors(kfo: KFO, factors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Gives it these factors, one (R, L) per parameter."""
+    for into, values in zip(kfo.factors(), factors, strict=True):
+        for X, value in zip(into, values, strict=True):
+            if X is not None:
+                X.copy_(value)
+
+
+def grads_of(parameters: Iterable[Tensor]) -> Gradients:
+    """What backward left, of all of them."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def factor_gradients(kfo: KFO) -> Gradients:
+    """dR and dL of each parameter: the factors' packed gradients, read as the factors themselves are."""
+    factors = copy.deepcopy(kfo)
+    with torch.no_grad():
+        for into, parameter in zip(factors.parameters(), kfo.parameters(), strict=True):
+            if parameter.grad is not None:
+                into.copy_(parameter.grad)
+    return [X.detach() for pair in factors.factors() for X in pair if X is not None]
 
 
 class Ours:
@@ -34,10 +58,7 @@ class Ours:
         self.kfo = None
         if case.factors is not None:
             self.kfo = KFO(self.model.named_parameters(), psd=True, backend=backend)
-            with torch.no_grad():
-                for into, values in zip(self.kfo.factors(), case.factors, strict=True):
-                    for X, value in zip(into, values, strict=True):
-                        X.copy_(value)
+            copy_factors(self.kfo, case.factors)
         self.maml = MAML(
             self.model,
             update=self.kfo,
@@ -61,15 +82,7 @@ class Ours:
 
 def gradients_of(model: nn.Module, kfo: KFO | None) -> Gradients:
     """The meta-gradients as a contender gives them: the network's, then those of the factors of an update."""
-    gradients = [parameter.grad for parameter in model.parameters()]
-    if kfo is not None:
-        # The factors' packed gradients, read as the factors themselves are.
-        factors = copy.deepcopy(kfo)
-        with torch.no_grad():
-            for into, parameter in zip(factors.parameters(), kfo.parameters(), strict=True):
-                into.copy_(parameter.grad)
-        gradients += [X.detach() for pair in factors.factors() for X in pair]
-    return gradients
+    return grads_of(model.parameters()) + ([] if kfo is None else factor_gradients(kfo))
 
 
 class OursCaptured(Ours):

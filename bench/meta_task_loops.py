@@ -1,15 +1,23 @@
-"""Libraries that adapt one task after the other: learn2learn, TorchOpt, higher; each as its own examples use it."""
+"""Loops that adapt one task after the other: of learn2learn, TorchOpt and higher, as their examples use them; by hand.
+
+With `fast` the whole loop, forward and backward, runs within `kfo_ext.fast_layers`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bench.meta_case import Gradients, MetaCase, plain_network
-from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
+from bench.meta_ours import copy_factors, factor_gradients, grads_of
+from kfo_ext import KFO, fast_layers
+from kfo_ext.interop.learn2learn import gradient_transform, kronecker_factors, kronecker_factors_to, light_import
 
 
 class TaskLoop:
@@ -17,6 +25,7 @@ class TaskLoop:
 
     query_loss: (support x, support y, query x, query y) of one task -> (), after the adaptation, differentiable
     gradients: the meta-gradients after a run
+    fast: run it within `fast_layers`
     """
 
     def __init__(
@@ -25,22 +34,25 @@ class TaskLoop:
         module: nn.Module,
         query_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
         gradients: Callable[[], Gradients] | None = None,
+        fast: bool = False,
     ) -> None:
         self.batch, self.module, self.query_loss = case.batch, module, query_loss
-        self.gradients = gradients or (lambda: [parameter.grad for parameter in module.parameters()])
+        self.gradients = gradients or (lambda: grads_of(module.parameters()))
+        self.block: Callable[[], AbstractContextManager[None]] = fast_layers if fast else nullcontext
 
     def run(self) -> Tensor:
         self.module.zero_grad()
-        tasks, total = len(self.batch.support.x), 0.0
-        for task in zip(*self.batch.support, *self.batch.query, strict=True):
-            loss = self.query_loss(*task) / tasks
-            loss.backward()
-            total = total + loss.detach()
+        tasks, total = len(self.batch.support.x), torch.zeros(())
+        with self.block():
+            for task in zip(*self.batch.support, *self.batch.query, strict=True):
+                loss = self.query_loss(*task) / tasks
+                loss.backward()
+                total = total + loss.detach()
         return total
 
 
-def learn2learn(case: MetaCase) -> TaskLoop:
-    """Its GBML with KroneckerTransform, or its MAML for plain gradient descent.
+def learn2learn(case: MetaCase, *, our_kfo: bool = False, fast: bool = False) -> TaskLoop:
+    """Its GBML with KroneckerTransform, or with our KFO in its place; or its MAML for plain gradient descent.
 
     Raises:
         ImportError: learn2learn is not installed.
@@ -49,10 +61,15 @@ def learn2learn(case: MetaCase) -> TaskLoop:
     if case.factors is None:
         meta = l2l.algorithms.MAML(model, lr=case.lr)
     else:
-        transform = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear, psd=True)
+        theirs = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear, psd=True)
+        transform = gradient_transform(psd=True) if our_kfo else theirs
         meta = l2l.algorithms.GBML(model, transform=transform, lr=case.lr, adapt_transform=True)
         meta.to(case.batch.support.x)
-        kronecker_factors_to(meta.compute_update, case.factors)
+        if our_kfo:
+            for layer, pair in zip(meta.compute_update.transforms_modules, case.factors, strict=True):
+                copy_factors(layer.update, [pair])
+        else:
+            kronecker_factors_to(meta.compute_update, case.factors)
 
     def query_loss(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         learner = meta.clone()
@@ -61,11 +78,44 @@ def learn2learn(case: MetaCase) -> TaskLoop:
         return F.cross_entropy(learner(query_x), query_y)
 
     def gradients() -> Gradients:
-        layers = [] if case.factors is None else [wrap.transform for wrap in meta.compute_update.transforms_modules]
-        pairs = [kronecker_factors(layer.left.grad, layer.right.grad, psd=layer.psd) for layer in layers]
-        return [parameter.grad for parameter in model.parameters()] + [X for pair in pairs for X in pair]
+        layers: Any = [] if case.factors is None else meta.compute_update.transforms_modules
+        return grads_of(model.parameters()) + [X for layer in layers for X in of_factors(layer)]
 
-    return TaskLoop(case, meta, query_loss, gradients)
+    def of_factors(layer: Any) -> Iterable[Tensor]:
+        if our_kfo:
+            return factor_gradients(layer.update)
+        return kronecker_factors(layer.transform.left.grad, layer.transform.right.grad, psd=layer.transform.psd)
+
+    return TaskLoop(case, meta, query_loss, gradients, fast)
+
+
+def by_hand(case: MetaCase, *, fast: bool = False) -> TaskLoop:
+    """A user's own loop: functional_call, torch.autograd.grad, and our KFO, whose factors adapt by the same pass."""
+    model, kfo = plain_network(case), None
+    if case.factors is not None:
+        kfo = KFO(model.named_parameters(), psd=True)
+        copy_factors(kfo, case.factors)
+
+    def query_loss(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        theta: dict[str, Tensor] = dict(model.named_parameters())
+        phi = () if kfo is None else kfo.phi
+        for step in range(case.steps):
+            loss = F.cross_entropy(functional_call(model, theta, (x,)), y)
+            # The first loss does not depend on the factors.
+            adapted = phi if step else ()
+            grads = torch.autograd.grad(loss, [*theta.values(), *adapted], create_graph=True)
+            updates = list(grads[: len(theta)])
+            if kfo is not None:
+                if adapted:
+                    phi = tuple(row - case.lr * grad for row, grad in zip(phi, grads[len(theta) :], strict=True))
+                updates = kfo.packing.unpack(kfo.rule(phi, kfo.packing.join(updates, None)), batched=False)
+            theta = {name: X - case.lr * update for (name, X), update in zip(theta.items(), updates, strict=True)}
+        return F.cross_entropy(functional_call(model, theta, (query_x,)), query_y)
+
+    def gradients() -> Gradients:
+        return grads_of(model.parameters()) + ([] if kfo is None else factor_gradients(kfo))
+
+    return TaskLoop(case, model if kfo is None else nn.ModuleList([model, kfo]), query_loss, gradients, fast)
 
 
 def torchopt(case: MetaCase) -> TaskLoop:

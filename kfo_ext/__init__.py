@@ -12,6 +12,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
 if TYPE_CHECKING:
     from kfo_ext.adapt import ANIL, MAML, Adapted, MetaResult
     from kfo_ext.functional import transform
+    from kfo_ext.layers import fast_layers
     from kfo_ext.problems import Problems
     from kfo_ext.updates import KFO, ByName, Chain, GradientDescent, LowRank, MetaCurvature, MetaSGD, Update
     from kfo_ext.version import __version__
@@ -31,6 +32,7 @@ __all__ = [
     "Problems",
     "Update",
     "__version__",
+    "fast_layers",
     "transform",
 ]
 
@@ -39,6 +41,7 @@ __getattr__, __dir__ = lazily(
     {
         "adapt": ["ANIL", "MAML", "Adapted", "MetaResult"],
         "functional": ["transform"],
+        "layers": ["fast_layers"],
         "problems": ["Problems"],
         "updates": ["KFO", "ByName", "Chain", "GradientDescent", "LowRank", "MetaCurvature", "MetaSGD", "Update"],
         "version": ["__version__"],

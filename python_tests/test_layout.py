@@ -27,6 +27,7 @@ ALLOWED = {
     "networks": {"functional", "choices"},
     "updates": {"functional", "problems", "packing", "ops", "machine"},
     "adapt": {"updates", "packing", "ops", "tasks"},
+    "layers": {"adapt", "ops"},
     "runs": {"lazy", "machine"},
     "testing": {"ops", "problems", "networks"},
     "trainer": {"choices", "lazy", "machine", "runs", "adapt", "updates", "tasks", "networks"},
@@ -58,6 +59,7 @@ LIGHT = {
     "problems": {"torch"},
     "updates": {"torch"},
     "adapt": {"torch"},
+    "layers": {"torch"},
 }
 # The one file that may import triton, and that no other imports at module level.
 KERNELS = PACKAGE / "ops" / "transform" / "triton" / "kernels.py"

@@ -7,18 +7,18 @@ since batch norm subtracts it again, and how large the activations are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn import functional as F
 from torch.nn.modules import module as _modules
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kfo_ext.ops import per_task
+from kfo_ext.ops.functions import KINDS, single, tensors_in
 
 from .composed import COMPOSED
 from .undone import PLAIN, undone
@@ -30,11 +30,6 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-_KINDS: dict[Callable, str] = {
-    **dict.fromkeys((F.conv2d, torch.conv2d), "convolution"),
-    F.batch_norm: "norm",
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), "relu"),
-}
 
 
 class Unserved(BaseException):
@@ -183,9 +178,9 @@ class _Forward(TorchFunctionMode):
             raise Unserved("its forward saves tensors by hooks, as torch.utils.checkpoint does")
         if func in IN_PLACE and any(args[0] is counter for counter in self.counters):
             return args[0] if self.plan is None else func(args[0], args[1] * self.tasks)
-        kind = _KINDS.get(func, "other")
+        kind = KINDS.get(func, "other")
         if self.outputs or self.followed:
-            for X in _tensors((args, tuple(kwargs.values()))):
+            for X in tensors_in((args, tuple(kwargs.values()))):
                 if id(X) in self.followed and kind != "norm":
                     raise Unserved(f"{_name(func)} reads running statistics")
                 if id(X) in self.outputs:
@@ -251,11 +246,11 @@ class _Forward(TorchFunctionMode):
 
     def _measured(self, result: Any) -> Any:
         if self.plan is None:
-            self.largest = max(self.largest, *(X.numel() * X.element_size() for X in _tensors((result,))), 0)
+            self.largest = max(self.largest, *(X.numel() * X.element_size() for X in tensors_in((result,))), 0)
         return result
 
     def _conv2d(self, func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        stride, padding, dilation = map(_single, (stride, padding, dilation))
+        stride, padding, dilation = map(single, (stride, padding, dilation))
         plain = isinstance(stride, int) and isinstance(padding, int) and dilation == groups == 1
         if not plain or input.dim() != 4 or not is_mapped(input):
             return self._measured(COMPOSED[func](input, weight, bias, stride, padding, dilation, groups))
@@ -302,25 +297,10 @@ def _name(func: Callable) -> str:
     return resolve_name(func) or getattr(func, "__qualname__", repr(func))
 
 
-def _single(value: Any) -> Any:
-    """The number that both axes have in common, or else the value itself."""
-    if isinstance(value, (tuple, list)) and len(value) in (1, 2) and len(set(value)) == 1:
-        return value[0]
-    return value
-
-
 def _memory(X: Tensor) -> int:
     while torch._C._functorch.is_functorch_wrapped_tensor(X):
         X = torch._C._functorch.get_unwrapped(X)
     return X.untyped_storage().data_ptr() if X.numel() else 0
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
 
 
 def _has_hooks(module: nn.Module) -> bool:

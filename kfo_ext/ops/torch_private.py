@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ def _private(owner: object, name: str) -> Any:
 in_functorch = _private(torch._C, "_are_functorch_transforms_active")
 functorch_level = _private(torch._C._functorch, "maybe_current_level")
 after_autograd = _private(torch._C, "_after_autograd_keyset")
+dispatch_modes = _private(torch._C, "_len_torch_dispatch_stack")
+jit_trace = _private(torch._C, "_get_tracing_state")
+saved_tensor_hooks = partial(_private(torch._C._autograd, "_top_saved_tensors_default_hooks"), True)
 _private(forward_ad, "_current_level")
 
 
