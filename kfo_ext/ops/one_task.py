@@ -15,7 +15,6 @@ from torch.autograd import Function
 
 from kfo_ext.ops.batch_norm.autograd import BATCH_NORM
 from kfo_ext.ops.conv2d.autograd import CONV
-from kfo_ext.ops.registration import pick
 
 AVAILABLE = CONV is not None and BATCH_NORM is not None
 
@@ -79,7 +78,7 @@ def _norm_gradients(saved: Sequence[Tensor], dy: Tensor, relu: bool, needed: Seq
     images, channels, height, width = x.shape
     if need[0]:
         dx = _as(x, dx.view(images, height, width, channels))
-    return [pick(need[0], dx), pick(need[1], dweight[0]), pick(need[2], dbias[0])]
+    return [dx if need[0] else None, dweight[0] if need[1] else None, dbias[0] if need[2] else None]
 
 
 class _BatchNorm(Function):
