@@ -30,8 +30,8 @@ _ANY_FORMAT: frozenset[Callable] = frozenset(
         *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
     ]
 )
-# Some of torch's kernels cut sizes to 32 bits; it says so itself.
-_MOST_PADDING = (1 << 30) - 1
+# Some of torch's kernels cut sizes to 32 bits, and it takes no number of more than 64; it says so itself.
+_MOST_PADDING, _MOST_STRIDE = (1 << 30) - 1, (1 << 63) - 1
 
 
 @contextmanager
@@ -48,6 +48,9 @@ def fast_layers() -> Iterator[None]:
     of images by the statistics of the batch; float32 and float64 on the CPU. Everything else runs in torch as it is:
     other types, devices and arguments, subclasses of tensors, and all that is called under torch.func, torch.compile,
     autocast, forward-mode AD, saved-tensor hooks such as checkpoint's, inference mode or a TorchDispatchMode.
+
+    In the block every function of torch sees tensors laid out as torch's would be. After it, an activation that a later
+    layer has taken, and that is kept, may lie in memory channels last: `reshape` it there, as `view` may raise.
     """
     with _FastLayers():
         yield
@@ -161,7 +164,9 @@ class _FastLayers(TorchFunctionMode):
             return None
         if not _usual((x, weight), bias) or x.dim() != 4 or weight.dim() != 4:
             return None
-        if type(stride) is not int or type(padding) is not int or stride < 1 or not 0 <= padding <= _MOST_PADDING:
+        if type(stride) is not int or type(padding) is not int:
+            return None
+        if not 1 <= stride <= _MOST_STRIDE or not 0 <= padding <= _MOST_PADDING:
             return None
         fits = all(0 < k <= n + 2 * padding for n, k in zip(x.shape[2:], weight.shape[2:]))
         if not fits or 0 in x.shape or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:

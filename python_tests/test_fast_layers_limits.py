@@ -40,6 +40,11 @@ W = torch.randn(3, 4, 3, 3, dtype=DOUBLE, generator=torch.Generator().manual_see
 ONE = torch.ones(4, dtype=DOUBLE)
 
 
+def inferred(x):
+    with torch.inference_mode():
+        return x.clone()
+
+
 class Tagged(torch.Tensor):
     pass
 
@@ -72,6 +77,8 @@ UNSUPPORTED = {
     "no weight": lambda: F.conv2d(X, None),
     "nothing": lambda: F.conv2d(),
     "unknown argument": lambda: F.conv2d(X, W, strides=2),
+    "inference tensor": lambda: F.conv2d(inferred(X), W),
+    "overflowing stride": lambda: F.conv2d(X, W, stride=1 << 64),
     "stride 0": lambda: F.conv2d(X, W, stride=0),
     "stride of a list of lists": lambda: F.conv2d(X, W, stride=[[1], [1]]),
     "negative padding": lambda: F.conv2d(X, W, padding=-1),
@@ -200,6 +207,14 @@ def test_a_compiled_function_is_torchs_own(inside):
         got = torch.autograd.grad(compiled(leaf), leaf)
     close(got, torch.autograd.grad(convolved(leaf), leaf))
     torch._dynamo.reset()
+
+
+def test_a_stride_beyond_the_image():
+    leaf = X.clone().requires_grad_()
+    for stride in (6, 50, (1 << 63) - 1):
+        expected = torch.autograd.grad(F.conv2d(leaf, W, stride=stride).sum(), leaf)
+        with fast_layers():
+            close(torch.autograd.grad(F.conv2d(leaf, W, stride=stride).sum(), leaf), expected)
 
 
 def test_without_memory_torch_has_its_turn(monkeypatch):
