@@ -5,7 +5,7 @@ With `fast` the whole loop, forward and backward, runs within `kfo_ext.fast_laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from bench.meta_case import Gradients, MetaCase, plain_network
 from bench.meta_ours import copy_factors, factor_gradients, grads_of
 from kfo_ext import KFO, fast_layers
-from kfo_ext.interop.learn2learn import gradient_transform, kronecker_factors, kronecker_factors_to, light_import
+from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
 
 
 class TaskLoop:
@@ -61,15 +61,13 @@ def learn2learn(case: MetaCase, *, our_kfo: bool = False, fast: bool = False) ->
     if case.factors is None:
         meta = l2l.algorithms.MAML(model, lr=case.lr)
     else:
-        theirs = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear, psd=True)
-        transform = gradient_transform(psd=True) if our_kfo else theirs
-        meta = l2l.algorithms.GBML(model, transform=transform, lr=case.lr, adapt_transform=True)
+        transform = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear, psd=True)
+        # Our update, of all parameters at once, stands for its ParameterUpdate.
+        options = {"compute_update": KFO(model.named_parameters(), psd=True)} if our_kfo else {}
+        meta = l2l.algorithms.GBML(model, transform=transform, lr=case.lr, adapt_transform=True, **options)
         meta.to(case.batch.support.x)
-        if our_kfo:
-            for layer, pair in zip(meta.compute_update.transforms_modules, case.factors, strict=True):
-                copy_factors(layer.update, [pair])
-        else:
-            kronecker_factors_to(meta.compute_update, case.factors)
+        put = copy_factors if our_kfo else kronecker_factors_to
+        put(meta.compute_update, case.factors)
 
     def query_loss(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         learner = meta.clone()
@@ -78,13 +76,13 @@ def learn2learn(case: MetaCase, *, our_kfo: bool = False, fast: bool = False) ->
         return F.cross_entropy(learner(query_x), query_y)
 
     def gradients() -> Gradients:
-        layers: Any = [] if case.factors is None else meta.compute_update.transforms_modules
-        return grads_of(model.parameters()) + [X for layer in layers for X in of_factors(layer)]
-
-    def of_factors(layer: Any) -> Iterable[Tensor]:
+        if case.factors is None:
+            return grads_of(model.parameters())
         if our_kfo:
-            return factor_gradients(layer.update)
-        return kronecker_factors(layer.transform.left.grad, layer.transform.right.grad, psd=layer.transform.psd)
+            return grads_of(model.parameters()) + factor_gradients(meta.compute_update)
+        layers: Any = [wrap.transform for wrap in meta.compute_update.transforms_modules]
+        pairs = [kronecker_factors(layer.left.grad, layer.right.grad, psd=layer.psd) for layer in layers]
+        return grads_of(model.parameters()) + [X for pair in pairs for X in pair]
 
     return TaskLoop(case, meta, query_loss, gradients, fast)
 
