@@ -16,13 +16,14 @@ LEARN2LEARN := --no-build-isolation --use-pep517 --no-deps --no-binary learn2lea
 
 SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test experiments sanitize test-wheel test-cuda-load wheel lint format clean help
+.PHONY: demo test experiments sanitize docs test-wheel test-cuda-load wheel lint format clean help
 
 help:
 	@echo "make demo    build everything, meta-train MAML and KFO on the default tasks (5 minutes)"
 	@echo "make test    build everything, run the tests"
 	@echo "make experiments   two meta-iterations of every table and figure of the paper whose data is in \$$KFO_DATA (5 minutes)"
 	@echo "make sanitize   the CPU kernels over their cases under AddressSanitizer and UBSan (3 minutes, needs GCC's libasan)"
+	@echo "make docs    build the documentation site into build/site, strictly and offline (10 seconds)"
 	@echo "make wheel   build a wheel into dist/; make test-wheel installs it elsewhere and runs the operators' tests"
 	@echo "make test-cuda-load   the same under a CUDA build of torch (downloads gigabytes, needs no GPU)"
 	@echo "make lint    check style and types; make format applies it"
@@ -41,6 +42,11 @@ experiments: $(STAMPS)/test
 # A build of its own, in a temporary folder.
 sanitize: $(STAMPS)/build
 	$(BIN)/python -m python_tests.cpu_sanitizers.run
+
+# A broken link, an unresolved name and a page outside the navigation of mkdocs.yml are errors. Needs no torch: names are
+# read from the sources.
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The wheel in a fresh environment of its own, from another directory; make test-wheel WHEEL_TORCH=torch==2.11.0 for a torch
 # other than the one that it was built with.
@@ -107,4 +113,8 @@ $(STAMPS)/test: $(STAMPS)/build $(SOURCES)
 # With what the package imports, whose types mypy reads.
 $(STAMPS)/lint: $(STAMPS)/build
 	$(PIP) $(CONSTRAINT) ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 tqdm typer matplotlib pillow
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/venv
+	$(PIP) mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 latex2mathml==3.81.1 ruff==0.17.6
 	@touch $@

@@ -22,6 +22,13 @@ def run_example(page: Path, number: int) -> None:
     exec(compile(source, f"{page.name}, example {number + 1}", "exec"), {"__name__": "__main__"})
 
 
+def run_page(page: Path) -> None:
+    """Runs the examples of a page in order, as one script."""
+    names = {"__name__": "__main__"}
+    for number, source in enumerate(examples(page)):
+        exec(compile(source, f"{page.name}, example {number + 1}", "exec"), names)
+
+
 def script(name: str) -> ModuleType:
     """A script of docs/, by its name without the ending."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")

@@ -159,7 +159,7 @@ def resolves(name: str) -> bool:
 
 DOTTED = re.compile(r"\bkfo_ext(?:\.[A-Za-z_]\w*)+(?!\w*\*)")
 # Attributes that exist once something is built, measured or installed, and names of files.
-NOT_NAMES = re.compile(r"\.(py|so|egg|json)\b|^kfo_ext\._plan")
+NOT_NAMES = re.compile(r"\.(py|so|egg|json|md)\b|^kfo_ext\._plan")
 
 
 def test_every_dotted_name_of_the_package_is_one():

@@ -35,8 +35,8 @@ class ANIL(MAML):
         model: a module with a method or submodule `features(x)` and a submodule that is the head.
         head: the name of the head, such as "classifier" or "net.fc".
         update: one made for the head's parameters, such as `KFO(model.head.named_parameters())`, or None.
-        lr, steps, adapt_update, first_order, loss, metric, checkpoint, allow_unused, allow_nograd, route, bf16: as for
-            `MAML`.
+
+    The other arguments are as for `MAML`.
 
     Raises:
         TypeError: a model without `features` or the head; as `MAML`.

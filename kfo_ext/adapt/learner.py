@@ -286,7 +286,7 @@ class MAML(nn.Module):
             What predicts and holds the adapted parameters; differentiable unless under torch.no_grad().
 
         Raises:
-            As `forward`.
+            ValueError, TypeError, RuntimeError: as `forward`.
         """
         single = not isinstance(support, Examples)
         if single:

@@ -38,8 +38,8 @@ class FewShot:
     Inputs of uint8 become float32 in [0, 1], Pillow images of mode L or RGB also (C, H, W); other tensors and arrays
     stay as they are.
 
-    Raises: TypeError or ValueError for data of another kind and for counts that the classes do not allow; sampling
-        raises ValueError naming an item that does not fit the others.
+    Raises: TypeError or ValueError for data of another kind and for counts that the classes do not allow. Sampling
+    raises ValueError naming an item that does not fit the others.
     """
 
     def __init__(
