@@ -11,11 +11,12 @@ from torch import Tensor
 class MetaResult(NamedTuple):
     """What one meta-batch gives.
 
-    loss: (), the mean query loss over tasks after the last step; its backward gives the meta-gradients.
-    support_losses: (steps, tasks), before each step, detached.
-    query_losses: (tasks,), detached.
-    metrics: (tasks,), the learner's `metric` of each task's query examples, detached; without one their accuracy, or
-        None where outputs and targets have no classes (see `kfo_ext.adapt.metric.task_accuracies`).
+    Attributes:
+        loss: (), the mean query loss over tasks after the last step; its backward gives the meta-gradients.
+        support_losses: (steps, tasks), before each step, detached.
+        query_losses: (tasks,), detached.
+        metrics: (tasks,), the learner's `metric` of each task's query examples, detached; without one their accuracy,
+            or None where outputs and targets have no classes (see `kfo_ext.adapt.metric.task_accuracies`).
     """
 
     loss: Tensor

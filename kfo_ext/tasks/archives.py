@@ -33,9 +33,11 @@ UNREADABLE = (
 class Archive(NamedTuple):
     """What is known of one archive.
 
-    name: file name
-    size, sha256: of the official file
-    listing: sha256 over name, size and CRC-32 of its images, the same however they are packed
+    Attributes:
+        name: file name.
+        size: of the official file.
+        sha256: of the official file.
+        listing: sha256 over name, size and CRC-32 of its images, the same however they are packed.
     """
 
     name: str
@@ -68,7 +70,8 @@ def image_entries(file: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 def read_images(path: Path, archive: Archive) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each image, in the order of the names.
 
-    Raises: ValueError if the file is truncated, damaged, packed in a way that Python does not read, or another archive.
+    Raises:
+        ValueError: the file is truncated, damaged, packed in a way that Python does not read, or another archive.
     """
     digest = sha256_of(path)
     try:
@@ -95,7 +98,9 @@ def _content(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 def fetch(url: str, target: Path, archive: Archive) -> None:
     """Download one archive; the target appears whole and checked, or not at all.
 
-    Raises: ConnectionError if the server cannot be reached, ValueError if what it sends is not the archive.
+    Raises:
+        ConnectionError: the server cannot be reached.
+        ValueError: what it sends is not the archive.
     """
     advice = f"download it where there is a network and put it at {target}"
     target.parent.mkdir(parents=True, exist_ok=True)

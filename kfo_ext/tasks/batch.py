@@ -18,8 +18,9 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 class Examples(NamedTuple):
     """Labelled examples of T tasks.
 
-    x: (T, n, ...) inputs; images are (T, n, C, H, W) float32 in [0, 1]
-    y: (T, n) int64 labels, or (T, n, d) regression targets
+    Attributes:
+        x: (T, n, ...) inputs; images are (T, n, C, H, W) float32 in [0, 1].
+        y: (T, n) int64 labels, or (T, n, d) regression targets.
     """
 
     x: Tensor
@@ -29,8 +30,9 @@ class Examples(NamedTuple):
 class TaskBatch(NamedTuple):
     """One meta-batch: every tensor has the leading task dimension T.
 
-    support: the examples a task adapts on, ways * shots of them for classification
-    query: the examples that judge the adapted parameters, ways * queries of them
+    Attributes:
+        support: the examples a task adapts on, ways * shots of them for classification.
+        query: the examples that judge the adapted parameters, ways * queries of them.
     """
 
     support: Examples
@@ -40,12 +42,14 @@ class TaskBatch(NamedTuple):
     def of(cls, pairs: Pairs, query: Pairs | None = None, *, shots: int | None = None) -> TaskBatch:
         """The meta-batch of tasks that are given one by one, all of one shape.
 
-        pairs: a pair (x, y) per task: x (n, ...), y (n,) int64 labels or (n, d) targets
-        query: a pair per task alike, perhaps with another n; `pairs` are then the support examples
-        shots: in place of `query`: the first `shots` examples of each class of a task are its support (of targets the
-            first `shots` points), the others its query
+        Args:
+            pairs: a pair (x, y) per task: x (n, ...), y (n,) int64 labels or (n, d) targets.
+            query: a pair per task alike, perhaps with another n; `pairs` are then the support examples.
+            shots: in place of `query`: the first `shots` examples of each class of a task are its support (of targets
+                the first `shots` points), the others its query.
 
-        Raises: ValueError or TypeError naming the task whose tensors do not fit the first task's.
+        Raises:
+            ValueError, TypeError: naming the task whose tensors do not fit the first task's.
         """
         if (query is None) == (shots is None):
             raise ValueError("query, shots: expected one of them, the query examples or how many support examples")
@@ -126,10 +130,11 @@ def _check_pair(name: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
 def generator_for(seed: int, *stream: int | str) -> torch.Generator:
     """A fresh CPU generator for one named stream, seeded by a hash that no platform or process changes.
 
-    seed: the run's seed
-    stream: what tells this stream from the others, say a split's name and an index
-
     torch seeds the CPU generator with 32 bits: among n streams about n^2 / 2^33 pairs coincide.
+
+    Args:
+        seed: the run's seed.
+        stream: what tells this stream from the others, say a split's name and an index.
     """
     digest = hashlib.blake2b(repr((operator.index(seed), *stream)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

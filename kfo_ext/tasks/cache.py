@@ -26,10 +26,11 @@ CHUNK = 1 << 22
 class Plan(NamedTuple):
     """Images that are yet to be decoded.
 
-    names: of the classes
-    sizes: images of each class
-    shape: (C, H, W) of an image
-    pixels: makes the images' bytes, class after class
+    Attributes:
+        names: of the classes.
+        sizes: images of each class.
+        shape: (C, H, W) of an image.
+        pixels: makes the images' bytes, class after class.
     """
 
     names: tuple[str, ...]
@@ -41,9 +42,10 @@ class Plan(NamedTuple):
 class Decoded(NamedTuple):
     """Images of classes.
 
-    images: (n_images, C, H, W) uint8, a class after the other
-    offsets: (n_classes + 1,) int64
-    names: of the classes
+    Attributes:
+        images: (n_images, C, H, W) uint8, a class after the other.
+        offsets: (n_classes + 1,) int64.
+        names: of the classes.
     """
 
     images: Tensor
@@ -73,11 +75,12 @@ def key_of(*parts: str) -> str:
 def cached(path: Path, plan: Callable[[], Plan]) -> Decoded:
     """The images of a cache file, memory-mapped; they are decoded and written if the file is missing or damaged.
 
-    path: the file; its name must change with whatever `plan` depends on
-    plan: says what to decode
-
     The file appears whole or not at all, so that several processes may call this at once. Warns if the file is
     damaged, or if it cannot be written (the images are then only in memory).
+
+    Args:
+        path: the file; its name must change with whatever `plan` depends on.
+        plan: says what to decode.
     """
     decoded = _read(path)
     if decoded is None:

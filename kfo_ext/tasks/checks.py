@@ -17,7 +17,8 @@ def check_split(split: str) -> str:
 def check_count(name: str, value: int, low: int, high: int | None = None, limit: str = "") -> int:
     """The count, or TypeError if it is no int, ValueError if it lies outside [low, high].
 
-    limit: what sets `high`, for the message
+    Args:
+        limit: what sets `high`, for the message.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")

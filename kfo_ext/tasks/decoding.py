@@ -28,9 +28,10 @@ AHEAD = 64
 class Target(NamedTuple):
     """What an image becomes.
 
-    side: of the square, in pixels; other images are resized to it with Lanczos, not cropped
-    channels: 1 (brightness) or 3 (red, green, blue)
-    exact: refuse images of another size or mode
+    Attributes:
+        side: of the square, in pixels; other images are resized to it with Lanczos, not cropped.
+        channels: 1 (brightness) or 3 (red, green, blue).
+        exact: refuse images of another size or mode.
     """
 
     side: int
@@ -59,7 +60,8 @@ def is_image(name: str) -> bool:
 def pixels_of(content: bytes, name: str, target: Target) -> bytes:
     """The bytes (C, H, W) of an image file.
 
-    Raises: ValueError naming the file if it is damaged, too large, of a mode without one meaning, or not exact.
+    Raises:
+        ValueError: naming the file if it is damaged, too large, of a mode without one meaning, or not exact.
     """
     from PIL import Image as pillow
     from PIL import UnidentifiedImageError
@@ -113,9 +115,10 @@ def decoded(
 ) -> Iterator[bytes]:
     """The bytes of each image, in the order of the names, with a progress bar on a terminal.
 
-    read: gives a file's content
-    title: of the progress bar
-    where: names the archive in messages
+    Args:
+        read: gives a file's content.
+        title: of the progress bar.
+        where: names the archive in messages.
     """
     from tqdm import tqdm
 

@@ -14,12 +14,14 @@ from kfo_ext.tasks.checks import check_count, check_split
 class ClassDraws:
     """Random draws of `ways` distinct classes and of `shots` + `queries` distinct examples of each, on the CPU.
 
-    sizes: (n_classes,) int64, examples of each class; those of a class are numbered one after the other
-    split: part of the random stream's name
-    names: of the classes, for messages
-    source: what holds the classes, for messages; by default the split
+    Args:
+        sizes: (n_classes,) int64, examples of each class; those of a class are numbered one after the other.
+        split: part of the random stream's name.
+        names: of the classes, for messages.
+        source: what holds the classes, for messages; by default the split.
 
-    Raises: TypeError or ValueError if there are too few classes or examples, naming the smallest class.
+    Raises:
+        TypeError, ValueError: there are too few classes or examples, naming the smallest class.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class ClassDraws:
     def draw(self, index: int, tasks: int, *, rotations: bool = False) -> Tensor:
         """The random choices of the meta-batch number `index`.
 
-        out: (tasks, ways, shots + queries) int64, the numbers of the examples; with rotations one more, the quarter
-        turns of the class
+        Returns:
+            (tasks, ways, shots + queries) int64, the numbers of the examples; with rotations one more, the quarter
+            turns of the class.
         """
         check_count("index", index, 0)
         check_count("tasks", tasks, 1)

@@ -27,19 +27,23 @@ class LabelledData(Protocol):
 class FewShot:
     """Tasks of `ways` distinct classes of the user's data, with `shots` + `queries` distinct examples of each.
 
-    data: a tensor (n, ...) per class; or a map-style data set of (input, label) items, such as torchvision's. Its items
-        are read when a task draws them, in the stream's workers: they must not depend on chance
-    ways, shots, queries: classes per task, support and query examples per class
-    seed: the run's seed
-    split: train, validation or test, part of the random stream's name alone: no class is held back. Give each split
-        data of its own classes
-    labels: of the items of a data set; default its attribute `targets` or `labels`, else every item is read once
-
     Inputs of uint8 become float32 in [0, 1], Pillow images of mode L or RGB also (C, H, W); other tensors and arrays
     stay as they are.
 
-    Raises: TypeError or ValueError for data of another kind and for counts that the classes do not allow. Sampling
-    raises ValueError naming an item that does not fit the others.
+    Args:
+        data: a tensor (n, ...) per class; or a map-style data set of (input, label) items, such as torchvision's. Its
+            items are read when a task draws them, in the stream's workers: they must not depend on chance.
+        ways: classes per task.
+        shots: support examples per class.
+        queries: query examples per class.
+        seed: the run's seed.
+        split: train, validation or test, part of the random stream's name alone: no class is held back. Give each split
+            data of its own classes.
+        labels: of the items of a data set; default its attribute `targets` or `labels`, else every item is read once.
+
+    Raises:
+        TypeError, ValueError: for data of another kind and for counts that the classes do not allow. Sampling raises
+            ValueError naming an item that does not fit the others.
     """
 
     def __init__(

@@ -17,17 +17,21 @@ class ImageClasses:
     Which class gets which label is random; a task's examples lie in label order. The CPU draws every random choice and
     the device that holds the images makes a meta-batch of it without waiting for the CPU: the same bits on any device.
 
-    images: (n_images, C, H, W) uint8, the images of a class one after the other
-    offsets: (n_classes + 1,) int64, class c has the images offsets[c] to offsets[c + 1]
-    split: the name of this set of classes, part of the random stream's name
-    ways, shots, queries: classes per task, support and query images per class
-    seed: the run's seed
-    rotations: turn each class of each task by its own 0, 90, 180 or 270 degrees
-    device: where all images are kept and meta-batches are made
-    names: of the classes, for messages
+    Args:
+        images: (n_images, C, H, W) uint8, the images of a class one after the other.
+        offsets: (n_classes + 1,) int64, class c has the images offsets[c] to offsets[c + 1].
+        split: the name of this set of classes, part of the random stream's name.
+        ways: classes per task.
+        shots: support images per class.
+        queries: query images per class.
+        seed: the run's seed.
+        rotations: turn each class of each task by its own 0, 90, 180 or 270 degrees.
+        device: where all images are kept and meta-batches are made.
+        names: of the classes, for messages.
 
-    Raises: TypeError or ValueError if the images, the offsets or the counts do not fit each other, ValueError if the
-    device is not there.
+    Raises:
+        TypeError, ValueError: the images, the offsets or the counts do not fit each other.
+        ValueError: the device is not there.
     """
 
     def __init__(
@@ -55,16 +59,18 @@ class ImageClasses:
     def sample(self, index: int, tasks: int) -> TaskBatch:
         """The meta-batch number `index`: a pure function of the constructor's arguments, `index` and `tasks`.
 
-        out: x (tasks, ways * shots, C, H, W) float32 in [0, 1] and y (tasks, ways * shots) int64 of the support set;
-        the query set alike
+        Returns:
+            x (tasks, ways * shots, C, H, W) float32 in [0, 1] and y (tasks, ways * shots) int64 of the support set; the
+            query set alike.
         """
         return self.batch(self.draw(index, tasks))
 
     def draw(self, index: int, tasks: int) -> Tensor:
         """The random choices of the meta-batch number `index`, made on the CPU.
 
-        out: (tasks, ways, shots + queries) int64, the numbers of the images; with rotations one more, the quarter turns
-        of the class
+        Returns:
+            (tasks, ways, shots + queries) int64, the numbers of the images; with rotations one more, the quarter turns
+            of the class.
         """
         return self.draws.draw(index, tasks, rotations=self.rotations)
 

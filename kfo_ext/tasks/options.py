@@ -23,10 +23,11 @@ Targets = Literal["classes", "binary", "values"]
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None) -> Any:
     """A field of an options dataclass; its metadata holds the help text and the bounds.
 
-    default: its value if nothing is given
-    help: one line
-    choices: the only values, if any
-    least: the least value
+    Args:
+        default: its value if nothing is given.
+        help: one line.
+        choices: the only values, if any.
+        least: the least value.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
@@ -35,7 +36,8 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int
 class FamilyOptions:
     """What every family's options share; a field of a subclass is an argument of the family's constructor.
 
-    Raises: TypeError or ValueError naming the field, what it expects and what it got.
+    Raises:
+        TypeError, ValueError: naming the field, what it expects and what it got.
     """
 
     targets: ClassVar[Targets] = "classes"

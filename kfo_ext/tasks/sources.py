@@ -22,9 +22,10 @@ PICKLES = (".pkl", ".pickle", ".pck", ".p")
 class Source(ABC):
     """Files by their path, with slashes and relative to `path`.
 
-    path: the folder or the archive
-    names: of all files, sorted; hidden ones and those of __MACOSX are left out
-    digest: changes when a file does
+    Attributes:
+        path: the folder or the archive.
+        names: of all files, sorted; hidden ones and those of __MACOSX are left out.
+        digest: changes when a file does.
     """
 
     path: Path
@@ -51,7 +52,8 @@ class Source(ABC):
     def read(self, name: str) -> bytes:
         """The content of one file.
 
-        Raises: ValueError naming the file if it cannot be read, or is larger than any image.
+        Raises:
+            ValueError: naming the file if it cannot be read, or is larger than any image.
         """
 
     def read_text(self, name: str) -> str:
@@ -89,8 +91,9 @@ class Folder(Source):
 class Zip(Source):
     """The files of a zip archive. Its digest is that of the archive.
 
-    Raises: ValueError if the archive is truncated or no zip file, holds a path that leads out of it, two files of one
-        path, or a file larger than any image.
+    Raises:
+        ValueError: the archive is truncated or no zip file, holds a path that leads out of it, two files of one path,
+            or a file larger than any image.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,9 +132,12 @@ class Zip(Source):
 def open_source(path: Path, expected: str = "a folder or a zip archive") -> Source:
     """The files of a folder or of a zip archive.
 
-    expected: what a message says belongs there
+    Args:
+        expected: what a message says belongs there.
 
-    Raises: FileNotFoundError if nothing is there, ValueError for a pickled cache and what Zip raises.
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: for a pickled cache and what Zip raises.
     """
     if not path.exists():
         raise FileNotFoundError(f"root: {path} is not there; expected {expected}")

@@ -27,9 +27,11 @@ def split_named(name: str) -> str | None:
 
 def read_splits(path: Path) -> dict[str, list[str]]:
     """The classes of each split from a JSON file {"train": [...], "val": [...], "test": [...]}, or from a folder with
+
     train.txt, val.txt and test.txt, a class a line.
 
-    Raises: FileNotFoundError or ValueError naming the file.
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
     """
     if path.is_dir():
         return {split: _lines(path / f"{stem}.txt") for split, stem in STEMS.items()}
@@ -78,7 +80,8 @@ def lines_of(text: str) -> list[str]:
 def split_files(source: Source, suffix: str) -> dict[str, str] | None:
     """The source's files train, val and test with that suffix, which lie in one folder: split to name; None without.
 
-    Raises: ValueError if several folders have them.
+    Raises:
+        ValueError: several folders have them.
     """
     folders = sorted(name.removesuffix(f"train{suffix}") for name in source.names if _is_file(name, f"train{suffix}"))
     if not folders:

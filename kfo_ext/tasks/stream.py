@@ -18,13 +18,17 @@ from kfo_ext.tasks.checks import check_count
 def batches(family: TaskFamily, tasks: int, start: int = 0, workers: int = 0) -> Generator[TaskBatch, None, None]:
     """The endless stream of meta-batches `start`, `start + 1`, ..., the same for any number of workers.
 
-    family: the task family
-    tasks: tasks per meta-batch
-    start: index of the first meta-batch, so that a run resumes where it stopped
-    workers: threads that sample ahead, with one thread of torch each; 0 samples in the caller's thread
-    out: a generator; closing it (or an error in a worker, raised here) ends its threads
+    Args:
+        family: the task family.
+        tasks: tasks per meta-batch.
+        start: index of the first meta-batch, so that a run resumes where it stopped.
+        workers: threads that sample ahead, with one thread of torch each; 0 samples in the caller's thread.
 
-    Raises: ValueError or TypeError for a count out of range.
+    Returns:
+        a generator; closing it (or an error in a worker, raised here) ends its threads.
+
+    Raises:
+        ValueError, TypeError: for a count out of range.
     """
     check_count("tasks", tasks, 1)
     check_count("start", start, 0)

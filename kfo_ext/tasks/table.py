@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class Family(NamedTuple):
     """A line of the table.
 
-    path: module and name of the family's class
-    options: its options, a frozen dataclass: names, defaults, bounds and help texts
-    help: one line
-    on_device: whether the family keeps its images, and makes its tasks, on a device
+    Attributes:
+        path: module and name of the family's class.
+        options: its options, a frozen dataclass: names, defaults, bounds and help texts.
+        help: one line.
+        on_device: whether the family keeps its images, and makes its tasks, on a device.
     """
 
     path: str
@@ -54,14 +55,16 @@ def make_family(
 ) -> TaskFamily:
     """The task family of that name.
 
-    name: a key of FAMILIES
-    split: train, validation or test
-    seed: the run's seed
-    device: where images are kept and tasks are made; families of points draw them on the CPU
-    options: fields of the family's options; families of real data need `root`
+    Args:
+        name: a key of FAMILIES.
+        split: train, validation or test.
+        seed: the run's seed.
+        device: where images are kept and tasks are made; families of points draw them on the CPU.
+        options: fields of the family's options; families of real data need `root`.
 
-    Raises: ValueError or TypeError for an unknown name and for options that the family has not or refuses, and what its
-    constructor raises.
+    Raises:
+        ValueError, TypeError: for an unknown name and for options that the family has not or refuses, and what its
+            constructor raises.
     """
     if name not in FAMILIES:
         raise ValueError(f"dataset: expected one of {', '.join(FAMILIES)}, got {name!r}")

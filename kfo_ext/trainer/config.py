@@ -181,7 +181,7 @@ class Config:
     def changed(self, **changes: Any) -> Config:
         """The same with other values of some options. With another part, the options of the old one are left out.
 
-        Raises: as the constructor.
+        Raises as the constructor.
         """
         given = {**self._given, **changes}
         known = options_in_effect(_parts(given)[0])
@@ -195,9 +195,12 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
         """Build a configuration from plain values.
 
-        values: option name to value; absent ones take their defaults.
-        source: what to name in a message.
-        Raises: ValueError for an unknown key or a bad value.
+        Args:
+            values: option name to value; absent ones take their defaults.
+            source: what to name in a message.
+
+        Raises:
+            ValueError: for an unknown key or a bad value.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{source}: expected an object of configuration values, got {type(values).__name__}")
@@ -216,7 +219,8 @@ class Config:
     def load(cls, path: Path) -> Config:
         """Read what `save` wrote.
 
-        Raises: ValueError naming the file and what is wrong.
+        Raises:
+            ValueError: naming the file and what is wrong.
         """
         return cls.from_dict(read_json(path), str(path))
 

@@ -23,14 +23,15 @@ Options = Mapping[str, Any]
 class DataSet(Part):
     """A row of `DATASETS`.
 
-    make: the task family, from split, seed, the options by name, and the device where `on_device` says so.
-    inputs: the shape of one example, from the options.
-    outputs: how many numbers a network gives for one example, from the options.
-    network: the default one, by its name in `NETWORKS`.
-    on_device: whether the family keeps its examples on the run's device, and takes `device`.
-    loss: the name of a loss in torch.nn.functional.
-    measure: what a validation selects by: accuracy (highest) or loss (lowest).
-    metric: what `MAML` takes as its metric.
+    Attributes:
+        make: the task family, from split, seed, the options by name, and the device where `on_device` says so.
+        inputs: the shape of one example, from the options.
+        outputs: how many numbers a network gives for one example, from the options.
+        network: the default one, by its name in `NETWORKS`.
+        on_device: whether the family keeps its examples on the run's device, and takes `device`.
+        loss: the name of a loss in torch.nn.functional.
+        measure: what a validation selects by: accuracy (highest) or loss (lowest).
+        metric: what `MAML` takes as its metric.
     """
 
     make: Callable[..., TaskFamily]
@@ -45,8 +46,9 @@ class DataSet(Part):
     def build(self, split: str, *, seed: int, device: str, options: Options) -> TaskFamily:
         """The task family of one split.
 
-        seed: of the stream of tasks.
-        options: values of this data set's options.
+        Args:
+            seed: of the stream of tasks.
+            options: values of this data set's options.
         """
         placed = {"device": device} if self.on_device else {}
         return self.make(split=split, seed=seed, **options, **placed)
@@ -71,9 +73,10 @@ PLACES = ("root", "cache", "download")
 def of_family(name: str, network: str, **defaults: Any) -> DataSet:
     """The row of a task family of `kfo_ext.tasks`, with the options that it states.
 
-    name: in `FAMILIES`.
-    network: the default one.
-    defaults: of options that belong to something else.
+    Args:
+        name: in `FAMILIES`.
+        network: the default one.
+        defaults: of options that belong to something else.
     """
     row = FAMILIES[name]
     hints = get_type_hints(row.options)

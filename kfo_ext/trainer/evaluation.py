@@ -50,8 +50,11 @@ class Evaluation(NamedTuple):
 def mean_interval(values: Sequence[float] | Tensor) -> Interval:
     """Mean and 1.96 * std / sqrt(n).
 
-    values: (n,) independent scores.
-    Raises: ValueError for fewer than two values.
+    Args:
+        values: (n,) independent scores.
+
+    Raises:
+        ValueError: for fewer than two values.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     if values.ndim != 1 or len(values) < 2:
@@ -62,8 +65,12 @@ def mean_interval(values: Sequence[float] | Tensor) -> Interval:
 def paired_difference(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor) -> Interval:
     """Mean of a - b over the same tasks, with its 95 % interval.
 
-    a, b: (n,) scores of two learners, in the order of one list of tasks.
-    Raises: ValueError if the lengths differ.
+    Args:
+        a: (n,) scores of two learners, in the order of one list of tasks.
+        b: (n,) scores of two learners, in the order of one list of tasks.
+
+    Raises:
+        ValueError: the lengths differ.
     """
     a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
     if a.shape != b.shape:
@@ -86,15 +93,20 @@ def evaluate(
 
     Each task is a meta-batch of one, so that the list of tasks does not depend on `batch`.
 
-    learner: MAML or ANIL; its parameters give dtype and device.
-    family: a task family of the split to evaluate on.
-    tasks: n, the length of the list.
-    batch: tasks adapted at a time.
-    steps: inner steps, as many as the learner was built with by default.
-    progress: show a bar on a terminal or in a notebook.
-    cancelled: read before each batch; once true, the evaluation ends.
-    Raises: ValueError for fewer than two tasks, too many or an empty batch, TypeError for a number that is no int,
-    FloatingPointError at a loss that is not finite, Cancelled.
+    Args:
+        learner: MAML or ANIL; its parameters give dtype and device.
+        family: a task family of the split to evaluate on.
+        tasks: n, the length of the list.
+        batch: tasks adapted at a time.
+        steps: inner steps, as many as the learner was built with by default.
+        progress: show a bar on a terminal or in a notebook.
+        cancelled: read before each batch; once true, the evaluation ends.
+
+    Raises:
+        ValueError: for fewer than two tasks, too many or an empty batch.
+        TypeError: for a number that is no int.
+        FloatingPointError: at a loss that is not finite.
+        Cancelled: .
     """
     check_count("tasks", tasks, 2)
     if tasks > MOST_TASKS:

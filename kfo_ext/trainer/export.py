@@ -47,12 +47,17 @@ def export_run(run: RunFolder, to: str | os.PathLike[str], *, name: str = "best"
 
     config.json comes last: a folder without it is no export, or an unfinished one.
 
-    run: the run folder, which stays as it is.
-    to: an absent or empty folder.
-    name: the checkpoint, best or last.
-    out: the files.
-    Raises: ValueError if the folder is taken or naming the file of the run that cannot be used, OSError naming a file
-    that cannot be written; then nothing is left of the export.
+    Args:
+        run: the run folder, which stays as it is.
+        to: an absent or empty folder.
+        name: the checkpoint, best or last.
+
+    Returns:
+        the files.
+
+    Raises:
+        ValueError: the folder is taken or naming the file of the run that cannot be used.
+        OSError: naming a file that cannot be written; then nothing is left of the export.
     """
     folder = Path(to)
     _check_free(folder)
@@ -97,10 +102,13 @@ def from_pretrained(path: str | os.PathLike[str], **changes: Any) -> MAML:
 
     The files are data, no code: nothing of them is run. The random state of torch stays as it is.
 
-    path: the folder that `kfo export` or `export_run` wrote.
-    changes: options to set otherwise than the run did, such as device or steps.
-    Raises: ValueError naming the file that is missing, foreign, damaged or of a newer format, or the option whose
-    change it does not allow.
+    Args:
+        path: the folder that `kfo export` or `export_run` wrote.
+        changes: options to set otherwise than the run did, such as device or steps.
+
+    Raises:
+        ValueError: naming the file that is missing, foreign, damaged or of a newer format, or the option whose change
+            it does not allow.
     """
     folder = Path(path)
     content = _read_config(folder)

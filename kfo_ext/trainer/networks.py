@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class Network(Part):
     """A row of `NETWORKS`.
 
-    make: the network of the shape of one example, the number of its outputs, and the options by name.
-    inputs: the shape of the examples that it takes; None is any size, and any shape as a whole.
-    head: whether it has a method `features` and a submodule `head`, as ANIL needs.
-    convolutions: whether it computes any, whose precision may be chosen.
+    Attributes:
+        make: the network of the shape of one example, the number of its outputs, and the options by name.
+        inputs: the shape of the examples that it takes; None is any size, and any shape as a whole.
+        head: whether it has a method `features` and a submodule `head`, as ANIL needs.
+        convolutions: whether it computes any, whose precision may be chosen.
     """
 
     make: Callable[..., nn.Module]

@@ -25,7 +25,8 @@ class Labelled(NamedTuple):
 def read_cifar100(path: Path) -> dict[str, Labelled]:
     """Class to images, in the order of the images' names; both parts of the archive together.
 
-    Raises: ValueError naming the archive and the member that is damaged, or missing, or of another data set.
+    Raises:
+        ValueError: naming the archive and the member that is damaged, or missing, or of another data set.
     """
     members = _members(path)
     classes = _texts(_table(members["meta"], f"{path}: meta"), "fine_label_names", f"{path}: meta")

@@ -33,17 +33,23 @@ class CifarFs(ImageClasses):
 
     A class's images lie in the order of their file names, so that both archives give the same tasks.
 
-    root: folder with cifar100.zip (CIFAR-FS) or cifar-100-python.tar.gz (CIFAR-100's own), or that file
-    split: train, validation or test
-    ways, shots, queries: classes per task, support and query images per class
-    splits: folder with train.txt, val.txt and test.txt, or a JSON file; default: the zip's own, else Bertinetto's
-    seed: the run's seed
-    rotations: turn each class of each task by its own multiple of 90 degrees
-    device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file
-    cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home
+    Args:
+        root: folder with cifar100.zip (CIFAR-FS) or cifar-100-python.tar.gz (CIFAR-100's own), or that file.
+        split: train, validation or test.
+        ways: classes per task.
+        shots: support images per class.
+        queries: query images per class.
+        splits: folder with train.txt, val.txt and test.txt, or a JSON file; default: the zip's own, else Bertinetto's.
+        seed: the run's seed.
+        rotations: turn each class of each task by its own multiple of 90 degrees.
+        device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file.
+        cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home.
 
-    Raises: FileNotFoundError if no archive is there; ValueError for damaged ones and those of another data set, for
-    splits that overlap or name missing classes, for options out of range and if the device is not there.
+    Raises:
+        FileNotFoundError: no archive is there.
+        ValueError: for damaged ones and those of another data set, for splits that overlap or name missing classes, for
+            options out of range and if the device is not there.
+
     Source: Bertinetto et al. 2019, Meta-learning with differentiable closed-form solvers.
     """
 

@@ -29,17 +29,23 @@ class CsvImages(ImageClasses):
     Ravi and Larochelle's layout: train.csv, val.csv and test.csv with the columns filename and label, and a folder
     `images` beside them. `name` is the archive's: results are of that data set, whatever its layout is known from.
 
-    root: zip archive, or folder that has the files or one such archive
-    split: train, validation or test
-    ways, shots, queries: classes per task, support and query images per class
-    side: pixels of a side
-    seed: the run's seed
-    rotations: turn each class of each task by its own multiple of 90 degrees
-    device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file
-    cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home
+    Args:
+        root: zip archive, or folder that has the files or one such archive.
+        split: train, validation or test.
+        ways: classes per task.
+        shots: support images per class.
+        queries: query images per class.
+        side: pixels of a side.
+        seed: the run's seed.
+        rotations: turn each class of each task by its own multiple of 90 degrees.
+        device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file.
+        cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home.
 
-    Raises: FileNotFoundError if the files are not there; ValueError for damaged or pickled ones, for splits that share
-    a class or an image, for options out of range and if the device is not there.
+    Raises:
+        FileNotFoundError: the files are not there.
+        ValueError: for damaged or pickled ones, for splits that share a class or an image, for options out of range and
+            if the device is not there.
+
     Source: Finn, Abbeel and Levine 2017, who resize by Lanczos; Ravi and Larochelle 2017 for the splits' files.
     """
 

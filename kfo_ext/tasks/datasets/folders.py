@@ -27,21 +27,27 @@ Tree = dict[str, list[str]]
 class Folders(ImageClasses):
     """Few-shot tasks of a tree with a folder of images per class, resized to side x side by Lanczos, in [0, 1].
 
-    root: folder or zip archive
-    split: train, validation or test
-    ways, shots, queries: classes per task, support and query images per class
-    splits: which class folders belong to a split: a JSON file {"train": [...], "val": [...], "test": [...]}, or a
-        folder with train.txt, val.txt and test.txt, a class a line. A class is named by its folder, with as much of the
-        path before it as tells it from the others. Default: `root` has the folders train, val (or validation) and test
-    side: pixels of a side
-    colour: rgb or gray
-    seed: the run's seed
-    rotations: turn each class of each task by its own multiple of 90 degrees
-    device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file
-    cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home
+    Args:
+        root: folder or zip archive.
+        split: train, validation or test.
+        ways: classes per task.
+        shots: support images per class.
+        queries: query images per class.
+        splits: which class folders belong to a split: a JSON file {"train": [...], "val": [...], "test": [...]}, or a
+            folder with train.txt, val.txt and test.txt, a class a line. A class is named by its folder, with as much of
+            the path before it as tells it from the others. Default: `root` has the folders train, val (or validation)
+            and test.
+        side: pixels of a side.
+        colour: rgb or gray.
+        seed: the run's seed.
+        rotations: turn each class of each task by its own multiple of 90 degrees.
+        device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file.
+        cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home.
 
-    Raises: FileNotFoundError if root or splits are not there; ValueError for damaged images, for splits that overlap,
-    are empty or name missing classes, for options out of range and if the device is not there.
+    Raises:
+        FileNotFoundError: root or splits are not there.
+        ValueError: for damaged images, for splits that overlap, are empty or name missing classes, for options out of
+            range and if the device is not there.
     """
 
     def __init__(

@@ -41,9 +41,11 @@ class Bytes(NamedTuple):
 def read_pickle(content: bytes, source: str) -> Any:
     """The value that a pickle holds; strings of Python 2 come as str, a byte a character.
 
-    source: names the file in messages
+    Args:
+        source: names the file in messages.
 
-    Raises: ValueError if the file is no pickle, is cut, or needs more than plain data.
+    Raises:
+        ValueError: the file is no pickle, is cut, or needs more than plain data.
     """
     try:
         return _Machine().run(content)
@@ -55,7 +57,8 @@ def read_pickle(content: bytes, source: str) -> Any:
 def array_of(value: Any, source: str) -> Bytes:
     """The array of bytes that a record stands for.
 
-    Raises: ValueError if it is no C-ordered numpy array of uint8.
+    Raises:
+        ValueError: it is no C-ordered numpy array of uint8.
     """
     try:
         _, shape, dtype, fortran, content = value.state

@@ -43,17 +43,21 @@ class Omniglot(ImageClasses):
 
     The sorted classes are shuffled by a fixed seed and split 1100 / 100 / 423.
 
-    root: folder with images_background.zip and images_evaluation.zip; only read
-    split: train, validation or test
-    ways, shots, queries: classes per task, support and query images per class
-    seed: the run's seed
-    rotations: turn each class of each task by its own multiple of 90 degrees
-    device: where the split's images are kept and meta-batches are made, at most 17 MB
-    cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home
-    download: fetch missing archives into `root`
+    Args:
+        root: folder with images_background.zip and images_evaluation.zip; only read.
+        split: train, validation or test.
+        ways: classes per task.
+        shots: support images per class.
+        queries: query images per class.
+        seed: the run's seed.
+        rotations: turn each class of each task by its own multiple of 90 degrees.
+        device: where the split's images are kept and meta-batches are made, at most 17 MB.
+        cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home.
+        download: fetch missing archives into `root`.
 
-    Raises: FileNotFoundError for missing archives, ValueError for damaged ones, for options out of range and if the
-    device is not there.
+    Raises:
+        FileNotFoundError: for missing archives.
+        ValueError: for damaged ones, for options out of range and if the device is not there.
     """
 
     def __init__(
@@ -92,9 +96,12 @@ class Omniglot(ImageClasses):
 def download_omniglot(root: str | os.PathLike[str], source: str = SOURCE) -> None:
     """Fetch the archives that are not in `root`, about 16 MB.
 
-    source: URL of the folder that has them
+    Args:
+        source: URL of the folder that has them.
 
-    Raises: ConnectionError if the source cannot be reached, ValueError if it sends something else.
+    Raises:
+        ConnectionError: the source cannot be reached.
+        ValueError: it sends something else.
     """
     for archive in ARCHIVES:
         target = Path(root, archive.name)

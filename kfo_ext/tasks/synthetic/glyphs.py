@@ -28,13 +28,18 @@ class Glyphs(ImageClasses):
 
     A fixed set of 400 / 60 / 160 characters by 20 drawers each, drawn in memory when first used.
 
-    split: train, validation or test
-    ways, shots, queries: classes per task, support and query images per class
-    seed: the run's seed
-    rotations: turn each class of each task by its own multiple of 90 degrees
-    device: where the split's images are kept and meta-batches are made, at most 6 MB
+    Args:
+        split: train, validation or test.
+        ways: classes per task.
+        shots: support images per class.
+        queries: query images per class.
+        seed: the run's seed.
+        rotations: turn each class of each task by its own multiple of 90 degrees.
+        device: where the split's images are kept and meta-batches are made, at most 6 MB.
 
-    Raises: ValueError or TypeError for options out of range, ValueError if the device is not there.
+    Raises:
+        ValueError, TypeError: for options out of range.
+        ValueError: the device is not there.
     """
 
     def __init__(
@@ -97,11 +102,15 @@ class _Random:
 class _Strokes(NamedTuple):
     """Pen strokes, each value (n, STROKES).
 
-    present: 1 for the strokes that a character has
-    x, y: where the pen starts, unless `joined`
-    joined: where on the stroke before it starts, 0 to 1, or -1
-    heading, bend, swing: the pen's direction at time t in [0, 1] is heading + bend (t - 1/2) + swing sin(2 pi t)
-    length: of the path
+    Attributes:
+        present: 1 for the strokes that a character has.
+        x: where the pen starts, unless `joined`.
+        y: where the pen starts, unless `joined`.
+        joined: where on the stroke before it starts, 0 to 1, or -1.
+        heading: the pen's direction at time t in [0, 1] is heading + bend (t - 1/2) + swing sin(2 pi t).
+        bend: the pen's direction at time t in [0, 1] is heading + bend (t - 1/2) + swing sin(2 pi t).
+        swing: the pen's direction at time t in [0, 1] is heading + bend (t - 1/2) + swing sin(2 pi t).
+        length: of the path.
     """
 
     present: Tensor

@@ -13,12 +13,16 @@ from kfo_ext.tasks.synthetic.points import Points
 class Linear:
     """Tasks y = theta x + noise * n with theta, x and n standard normal numbers.
 
-    split: the name of the stream; the splits share the distribution and no draw
-    shots, queries: support and query points per task
-    noise: standard deviation of the targets about the line; no model has a mean squared error below its square
-    seed: the run's seed
+    Args:
+        split: the name of the stream; the splits share the distribution and no draw.
+        shots: support points per task.
+        queries: query points per task.
+        noise: standard deviation of the targets about the line; no model has a mean squared error below its square.
+        seed: the run's seed.
 
-    Raises: ValueError or TypeError for an unknown split or an option out of range.
+    Raises:
+        ValueError, TypeError: for an unknown split or an option out of range.
+
     Source: the paper, section 4.1.
     """
 

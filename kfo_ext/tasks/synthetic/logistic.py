@@ -13,14 +13,18 @@ from kfo_ext.tasks.synthetic.points import Points
 class Logistic:
     """Two-class tasks with a linear boundary: theta and x are standard normal vectors.
 
-    split: the name of the stream; the splits share the distribution and no draw
-    shots, queries: support and query points per task, of both classes together
-    dimension: of theta and x
-    labels: separable gives 1[theta^T x > 0]; bernoulli draws 1 with probability sigma(theta^T x), where in two
-        dimensions no classifier is right on more than 69.3 % of the points
-    seed: the run's seed
+    Args:
+        split: the name of the stream; the splits share the distribution and no draw.
+        shots: support points per task, of both classes together.
+        queries: query points per task, of both classes together.
+        dimension: of theta and x.
+        labels: separable gives 1[theta^T x > 0]; bernoulli draws 1 with probability sigma(theta^T x), where in two
+            dimensions no classifier is right on more than 69.3 % of the points.
+        seed: the run's seed.
 
-    Raises: ValueError or TypeError for an unknown split or an option out of range.
+    Raises:
+        ValueError, TypeError: for an unknown split or an option out of range.
+
     Source: the paper, appendix B.1. Its figure needs separable labels, its text says bernoulli.
     """
 

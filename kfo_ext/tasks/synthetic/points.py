@@ -12,11 +12,14 @@ from kfo_ext.tasks.checks import check_count, check_split
 class Points:
     """The numbers of one stream of tasks, and where a task's points go.
 
-    split: the name of the stream; the splits share the distribution and no draw
-    shots, queries: support and query points per task
-    seed: the run's seed
+    Args:
+        split: the name of the stream; the splits share the distribution and no draw.
+        shots: support points per task.
+        queries: query points per task.
+        seed: the run's seed.
 
-    Raises: ValueError or TypeError for an unknown split or a count out of range.
+    Raises:
+        ValueError, TypeError: for an unknown split or a count out of range.
     """
 
     def __init__(self, split: str, shots: int, queries: int, seed: int) -> None:

@@ -14,11 +14,15 @@ from kfo_ext.tasks.synthetic.points import Points
 class Sinusoid:
     """Tasks y = A sin(x - b) with A uniform in [0.1, 5], b uniform in [0, pi] and x uniform in [-5, 5].
 
-    split: the name of the stream; the splits share the distribution and no draw
-    shots, queries: support and query points per task
-    seed: the run's seed
+    Args:
+        split: the name of the stream; the splits share the distribution and no draw.
+        shots: support points per task.
+        queries: query points per task.
+        seed: the run's seed.
 
-    Raises: ValueError or TypeError for an unknown split or a count out of range.
+    Raises:
+        ValueError, TypeError: for an unknown split or a count out of range.
+
     Source: Finn, Abbeel and Levine 2017 (MAML), section 5.1.
     """
 
