@@ -166,9 +166,7 @@ def test_batched_gradients_equal_plain_torch():
 def test_raw_operators_raise_where_they_have_no_rule():
     X = random_operands(SHAPES, 2)[:3]
     raw = lambda *X: NATIVE.transform(*X, FLAT)  # noqa: E731
-    with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.grad(lambda *X: raw(*X).sum())(*X)
-    with pytest.raises(NotImplementedError, match="no rule"):
+    with pytest.raises(NotImplementedError, match=r"no rule for torch\.func transforms other than grad"):
         torch.func.jvp(raw, X, X)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         raw(forward_ad.make_dual(X[0], X[0]), *X[1:])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kfo_ext.ops import library, triton_support
 from kfo_ext.ops.operands import check_tensors, in_one_dtype, ready
-from kfo_ext.ops.torch_private import transformed
+from kfo_ext.ops.torch_private import without_rules
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -79,12 +79,12 @@ class Operator:
     def run(self, compute: Callable[..., Tensor], given: tuple[Tensor, ...], backend: str, usual: bool) -> Tensor:
         """compute(family, *given) on the implementation that `backend` means; family None is plain torch.
 
-        Under torch.func transforms and forward-mode AD that is always plain torch, which has all their rules.
+        It is plain torch too under the transforms that operators have no rules for; see `without_rules`.
 
         usual: what `check` said of `given`.
         """
         name = self.resolve(backend, given[0].device)
-        family = None if name == "reference" or transformed() else self.families[name]
+        family = None if name == "reference" or without_rules() else self.families[name]
         if usual:
             return compute(family, *given)
         return in_one_dtype(partial(compute, family), dict(zip(self.operands, given)))

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.func import grad, vjp
 
 from kfo_ext.ops import library
 from kfo_ext.ops.batch_norm import reference
-from kfo_ext.ops.registration import mark_not_needed, pick, register_operator
+from kfo_ext.ops.batch_norm.vmap import rules
+from kfo_ext.ops.registration import below_autograd, mark_not_needed, pick, register_operator
 
 
 class BatchNormFamily(NamedTuple):
@@ -41,7 +43,7 @@ def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function],
         @staticmethod
         def forward(ctx, x, weight, bias, eps, relu, below):
             ctx.set_materialize_grads(False)
-            y, mean, rstd = family.forward.redispatch(below, x, weight, bias, eps, relu)
+            y, mean, rstd = below_autograd(family.forward, below, x, weight, bias, eps, relu)
             ctx.save_for_backward(x, weight, bias, mean, rstd)
             ctx.mark_non_differentiable(mean, rstd)
             ctx.relu = relu
@@ -62,7 +64,7 @@ def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function],
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(x, weight, bias, mean, rstd, dy)
             ctx.relu = relu
-            outputs = family.backward.redispatch(below, x, weight, bias, mean, rstd, dy, relu, need)
+            outputs = below_autograd(family.backward, below, x, weight, bias, mean, rstd, dy, relu, need)
             mark_not_needed(ctx, outputs, need)
             return outputs
 
@@ -89,8 +91,8 @@ def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function],
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(x, weight, bias, rstd, dy, ddx, ddweight, ddbias)
             ctx.relu = relu
-            outputs = family.double_backward.redispatch(
-                below, x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need
+            outputs = below_autograd(
+                family.double_backward, below, x, weight, bias, mean, rstd, dy, ddx, ddweight, ddbias, relu, need
             )
             mark_not_needed(ctx, outputs, need)
             return outputs
@@ -125,26 +127,21 @@ def _third_order(
 
     operands: x, weight, bias, dy; dd: ddx, ddweight, ddbias; cotangents: of dx, dweight, ddy.
     """
-    again = torch.is_grad_enabled()
+    # The eps that rstd was made with: rstd and all its derivatives by x then come out as they were.
+    eps = rstd.square().reciprocal().unsqueeze(1) - operands[0].detach().var(1, unbiased=False, keepdim=True)
 
-    def own(operand: Tensor) -> Tensor:
-        """An alias for this derivative alone: of the graph if that is to be differentiated again, else a leaf."""
-        return operand.view_as(operand) if again and operand.requires_grad else operand.detach().requires_grad_()
+    # By torch.func: under its transforms, torch.autograd.grad could not be given operands of its own.
+    def first(x: Tensor, weight: Tensor, dy: Tensor, bias: Tensor, dd: tuple[Tensor | None, ...]) -> Tensor:
+        _, pull = vjp(lambda *P: reference.batch_norm_relu(*P, eps, relu), x, weight, bias)
+        return _paired(dd, pull(dy))
 
-    with torch.enable_grad():
-        x, weight, bias, dy = map(own, operands)
-        dd = tuple(None if X is None else own(X) for X in dd)
-        # The eps that rstd was made with: rstd and all its derivatives by x then come out as they were.
-        eps = rstd.square().reciprocal().unsqueeze(1) - x.detach().var(1, unbiased=False, keepdim=True)
-        y = reference.batch_norm_relu(x, weight, bias, eps, relu)
-        first = torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True)
-        second = torch.autograd.grad(
-            _paired(dd, first), (x, weight, dy), create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        value = _paired(cotangents, second)
-        wanted = [X for X, need in zip((x, weight, bias, dy, *dd), needed) if need and X is not None]
-        gradients = iter(torch.autograd.grad(value, wanted, create_graph=again, materialize_grads=True))
-        return [next(gradients) if need else None for need in needed]
+    def second(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *dd: Tensor | None) -> Tensor:
+        return _paired(cotangents, grad(first, argnums=(0, 1, 2))(x, weight, dy, bias, dd))
+
+    given = (*operands, *dd)
+    wanted = tuple(i for i, (X, need) in enumerate(zip(given, needed)) if need and X is not None)
+    gradients = iter(grad(second, argnums=wanted)(*given))
+    return [next(gradients) if need else None for need in needed]
 
 
 def _fakes() -> tuple[Callable, Callable, Callable]:
@@ -167,8 +164,8 @@ def _fakes() -> tuple[Callable, Callable, Callable]:
 def _register(fragment: torch.library.Library) -> BatchNormFamily:
     names = ("batch_norm_relu", "batch_norm_relu_backward", "batch_norm_relu_double_backward")
     family = BatchNormFamily(*(getattr(torch.ops.kfo_ext, name).default for name in names))
-    for overload, function, fake in zip(family, _functions(family), _fakes()):
-        register_operator(fragment, overload, function, fake, "kfo_ext.functional.batch_norm_relu")
+    for overload, function, fake, rule in zip(family, _functions(family), _fakes(), rules(family)):
+        register_operator(fragment, overload, function, fake, rule, "kfo_ext.functional.batch_norm_relu")
     return family
 
 

@@ -47,8 +47,7 @@ def batch_norm_relu(
         eps: added to the variance.
         relu: whether negative values become zero.
         backend: "auto" (native where its kernels are loaded, else reference), "native" (compiled) or "reference" (plain
-            torch). Under torch.func transforms and forward-mode AD every backend runs plain torch, which has all their
-            rules.
+            torch); under torch.func transforms and in forward mode as `kfo_ext.transform`.
 
     Returns:
         y: (tasks, rows, channels), of x's dtype. Half types, and everything under autocast, compute in float32.

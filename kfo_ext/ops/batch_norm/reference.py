@@ -1,6 +1,6 @@
 """Batch norm in plain torch: short, right to any order, the ground truth of the kernels.
 
-It is also what `batch_norm_relu` runs under torch.func transforms and forward-mode AD.
+It is also what `batch_norm_relu` runs in forward mode, and under the other transforms that operators have no rules for.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import torch
 from torch.autograd import Function
 
 from kfo_ext.ops import library
-from kfo_ext.ops.registration import register_operator
+from kfo_ext.ops.conv2d.vmap import rules
+from kfo_ext.ops.registration import below_autograd, register_operator
 
 
 class ConvFamily(NamedTuple):
@@ -35,7 +36,7 @@ def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type
         def forward(ctx, x, weight, stride, padding, below):
             ctx.save_for_backward(x, weight)
             ctx.fixed = stride, padding
-            return family.conv2d.redispatch(below, x, weight, stride, padding)
+            return below_autograd(family.conv2d, below, x, weight, stride, padding)
 
         @staticmethod
         def backward(ctx, dy):
@@ -50,7 +51,7 @@ def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type
         def forward(ctx, dy, weight, size, stride, padding, below):
             ctx.save_for_backward(dy, weight)
             ctx.fixed = stride, padding
-            return family.input.redispatch(below, dy, weight, size, stride, padding)
+            return below_autograd(family.input, below, dy, weight, size, stride, padding)
 
         @staticmethod
         def backward(ctx, ddx):
@@ -65,7 +66,7 @@ def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type
         def forward(ctx, x, dy, kernel_size, stride, padding, below):
             ctx.save_for_backward(x, dy)
             ctx.fixed = stride, padding
-            return family.weight.redispatch(below, x, dy, kernel_size, stride, padding)
+            return below_autograd(family.weight, below, x, dy, kernel_size, stride, padding)
 
         @staticmethod
         def backward(ctx, ddweight):
@@ -96,8 +97,8 @@ def _register(fragment: torch.library.Library) -> ConvFamily:
     family = ConvFamily(
         *(getattr(torch.ops.kfo_ext, f"conv2d{suffix}").default for suffix in ("", "_input", "_weight"))
     )
-    for overload, function, fake in zip(family, _functions(family), _fakes()):
-        register_operator(fragment, overload, function, fake, "kfo_ext.functional.conv2d")
+    for overload, function, fake, rule in zip(family, _functions(family), _fakes(), rules(family)):
+        register_operator(fragment, overload, function, fake, rule, "kfo_ext.functional.conv2d")
     return family
 
 

@@ -68,8 +68,8 @@ def conv2d(
         stride: of both axes.
         padding: zeros on each side of both axes.
         backend: "auto" (under autocast torch's own convolution; else native on the CPU, reference elsewhere), "native"
-            (compiled, CPU only) or "reference" (plain torch). Under torch.func transforms and forward-mode AD every
-            backend runs plain torch, which has all their rules.
+            (compiled, CPU only) or "reference" (plain torch); under torch.func transforms and in forward mode as
+            `kfo_ext.transform`.
         channels_last: where torch's convolution runs, give it operands in that memory format. The compiled one always
             computes channels last.
 

@@ -1,6 +1,6 @@
 """The convolution of each task's images in plain torch: right to any order, the ground truth of the kernels.
 
-It is also what `conv2d` runs under torch.func transforms and forward-mode AD.
+It is also what `conv2d` runs in forward mode, and under the other transforms that operators have no rules for.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kfo_ext.ops.registration import mark_not_needed, pick, register_operator
+from kfo_ext.ops.registration import below_autograd, mark_not_needed, pick, register_operator
 from kfo_ext.ops.transform.reference import sum_over_B
+from kfo_ext.ops.transform.vmap import rules
 
 
 class Family(NamedTuple):
@@ -76,7 +77,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.shapes = shapes
             if bias is not None:
                 ctx.bias_rows = bias.shape[0]
-            return family.transform.redispatch(below, R, G, L, shapes, bias)
+            return below_autograd(family.transform, below, R, G, L, shapes, bias)
 
         @staticmethod
         def backward(ctx, dY):
@@ -97,7 +98,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L, dY)
             ctx.shapes = shapes
-            outputs = family.backward.redispatch(below, R, G, L, dY, shapes, need)
+            outputs = below_autograd(family.backward, below, R, G, L, dY, shapes, need)
             mark_not_needed(ctx, outputs, need)
             return outputs
 
@@ -122,7 +123,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(R, G, L, dY, ddR, ddG, ddL)
             ctx.shapes = shapes
-            outputs = family.double_backward.redispatch(below, R, G, L, dY, ddR, ddG, ddL, shapes, need)
+            outputs = below_autograd(family.double_backward, below, R, G, L, dY, ddR, ddG, ddL, shapes, need)
             mark_not_needed(ctx, outputs, need)
             return outputs
 
@@ -164,6 +165,6 @@ def register(fragment: torch.library.Library, suffix: str = "") -> Family:
     """Registers the three orders `kfo_ext::transform*<suffix>`; see `register_operator`."""
     names = [f"transform{suffix}", f"transform_backward{suffix}", f"transform_double_backward{suffix}"]
     family = Family(*(getattr(torch.ops.kfo_ext, name).default for name in names))
-    for overload, function, fake in zip(family, _functions(family), _fakes()):
-        register_operator(fragment, overload, function, fake, "kfo_ext.transform")
+    for overload, function, fake, rule in zip(family, _functions(family), _fakes(), rules(family)):
+        register_operator(fragment, overload, function, fake, rule, "kfo_ext.transform")
     return family

@@ -10,6 +10,7 @@ from torch import Tensor
 from kfo_ext.ops import library
 from kfo_ext.ops.dispatch import Operator
 from kfo_ext.ops.operands import check_dimensions
+from kfo_ext.ops.torch_private import in_functorch
 from kfo_ext.ops.transform import autograd, reference
 from kfo_ext.ops.transform.autograd import Family
 from kfo_ext.ops.transform.checks import check
@@ -43,8 +44,9 @@ def transform(
         problems: the group; its `sides` say which factors are absent.
         bias: (tasks or 1, problems.bias.numel), added to each of the B matrices of a problem.
         backend: "auto" (see `kfo_ext.ops.dispatch.Operator.resolve`), "native" (compiled), "triton" (compiled at the
-            first call) or "reference" (plain torch). Under torch.func transforms and forward-mode AD every backend runs
-            plain torch, which has all their rules.
+            first call) or "reference" (plain torch). Under torch.func's grad, vjp and vmap, nested in any order, each
+            runs as it does without; in forward mode (`jvp`, `hessian`), under `functionalize`, and where torch.compile
+            traces a torch.func transform, every backend runs plain torch.
 
     Returns:
         Y: (tasks, problems.packing.numel), of G's dtype. Half types, and everything under autocast, compute in float32.
@@ -61,7 +63,8 @@ def transform(
 
     def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
         one_sided = problems.one_sided
-        if family is None or one_sided is not None:
+        # The compiled operator checks its operands itself, but under vmap it has those of all examples.
+        if family is None or one_sided is not None or in_functorch():
             check("transform", problems.columns, R, G, L, bias=bias)
         if one_sided is not None:
             out = one_sided.compute(partial(_product, family), R, G, L, adjoint=False)
@@ -81,7 +84,7 @@ def adjoint(R: Tensor, G: Tensor, L: Tensor, problems: Group, *, backend: str = 
     usual = _check(problems, (G, R, L))
 
     def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor) -> Tensor:
-        if family is None or problems.one_sided is not None:
+        if family is None or problems.one_sided is not None or in_functorch():
             check("adjoint", problems.columns, R, G, L)
         if problems.one_sided is not None:
             return problems.one_sided.compute(partial(_adjoint_product, family), R, G, L, adjoint=True)

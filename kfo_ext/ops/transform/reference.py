@@ -1,6 +1,6 @@
 """The transform in plain torch: short, right to any order, the ground truth of every kernel.
 
-It is also what `transform` runs under torch.func transforms and forward-mode AD.
+It is also what `transform` runs in forward mode, and under the other transforms that operators have no rules for.
 """
 
 from __future__ import annotations
