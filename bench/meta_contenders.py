@@ -9,7 +9,7 @@ from bench import meta_task_loops
 from bench.meta_case import Contender, MetaCase
 from bench.meta_jax import Jax
 from bench.meta_ours import Ours, OursCaptured
-from bench.meta_torch_func import TorchFunc
+from bench.meta_torch_func import TorchFunc, TorchFuncFast
 from kfo_ext.ops.dispatch import BACKENDS
 
 Factory = Callable[[MetaCase], Contender]
@@ -20,6 +20,7 @@ FUNCTIONAL: dict[str, Factory] = {
     "jax_vmap_patches": partial(Jax, tasks="vmap", patches=True),
     "jax_map_patches": partial(Jax, tasks="map", patches=True),
     "torch_func": TorchFunc,
+    "torch_func_ours": TorchFuncFast,
     "torch_func_compiled": partial(TorchFunc, compiled="inductor"),
 }
 FAST_LAYERS: dict[str, Factory] = {

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
+from torch.utils._pytree import tree_map
 
-from bench.meta_case import Gradients, MetaCase, plain_network
+from bench.meta_case import Gradients, MetaCase, SpatialMean, plain_network
+from kfo_ext import KFO
+from kfo_ext.functional import batch_norm_relu, conv2d
+
+# Meta-parameters as a tree of tensors.
+Phi = list[tuple[Tensor, Tensor]] | tuple[Tensor, ...]
 
 
 class ComposedBatchNorm(nn.Module):
@@ -36,10 +44,19 @@ class TorchFunc:
     def __init__(
         self, case: MetaCase, *, compiled: str | None = None, batch_norm: type[nn.Module] = ComposedBatchNorm
     ) -> None:
-        model = plain_network(case, batch_norm)
+        self._prepare(case, plain_network(case, batch_norm), case.factors or [], updates, compiled)
+
+    def _prepare(
+        self,
+        case: MetaCase,
+        model: nn.Module,
+        phi: Phi,
+        updates: Callable[[Phi, list[Tensor]], list[Tensor]],
+        compiled: str | None,
+    ) -> None:
         self.names = [name for name, _ in model.named_parameters()]
         self.theta = [parameter.detach() for parameter in model.parameters()]
-        self.phi = case.factors or []
+        self.phi = phi
         self.examples = (*case.batch.support, *case.batch.query)
         self.result: tuple | None = None
 
@@ -53,10 +70,7 @@ class TorchFunc:
                 if phi and last is not None:
                     # The same short cut as ours: the loss's gradient by phi, from the update's VJP at the last step.
                     products = vjp(lambda phi, last=last: updates(phi, last), phi)[1](G)[0]
-                    phi = [
-                        tuple(X + case.lr**2 * dX for X, dX in zip(pair, product))
-                        for pair, product in zip(phi, products)
-                    ]
+                    phi = tree_map(lambda X, dX: X + case.lr**2 * dX, phi, products)
                 U = updates(phi, G) if phi else G
                 theta = [X - case.lr * dX for X, dX in zip(theta, U)]
                 last = G
@@ -80,6 +94,57 @@ class TorchFunc:
             return list(self.result[0])
         theta, phi = self.result[0]
         return [*theta, *(X for pair in phi for X in pair)]
+
+
+class FastBlock(nn.Module):
+    """(images, height, width, channels): a block of the network by our operators, with torch's parameters in order."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = conv2d(x[None], self.conv.weight[None], stride=self.conv.stride[0], padding=self.conv.padding[0])[0]
+        y = y + self.conv.bias
+        rows = batch_norm_relu(y.flatten(0, 2)[None], self.norm.weight[None], self.norm.bias[None])[0]
+        return rows.unflatten(0, y.shape[:3])
+
+
+class ChannelsLast(nn.Module):
+    """(images, channels, height, width) -> (images, height, width, channels), or back."""
+
+    def __init__(self, *, back: bool = False) -> None:
+        super().__init__()
+        self.order = (0, 3, 1, 2) if back else (0, 2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)
+
+
+class TorchFuncFast(TorchFunc):
+    """The same program with our convolution, batch norm and, in place of `updates`, `KFO.rule`."""
+
+    def __init__(self, case: MetaCase) -> None:
+        *layers, head = plain_network(case, ComposedBatchNorm)
+        blocks = [FastBlock(conv, norm) for conv, norm in zip(layers[0:-1:3], layers[1:-1:3])]
+        model = nn.Sequential(ChannelsLast(), *blocks, ChannelsLast(back=True), SpatialMean(), head)
+        kfo = KFO(model.named_parameters())
+        self.problems = kfo.problems
+        phi: Phi = ()
+        if case.factors:
+            phi = tuple(torch.cat([X.reshape(1, -1) for X in side], dim=1) for side in zip(*case.factors))
+
+        def updates(phi: Phi, G: list[Tensor]) -> list[Tensor]:
+            return kfo.packing.unpack(kfo.rule(phi, kfo.packing.pack(G)), batched=False)
+
+        self._prepare(case, model, phi, updates, None)
+
+    def gradients(self) -> Gradients:
+        if not self.phi:
+            return super().gradients()
+        theta, (dR, dL) = self.result[0]
+        pairs = zip(self.problems.R.unpack(dR, batched=False), self.problems.L.unpack(dL, batched=False))
+        return [*theta, *(X for pair in pairs for X in pair)]
 
 
 def updates(phi: list[tuple[Tensor, Tensor]], G: list[Tensor]) -> list[Tensor]:

@@ -84,6 +84,7 @@ def require(name):
         ("kfo", "by_hand_fast_layers"),
         ("kfo", "jax_vmap"),
         ("kfo", "torch_func"),
+        pytest.param("kfo", "torch_func_ours", marks=needs_library),
         ("maml", "ours"),
         ("maml", "ours_user"),
         ("maml", "learn2learn"),
@@ -94,6 +95,7 @@ def require(name):
         ("maml", "higher"),
         ("maml", "jax_map_patches"),
         ("maml", "torch_func"),
+        pytest.param("maml", "torch_func_ours", marks=needs_library),
     ],
 )
 def test_meta_gradients_equal_the_trusted_ones(network, method, name):

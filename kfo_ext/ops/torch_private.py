@@ -37,7 +37,7 @@ _all_levels = _private(torch._C._functorch, "get_interpreter_stack")
 _exclude = _private(torch._C, "_ExcludeDispatchKeyGuard")
 _transforms = _private(pyfunctorch, "TransformType")
 _DERIVATIVES_AND_VMAP = (_transforms.Grad, _transforms.Vmap)
-_OF_VMAP = DispatchKeySet(DispatchKey.FuncTorchBatched).add(DispatchKey.FuncTorchVmapMode)
+_OF_VMAP = DispatchKeySet(DispatchKey.FuncTorchBatched)
 
 
 def below_vmap() -> Any:
