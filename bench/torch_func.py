@@ -39,7 +39,7 @@ def measure(network: str, method: str, options: argparse.Namespace) -> list[Row]
 def main(arguments: list[str] | None = None) -> int:
     """1 if a program gave a wrong loss or wrong meta-gradients, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", choices=CNNS, default=["omniglot_cnn2", "cifar_fs_cnn2"])
+    parser.add_argument("--networks", nargs="+", choices=CNNS, default=["omniglot_cnn2"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5, help="inner steps")

@@ -3,212 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import json
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
-import torch._dynamo
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_func_cases import (
+    COLUMNS,
+    EXAMPLES,
+    GRAPHS,
+    PROBLEMS,
+    TASKS,
+    Functorch,
+    Loops,
+    Seen,
+    operands,
+    plain_batch_norm,
+)
 
-from kfo_ext import Problems
+from bench import meta_case
+from bench import torch_func as bench_torch_func
+from kfo_ext import KFO
 from kfo_ext.functional import adjoint, batch_norm_relu, conv2d, transform
 from kfo_ext.ops import library
 
 pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="needs the compiled CPU library")
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
-EXAMPLES, TASKS = 3, 2
-
-
-class Seen(TorchDispatchMode):
-    """Counts the operators that run below all transforms, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.name().partition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-    def ours(self):
-        return {name for name in self.calls if name.startswith("kfo_ext::")}
-
-
-# The functions in the graphs that torch.compile has traced.
-GRAPHS: list[str] = []
-
-
-def traced(module, inputs):
-    GRAPHS.extend(str(node.target) for node in module.graph.nodes)
-    return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
-
-
-class Loops:
-    """torch.func's transforms in plain torch: torch.autograd.grad, and a loop over the examples."""
-
-    @staticmethod
-    def grad(function, argnums=None):
-        def gradients(*X):
-            leaves = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in X]
-            with torch.enable_grad():
-                value = function(*leaves)
-            return torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
-
-        return gradients
-
-    @staticmethod
-    def vmap(function, dims):
-        def mapped(*X):
-            size = next(x.shape[dim] for x, dim in zip(X, dims) if dim is not None)
-            results = [
-                function(*(x if dim is None else x.select(dim, i) for x, dim in zip(X, dims))) for i in range(size)
-            ]
-            return (
-                torch.stack(results) if isinstance(results[0], torch.Tensor) else tuple(map(torch.stack, zip(*results)))
-            )
-
-        return mapped
-
-    @staticmethod
-    def jacrev(function):
-        def rows(*X):
-            leaf = X[0].detach().requires_grad_()
-            y = function(leaf, *X[1:])
-            gradients = [torch.autograd.grad(e, leaf, retain_graph=True)[0] for e in y.reshape(-1)]
-            return torch.stack(gradients).reshape(y.shape + leaf.shape)
-
-        return rows
-
-    @staticmethod
-    def jvp(function, X, tangents):
-        return torch.autograd.functional.jvp(function, tuple(X), tuple(tangents))[1]
-
-    @staticmethod
-    def hessian(function):
-        def second(x):
-            leaf = x.detach().requires_grad_()
-            (g,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
-            rows = [torch.autograd.grad(e, leaf, retain_graph=True)[0] for e in g.reshape(-1)]
-            return torch.stack(rows).reshape(x.shape + x.shape)
-
-        return second
-
-    compile = staticmethod(lambda function: function)
-    functionalize = staticmethod(lambda function: function)
-
-
-class Functorch:
-    """The same of torch.func."""
-
-    vmap = staticmethod(lambda function, dims: torch.vmap(function, in_dims=dims))
-    jacrev = staticmethod(torch.func.jacrev)
-    hessian = staticmethod(torch.func.hessian)
-    functionalize = staticmethod(torch.func.functionalize)
-
-    @staticmethod
-    def grad(function):
-        return lambda *X: torch.func.grad(function, argnums=tuple(range(len(X))))(*X)
-
-    @staticmethod
-    def jvp(function, X, tangents):
-        return torch.func.jvp(function, tuple(X), tuple(tangents))[1]
-
-    @staticmethod
-    def compile(function):
-        torch._dynamo.reset()
-        return torch.compile(function, backend=traced, fullgraph=True)
-
-
-SHAPES = [(2, 2, 3), (1, 3, 2)]
-PROBLEMS = Problems(SHAPES)
-
-
-def plain_products(equation, R, G, L, bias=None):
-    out, r, g, k, b = [], 0, 0, 0, 0
-    for B, p, q in SHAPES:
-        left, right = R[:, r : r + p * p].unflatten(1, (p, p)), L[:, k : k + q * q].unflatten(1, (q, q))
-        left, right = left.expand(len(G), p, p), right.expand(len(G), q, q)
-        Y = torch.einsum(equation, left, G[:, g : g + B * p * q].unflatten(1, (B, p, q)), right)
-        if bias is not None:
-            Y = Y + bias[:, b : b + p * q].unflatten(1, (1, p, q))
-        out.append(Y.flatten(1))
-        r, g, k, b = r + p * p, g + B * p * q, k + q * q, b + p * q
-    return torch.cat(out, 1)
-
-
-def plain_conv2d(x, weight):
-    images = [F.conv2d(a.permute(0, 3, 1, 2), w, stride=2, padding=1) for a, w in zip(x, weight)]
-    return torch.stack(images).permute(0, 1, 3, 4, 2)
-
-
-def plain_batch_norm(x, weight, bias, relu):
-    tasks = []
-    for t in range(len(x)):
-        row = t if len(weight) > 1 else 0
-        d = x[t] - x[t].mean(0)
-        z = d / (d.square().mean(0) + 1e-2).sqrt() * weight[row] + bias[t if len(bias) > 1 else 0]
-        tasks.append(z.clamp(min=0) if relu else z)
-    return torch.stack(tasks)
-
-
-class Column(NamedTuple):
-    """An operator, what it is in plain torch, operands of all examples, and the dimension that each is mapped at."""
-
-    ours: object
-    plain: object
-    sizes: tuple
-    dims: tuple
-    kernels: str
-    reference_op: str
-
-
-GR, GL, GG, Gb = (
-    (1, PROBLEMS.R.numel),
-    (1, PROBLEMS.L.numel),
-    (TASKS, PROBLEMS.packing.numel),
-    (1, PROBLEMS.bias.numel),
-)
-by_task = "tki,tbkl,tlj->tbij"
-COLUMNS = {
-    "transform": Column(
-        lambda G, R, L: transform(R, G, L, PROBLEMS),
-        lambda G, R, L: plain_products(by_task, R, G, L),
-        (GG, GR, GL), (0, None, None), "transform", "aten::bmm",
-    ),
-    "transform, mapped factors": Column(
-        lambda G, R, L, bias: transform(R, G, L, PROBLEMS, bias=bias),
-        lambda G, R, L, bias: plain_products(by_task, R, G, L, bias),
-        (GG, (TASKS, GR[1]), GL, Gb), (None, -1, 1, 0), "transform", "aten::bmm",
-    ),
-    "adjoint": Column(
-        lambda G, R, L: adjoint(R, G, L, PROBLEMS),
-        lambda G, R, L: plain_products("tik,tbkl,tjl->tbij", R, G, L),
-        (GG, GR, (TASKS, GL[1])), (1, 0, None), "transform_backward", "aten::bmm",
-    ),
-    "conv2d": Column(
-        lambda x, w: conv2d(x, w, stride=2, padding=1), plain_conv2d,
-        ((TASKS, 2, 4, 3, 2), (TASKS, 3, 2, 3, 2)), (2, None), "conv2d", "aten::convolution",
-    ),
-    "conv2d, mapped weight": Column(
-        lambda w, x: conv2d(x, w, stride=2, padding=1), lambda w, x: plain_conv2d(x, w),
-        ((TASKS, 3, 2, 3, 2), (TASKS, 2, 4, 3, 2)), (-1, None), "conv2d", "aten::convolution",
-    ),
-    "conv2d, mapped both": Column(
-        lambda x, w: conv2d(x, w, stride=2, padding=1), plain_conv2d,
-        ((1, 2, 4, 3, 2), (1, 3, 2, 3, 2)), (0, 1), "conv2d", "aten::convolution",
-    ),
-    "batch_norm": Column(
-        lambda x, w, b: batch_norm_relu(x, w, b, eps=1e-2), partial(plain_batch_norm, relu=True),
-        ((TASKS, 5, 3), (1, 3), (1, 3)), (0, None, None), "batch_norm_relu", "aten::rsqrt",
-    ),
-    "batch_norm, mapped weight": Column(
-        lambda x, w, b: batch_norm_relu(x, w, b, eps=1e-2, relu=False), partial(plain_batch_norm, relu=False),
-        ((TASKS, 5, 3), (1, 3), (TASKS, 3)), (2, 1, None), "batch_norm_relu", "aten::rsqrt",
-    ),
-}  # fmt: skip
 
 
 # Of the transforms, the operator, a scalar of it, operands of one example, and those of all with their dimensions.
@@ -299,20 +123,6 @@ CELLS = [
 ]
 
 
-def operands(column, seed=0):
-    """Of one example, and of all."""
-    torch.manual_seed(seed)
-    X = []
-    for size, dim in zip(column.sizes, column.dims):
-        x = (
-            torch.randn(EXAMPLES, *size, dtype=torch.float64)
-            if dim is not None
-            else torch.randn(size, dtype=torch.float64)
-        )
-        X.append(x if dim is None else x.movedim(0, dim))
-    return [x if dim is None else x.select(dim, 0) for x, dim in zip(X, column.dims)], X
-
-
 def tensors(results):
     return results if isinstance(results, tuple) else (results,)
 
@@ -348,3 +158,298 @@ def test_programs_equal_loops_and_take_their_route(program, name, route):
         assert "grad" not in program or any("backward" in kernel or "conv2d_" in kernel for kernel in seen.ours())
     else:
         assert not seen.ours() and column.reference_op in seen.calls
+
+
+# A network of a convolution, batch norm + ReLU and a linear layer, and its whole meta-iteration.
+SIZES = {"conv": (4, 2, 3, 3), "norm.weight": (4,), "norm.bias": (4,), "head.weight": (3, 4), "head.bias": (3,)}
+
+
+def our_network(theta, x):
+    """x: (images, height, width, channels)."""
+    y = conv2d(x[None], theta["conv"][None], stride=2, padding=1)
+    rows = batch_norm_relu(y.flatten(1, 3), theta["norm.weight"][None], theta["norm.bias"][None], eps=1e-2)
+    features = rows[0].unflatten(0, y.shape[1:4]).mean((1, 2))
+    return F.linear(features, theta["head.weight"], theta["head.bias"])
+
+
+def plain_network(theta, x):
+    y = F.conv2d(x.permute(0, 3, 1, 2), theta["conv"], stride=2, padding=1).permute(0, 2, 3, 1)
+    rows = y.reshape(1, -1, 4)
+    rows = plain_batch_norm(rows, theta["norm.weight"][None], theta["norm.bias"][None], relu=True)
+    return F.linear(rows.reshape(y.shape).mean((1, 2)), theta["head.weight"], theta["head.bias"])
+
+
+def loss_of(network):
+    return lambda theta, x, y: F.cross_entropy(network(theta, x), y)
+
+
+def tasks_and_theta(tasks=3, dtype=torch.float64):
+    torch.manual_seed(0)
+    theta = {name: torch.randn(size, dtype=dtype) for name, size in SIZES.items()}
+    x = torch.randn(2, tasks, 6, 5, 5, 2, dtype=dtype)
+    return theta, x, torch.randint(3, (2, tasks, 6))
+
+
+class Updates(nn.Module):
+    """What functional_call can call: the updates of gradients."""
+
+    def __init__(self, kfo):
+        super().__init__()
+        self.kfo = kfo
+
+    def forward(self, gradients):
+        return self.kfo.transform(gradients)
+
+
+def random_kfo(theta, **options):
+    kfo = KFO(theta.items(), **options)
+    with torch.no_grad():
+        for parameter in kfo.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return kfo, {f"kfo.{name}": parameter.detach() for name, parameter in kfo.named_parameters()}
+
+
+def plain_updates(kfo, phi, G):
+    """R^T R g L^T L per parameter, by the shapes that KFO documents."""
+    R, L = phi["kfo.layers.0.R"][0], phi["kfo.layers.0.L"][0]
+    U, r, k = {}, 0, 0
+    for name, g in G.items():
+        B, p, q = (g.shape[0], g.shape[1], g[0, 0].numel()) if g.dim() > 2 else (1, g.shape[0], g[0].numel())
+        left, right = R[r : r + p * p].reshape(p, p), L[k : k + q * q].reshape(q, q)
+        U[name] = (left.mT @ left @ g.reshape(B, p, q) @ right.mT @ right).reshape(g.shape)
+        r, k = r + p * p, k + q * q
+    return U
+
+
+def test_gradients_of_each_example_of_a_network():
+    theta, x, y = tasks_and_theta()
+    with Seen() as seen:
+        found = torch.vmap(torch.func.grad(loss_of(our_network)), in_dims=(None, 0, 0))(theta, x[0], y[0])
+    assert {"kfo_ext::conv2d", "kfo_ext::conv2d_weight", "kfo_ext::batch_norm_relu_backward"} <= seen.ours()
+    assert "aten::convolution" not in seen.calls
+    for i in range(x.shape[1]):
+        leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        loss_of(plain_network)(leaves, x[0, i], y[0, i]).backward()
+        for name, leaf in leaves.items():
+            close(found[name][i], leaf.grad)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared_phi", "phi_per_task"])
+def test_a_meta_iteration_with_kfo(own):
+    """Two inner steps: the meta-gradients by theta and phi."""
+    theta, x, y = tasks_and_theta()
+    kfo, phi = random_kfo(theta)
+    count = x.shape[1]
+    if own:
+        phi = {name: torch.stack([value * (1 + i / 10) for i in range(count)]) for name, value in phi.items()}
+
+    def task_loss(theta, phi, x, y, query_x, query_y):
+        for _ in range(2):
+            G = torch.func.grad(loss_of(our_network))(theta, x, y)
+            U = functional_call(Updates(kfo), phi, (G,))
+            theta = {name: value - 0.1 * U[name] for name, value in theta.items()}
+        return loss_of(our_network)(theta, query_x, query_y)
+
+    def meta_loss(theta, phi):
+        dims = (None, 0 if own else None, 0, 0, 0, 0)
+        return torch.vmap(task_loss, in_dims=dims)(theta, phi, x[0], y[0], x[1], y[1]).mean()
+
+    with Seen() as seen:
+        d_theta, d_phi = torch.func.grad(meta_loss, argnums=(0, 1))(theta, phi)
+    assert {"kfo_ext::transform_backward", "kfo_ext::batch_norm_relu_double_backward"} <= seen.ours()
+    assert "aten::convolution" not in seen.calls
+    # One call for all tasks.
+    assert seen.calls["kfo_ext::conv2d"] < 4 * count + 6
+
+    theta = {name: value.requires_grad_() for name, value in theta.items()}
+    phi = {name: value.requires_grad_() for name, value in phi.items()}
+    total = 0
+    for i in range(count):
+        fast = theta
+        for _ in range(2):
+            inner = loss_of(plain_network)(fast, x[0, i], y[0, i])
+            gradients = torch.autograd.grad(inner, fast.values(), create_graph=True)
+            mine = {name: value[i] if own else value for name, value in phi.items()}
+            U = plain_updates(kfo, mine, dict(zip(fast, gradients)))
+            fast = {name: value - 0.1 * U[name] for name, value in fast.items()}
+        total = total + loss_of(plain_network)(fast, x[1, i], y[1, i]) / count
+    expected = torch.autograd.grad(total, (*theta.values(), *phi.values()))
+    for X, Y in zip((*d_theta.values(), *d_phi.values()), expected, strict=True):
+        close(X, Y)
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden_layers": 1}, {"max_factor": 3, "bias": True}], ids=str)
+@pytest.mark.parametrize("own", [False, True], ids=["shared_phi", "phi_per_task"])
+def test_rule_under_vmap_equals_rows(options, own):
+    theta, _, _ = tasks_and_theta()
+    kfo, _ = random_kfo(theta, **options)
+    phi = tuple(row.detach() for row in kfo.phi)
+    G = torch.randn(3, 1, kfo.packing.numel, dtype=torch.float64)
+    if own:
+        phi = tuple(torch.stack([row, row.sin(), row.cos()]) for row in phi)
+    value = lambda phi, g: kfo.rule(phi, g).pow(3).sum()  # noqa: E731
+    found = torch.vmap(torch.func.grad(value, argnums=(0, 1)), in_dims=(0 if own else None, 0))(phi, G)
+    for i in range(3):
+        mine = [(row[i] if own else row).clone().requires_grad_() for row in phi]
+        g = G[i].clone().requires_grad_()
+        expected = torch.autograd.grad(value(mine, g), (*mine, g))
+        for X, Y in zip((*found[0], found[1]), expected, strict=True):
+            close(X[i], Y)
+
+
+def test_kfo_called_with_a_loss():
+    """Right where the parameters are those of a transform; otherwise the error names the other way."""
+    theta, x, y = tasks_and_theta()
+    kfo, phi = random_kfo(theta)
+    phi = {name.removeprefix("kfo."): value for name, value in phi.items()}
+
+    def stepped(theta, phi):
+        inner = loss_of(our_network)(theta, x[0, 0], y[0, 0])
+        U = functional_call(kfo, phi, (inner, theta), {"create_graph": True})
+        return loss_of(our_network)({n: value - 0.1 * U[n] for n, value in theta.items()}, x[1, 0], y[1, 0])
+
+    found = torch.func.grad(stepped, argnums=(0, 1))(theta, phi)
+    leaves = [{n: value.clone().requires_grad_() for n, value in of.items()} for of in (theta, phi)]
+    expected = torch.autograd.grad(stepped(*leaves), [*leaves[0].values(), *leaves[1].values()])
+    for X, Y in zip((*found[0].values(), *found[1].values()), expected, strict=True):
+        close(X, Y)
+    with pytest.raises(ValueError, match=r"does not require a gradient; under torch\.func, call transform\(\)"):
+        torch.func.grad(stepped, argnums=1)(theta, phi)
+    # Leaves from outside take no part in the transform's own graph.
+    with pytest.raises(ValueError, match=r"the loss does not depend on it|it has no graph"):
+        torch.func.grad(lambda phi: stepped(leaves[0], phi))(phi)
+
+
+# What a mapped dimension may be, and where the operands come from.
+
+
+def test_bad_mapped_dimensions_are_named():
+    (G, R, L), (Gs, _, _) = operands(COLUMNS["transform"])
+    f = lambda G, R, L: transform(R, G, L, PROBLEMS)  # noqa: E731
+    with pytest.raises(ValueError, match=r"same size in the mapped dimension, got sizes \[3, 4\]"):
+        torch.vmap(f, in_dims=(0, 0, None))(Gs, R.expand(4, *R.shape), L)
+    with pytest.raises(ValueError, match="transform: R has 5 rows, but G has 2 tasks: expected 1 or that many"):
+        torch.vmap(f, in_dims=(0, None, None))(Gs, R.expand(5, -1), L)
+    with pytest.raises(ValueError, match="adjoint: L has 5 rows, but G has 2 tasks"):
+        torch.vmap(lambda g: adjoint(R, g, L.expand(5, -1), PROBLEMS))(Gs)
+    x, w = operands(COLUMNS["conv2d"])[0]
+    with pytest.raises(ValueError, match="weight: expected 2 tasks as x has, got 1"):
+        torch.vmap(lambda x: conv2d(x, w[:1]))(torch.stack([x, x]))
+    with pytest.raises(ValueError, match=r"G: expected 2 dimensions \(tasks, elements\)"):
+        torch.vmap(f, in_dims=(0, None, None))(G, R, L)
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_no_examples(name):
+    """A mapped dimension of size 0: results of no examples, and gradients of what they share are zeros."""
+    column = COLUMNS[name]
+    X = [x if dim is None else x.narrow(dim, 0, 0) for x, dim in zip(operands(column)[1], column.dims)]
+    one = column.ours(*operands(column)[0])
+    assert torch.vmap(column.ours, in_dims=column.dims)(*X).shape == (0, *one.shape)
+    scalar = lambda *P: column.ours(*P).square().sum()  # noqa: E731
+    each = torch.vmap(torch.func.grad(scalar, argnums=tuple(range(len(X)))), in_dims=column.dims)(*X)
+    assert [tuple(g.shape) for g in each] == [(0, *size) for size in column.sizes]
+    total = torch.func.grad(lambda *P: torch.vmap(scalar, in_dims=column.dims)(*P).sum(), argnums=tuple(range(len(X))))
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(total(*X), X, strict=True))
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_any_strides_and_no_grad(name):
+    column = COLUMNS[name]
+    _, X = operands(column)
+    scalar = lambda *P: column.ours(*P).pow(3).sum()  # noqa: E731
+    gradients = torch.vmap(torch.func.grad(scalar, argnums=tuple(range(len(X)))), in_dims=column.dims)
+    expected = gradients(*X)
+    strided = [x.mT.contiguous().mT.repeat_interleave(2, -1)[..., ::2] for x in X]
+    with torch.no_grad():
+        for found in (gradients(*strided), gradients(*(x.requires_grad_() for x in strided))):
+            for Y, Z in zip(found, expected, strict=True):
+                close(Y, Z)
+                assert not Y.requires_grad
+    constant = lambda *P: torch.no_grad()(column.ours)(*P).sum() + P[0].sum()  # noqa: E731
+    assert torch.equal(
+        torch.func.grad(constant)(*operands(column)[0]), torch.ones(column.sizes[0], dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("name", ["transform", "conv2d", "batch_norm"])
+def test_float32_half_types_and_autocast(name):
+    column = COLUMNS[name]
+    X = [x.float() for x in operands(column)[1]]
+    scalar = lambda *P: column.ours(*P).float().square().sum()  # noqa: E731
+    each = torch.vmap(torch.func.grad(scalar, argnums=tuple(range(len(X)))), in_dims=column.dims)
+
+    def loop(*P):
+        return Loops.vmap(Loops.grad(scalar), column.dims)(*P)
+
+    for Y, Z in zip(each(*X), loop(*X), strict=True):
+        torch.testing.assert_close(Y, Z, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = each(*X), loop(*X)
+    for Y, Z in zip(found, expected, strict=True):
+        assert Y.dtype == torch.float32
+        torch.testing.assert_close(Y, Z, rtol=0.05, atol=0.05)
+    half = [x.bfloat16() for x in X]
+    for Y, Z in zip(each(*half), loop(*half), strict=True):
+        assert Y.dtype == torch.bfloat16
+        torch.testing.assert_close(Y, Z, rtol=0.02, atol=0.02)
+    with pytest.raises(TypeError, match=r"expected torch\.float32 as"):
+        each(X[0], *(x.double() for x in X[1:]))
+
+
+def test_a_shared_factor_is_one_row_for_all_examples():
+    """vmap hands it to the operator as it is; the rows of each example are made where each has its own gradient."""
+    _, (G, R, L) = operands(COLUMNS["transform"])
+    rows = []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "kfo_ext":
+                rows.append((func.name(), len(args[0]), len(args[2])))
+            return func(*args, **(kwargs or {}))
+
+    f = lambda G, R, L: transform(R, G, L, PROBLEMS).square().sum()  # noqa: E731
+    with Rows():
+        torch.func.grad(lambda *X: torch.vmap(f, in_dims=(0, None, None))(*X).sum(), argnums=(0, 1, 2))(G, R, L)
+        torch.vmap(torch.func.grad(f), in_dims=(0, None, None))(G, R, L)
+        torch.vmap(torch.func.grad(f, argnums=1), in_dims=(0, None, None))(G, R, L)
+    together, backward = "kfo_ext::transform", "kfo_ext::transform_backward"
+    assert rows == [
+        *((together, 1, 1), (backward, 1, 1)) * 2,
+        (together, 1, 1),
+        (backward, EXAMPLES * TASKS, 1),
+    ]
+
+
+def test_batched_cotangents_of_a_graph_made_outside():
+    """vmap over torch.autograd.grad, a Jacobian row by row."""
+    for column in COLUMNS.values():
+        X = [x.requires_grad_() for x in operands(column)[0]]
+        y = column.ours(*X)
+        rows = torch.randn(4, *y.shape, dtype=torch.float64)
+        pull = lambda dy: torch.autograd.grad(y, X, dy, retain_graph=True)  # noqa: B023, E731
+        with Seen() as seen:
+            found = torch.vmap(pull)(rows)
+        assert seen.ours()
+        for X_i, Y in zip(found, Loops.vmap(pull, (0,))(rows), strict=True):
+            close(X_i, Y)
+
+
+def test_forward_mode_over_a_pullback_made_outside_is_refused():
+    (G, R, L), _ = operands(COLUMNS["transform"])
+    _, pull = torch.func.vjp(lambda G: transform(R, G, L, PROBLEMS), G)
+    with pytest.raises(NotImplementedError, match=r"call kfo_ext\.transform inside them"):
+        torch.func.jvp(pull, (G,), (G,))
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries that are not ours
+def test_the_benchmark_in_small(tmp_path, monkeypatch):
+    small = meta_case.Network(2, in_channels=1, image_size=8, stride=2, hidden=4, ways=3)
+    monkeypatch.setitem(meta_case.NETWORKS, "omniglot_cnn2", small)
+    out = tmp_path / "torch_func.json"
+    assert bench_torch_func.main(["--tasks", "2", "--steps", "2", "--repeats", "2", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["contender"], row["status"]) for row in rows] == [
+        (method, program, "ok") for method in meta_case.METHODS for program in bench_torch_func.PROGRAMS
+    ]
+    assert all(row["speed_up"] > 0 for row in rows if row["contender"] == bench_torch_func.OURS)

@@ -8,7 +8,7 @@ all tasks, unless each example is to have a derivative of its own by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,16 @@ def apart(X: Tensor, examples: int, tasks: int, rows: int | None = None) -> Tens
     """(examples, tasks, ...) of (examples * tasks, ...), where rows is 1 their sum over the tasks of each example."""
     X = X.reshape(examples, tasks, *X.shape[1:])
     return X if rows is None or rows == tasks else X.sum(1, keepdim=True)
+
+
+def apart_where(
+    need: Sequence[bool], gradients: Sequence[Tensor], operands: Sequence[Operand], examples: int, tasks: int
+) -> tuple[Tensor, ...]:
+    """`apart` of each gradient, by an operand with as many rows; those that are not needed stay empty."""
+    return tuple(
+        apart(gradient, examples, tasks, X.shape[0]) if needed else gradient
+        for gradient, X, needed in zip(gradients, operands, need, strict=True)
+    )
 
 
 # Of the number of examples and the operator's arguments; results have the examples in front.

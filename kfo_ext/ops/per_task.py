@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _unwrap_batched
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 
 from kfo_ext.ops.batch_norm.op import batch_norm_relu
 from kfo_ext.ops.conv2d.op import conv2d as tasks_conv2d
+from kfo_ext.ops.torch_private import add_batch_dim, unwrap_batched
 
 
 def _all_tasks(function: Callable, *operands: Any) -> Tensor:
@@ -28,10 +28,10 @@ def _all_tasks(function: Callable, *operands: Any) -> Tensor:
     if not isinstance(interpreter, VmapInterpreter):
         raise RuntimeError("per_task: expected to be called under torch.func.vmap, innermost")
     level = interpreter.level()
-    pairs = [_unwrap_batched(X, level) if isinstance(X, Tensor) else (X, None) for X in operands]
+    pairs = [unwrap_batched(X, level) if isinstance(X, Tensor) else (X, None) for X in operands]
     with interpreter.lower():
         y = function(interpreter.batch_size(), *pairs)
-    return _add_batch_dim(y, 0, level)
+    return add_batch_dim(y, 0, level)
 
 
 class Statistics:

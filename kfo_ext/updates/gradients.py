@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfo_ext.ops.torch_private import transformed
 from kfo_ext.packing import Packing, listed, some
 
 
@@ -52,8 +53,9 @@ def gradients(
                 "they come in the order given to the constructor"
             )
         if not parameter.requires_grad and not allow_nograd:
+            functional = "under torch.func, call transform() with gradients that torch.func.grad has computed; "
             raise ValueError(
-                f"parameters[{name!r}]: does not require a gradient; "
+                f"parameters[{name!r}]: does not require a gradient; {functional if transformed() else ''}"
                 "allow_nograd=True gives it no update instead of this error"
             )
     return differentiated(

@@ -8,7 +8,7 @@ derivative by x holds what goes through them: as operands of their own they have
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -132,15 +132,14 @@ def _third_order(
 
     # By torch.func: under its transforms, torch.autograd.grad could not be given operands of its own.
     def first(x: Tensor, weight: Tensor, dy: Tensor, bias: Tensor, dd: tuple[Tensor | None, ...]) -> Tensor:
-        _, pull = vjp(lambda *P: reference.batch_norm_relu(*P, eps, relu), x, weight, bias)
+        pull = vjp(partial(reference.batch_norm_relu, eps=eps, relu=relu), x, weight, bias)[1]
         return _paired(dd, pull(dy))
 
     def second(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *dd: Tensor | None) -> Tensor:
         return _paired(cotangents, grad(first, argnums=(0, 1, 2))(x, weight, dy, bias, dd))
 
-    given = (*operands, *dd)
-    wanted = tuple(i for i, (X, need) in enumerate(zip(given, needed)) if need and X is not None)
-    gradients = iter(grad(second, argnums=wanted)(*given))
+    wanted = tuple(i for i, (X, need) in enumerate(zip((*operands, *dd), needed)) if need and X is not None)
+    gradients = iter(grad(second, argnums=wanted)(*operands, *dd))
     return [next(gradients) if need else None for need in needed]
 
 

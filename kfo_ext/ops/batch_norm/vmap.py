@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kfo_ext.ops.mapping import Operand, Rule, alike, apart
+from kfo_ext.ops.mapping import Operand, Rule, alike, apart, apart_where
 
 if TYPE_CHECKING:
     from kfo_ext.ops.batch_norm.autograd import BatchNormFamily
@@ -39,10 +39,7 @@ def rules(family: BatchNormFamily) -> tuple[Rule, Rule, Rule]:
         (rows_weight,) = alike(examples, tasks, need[1], weight)
         (rows_bias,) = alike(examples, tasks, need[2], bias)
         gradients = family.backward(rows_x, rows_weight, rows_bias, rows_mean, rows_rstd, rows_dy, relu, need)
-        return tuple(
-            apart(gradient, examples, tasks, X.shape[0]) if needed else gradient
-            for gradient, X, needed in zip(gradients, (x, weight, bias), need)
-        )
+        return apart_where(need, gradients, (x, weight, bias), examples, tasks)
 
     def double_backward(
         examples: int,
@@ -67,9 +64,6 @@ def rules(family: BatchNormFamily) -> tuple[Rule, Rule, Rule]:
             rows_x, rows_weight, rows_bias, rows_mean, rows_rstd, rows_dy, rows_ddx, rows_ddweight, rows_ddbias,
             relu, need,
         )  # fmt: skip
-        return tuple(
-            apart(gradient, examples, tasks, X.shape[0]) if needed else gradient
-            for gradient, X, needed in zip(gradients, (x, weight, dy), need)
-        )
+        return apart_where(need, gradients, (x, weight, dy), examples, tasks)
 
     return forward, backward, double_backward

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def _joined(X: Operand, examples: int, dim: int) -> Tensor:
     """(tasks, ..., examples * n, ...): the examples join dimension `dim` of each, of size n."""
-    X = X.of_each(examples).movedim(0, dim)
-    return X.flatten(dim, dim + 1)
+    return X.of_each(examples).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _split(Y: Tensor, examples: int, dim: int) -> Tensor:

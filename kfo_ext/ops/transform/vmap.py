@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kfo_ext.ops.mapping import Operand, Rule, alike, apart
+from kfo_ext.ops.mapping import Operand, Rule, alike, apart, apart_where
 
 if TYPE_CHECKING:
     from kfo_ext.ops.transform.autograd import Family
@@ -30,10 +30,7 @@ def rules(family: Family) -> tuple[Rule, Rule, Rule]:
         rows_R, rows_L = (alike(examples, tasks, needed, X)[0] for X, needed in ((R, need[0]), (L, need[2])))
         rows_G, rows_dY = (X.folded(examples, tasks) for X in (G, dY))
         gradients = family.backward(rows_R, rows_G, rows_L, rows_dY, shapes, need)
-        return tuple(
-            apart(gradient, examples, tasks, X.shape[0]) if needed else gradient
-            for gradient, X, needed in zip(gradients, (R, G, L), need)
-        )
+        return apart_where(need, gradients, (R, G, L), examples, tasks)
 
     def double_backward(
         examples: int,
@@ -52,9 +49,6 @@ def rules(family: Family) -> tuple[Rule, Rule, Rule]:
         rows_L, rows_ddL = alike(examples, tasks, need[2], L, ddL)
         rows_G, rows_dY, rows_ddG = (None if X is None else X.folded(examples, tasks) for X in (G, dY, ddG))
         gradients = family.double_backward(rows_R, rows_G, rows_L, rows_dY, rows_ddR, rows_ddG, rows_ddL, shapes, need)
-        return tuple(
-            apart(gradient, examples, tasks, X.shape[0]) if needed else gradient
-            for gradient, X, needed in zip(gradients, (R, G, L, dY), need)
-        )
+        return apart_where(need, gradients, (R, G, L, dY), examples, tasks)
 
     return transform, backward, double_backward
