@@ -371,25 +371,6 @@ def test_opcheck(shared, layout):
     torch.library.opcheck(BATCH_NORM.double_backward, (*state, None, dd[1], None, True, [True, False, True]))
 
 
-FUNC_PROGRAMS = {
-    "grad": lambda f: torch.func.grad(lambda *P: (f(*P) ** 2).sum(), argnums=(0, 1, 2)),
-    "vmap(grad)": lambda f: (
-        lambda x, w, b: torch.vmap(lambda X: torch.func.grad(lambda Y: (f(Y, w, b) ** 2).sum())(X))(
-            torch.stack([x, -x])
-        )
-    ),
-    "jvp": lambda f: lambda *P: torch.func.jvp(f, P, tuple(value.cos() for value in P))[1],
-    "hessian": lambda f: lambda x, w, b: torch.func.hessian(lambda W: (f(x, W, b) ** 2).sum())(w),
-}
-
-
-@pytest.mark.parametrize("program", FUNC_PROGRAMS)
-def test_torch_func_equals_plain_torch(program):
-    X = draw((2, 5, 3))[:3]
-    plain = lambda *P: reference.batch_norm_relu(*P, EPS)  # noqa: E731
-    torch.testing.assert_close(FUNC_PROGRAMS[program](batch_norm_relu)(*X), FUNC_PROGRAMS[program](plain)(*X))
-
-
 def test_forward_mode_equals_plain_torch():
     X = draw((2, 5, 3))[:3]
     tangents = []

@@ -81,6 +81,13 @@ class Loops:
     def jvp(function, X, tangents):
         return torch.autograd.functional.jvp(function, tuple(X), tuple(tangents))[1]
 
+    linearize = jvp
+
+    @staticmethod
+    def vjp(function, X, cotangent):
+        leaves = [x.detach().requires_grad_() for x in X]
+        return torch.autograd.grad(function(*leaves), leaves, cotangent)
+
     @staticmethod
     def hessian(function):
         def second(x):
@@ -110,6 +117,14 @@ class Functorch:
     @staticmethod
     def jvp(function, X, tangents):
         return torch.func.jvp(function, tuple(X), tuple(tangents))[1]
+
+    @staticmethod
+    def linearize(function, X, tangents):
+        return torch.func.linearize(function, *X)[1](*tangents)
+
+    @staticmethod
+    def vjp(function, X, cotangent):
+        return torch.func.vjp(function, *X)[1](cotangent)
 
     @staticmethod
     def compile(function):
