@@ -31,7 +31,7 @@ ALLOWED = {
     "runs": {"lazy", "machine"},
     "testing": {"ops", "problems", "networks"},
     "trainer": {"choices", "lazy", "machine", "runs", "adapt", "updates", "tasks", "networks"},
-    "interop": {"updates"},
+    "interop": {"functional", "packing", "problems", "updates"},
     "doctor": {"machine", "ops", "testing", "version"},
     "demo": {"trainer", "runs", "choices"},
     "bench": {

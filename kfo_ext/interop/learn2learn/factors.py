@@ -1,56 +1,12 @@
-"""learn2learn beside kfo_ext: a light import, our update in its LearnableOptimizer, and the map between the factors.
-
-          learn2learn                        kfo_ext
-plain     left X right                       R^T G L             left = R^T    right = L
-psd       left^T left X right^T right        R^T R G L^T L       left = R      right = L
-
-MetaCurvatureTransform names its matrices by the other convention: mc_in is our M_o, of the first dimension, and mc_out
-our M_i, of the second.
-"""
+"""The factors and matrices of learn2learn's transforms, one after the other, as views and copied in place."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Iterable
-from functools import partial
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from kfo_ext.updates import KFO
-
-RECIPE = (
-    "learn2learn is not installed. Its source distribution needs Cython at build time:\n"
-    "  pip install cython setuptools wheel\n"
-    "  pip install --no-build-isolation --use-pep517 --no-deps --no-binary learn2learn"
-    " --config-settings=--global-option=build_ext learn2learn==0.2.0"
-)
-
-
-def light_import() -> ModuleType:
-    """Return learn2learn, or only its utils, nn, optim and algorithms where its other requirements are missing.
-
-    The light module is left in `sys.modules`; it needs torch and numpy, and has no data, gym, text or vision.
-
-    Raises:
-        ImportError: learn2learn is not installed; the message holds the commands that install it.
-    """
-    loaded = sys.modules.get("learn2learn")
-    if loaded is not None:
-        return loaded
-    spec = _find_spec()
-    if spec is None:
-        raise ImportError(RECIPE)
-    try:
-        return importlib.import_module("learn2learn")
-    # torchvision raises RuntimeError beside a torch it was not built for, gym AttributeError under a new numpy.
-    except (ImportError, RuntimeError, AttributeError):
-        return _import_core(spec)
 
 
 def kronecker_factors(left: Tensor, right: Tensor, *, psd: bool) -> tuple[Tensor, Tensor]:
@@ -111,7 +67,7 @@ def meta_curvature_from(update: nn.Module) -> list[tuple[Tensor, ...] | None]:
     Raises:
         TypeError: a transform is another one.
     """
-    return [None if layer is None else _curvature_of(layer) for layer in _layers(update)]
+    return [None if layer is None else meta_curvature_of(layer) for layer in _layers(update)]
 
 
 @torch.no_grad()
@@ -143,60 +99,6 @@ def meta_curvature_to(update: nn.Module, matrices: Iterable[tuple[Tensor, ...] |
             into.copy_(value)
 
 
-class GradientTransform(nn.Module):
-    """A KFO of one parameter, from gradient to update: what learn2learn's LearnableOptimizer calls for each parameter.
-
-    parameter: a bias, linear or convolution weight
-    options: as for `KFO`
-    """
-
-    def __init__(self, parameter: Tensor, **options: Any) -> None:
-        super().__init__()
-        self.update = KFO([parameter], **options)
-
-    def forward(self, gradient: Tensor) -> Tensor:
-        """Return the update, of the gradient's shape."""
-        if not isinstance(gradient, Tensor):
-            raise TypeError(f"gradient: expected a tensor, got {type(gradient).__name__}")
-        return cast(Tensor, self.update.transform([gradient])[0])
-
-
-def gradient_transform(**options: Any) -> Callable[[Tensor], GradientTransform]:
-    """Return what makes a `GradientTransform` of each parameter: `LearnableOptimizer(model, gradient_transform())`.
-
-    options: as for `KFO`
-    """
-    return partial(GradientTransform, **options)
-
-
-def _find_spec() -> ModuleSpec | None:
-    try:
-        return importlib.util.find_spec("learn2learn")
-    except ValueError:  # sys.modules["learn2learn"] is None: its import is blocked
-        return None
-
-
-def _import_core(spec: ModuleSpec) -> ModuleType:
-    _forget()
-    module = ModuleType("learn2learn")
-    module.__path__ = list(spec.submodule_search_locations or ())
-    sys.modules["learn2learn"] = module
-    try:
-        utils = importlib.import_module("learn2learn.utils")
-        vars(module).update({name: value for name, value in vars(utils).items() if not name.startswith("_")})
-        for name in ("nn", "optim", "algorithms"):
-            importlib.import_module(f"learn2learn.{name}")
-    except BaseException:
-        _forget()
-        raise
-    return module
-
-
-def _forget() -> None:
-    for name in [name for name in sys.modules if name == "learn2learn" or name.startswith("learn2learn.")]:
-        del sys.modules[name]
-
-
 def _kronecker_layers(update: Any) -> list[Any]:
     # learn2learn wraps each in a ReshapedTransform.
     layers = [getattr(transform, "transform", transform) for transform in _layers(update)]
@@ -211,7 +113,8 @@ def _layers(update: Any) -> list[Any]:
     return [None if index is None else update.transforms_modules[index] for index in update.transforms_indices]
 
 
-def _curvature_of(layer: Any) -> tuple[Tensor, ...]:
+def meta_curvature_of(layer: Any) -> tuple[Tensor, ...]:
+    """(m,), (M_o, M_i) or (M_o, M_i, M_f) of one MetaCurvatureTransform, as views."""
     names = {1: ("mc",), 2: ("mc_in", "mc_out"), 4: ("mc_in", "mc_out", "mc_f")}.get(getattr(layer, "dim", 0))
     if names is None or not all(hasattr(layer, name) for name in names):
         raise TypeError(f"update: expected MetaCurvatureTransform, got {type(layer).__name__}")
