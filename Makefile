@@ -14,13 +14,17 @@ CONSTRAINT := --constraint $(STAMPS)/torch.txt
 LEARN2LEARN := --no-build-isolation --use-pep517 --no-deps --no-binary learn2learn \
 	--config-settings=--global-option=build_ext learn2learn==0.2.0
 
+# Whose examples run where they install; without dependencies, as they must not bring another torch.
+LOOPS := torchopt higher optree graphviz
+
 SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test experiments sanitize docs test-wheel test-cuda-load wheel lint format clean help
+.PHONY: demo test test-peers experiments sanitize docs test-wheel test-cuda-load wheel lint format clean help
 
 help:
 	@echo "make demo    build everything, meta-train MAML and KFO on the default tasks (5 minutes)"
 	@echo "make test    build everything, run the tests"
+	@echo "make test-peers   learn2learn's own unit tests with our classes in their places (downloads its source, 7 MB)"
 	@echo "make experiments   two meta-iterations of every table and figure of the paper whose data is in \$$KFO_DATA (5 minutes)"
 	@echo "make sanitize   the CPU kernels over their cases under AddressSanitizer and UBSan (3 minutes, needs GCC's libasan)"
 	@echo "make docs    build the documentation site into build/site, strictly and offline (10 seconds)"
@@ -34,6 +38,10 @@ demo: $(STAMPS)/package
 
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder python_tests
+
+# Nothing of learn2learn stays: its tests are read from the source distribution into a temporary folder.
+test-peers: $(STAMPS)/test
+	$(BIN)/python -m python_tests.learn2learn_tests
 
 # What the paper's tables and figures begin with: nobody keeps the results.
 experiments: $(STAMPS)/test
@@ -108,6 +116,7 @@ $(STAMPS)/test: $(STAMPS)/build $(SOURCES)
 	$(PIP) $(CONSTRAINT) --no-build-isolation --editable '.[test]'
 	$(PIP) cython
 	$(PIP) $(LEARN2LEARN)
+	-$(PIP) --no-deps $(LOOPS)
 	@touch $(STAMPS)/package $@
 
 # With what the package imports, whose types mypy reads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -12,17 +13,31 @@ from deadlines import seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "experiments" / "examples").glob("*.py"))
-NAMES = {"adapt_and_save", "hand_written_loop", "hypergradient", "own_data", "own_network", "regression"}
+# What each needs beside torch.
+NEEDS = {
+    "adapt_and_save": None,
+    "gbml": None,
+    "hand_written_loop": None,
+    "higher_loop": "higher",
+    "hypergradient": None,
+    "own_data": None,
+    "own_network": None,
+    "regression": None,
+    "torchopt_loop": "torchopt",
+}
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} >= NAMES
+    assert {path.stem for path in EXAMPLES} >= set(NEEDS)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path):
     """In a process of its own, in another folder, where a warning is an error."""
     assert len(path.read_text().splitlines()) < 80
+    needed = NEEDS.get(path.stem)
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed: pip install --no-deps {needed}")
     done = subprocess.run(
         [sys.executable, "-W", "error", path, "2"], capture_output=True, text=True, cwd=tmp_path, timeout=seconds(120)
     )
