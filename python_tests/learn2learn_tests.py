@@ -103,14 +103,13 @@ def run(folder: Path) -> int:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             suite = unittest.defaultTestLoader.loadTestsFromModule(module)
-            result = unittest.TextTestRunner(verbosity=2).run(suite)
+            result = unittest.TextTestRunner(sys.stdout, verbosity=2).run(suite)
         wrong = len(result.failures) + len(result.errors)
         right = result.testsRun > 0 and not wrong and not result.skipped and made[name] > 0
         failed += not right
-        print(
+        sys.stdout.write(
             f"{path}: {result.testsRun} ran, {wrong} failed, {len(result.skipped)} skipped; "
-            f"{made[name]} objects of kfo_ext.interop.learn2learn.{name}: {'passed' if right else 'FAILED'}",
-            flush=True,
+            f"{made[name]} objects of kfo_ext.interop.learn2learn.{name}: {'passed' if right else 'FAILED'}\n"
         )
     return failed
 

@@ -52,6 +52,7 @@ def replace_parameters(module: nn.Module, values: Iterable[Tensor | None]) -> No
 
 
 def _refresh(module: nn.Module) -> None:
-    # A recurrent layer keeps its weights in a list too, which its _apply makes anew.
-    if hasattr(module, "flatten_parameters"):
-        module._apply(lambda X: X)
+    # A recurrent layer of torch keeps its weights in a list too, which a copy must not share.
+    names = getattr(module, "_flat_weights_names", None)
+    if names is not None:
+        module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]
