@@ -48,7 +48,7 @@ TRANSFORMS = {
         kronecker(psd=False, bias=True),
         ours.KroneckerTransform(l2l.nn.KroneckerLinear, bias=True, psd=False),
     ),
-    "kronecker, theirs": (kronecker(), kronecker()),
+    "kronecker, theirs": (kronecker(psd=False, bias=True), kronecker(psd=False, bias=True)),
     "curvature": (l2l.optim.MetaCurvatureTransform, ours.MetaCurvatureTransform),
     "curvature, theirs": (l2l.optim.MetaCurvatureTransform, l2l.optim.MetaCurvatureTransform),
     "scale": (lambda p: l2l.nn.Scale(p.shape), ours.gradient_transform(MetaSGD)),
@@ -66,11 +66,13 @@ def close(got, expected):
 
 
 def network():
-    """Parameters of one, two and four dimensions, one of them used twice."""
+    """Parameters of one, two and four dimensions; a layer is used twice, and a bias by two layers."""
     torch.manual_seed(1)
-    square = nn.Linear(6, 6)
+    square, head = nn.Linear(6, 6), nn.Linear(6, 4)
     layers = [nn.Conv2d(2, 3, (2, 3)), nn.BatchNorm2d(3, track_running_stats=False), nn.Tanh(), nn.Flatten()]
-    return nn.Sequential(*layers, square, nn.Tanh(), square, nn.Linear(6, 4)).double()
+    model = nn.Sequential(*layers, square, nn.Tanh(), square, nn.Linear(6, 6), head).double()
+    model[7].bias = square.bias
+    return model
 
 
 def task(seed, n=5):
@@ -143,6 +145,15 @@ def test_gbml_in_first_order_and_for_every_clone_anew():
             clone.adapt(loss_of(clone, seed))
         loss_of(clone, 9).backward()
         found.append([p.grad for p in learner.module.parameters()])
+    close(*found)
+    found = []
+    for learner in (gbml, other):
+        clone = learner.clone()
+        clone.adapt(loss_of(clone, 0))
+        # A clone begins anew: its first step adapts no factors.
+        again = clone.clone()
+        again.adapt(loss_of(again, 1))
+        found.append([p.detach() for p in again.module.parameters()])
     close(*found)
     clone = gbml.clone(first_order=True)
     with pytest.raises(ValueError, match=r"^first_order: expected False with adapt_transform.*first_order=True\) does"):
@@ -269,7 +280,7 @@ def test_a_transform_for_some_parameters():
         {model[7]: ours.gradient_transform(MetaCurvature), model[4].weight: kronecker()}
     )
     mine, other = (library.ParameterUpdate(model.parameters(), made).double() for library in (ours, l2l.optim))
-    assert [type(part).__name__ for part in mine.transforms].count("NoneType") == 5
+    assert [type(part).__name__ for part in mine.transforms].count("NoneType") == 6
     found = [rule(loss_of(model, 0), list(model.parameters())) for rule in (mine, other)]
     close(*found)
 
@@ -418,8 +429,8 @@ def test_each_holder_of_transforms_is_read():
     for holder in holders:
         update = ours.from_learn2learn(holder.double(), model.named_parameters())
         assert type(update) is KFO and update.has_bias
-    # A layer that is used twice, its MetaSGD would move twice.
-    model[6] = nn.Identity()
+    # Without what is used twice, which its MetaSGD takes apart.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).double()
     rates = l2l.algorithms.MetaSGD(model, lr=0.25)
     with torch.no_grad():
         for rate in rates.lrs:

@@ -35,7 +35,6 @@ def _cloned(module: nn.Module, made: dict[int, Any]) -> nn.Module:
             if id(X) not in made:
                 made[id(X)] = X.clone()
             clones[name] = made[id(X)]
-    _refresh(copy)
     return copy
 
 
@@ -45,14 +44,4 @@ def replace_parameters(module: nn.Module, values: Iterable[Tensor | None]) -> No
     new = {id(parameter): value for parameter, value in zip(old, values, strict=True) if value is not None}
     for part in module.modules():
         own = cast("dict[str, Tensor | None]", part._parameters)
-        found = {name: new[id(X)] for name, X in own.items() if id(X) in new}
-        own.update(found)
-        if found:
-            _refresh(part)
-
-
-def _refresh(module: nn.Module) -> None:
-    # A recurrent layer of torch keeps its weights in a list too, which a copy must not share.
-    names = getattr(module, "_flat_weights_names", None)
-    if names is not None:
-        module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]
+        own.update({name: new[id(X)] for name, X in own.items() if id(X) in new})
