@@ -96,10 +96,18 @@ def meta_loss(learner, tasks=2, steps=STEPS):
     return torch.stack(losses).mean()
 
 
+def shells(update):
+    return [(name, torch.empty(shape).double()) for name, shape in zip(update.packing.names, update.packing.shapes)]
+
+
 def same_numbers(update, theirs):
     """Other numbers than at the start, the same in our ParameterUpdate and in learn2learn's; which holds them then."""
     if update.update is None:
         return theirs
+    # Both were made with the same options, and start alike.
+    start = ours.from_learn2learn(theirs, shells(update))
+    assert start.options() == update.update.options()
+    assert all(torch.equal(row, other) for row, other in zip(start.phi, update.update.phi, strict=True))
     randomised(update.update)
     return ours.to_learn2learn(update.update)
 
@@ -113,8 +121,7 @@ def close_gradients(update, theirs):
     with torch.no_grad():
         for into, parameter in zip(gradients.parameters(), theirs.parameters(), strict=True):
             into.copy_(parameter.grad)
-    shells = [(name, torch.empty(shape).double()) for name, shape in zip(update.packing.names, update.packing.shapes)]
-    converted = ours.from_learn2learn(gradients, shells)
+    converted = ours.from_learn2learn(gradients, shells(update))
     close([row.grad for row in update.update.phi], [row.detach() for row in converted.phi])
 
 
@@ -333,7 +340,7 @@ def test_learnable_optimizer_equals_learn2learns(theirs, mine):
     optimizer = ours.LearnableOptimizer(models[0], mine, LR)
     other = l2l.optim.LearnableOptimizer(models[1], theirs, LR).double()
     if optimizer.update.update is not None:
-        other.transforms = same_numbers(optimizer.update, None).transforms_modules
+        other.transforms = same_numbers(optimizer.update, other).transforms_modules
     both = [(*pair, torch.optim.SGD(pair[1].parameters(), 0.3)) for pair in zip(models, (optimizer, other))]
     for seed in range(4):
         for model, metaopt, outer in both:
