@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -11,6 +13,7 @@ import learn2learn_tests
 import pytest
 import torch
 import torch.nn.functional as F
+from deadlines import seconds
 from pages import DOCS, examples, run_example
 from torch import nn
 from torch.func import functional_call
@@ -138,6 +141,26 @@ def test_gbml_equals_learn2learns(theirs, mine, adapt):
     expected.backward()
     close([p.grad for p in model.parameters()], [p.grad for p in other.module.parameters()])
     close_gradients(learner.compute_update, other.compute_update)
+
+
+ONE_LINE = {
+    "KroneckerTransform": (kronecker(), ours.KroneckerTransform(ours.KroneckerLinear)),
+    "KroneckerLinear": (kronecker(), l2l.optim.KroneckerTransform(ours.KroneckerLinear)),
+    "MetaCurvatureTransform": (l2l.optim.MetaCurvatureTransform, ours.MetaCurvatureTransform),
+}
+
+
+@pytest.mark.parametrize(("theirs", "mine"), ONE_LINE.values(), ids=ONE_LINE)
+def test_our_transforms_in_learn2learns_gbml(theirs, mine):
+    """The norms of the meta-gradients tell the factors apart, which learn2learn has transposed here and there."""
+    found = []
+    for transform in (mine, theirs):
+        gbml = l2l.algorithms.GBML(network(), transform, LR, adapt_transform=True).double()
+        loss = meta_loss(gbml)
+        loss.backward()
+        norms = sorted(p.grad.norm().item() for p in gbml.compute_update.parameters())
+        found.append([loss, torch.tensor(norms), *(p.grad for p in gbml.module.parameters())])
+    close(*found)
 
 
 def test_gbml_in_first_order_and_for_every_clone_anew():
@@ -523,6 +546,22 @@ def test_light_import_has_the_algorithms_and_says_what_it_lacks():
     if l2l.__spec__ is None:
         with pytest.raises(AttributeError, match=r"no attribute 'vision' in this light import, because .* failed: \w+"):
             _ = l2l.vision
+
+
+def test_the_learners_need_no_learn2learn():
+    code = """import sys
+sys.modules["learn2learn"] = None
+import torch
+from kfo_ext.interop.learn2learn import GBML, KroneckerLinear, KroneckerTransform, LearnableOptimizer, MAML
+transform = KroneckerTransform(KroneckerLinear)
+for learner in (GBML(torch.nn.Linear(2, 1), transform, adapt_transform=True), MAML(torch.nn.Linear(2, 1), 0.1)):
+    clone = learner.clone()
+    for _ in range(2):
+        clone.adapt(clone(torch.ones(1, 2)).sum())
+LearnableOptimizer(torch.nn.Linear(2, 1), transform).step()
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, timeout=seconds(60))
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize("number", range(len(examples(PAGE)) if PAGE.is_file() else 0))
