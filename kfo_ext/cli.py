@@ -19,9 +19,8 @@ from kfo_ext.choices import LARGEST_INTEGER, MOST_THREADS
 from kfo_ext.machine import keep_freed_memory
 from kfo_ext.runs.loggers import LOGGERS, checked
 from kfo_ext.streams import complain, echo, open_streams, said, settle
-from kfo_ext.trainer.config import Config
 from kfo_ext.trainer.listing import listed
-from kfo_ext.trainer.signals import interrupt_ends
+from kfo_ext.trainer.signals import Unsaid, interrupt_ends
 
 # Whatever needs torch is imported by the command that needs it: help and version take no time.
 
@@ -136,32 +135,16 @@ def train(
         typer.Option(help=f"besides metrics.jsonl, comma-separated: {_LOGGERS}", show_default=False),
     ] = None,
 ) -> None:
-    """Meta-train a network, and with it a learned update, in a run folder."""
+    """Meta-train a network, and with it a learned update, in a run folder; under torchrun with all its processes."""
     with interrupt_ends():
-        from kfo_ext.trainer import Trainer
+        from kfo_ext.trainer.command import train as run_training
+        from kfo_ext.trainer.ranks import joined
 
         # First: what is not installed leaves no folder.
         loggers = checked(_several(log) or ())
     keep_freed_memory()
-    if resume is None:
-        config = Config(**given)
-        trainer = Trainer.start(config, run)
-    elif run is not None:
-        raise ValueError("--run: the folder is that of --resume; give one of the two")
-    else:
-        trainer = Trainer.resume(resume, **given)
-    folder = trainer.run.path
-    echo(f"run folder: {folder}")
-    outcome = trainer.fit(time_budget=time_budget, loggers=loggers)
-    progress = outcome.progress
-    best = ""
-    if progress.best_iteration:
-        score = f"{trainer.config.measure} {abs(progress.best_score):.4f}"
-        best = f", best validation {score} at iteration {progress.best_iteration}"
-    echo(f"{outcome.reason} at iteration {progress.iteration} after {progress.elapsed:.0f} s{best}")
-    echo(f"learning curve: {trainer.run.curve}")
-    if outcome.reason in ("interrupted", "time budget"):
-        echo(f"resume with: kfo train --resume {folder}")
+    with joined() as group:
+        run_training(given, run, resume, time_budget=time_budget, loggers=loggers, group=group, echo=echo)
 
 
 @app.command("eval")
@@ -180,10 +163,11 @@ def evaluate(
     threads: Annotated[int | None, _number("instead of the run's", most=MOST_THREADS, show_default=False)] = None,
     precision: Precision = None,
 ) -> None:
-    """Score a run on a fixed list of unseen tasks, with a 95 % interval."""
+    """Score a run on a fixed list of unseen tasks, with a 95 % interval; under torchrun with all its processes."""
     with interrupt_ends():
         from kfo_ext.runs import RunFolder
         from kfo_ext.trainer import evaluate_run
+        from kfo_ext.trainer.ranks import Ranks, joined
 
     root = None if data_root is None else str(data_root)
     changes = _given(
@@ -197,7 +181,12 @@ def evaluate(
         precision=precision,
     )
     folder = RunFolder.open(run)
-    score = evaluate_run(folder, split=split, name=checkpoint, tasks=tasks, seed=seed, save=False, **changes)
+    chosen: dict[str, Any] = {"split": split, "name": checkpoint, "tasks": tasks, "seed": seed}
+    with joined() as group:
+        score = evaluate_run(folder, **chosen, save=False, group=group, **changes)
+        first = Ranks(group).first
+    if not first:
+        return
     apart = "".join(f", {name} {value} instead of the run's" for name, value in score.changes.items())
     what = f"{score.tasks} {split} tasks, {checkpoint} checkpoint (iteration {score.iteration}){apart}"
     echo(f"{score.measure} {score.interval}  (95 % interval, {what})")
@@ -367,6 +356,8 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], prog_name="kfo", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         _end(130, "aborted")
+    except Unsaid:
+        _end(2)
     except (ArithmeticError, ImportError, OSError, ValueError) as error:
         _end(2, said(error))
     except SystemExit:

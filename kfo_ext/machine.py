@@ -37,11 +37,17 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "kfo_ext": __version__,
-        "torch": torch.__version__,
+        **versions(),
         "cuda": torch.version.cuda,
         "commit": _commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Those of kfo_ext and torch."""
+    import torch
+
+    return {"kfo_ext": __version__, "torch": str(torch.__version__)}
 
 
 def processor_name() -> str:

@@ -122,6 +122,22 @@ class Metrics:
         self._file.close()
 
 
+class Unwritten(Metrics):
+    """Takes records and writes none: for the ranks of a training that do not write."""
+
+    def __init__(self) -> None:
+        pass
+
+    def append(self, record: Record) -> None:
+        """Leave it to the rank that writes."""
+
+    def sync(self) -> None:
+        """There is nothing to bring to the disk."""
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
 def _parsed(line: str) -> Record | None:
     """The record in a line, or None."""
     try:

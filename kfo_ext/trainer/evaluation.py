@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,15 @@ from kfo_ext.runs.bars import progress_bar
 from kfo_ext.tasks import Examples, TaskBatch, TaskFamily, batches
 from kfo_ext.tasks.checks import check_count
 
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 # No list of scores in memory is longer.
 MOST_TASKS = 2**31 - 1
+# Bytes of a digest.
+_DIGEST = 16
 
 
 class Interval(NamedTuple):
@@ -35,7 +42,7 @@ class Cancelled(Exception):
 
 
 class Evaluation(NamedTuple):
-    """Scores by task: losses (n,), metrics (n,) or None without one, and a digest of the tasks themselves."""
+    """Scores by task: losses (n,), metrics (n,) or None without one, and a digest of the tasks' own digests."""
 
     losses: Tensor
     metrics: Tensor | None
@@ -45,6 +52,15 @@ class Evaluation(NamedTuple):
     def scores(self) -> Tensor:
         """The metrics (accuracies by default), or without them the losses."""
         return self.losses if self.metrics is None else self.metrics
+
+
+class _Part(NamedTuple):
+    """What one rank has of an evaluation: by batch losses and metrics, by task digests; `ended`: it was cancelled."""
+
+    ended: bool
+    losses: list[Tensor]
+    metrics: list[Tensor]
+    digests: list[bytes]
 
 
 def mean_interval(values: Sequence[float] | Tensor) -> Interval:
@@ -88,6 +104,7 @@ def evaluate(
     workers: int = 0,
     progress: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
+    group: ProcessGroup | None = None,
 ) -> Evaluation:
     """Adapt the learner to tasks 0 .. tasks - 1 of a family and score it on their queries.
 
@@ -100,31 +117,37 @@ def evaluate(
         batch: tasks adapted at a time.
         steps: inner steps, as many as the learner was built with by default.
         progress: show a bar on a terminal or in a notebook.
-        cancelled: read before each batch; once true, the evaluation ends.
+        cancelled: read before each batch; once true, the evaluation ends, on all ranks of a group.
+        group: the ranks that share the batches of the list; each gets the scores of the whole list.
 
     Raises:
         ValueError: for fewer than two tasks, too many or an empty batch.
         TypeError: for a number that is no int.
         FloatingPointError: at a loss that is not finite.
-        Cancelled: .
+        Cancelled: `cancelled` was true.
+        LostRank: another rank has ended.
     """
     check_count("tasks", tasks, 2)
     if tasks > MOST_TASKS:
         raise ValueError(f"tasks: expected at most {MOST_TASKS}, got {tasks}")
     check_count("batch", batch, 1)
     like = next(learner.parameters())
-    digest = hashlib.blake2b(digest_size=16)
+    ranks = Ranks(group)
+    # Whole batches, as one process has them: the scores are equal to the bit.
+    starts = range(0, tasks, batch)[ranks.part(-(-tasks // batch))]
+    digests: list[bytes] = []
     losses, metrics = [], []
-    stream = batches(family, 1, start=0, workers=workers)
+    ended = False
+    stream = batches(family, 1, start=starts.start, workers=workers)
     with closing(stream), torch.no_grad():
-        for start in progress_bar(range(0, tasks, batch), shown=progress, unit="batch"):
-            if cancelled():
-                raise Cancelled
-            group = _joined(list(islice(stream, min(batch, tasks - start))))
-            on_cpu = group.to("cpu")
-            result = learner(group.to(like.device, like.dtype), steps)
+        for start in progress_bar(starts, shown=progress and ranks.first, unit="batch"):
+            if ended := cancelled():
+                break
+            joined = _joined(list(islice(stream, min(batch, tasks - start))))
+            on_cpu = joined.to("cpu")
+            result = learner(joined.to(like.device, like.dtype), steps)
             # Here, a device computes meanwhile.
-            _note(digest, on_cpu)
+            digests += _digests(on_cpu)
             try:
                 result.check_finite()
             except FloatingPointError as error:
@@ -133,23 +156,29 @@ def evaluate(
             losses.append(result.query_losses.double().cpu())
             if result.metrics is not None:
                 metrics.append(result.metrics.double().cpu())
-    return Evaluation(
-        torch.cat(losses), torch.cat(metrics) if len(metrics) == len(losses) else None, digest.hexdigest()
-    )
+    parts = ranks.gathered(_Part(ended, losses, metrics, digests))
+    if any(part.ended for part in parts):
+        raise Cancelled
+    losses = [X for part in parts for X in part.losses]
+    metrics = [X for part in parts for X in part.metrics]
+    digest = hashlib.blake2b(b"".join(one for part in parts for one in part.digests), digest_size=_DIGEST).hexdigest()
+    return Evaluation(torch.cat(losses), torch.cat(metrics) if len(metrics) == len(losses) else None, digest)
 
 
 def fingerprint(family: TaskFamily) -> str:
     """A digest of a family's first task: families of other data or options have another one."""
-    digest = hashlib.blake2b(digest_size=16)
-    _note(digest, family.sample(0, 1).to("cpu"))
-    return digest.hexdigest()
+    return _digests(family.sample(0, 1).to("cpu"))[0].hex()
 
 
-def _note(digest: hashlib.blake2b, batch: TaskBatch) -> None:
-    """Takes in the tasks of a batch on the CPU, one after the other."""
+def _digests(batch: TaskBatch) -> list[bytes]:
+    """Of each task of a batch on the CPU."""
+    digests = []
     for task in zip(*batch.support, *batch.query, strict=True):
+        digest = hashlib.blake2b(digest_size=_DIGEST)
         for tensor in task:
             digest.update(tensor.contiguous().numpy())
+        digests.append(digest.digest())
+    return digests
 
 
 def _joined(group: list[TaskBatch]) -> TaskBatch:

@@ -6,19 +6,21 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kfo_ext.machine import versions
 from kfo_ext.runs import checkpoint
 from kfo_ext.runs.bars import progress_bar
 from kfo_ext.runs.loggers import checked, opened
-from kfo_ext.runs.metrics import Logger, Metrics, Record
+from kfo_ext.runs.metrics import Logger, Metrics, Record, Unwritten
 from kfo_ext.runs.plots import plot_runs
 from kfo_ext.runs.progress import Progress
 from kfo_ext.runs.run_folder import RunFolder
@@ -29,12 +31,17 @@ from .config import Config, difference
 from .evaluation import Cancelled, Evaluation, evaluate, fingerprint, mean_interval
 from .meta_step import MetaStep
 from .precision import convolution_precision
+from .ranks import Ranks
 from .recipe import EVALUATION_SEED, build_family, build_learner, build_optimizer
 from .schedules import meta_rate
 from .signals import stop_requested
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from tqdm import tqdm
+
+# Why training ends; of several ranks' reasons the last in this order counts, and "" goes on.
+REASONS = ("", "time budget", "patience", "finished", "interrupted")
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +58,18 @@ class Trainer:
 
     config: what to train.
     run: folder that takes the config, metrics, checkpoints and picture of the run; none makes a new one in runs/.
+    group: the ranks that train together, each with a trainer of its own and the same calls; without it this process
+        trains alone, even where a group is initialised. They share the tasks of each meta-batch and of each validation;
+        the first alone reads and writes the folder.
+    Raises: ValueError for options that do not go together here, or naming the first rank whose options, versions or
+    data are not those of rank 0. LostRank, in every call, if another rank has ended.
     """
 
-    def __init__(self, config: Config, run: RunFolder | None = None) -> None:
+    def __init__(self, config: Config, run: RunFolder | None = None, *, group: ProcessGroup | None = None) -> None:
         if config.steps < 1:
             raise ValueError(f"steps: expected at least 1 to train with, got {config.steps}")
+        self.ranks = Ranks(group)
+        self._check_ranks(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -66,43 +80,52 @@ class Trainer:
         self.validation_tasks = build_family(config, "validation", seed=EVALUATION_SEED)
         self.progress = Progress(data=fingerprint(self.validation_tasks))
         self.learner = build_learner(config)
+        self.ranks.compare({**config.to_dict(), **versions(), "data": self.progress.data})
+        self.ranks.equalise([*self.learner.parameters(), *self.learner.buffers()])
         self.optimizer = build_optimizer(config, self.learner)
-        step = CapturedMetaStep if config.cuda_graph else MetaStep
-        self.meta_step = step(self.learner, self.optimizer, clip_norm=config.clip_norm)
+        self.meta_step = self._meta_step(group)
         # Last: what fails above leaves no folder.
-        self.run = RunFolder.make(f"{config.dataset}-{config.method}-{config.update}") if run is None else run
+        title = f"{config.dataset}-{config.method}-{config.update}"
+        self.run = RunFolder(self.ranks.from_first(lambda: RunFolder.make(title).path)) if run is None else run
 
     @classmethod
-    def start(cls, config: Config, path: str | PathLike[str] | None = None) -> Trainer:
+    def start(
+        cls, config: Config, path: str | PathLike[str] | None = None, *, group: ProcessGroup | None = None
+    ) -> Trainer:
         """Begin a new run.
 
         path: an absent or empty folder; none makes a new one in runs/.
-        Raises: ValueError if the folder is taken, or the tasks or the device are not there.
+        group: as for the class.
+        Raises: ValueError if the folder is taken, or the tasks or the device are not there, or as the class.
         """
-        if path is not None:
+        if path is not None and Ranks(group).first:
             RunFolder(path).check_free(Config.load)
-        trainer = cls(config, None if path is None else RunFolder(path))
+        trainer = cls(config, None if path is None else RunFolder(path), group=group)
         trainer._begin()
         return trainer
 
     @classmethod
-    def resume(cls, path: str | PathLike[str], **changes: Any) -> Trainer:
+    def resume(cls, path: str | PathLike[str], *, group: ProcessGroup | None = None, **changes: Any) -> Trainer:
         """Continue a run from its last checkpoint, exactly as if it had not been stopped.
 
         path: the run folder.
+        group: as for the class; of any size, whatever that was when the run was stopped.
         changes: new values of options that are resumable, such as more iterations.
-        Raises: ValueError naming the file if the run or its checkpoint cannot be used, or if another writer is at work.
+        Raises: ValueError naming the file if the run or its checkpoint cannot be used, or if another writer is at work,
+        or as the class.
         """
-        run = RunFolder.open(path)
-        with run.writing():
-            run.remove_partials()
-            config = Config.load(run.config).changed(**changes)
-            if run.unfinished(Config.load):
-                trainer = cls(config, run)
+        ranks = Ranks(group)
+        run = RunFolder.open(path) if ranks.first else RunFolder(path)
+        with run.writing() if ranks.first else nullcontext():
+            values, state = ranks.from_first(lambda: _read(run))
+            config = Config.from_dict(values, str(run.config)).changed(**changes)
+            if state is None:
+                trainer = cls(config, run, group=group)
                 trainer._save()
             else:
-                trainer = cls._restored(config, run)
-            config.save(run.config)
+                trainer = cls._restored(config, run, state, group)
+            if ranks.first:
+                config.save(run.config)
         return trainer
 
     def fit(self, *, time_budget: float = 0.0, loggers: Iterable[str | Logger] = ()) -> Outcome:
@@ -116,20 +139,41 @@ class Trainer:
             `kfo_ext.runs.loggers.LOGGERS`. What one of them raises ends the call.
         Raises: FloatingPointError naming iteration, step and task at the first value that is not finite; the
         checkpoints stay as they were. ValueError if another writer is at work, or has continued the run since.
-        ImportError if what a logger needs is not installed.
+        ImportError if what a logger needs is not installed. LostRank if another rank has ended.
         """
         if not time_budget >= 0:
             raise ValueError(f"time_budget: expected seconds, at least 0, got {time_budget}")
         loggers = checked(loggers)
         if self._saved is None:
             self._begin()
+        if not self.ranks.first:
+            return self._fit(time_budget, ())
         with self.run.writing():
             if checkpoint.digest(self.run.last) != self._saved:
                 raise ValueError(f"{self.run.last}: another trainer has written it since; go on with Trainer.resume")
             with opened(loggers, self.run, self.config.to_dict(), self.progress.iteration) as functions:
                 return self._fit(time_budget, functions)
 
+    def _check_ranks(self, config: Config) -> None:
+        if config.meta_batch < self.ranks.size:
+            raise ValueError(
+                f"meta_batch: expected at least one task for each of {self.ranks.size} ranks, got {config.meta_batch}"
+            )
+        if config.cuda_graph and self.ranks.size > 1:
+            raise ValueError(
+                f"cuda_graph: expected one process, got {self.ranks.size} ranks: leave it out with several"
+            )
+        self.ranks.place(config.device)
+
+    def _meta_step(self, group: ProcessGroup | None) -> MetaStep:
+        if self.config.cuda_graph:
+            return CapturedMetaStep(self.learner, self.optimizer, clip_norm=self.config.clip_norm)
+        return MetaStep(self.learner, self.optimizer, clip_norm=self.config.clip_norm, group=group)
+
     def _begin(self) -> None:
+        if not self.ranks.first:
+            self._save()
+            return
         self.run.check_free(Config.load)
         self.run.path.mkdir(parents=True, exist_ok=True)
         with self.run.writing():
@@ -148,14 +192,17 @@ class Trainer:
         stream = batches(self.tasks, self.config.meta_batch, start=start, workers=self.config.workers)
         with (
             convolution_precision(self.config.precision),
-            stop_requested() as stop,
-            Metrics(self.run.metrics, self.progress, self.config.validation_every, loggers) as metrics,
+            stop_requested(said=self.ranks.first) as stop,
+            self._metrics(loggers) as metrics,
             self._bar() as bar,
             closing(stream),
         ):
-            self.run.record_environment()
+            if self.ranks.first:
+                self.run.record_environment()
             while True:
-                reason = self._ending(stop)
+                # A signal or a clock may stop one rank an iteration before the others.
+                ending = REASONS.index(self._ending(stop))
+                reason = REASONS[self.ranks.largest(ending, self.config.device)]
                 if reason != "interrupted" and self._validation_due(reason):
                     self._validate(metrics, bar, stop)
                 elif reason:
@@ -164,8 +211,14 @@ class Trainer:
                     self._step(stream, metrics, bar)
             metrics.sync()
             self._save()
-        plot_runs({self.run.path.name: self.run.metrics}, self.run.curve)
+        if self.ranks.first:
+            plot_runs({self.run.path.name: self.run.metrics}, self.run.curve)
         return Outcome(reason, self.progress)
+
+    def _metrics(self, loggers: Iterable[Logger]) -> Metrics:
+        if not self.ranks.first:
+            return Unwritten()
+        return Metrics(self.run.metrics, self.progress, self.config.validation_every, loggers)
 
     def _ending(self, stop: Callable[[], bool]) -> str:
         if stop():
@@ -203,6 +256,7 @@ class Trainer:
         # The bar's own time left is that of all iterations, which a time budget does not wait for.
         timed = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
         return progress_bar(
+            shown=self.ranks.first,
             total=self.config.iterations,
             initial=self.progress.iteration,
             unit="it",
@@ -226,6 +280,7 @@ class Trainer:
                 batch=self.config.meta_batch,
                 workers=self.config.workers,
                 cancelled=stop,
+                group=self.ranks.group,
             )
         except Cancelled:
             return
@@ -238,13 +293,14 @@ class Trainer:
         metrics.append({"iteration": self.progress.iteration, **record, "elapsed": self.progress.elapsed})
         metrics.sync()
         due = self.progress.iteration % self.config.validation_every == 0
-        if self.progress.record(score, due=due):
+        if self.progress.record(score, due=due) and self.ranks.first:
             # Before last.pt: a kill in between leaves a last.pt that leads to this very best.pt again.
             checkpoint.save(self.run.best, self._state())
         self._save()
 
     def _save(self) -> None:
-        self._saved = checkpoint.save(self.run.last, self._state())
+        # Files of one's own, not torch.distributed.checkpoint: the state is small, and every rank has all of it.
+        self._saved = checkpoint.save(self.run.last, self._state()) if self.ranks.first else ""
 
     def _state(self) -> dict[str, Any]:
         rng = {"cpu": torch.get_rng_state()}
@@ -259,12 +315,11 @@ class Trainer:
         }
 
     @classmethod
-    def _restored(cls, config: Config, run: RunFolder) -> Trainer:
-        state = checkpoint.load(run.last)
+    def _restored(cls, config: Config, run: RunFolder, state: dict[str, Any], group: ProcessGroup | None) -> Trainer:
         saved = Config.from_dict(state["config"], str(run.last))
         if mismatch := difference(config, saved):
             raise ValueError(f"{run.last}: the checkpoint is of another configuration ({mismatch})")
-        trainer = cls(config, run)
+        trainer = cls(config, run, group=group)
         trainer._restore(state)
         return trainer
 
@@ -273,12 +328,10 @@ class Trainer:
         here, self.progress = self.progress.data, Progress.from_dict(state["progress"], str(path))
         if self.progress.data != here:
             raise ValueError(f"{path}: the run began with other data than is there now; give it the same")
-        try:
-            if self.progress.best_iteration:
-                checkpoint.digest(self.run.best)
-        except ValueError as error:
-            best = self.progress.best_iteration
-            logger.warning("%s; it was of iteration %d; the next validation counts as the best", error, best)
+        best = self.progress.best_iteration
+        if best and (reason := self.ranks.from_first(lambda: _unreadable(self.run.best))):
+            if self.ranks.first:
+                logger.warning("%s; it was of iteration %d; the next validation counts as the best", reason, best)
             self.progress.forget_best()
         checkpoint.restore_learner(path, self.learner, state["learner"])
         checkpoint.restore_optimizer(path, self.optimizer, state["optimizer"])
@@ -289,7 +342,23 @@ class Trainer:
                 torch.cuda.set_rng_state(rng["cuda"], self.config.device)
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path}: the checkpoint's random state is not valid ({error})") from None
-        self._saved = checkpoint.digest(path)
+        self._saved = checkpoint.digest(path) if self.ranks.first else ""
+
+
+def _read(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The configuration of a run, and its last checkpoint; None of a run that was stopped before the first one."""
+    run.remove_partials()
+    config = Config.load(run.config).to_dict()
+    return config, None if run.unfinished(Config.load) else checkpoint.load(run.last)
+
+
+def _unreadable(path: Path) -> str:
+    """Why a checkpoint cannot be read; '' if it can."""
+    try:
+        checkpoint.digest(path)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _summary(scores: Evaluation) -> tuple[float, Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kfo_ext.adapt import MAML, MetaResult
 from kfo_ext.tasks import TaskBatch
+
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MetaReport(NamedTuple):
@@ -64,11 +69,21 @@ class MetaStep:
     learner: MAML or ANIL.
     optimizer: Adam, AdamW or SGD, fused, of all or some of its parameters, in one group or several.
     clip_norm: longer meta-gradients are scaled to this norm, before any weight decay; 0 is no limit.
+    group: the ranks that take this step together, which begin with equal parameters. Each calls it with the same whole
+        meta-batches, computes its part of their tasks, and gets the report of all tasks; one all-reduce adds up the
+        meta-gradients. Random numbers of a forward are those of each rank's own generator.
     Raises: ValueError for a negative limit, an optimizer of another kind or not fused, or a parameter that is not the
     learner's.
     """
 
-    def __init__(self, learner: MAML, optimizer: torch.optim.Optimizer, *, clip_norm: float = 0.0) -> None:
+    def __init__(
+        self,
+        learner: MAML,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float = 0.0,
+        group: ProcessGroup | None = None,
+    ) -> None:
         if not clip_norm >= 0:
             raise ValueError(f"clip_norm: expected at least 0, got {clip_norm}")
         # AdamW is an Adam.
@@ -81,6 +96,7 @@ class MetaStep:
         self.learner = learner
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        self._ranks = Ranks(group)
         self._parameters()
         self._ratios()
 
@@ -92,7 +108,8 @@ class MetaStep:
         rate: the learning rate, of the group whose `initial_lr` is largest; that of another is this times their
             ratio, so that groups of one rate keep one rate, and a group of rate 0 beside others stays as it is.
         Raises: ValueError for no batch, a rate that is negative or not finite, or an optimizer without a parameter to
-        step.
+        step; with a group, for fewer tasks than ranks, or a buffer that the forward changes (such as running
+        statistics), of which each rank would have another. LostRank if another rank has ended.
         """
         batches = several(batch)
         self._set_rate(rate)
@@ -173,18 +190,25 @@ class MetaStep:
         self._begin_momentum()
         self.optimizer.zero_grad()
         results = []
+        buffers = _versions(self.learner) if self._ranks.size > 1 else []
         for batch, share in zip(batches, _shares(batches)):
-            result = self.learner(batch)
-            shared = result.loss * share
+            own, part = self._ranks.own(batch)
+            result = self.learner(own)
+            shared = result.loss * (share * part)
             shared.backward(inputs=learned)
             results.append(result._replace(loss=shared.detach()))
+        loss = torch.stack([result.loss for result in results]).sum()
+        losses = torch.cat([torch.cat([result.support_losses, result.query_losses[None]]) for result in results], 1)
+        present = [result.metrics for result in results if result.metrics is not None]
+        metrics = torch.cat(present) if present else None
+        metric = None if metrics is None else metrics.mean()
+        if self._ranks.size > 1:
+            _check_buffers(self.learner, buffers)
+            loss, losses, metric = self._over_ranks(learned, batches, loss, losses, metrics)
         norm = get_total_norm([p.grad for p in learned if p.grad is not None])
         if self.clip_norm:
             # A norm that is not finite would spread to every gradient, and hide where it came from.
             clip_grads_with_norm_(learned, self.clip_norm, norm.nan_to_num(posinf=0.0))
-        support_losses = torch.cat([result.support_losses for result in results], 1)
-        query_losses = torch.cat([result.query_losses for result in results])
-        losses = torch.cat([support_losses, query_losses[None]])
         finite = losses.isfinite().all() & norm.isfinite()
         # As torch's GradScaler does: the optimizer, a step counter included, stands still where this is 1.
         # Not an attribute that the class declares.
@@ -193,10 +217,46 @@ class MetaStep:
             self.optimizer.step()
         finally:
             delattr(self.optimizer, "found_inf")
-        metrics = [result.metrics for result in results if result.metrics is not None]
-        metric = torch.cat(metrics).mean() if metrics else None
-        loss = torch.stack([result.loss for result in results]).sum()
-        return MetaReport(loss, support_losses, query_losses, norm, metric)
+        return MetaReport(loss, losses[:-1], losses[-1], norm, metric)
+
+    def _over_ranks(
+        self,
+        learned: Sequence[Tensor],
+        batches: Sequence[TaskBatch],
+        loss: Tensor,
+        losses: Tensor,
+        metrics: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sums the meta-gradients in `grad` over the ranks, and gives loss, losses and metric of all tasks.
+
+        learned: the parameters that require a gradient.
+        batches: the whole meta-batches.
+        loss: this rank's part of it.
+        losses: (steps + 1, own tasks).
+        metrics: (own tasks,), or None.
+        """
+        counts = [len(batch.support.x) for batch in batches]
+        # Each rank fills the columns of its own tasks: the sum puts them side by side.
+        columns = losses.new_zeros(len(losses), sum(counts))
+        begin = done = 0
+        for count in counts:
+            part = self._ranks.part(count)
+            own = part.stop - part.start
+            columns[:, begin + part.start : begin + part.stop] = losses[:, done : done + own]
+            begin, done = begin + count, done + own
+        missing = [p.grad is None for p in learned]
+        given = torch.tensor(missing, device=loss.device).logical_not().float()
+        scores = loss.new_zeros(1) if metrics is None else metrics
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
+        scored = torch.tensor(float(len(scores)), device=loss.device)
+        loss, losses, score, scored, given, *gradients = self._ranks.sums(
+            [loss, columns, scores.sum(), scored, given, *gradients]
+        )
+        # Read from the device only where one is missing here: a parameter that has none on any rank stays without.
+        anywhere = [number > 0 for number in given.tolist()] if any(missing) else [True] * len(learned)
+        for parameter, gradient, known in zip(learned, gradients, anywhere, strict=True):
+            parameter.grad = gradient if known else None
+        return loss, losses, None if metrics is None else score / scored
 
 
 def several(batch: TaskBatch | Sequence[TaskBatch]) -> Sequence[TaskBatch]:
@@ -216,3 +276,18 @@ def _shares(batches: Sequence[TaskBatch]) -> list[float]:
     if len(batches) == 1 or not any(counts):
         return [1.0 / len(batches)] * len(batches)
     return [count / sum(counts) for count in counts]
+
+
+def _versions(module: torch.nn.Module) -> list[tuple[str, int, int]]:
+    """Which buffers there are, and how often each was written."""
+    return [(name, id(X), X._version) for name, X in module.named_buffers()]
+
+
+def _check_buffers(module: torch.nn.Module, before: list[tuple[str, int, int]]) -> None:
+    """Raises ValueError naming the first buffer that was written since."""
+    for old, new in zip(before, _versions(module), strict=True):
+        if old != new:
+            raise ValueError(
+                f"group: the forward changes the buffer {new[0]!r}, and each rank would have another: build the module "
+                "without it (track_running_stats=False for a batch norm), or train with one process"
+            )

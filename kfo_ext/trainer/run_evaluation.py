@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from kfo_ext.adapt import MAML
+from kfo_ext.machine import versions
 from kfo_ext.runs import checkpoint
 from kfo_ext.runs.files import is_count, is_number, read_json, write_json
 from kfo_ext.runs.progress import Progress
@@ -20,7 +21,11 @@ from .config import Config, difference, options_in_effect, settings
 from .evaluation import Interval, evaluate, fingerprint, mean_interval, paired_difference
 from .options import TRAINING
 from .precision import convolution_precision
+from .ranks import Ranks
 from .recipe import EVALUATION_SEED, build_family, build_learner
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # How training went fast is not how the learner is judged, and may not exist on another device.
 _PLAIN = {"cuda_graph": False, "channels_last": False}
@@ -114,6 +119,7 @@ def evaluate_run(
     tasks: int = 1000,
     seed: int = EVALUATION_SEED,
     save: bool = True,
+    group: ProcessGroup | None = None,
     **changes: Any,
 ) -> RunScore:
     """Score one checkpoint of a run, and write eval-SPLIT-NAME.json into the run folder.
@@ -122,23 +128,29 @@ def evaluate_run(
     name: best or last.
     tasks, seed: length and seed of the list of tasks.
     save: false leaves the writing to `RunScore.save`: a score outlives a folder that cannot be written.
+    group: the ranks that share the tasks; each gets the whole score, the first writes it.
     changes: options to set otherwise than the run did: steps (0 scores the network as it is), shots, queries, device.
         One that changes the score becomes part of the file's name: eval-test-best-steps=10.json.
     Raises: ValueError naming the file or the argument at fault, TypeError for a value of another type, OSError naming
     the file that cannot be written.
     """
     check_count("seed", seed, 0)
+    ranks = Ranks(group)
+    ranks.place(changes.get("device", Config.load(run.config).device))
     # Before loading: a checkpoint that is replaced in between counts as another one.
     digest = checkpoint.digest(run.checkpoint(name)) if run.checkpoint(name).exists() else ""
     config, learner, progress = load_learner(run, name, **changes)
     own = Config.load(run.config)
     apart = _changed(own, config)
     _check_data(own, config, progress)
+    ranks.compare({**config.to_dict(), **versions(), "checkpoint": digest})
     if config.threads:
         torch.set_num_threads(config.threads)
     family = build_family(config, split, seed=seed)
     with convolution_precision(config.precision):
-        scores = evaluate(learner, family, tasks=tasks, batch=config.meta_batch, workers=config.workers, progress=True)
+        scores = evaluate(
+            learner, family, tasks=tasks, batch=config.meta_batch, workers=config.workers, progress=True, group=group
+        )
     interval, used = mean_interval(scores.scores), settings(config)
     content: dict[str, Any] = {
         "measure": config.measure,
@@ -154,7 +166,7 @@ def evaluate_run(
     }
     path = run.evaluation(split, name, **apart)
     score = RunScore(config.measure, interval, tasks, progress.iteration, used, apart, True, path, content)
-    if save:
+    if save and ranks.first:
         score.save()
     return score
 

@@ -14,12 +14,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TOGETHER = 1.0
 
 
+class Unsaid(Exception):
+    """This process ends without a word: another rank has said why."""
+
+
 @contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
+def stop_requested(*, said: bool = True) -> Iterator[Callable[[], bool]]:
     """Yield a function that is true once one of SIGNALS has come; one that comes a second later acts as it did before.
 
     A signal that is ignored stays so, as SIGHUP under nohup. Outside the main thread, where no handler can be set, the
     function stays false.
+
+    said: whether a line says that it has come; of several ranks, one says it.
     """
     first: float | None = None
 
@@ -42,7 +48,10 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         if first is None:
             first = time.monotonic()
             name = signal.Signals(number).name
-            _say(f"{name}: stopping after this iteration and saving; once more after {TOGETHER:.0f} s aborts at once")
+            if said:
+                _say(
+                    f"{name}: stopping after this iteration and saving; once more after {TOGETHER:.0f} s aborts at once"
+                )
         elif time.monotonic() >= first + TOGETHER:
             restore()
             signal.raise_signal(number)

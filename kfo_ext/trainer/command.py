@@ -1,0 +1,88 @@
+"""`kfo train`: begins, resumes or, after a restart by torchrun, goes on with a run; on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfo_ext.runs import RunFolder
+from kfo_ext.runs.metrics import Logger
+
+from .config import Config
+from .loop import Trainer
+from .ranks import Ranks, restarts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def train(
+    given: Mapping[str, Any],
+    run: Path | None,
+    resume: Path | None,
+    *,
+    time_budget: float,
+    loggers: Iterable[str | Logger],
+    group: ProcessGroup | None,
+    echo: Callable[[str], None],
+) -> None:
+    """Meta-train in a run folder.
+
+    given: options of the configuration.
+    run, resume: the folder of a new run, or of one to continue.
+    time_budget, loggers: as for `Trainer.fit`.
+    group: the ranks that train together.
+    echo: takes each line of output.
+    Raises: as `Trainer`.
+    """
+    trainer = _trainer(given, run, resume, group)
+    say = echo if trainer.ranks.first else _nothing
+    folder = trainer.run.path
+    say(f"run folder: {folder}")
+    outcome = trainer.fit(time_budget=time_budget, loggers=loggers)
+    progress = outcome.progress
+    best = ""
+    if progress.best_iteration:
+        score = f"{trainer.config.measure} {abs(progress.best_score):.4f}"
+        best = f", best validation {score} at iteration {progress.best_iteration}"
+    say(f"{outcome.reason} at iteration {progress.iteration} after {progress.elapsed:.0f} s{best}")
+    say(f"learning curve: {trainer.run.curve}")
+    if outcome.reason in ("interrupted", "time budget"):
+        say(f"resume with: kfo train --resume {folder}")
+
+
+def _trainer(given: Mapping[str, Any], run: Path | None, resume: Path | None, group: ProcessGroup | None) -> Trainer:
+    if resume is not None:
+        if run is not None:
+            raise ValueError("--run: the folder is that of --resume; give one of the two")
+        return Trainer.resume(resume, group=group, **given)
+    config = Config(**given)
+    if restarts():
+        if run is None:
+            raise ValueError("--run: expected the folder in which a restart (--max-restarts) finds the run, got none")
+        if Ranks(group).from_first(lambda: _begun(run, config)):
+            return Trainer.resume(run, group=group, **given)
+    return Trainer.start(config, run, group=group)
+
+
+def _begun(path: Path, config: Config) -> bool:
+    """Whether the folder holds a run of this configuration.
+
+    Raises: ValueError if it holds one of another.
+    """
+    run = RunFolder(path)
+    if not run.config.is_file():
+        return False
+    ours, theirs = config.to_dict(), Config.load(run.config).to_dict()
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{path}: already holds a run with {name} {theirs.get(name)!r}, expected {ours.get(name)!r} to go on "
+                "with after a restart; continue it by --resume, or choose another folder"
+            )
+    return True
+
+
+def _nothing(line: str) -> None:
+    del line
