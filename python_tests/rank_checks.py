@@ -17,9 +17,10 @@ import torch.distributed as dist
 from meta_steps import adam_of, make_batch, make_learner
 from torch import nn
 
-from kfo_ext import MAML
+from kfo_ext import ANIL
+from kfo_ext.runs import RunFolder
 from kfo_ext.tasks import Examples, TaskBatch
-from kfo_ext.trainer import Config, Trainer, evaluate, loop
+from kfo_ext.trainer import Config, Trainer, evaluate, evaluate_run, loop
 from kfo_ext.trainer.meta_step import MetaStep
 from kfo_ext.trainer.ranks import joined
 from kfo_ext.trainer.recipe import build_family, build_learner
@@ -32,27 +33,33 @@ EVALUATED = {"tasks": 9, "batch": 4}
 
 
 class Uneven(nn.Module):
-    """A model whose second layer only tasks of positive inputs use, and whose third one no task uses."""
+    """A model with a feature that only tasks of positive inputs use, and one that no task uses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.used, self.seldom, self.never = (nn.Linear(2, 2, dtype=torch.float64) for _ in range(3))
+        self.head, self.seldom, self.never = (nn.Linear(2, 2, dtype=torch.float64) for _ in range(3))
+
+    def features(self, x):
+        return self.seldom(x) if x.min() > 0 else x
 
     def forward(self, x):
-        return self.seldom(self.used(x)) if x.min() > 0 else self.used(x)
+        return self.head(self.features(x))
 
 
-class Followed(nn.Sequential):
+class Followed(Uneven):
     """A model with running statistics."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Linear(2, 2), nn.BatchNorm1d(2))
-        self.to(torch.float64)
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2, dtype=torch.float64)
+
+    def features(self, x):
+        return self.norm(x)
 
 
 def steps(model: nn.Module, batch: TaskBatch, group=None) -> tuple[dict, list]:
-    """Parameters after two steps of task-by-task adaptation, and the reports."""
-    learner = MAML(model, lr=0.1, steps=1, route="loop")
+    """Parameters after two steps, task by task, and the reports."""
+    learner = ANIL(model, lr=0.1, steps=1, route="loop")
     step = MetaStep(learner, adam_of(learner), group=group)
     reports = [step(batch, 0.01) for _ in range(2)]
     return dict(model.state_dict()), [report._asdict() for report in reports]
@@ -116,6 +123,9 @@ def check(folder: Path, group) -> dict:
     learner, family = build_learner(config), build_family(config, "test", seed=0)
     found["evaluation"] = evaluate(learner, family, **EVALUATED, group=group)._asdict()
     found["none for some"] = evaluate(learner, family, tasks=2, batch=2, group=group)._asdict()
+    # The first rank writes the file.
+    score = evaluate_run(RunFolder(here / "whole"), tasks=9, group=group)
+    found["score"] = score.content
 
     # A step of one's own.
     found["uneven"] = steps(seeded(Uneven), uneven_batch(), group)

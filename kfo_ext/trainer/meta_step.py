@@ -190,7 +190,9 @@ class MetaStep:
         self._begin_momentum()
         self.optimizer.zero_grad()
         results = []
-        buffers = _versions(self.learner) if self._ranks.size > 1 else []
+        buffers: dict[str, Tensor] = {}
+        if self._ranks.size > 1:
+            buffers = {name: X.clone() for name, X in self.learner.named_buffers()}
         for batch, share in zip(batches, _shares(batches)):
             own, part = self._ranks.own(batch)
             result = self.learner(own)
@@ -278,16 +280,12 @@ def _shares(batches: Sequence[TaskBatch]) -> list[float]:
     return [count / sum(counts) for count in counts]
 
 
-def _versions(module: torch.nn.Module) -> list[tuple[str, int, int]]:
-    """Which buffers there are, and how often each was written."""
-    return [(name, id(X), X._version) for name, X in module.named_buffers()]
-
-
-def _check_buffers(module: torch.nn.Module, before: list[tuple[str, int, int]]) -> None:
-    """Raises ValueError naming the first buffer that was written since."""
-    for old, new in zip(before, _versions(module), strict=True):
-        if old != new:
+def _check_buffers(module: torch.nn.Module, before: dict[str, Tensor]) -> None:
+    """Raises ValueError naming the first buffer that is not as it was."""
+    # By value: torch counts no version of the running statistics that it writes.
+    for name, X in module.named_buffers():
+        if name not in before or not torch.equal(X, before[name]):
             raise ValueError(
-                f"group: the forward changes the buffer {new[0]!r}, and each rank would have another: build the module "
+                f"group: the forward changes the buffer {name!r}, and each rank would have another: build the module "
                 "without it (track_running_stats=False for a batch norm), or train with one process"
             )
