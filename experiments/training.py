@@ -26,7 +26,7 @@ def configuration(job: Job, root: Path | None) -> Config:
 
     root: where its data lies; None for data that is drawn.
     """
-    place = {} if root is None else {"data_root": str(root)}
+    place: dict[str, Any] = {} if root is None else {"data_root": str(root)}
     return Config(**job.settings, **place, iterations=job.iterations, threads=1)
 
 
@@ -47,7 +47,7 @@ def carry_out(job: Job, folder: Path, root: Path | None) -> tuple[Record, list[d
     run = RunFolder(folder)
     ended = ""
     if run.config.exists():
-        place = {} if root is None else {"data_root": str(root)}
+        place: dict[str, Any] = {} if root is None else {"data_root": str(root)}
         trainer = Trainer.resume(folder, iterations=job.iterations, **place)
         if job.tests and trainer.progress.iteration > job.iterations:
             # Another entry has trained it for longer, and its checkpoints are of that.

@@ -68,7 +68,7 @@ class Ranks:
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum of each tensor over the ranks, by one all-reduce, in the widest of their types; views of one row."""
         flat = torch.cat([X.reshape(-1) for X in tensors])
-        with self._answered():
+        with _answered(self.rank):
             dist.all_reduce(flat, group=self.group)
         pieces = flat.split([X.numel() for X in tensors])
         return [piece.view(X.shape).to(X.dtype) for piece, X in zip(pieces, tensors, strict=True)]
@@ -81,7 +81,7 @@ class Ranks:
         if self.size == 1:
             return number
         value = torch.tensor(number, device=device)
-        with self._answered():
+        with _answered(self.rank):
             dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
         return int(value)
 
@@ -90,7 +90,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._answered():
+        with _answered(self.rank):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -99,7 +99,7 @@ class Ranks:
         if self.size == 1:
             return make()
         values: list[Any] = [make() if self.first else None]
-        with self._answered():
+        with _answered(self.rank):
             dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
@@ -110,7 +110,7 @@ class Ranks:
         for X in tensors:
             # As it lies in memory: gloo takes no other.
             copy = X.detach().contiguous()
-            with self._answered():
+            with _answered(self.rank):
                 dist.broadcast(copy, group=self.group, group_src=0)
             X.detach().copy_(copy)
 
@@ -138,17 +138,18 @@ class Ranks:
         if "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
-    @contextmanager
-    def _answered(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            # Without the place in gloo's sources, and its advice.
-            reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]
-            raise LostRank(
-                f"rank {self.rank}: another rank has ended, or was silent for too long; the run can go on from its "
-                f"last checkpoint ({reason})"
-            ) from error
+
+@contextmanager
+def _answered(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # Without the place in gloo's sources, and its advice.
+        reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]
+        raise LostRank(
+            f"rank {rank}: another rank has ended, or was silent for too long; the run can go on from its last "
+            f"checkpoint ({reason})"
+        ) from error
 
 
 @contextmanager
@@ -163,10 +164,13 @@ def joined() -> Iterator[ProcessGroup | None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield None
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    shared, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # The store outlives a restart: under one name for all, ranks would find the addresses of those that are gone.
+    store = dist.PrefixStore(f"kfo-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{size}", shared)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
+        with _answered(rank):
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         yield dist.group.WORLD
     except BaseException:
         # The process ends now: closing the group in order would wait for ranks that are gone.
@@ -182,9 +186,8 @@ def restarts() -> bool:
 
 
 def _first_to_end(store: dist.Store) -> bool:
-    key = f"kfo-ended-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        return store.add(key, 1) == 1
+        return store.add("ended", 1) == 1
     except RuntimeError:
         # The store is gone with its rank: better twice than not at all.
         return True
