@@ -25,7 +25,8 @@ def fit(tmp_path, monkeypatch):
     """Trains within a time budget and returns all that the bar said."""
     text = io.StringIO()
 
-    def bar(*args, **options):
+    def bar(*args, shown, **options):
+        assert shown
         return text_bar(*args, **{**options, "disable": False, "file": text, "mininterval": 0.0, "ncols": 120})
 
     def run(iterations: int, time_budget: float) -> str:
