@@ -27,6 +27,8 @@ FAST_LAYERS: dict[str, Factory] = {
     "learn2learn_fast_layers": partial(meta_task_loops.learn2learn, fast=True),
     "by_hand": meta_task_loops.by_hand,
     "by_hand_fast_layers": partial(meta_task_loops.by_hand, fast=True),
+    "by_step": meta_task_loops.by_step,
+    "by_step_fast_layers": partial(meta_task_loops.by_step, fast=True),
 }
 CONTENDERS: dict[str, dict[str, Factory]] = {
     "kfo": {f"ours_{backend}": partial(Ours, backend=backend) for backend in BACKENDS if backend != "auto"}

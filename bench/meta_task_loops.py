@@ -18,6 +18,7 @@ from bench.meta_case import Gradients, MetaCase, plain_network
 from bench.meta_ours import copy_factors, factor_gradients, grads_of
 from kfo_ext import KFO, fast_layers
 from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
+from kfo_ext.updates import GradientDescent, Update
 
 
 class TaskLoop:
@@ -114,6 +115,29 @@ def by_hand(case: MetaCase, *, fast: bool = False) -> TaskLoop:
         return grads_of(model.parameters()) + ([] if kfo is None else factor_gradients(kfo))
 
     return TaskLoop(case, model if kfo is None else nn.ModuleList([model, kfo]), query_loss, gradients, fast)
+
+
+def by_step(case: MetaCase, *, fast: bool = False) -> TaskLoop:
+    """The same loop with `Update.step`, one backward pass per step."""
+    model = plain_network(case)
+    update: Update = GradientDescent(model.named_parameters())
+    if case.factors is not None:
+        update = KFO(model.named_parameters(), psd=True)
+        copy_factors(update, case.factors)
+    adapted = case.factors is not None
+
+    def query_loss(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        theta: dict[str, Tensor] = dict(model.named_parameters())
+        state = None
+        for _ in range(case.steps):
+            loss = F.cross_entropy(functional_call(model, theta, (x,)), y)
+            theta, state = update.step(loss, theta, state, lr=case.lr, adapt_update=adapted)
+        return F.cross_entropy(functional_call(model, theta, (query_x,)), query_y)
+
+    def gradients() -> Gradients:
+        return grads_of(model.parameters()) + (factor_gradients(update) if isinstance(update, KFO) else [])
+
+    return TaskLoop(case, nn.ModuleList([model, update]), query_loss, gradients, fast)
 
 
 def torchopt(case: MetaCase) -> TaskLoop:
