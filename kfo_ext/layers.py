@@ -7,7 +7,7 @@ contiguous: before any function could tell the difference, the tensor's memory i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from kfo_ext.adapt.verified import DESCRIBING
 from kfo_ext.ops import one_task
-from kfo_ext.ops.functions import KINDS, single, tensors_in
+from kfo_ext.ops.functions import KINDS, single
 from kfo_ext.ops.operands import ready
 from kfo_ext.ops.torch_private import dispatch_modes, jit_trace, saved_tensor_hooks, transformed
 
@@ -59,7 +59,7 @@ def fast_layers() -> Iterator[None]:
 class _Output:
     """What is known of a tensor that a layer gave.
 
-    keeps: whether torch's would lie channels last too.
+    keeps: whether it lies as torch's: that lies channels last too, or a function has seen this one.
     made: its version when it was made; a function that may have changed its values by another way sets None.
     taken: whether a layer has it: then it may stay as it is when the block ends.
     seen: whether something can hook into the derivative by it, with the tensor itself gone.
@@ -80,6 +80,8 @@ class _Output:
         if not self.keeps and not X.is_contiguous():
             # The same tensor with the same history and version, as nobody has seen its memory yet.
             X.data = X.detach().contiguous()
+        # What becomes of it from here on is the caller's doing, and others may share its memory.
+        self.keeps = True
 
 
 class _Convolution(NamedTuple):
@@ -116,8 +118,9 @@ class _FastLayers(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in DESCRIBING:
             return func(*args, **kwargs)
-        if func not in _ANY_FORMAT or not _possible():
-            self._show(args, kwargs)
+        if func not in _ANY_FORMAT or "out" in kwargs or not _possible():
+            self._show(args)
+            self._show(kwargs.values())
             return func(*args, **kwargs)
         y = _LAYERS[KINDS[func]](self, func, args, kwargs) if func in KINDS else None
         if y is None:
@@ -134,18 +137,21 @@ class _FastLayers(TorchFunctionMode):
                     output.shown(X)
         self.outputs.clear()
 
-    def _show(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _show(self, values: Iterable[Any]) -> None:
         """Puts what a function takes in the memory format that torch would have given it."""
-        for X in tensors_in((args, tuple(kwargs.values()))):
-            if id(X) in self.outputs:
-                self.outputs[id(X)].shown(X)
+        for X in values:
+            if isinstance(X, (tuple, list)):
+                self._show(X)
+            elif (output := self.outputs.get(id(X))) is not None:
+                output.shown(X)
 
     def _take(self, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
         """Notes what a function has taken, and its result, which lies in memory as that did."""
-        given = list(tensors_in((args, tuple(kwargs.values()))))
+        # None of `_ANY_FORMAT` takes tensors in a list.
+        given = [X for X in (*args, *kwargs.values()) if isinstance(X, Tensor)]
         for X in given:
-            if id(X) in self.outputs:
-                self.outputs[id(X)].taken = True
+            if (output := self.outputs.get(id(X))) is not None:
+                output.taken = True
         if id(y) in self.outputs:
             # Changed in place: the result is still to be taken.
             self.outputs[id(y)].taken = False

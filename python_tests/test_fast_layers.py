@@ -318,6 +318,66 @@ def test_what_autograd_needs_may_not_change():
             h.sum().backward()
 
 
+def changed_at_once(beta):
+    with torch.no_grad():
+        beta.add_(1)
+
+
+@pytest.mark.parametrize("change", [changed_at_once, lambda beta: beta.data.sub_(1), lambda beta: beta.data.neg_()])
+def test_a_bias_may_change_before_the_backward_pass(change):
+    x, gamma, start = draw(4, 3, 5, 5, requires_grad=True), draw(3, requires_grad=True), draw(3)
+
+    def run():
+        beta = start.clone().requires_grad_()
+        h = F.relu(F.batch_norm(x, None, None, gamma, beta, training=True))
+        change(beta)
+        first = torch.autograd.grad(h.pow(3).sum(), [x, gamma, beta], create_graph=True)
+        return [*first, *torch.autograd.grad(first[0].pow(2).sum(), [x, gamma, beta])]
+
+    expected = run()
+    with fast_layers():
+        got = run()
+    close(got, expected, 1e-10)
+
+
+def transposed(z):
+    part = z[0]
+    z.transpose_(2, 3)
+    return part
+
+
+def replaced(z):
+    whole = torch.ones(z.shape, dtype=DOUBLE).contiguous(memory_format=torch.channels_last)
+    z.data = whole
+    return whole
+
+
+@pytest.mark.parametrize("alias", [transposed, replaced])
+@torch.no_grad()
+def test_what_shares_memory_goes_on_to(alias):
+    x, weight = draw(2, 3, 5, 5), draw(4, 3, 2, 2)
+
+    def run():
+        z = F.conv2d(x, weight)
+        part = alias(z)
+        z.mul_(2)
+        return part.clone()
+
+    expected = run()
+    with fast_layers():
+        got = run()
+    close(got, expected)
+
+
+@torch.no_grad()
+def test_a_result_written_to_out_lies_as_torchs():
+    x, weight, result = draw(2, 3, 5, 5), draw(4, 3, 2, 2), torch.empty(0, dtype=DOUBLE)
+    with fast_layers():
+        z = F.conv2d(x, weight)
+        assert torch.add(z, z, out=result) is result and result.is_contiguous()
+    close(result, 2 * F.conv2d(x, weight))
+
+
 def test_memory_is_laid_out_as_torchs_before_it_can_be_told():
     x = draw(4, 3, 6, 6, requires_grad=True)
     conv = nn.Conv2d(3, 5, 3).double()

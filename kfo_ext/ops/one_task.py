@@ -154,7 +154,8 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         z: as x.
     """
     weight = x.new_ones(x.shape[1]) if weight is None else weight
-    bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    # A copy: torch keeps no bias for its derivatives, so it may change before they are asked for.
+    bias = x.new_zeros(x.shape[1]) if bias is None else bias.clone()
     return _BatchNorm.apply(x, weight, bias, eps)
 
 
