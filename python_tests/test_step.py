@@ -332,6 +332,30 @@ def test_the_gradient_back_to_a_cut_equals_plain_torch():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("make", [KFO, MetaSGD])
+@pytest.mark.parametrize("order", ["moved after the cut", "moved before the cut", "never cut"])
+def test_an_adapted_phi_keeps_its_values_while_the_update_learns(make, order):
+    model, _, x, y = parts()
+    moving = make(model.named_parameters())
+    still = copy.deepcopy(moving)
+    ends = []
+    for update in (still, moving):
+        params, state = dict(model.named_parameters()), None
+        params, state = update.step(error_of(model, params, x, y), params, state, lr=LR, adapt_update=True)
+        if order == "moved after the cut":
+            params, state = state.detached(params)
+        if update is moving:
+            with torch.no_grad():
+                for row in update.parameters():
+                    row.mul_(1.5)
+        if order == "moved before the cut":
+            params, state = state.detached(params)
+        for _ in range(2):
+            params, state = update.step(error_of(model, params, x, y), params, state, lr=LR, adapt_update=True)
+        ends.append([p.detach() for p in params.values()])
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{}, {"adapt_update": True}, {"adapt_update": True, "first_order": True}], ids=str)
 def test_memory_of_an_endless_loop_stays_constant(options):
     model, update, x, y = parts()

@@ -147,8 +147,8 @@ def taken(
     if last is None:
         phi = update.phi
         if adapt_update:
-            # Each task adapts meta-parameters of its own.
-            phi = tuple(row.expand(tasks or 1, -1) for row in phi)
+            # Each task adapts meta-parameters of its own: a copy, which an optimizer of the update does not move.
+            phi = tuple(row.clone().expand(tasks or 1, -1) for row in phi)
         learned = tuple(adapt_update and _is_learned(row) for row in update.phi)
     else:
         learned = last.learned
