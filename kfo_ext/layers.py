@@ -50,7 +50,8 @@ def fast_layers() -> Iterator[None]:
     autocast, forward-mode AD, saved-tensor hooks such as checkpoint's, inference mode or a TorchDispatchMode.
 
     In the block every function of torch sees tensors laid out as torch's would be. After it, an activation that a later
-    layer has taken, and that is kept, may lie in memory channels last: `reshape` it there, as `view` may raise.
+    layer has taken, and that is kept, may lie in memory channels last: `reshape` it there, as `view` may raise. An
+    nn.Parameter made of an activation within the block may not share its memory: torch does not report that call.
     """
     with _FastLayers():
         yield

@@ -461,3 +461,31 @@ def test_the_benchmark_in_small(tmp_path, monkeypatch):
         (method, program, "ok") for method in meta_case.METHODS for program in bench_torch_func.PROGRAMS
     ]
     assert all(row["speed_up"] > 0 for row in rows if row["contender"] == bench_torch_func.OURS)
+
+
+def test_second_derivatives_of_a_mapped_gradient_from_outside():
+    """Where torch 2.13's own batch norm is wrong: autograd over vmap(grad(...)), by a convolution in front of it."""
+    generator = torch.Generator().manual_seed(0)
+    x, kernels, scales, weights = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((3, 6, 4, 5, 5), (3, 4, 4, 3, 3), (3, 4), (4,))
+    )
+    kernels, scales = kernels.requires_grad_(), scales.requires_grad_()
+
+    def loss(parameters, x):
+        kernel, scale = parameters
+        rows = torch.nn.functional.conv2d(x, kernel).movedim(1, -1).reshape(1, -1, 4)
+        y = batch_norm_relu(rows, scale[None], torch.zeros_like(scale)[None])
+        return (y[0].square().mean(0) * weights).sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss))((kernels, scales), x)
+    found = torch.autograd.grad(sum(G.square().sum() for G in mapped), (kernels, scales))
+    for i in range(3):
+        own = (kernels[i].detach().requires_grad_(), scales[i].detach().requires_grad_())
+        rows = torch.nn.functional.conv2d(x[i], own[0]).movedim(1, -1).reshape(-1, 4)
+        z = (rows - rows.mean(0)) * (rows.var(0, unbiased=False) + 1e-5).rsqrt() * own[1]
+        value = (z.relu().square().mean(0) * weights).sum()
+        first = torch.autograd.grad(value, own, create_graph=True)
+        second = torch.autograd.grad(sum(G.square().sum() for G in first), own)
+        for ours, truth in zip((*mapped, *found), (*first, *second)):
+            torch.testing.assert_close(ours[i], truth, rtol=1e-10, atol=1e-10)
