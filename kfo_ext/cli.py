@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from kfo_ext.machine import keep_freed_memory
 from kfo_ext.runs.loggers import LOGGERS, checked
 from kfo_ext.streams import complain, echo, open_streams, said, settle
 from kfo_ext.trainer.listing import listed
-from kfo_ext.trainer.signals import Unsaid, interrupt_ends
+from kfo_ext.trainer.signals import Unsaid, interrupt_ends, of_several
 
 # Whatever needs torch is imported by the command that needs it: help and version take no time.
 
@@ -378,6 +379,9 @@ def _end(code: int, message: str = "") -> None:
     if message:
         complain(f"kfo: {' '.join(message.split())}")
     settle()
+    if of_several():
+        # Without Python's teardown, in which threads of a process group may abort; what was to be written is.
+        os._exit(code)
     sys.exit(code)
 
 

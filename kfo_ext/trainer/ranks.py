@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kfo_ext.tasks import TaskBatch
 
-from .signals import Unsaid
+from .signals import Unsaid, of_several
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -161,7 +161,7 @@ def joined() -> Iterator[ProcessGroup | None]:
 
     Raises: Unsaid in place of any error, once another rank has said why it ends.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if not of_several():
         yield None
         return
     shared, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))

@@ -65,6 +65,11 @@ def stop_requested(*, said: bool = True) -> Iterator[Callable[[], bool]]:
         restore()
 
 
+def of_several() -> bool:
+    """Whether torchrun started this process with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 @contextmanager
 def interrupt_ends() -> Iterator[None]:
     """Meanwhile Ctrl-C ends the process: raised in an import, it may be swallowed there and leave half a module."""
