@@ -1,10 +1,12 @@
-"""Tables and numbers as Markdown. Accuracies are in %, differences in percentage points."""
+"""Tables, pictures and numbers as Markdown. Accuracies are in %, differences in percentage points."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 NONE = ""
+# Of the pictures, beside the page.
+FOLDER = "paper"
 
 
 def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -23,3 +25,8 @@ def percent(value: float | None, sign: bool = False) -> str:
 def half(value: float | None) -> str:
     """Half an interval, in %; nothing for None."""
     return NONE if value is None else f"± {100 * value:.2f}"
+
+
+def picture(name: str, caption: str) -> str:
+    """A picture of `FOLDER` by the name of its file, and its caption below."""
+    return f"![{caption}]({FOLDER}/{name})\n\n*{caption}*"

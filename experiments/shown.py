@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .markdown import half, percent, table
+from .markdown import half, percent, picture, table
 from .section4.pictures import draw_figure1_left, draw_figure2_left, draw_figure2_right
 from .synthetic_figures import drawings
 
@@ -28,7 +28,7 @@ def regression(value: Value) -> Shown:
         "least error that the model can have over all tasks."
     )
     rows_shown = table(("model", "error at the end, mean over seeds", "range over seeds", "least error"), rows)
-    text = f"{rows_shown}\n{_picture('figure-1-left.svg', caption)}\n\n{ERRATA}"
+    text = f"{rows_shown}\n{picture('figure-1-left.svg', caption)}\n\n{ERRATA}"
     return text, {"figure-1-left.svg": draw_figure1_left(value)}
 
 
@@ -44,7 +44,7 @@ def landscape(value: Value) -> Shown:
             f"{settings['iterations']} meta-iterations."
         ),
     }
-    text = "\n\n".join(_picture(name, caption) for name, caption in captions.items())
+    text = "\n\n".join(picture(name, caption) for name, caption in captions.items())
     end = f"Each trajectory ends within {max(apart):.4f} of a solution."
     drawn = {"figure-2-left.svg": draw_figure2_left(value), "figure-2-right.svg": draw_figure2_right(value)}
     return f"{text}\n\n{end}", drawn
@@ -65,7 +65,7 @@ def logistic(value: Value) -> Shown:
     drawn = drawings(value)
     runs = f"accuracy over meta-training, {len(settings['seeds'])} seeds, {settings['tasks']} tasks"
     captions = {name: f"{_figure_of(name)}: {runs}." for name in drawn}
-    return "\n\n".join([head, verdicts, *(_picture(name, captions[name]) for name in drawn)]), drawn
+    return "\n\n".join([head, verdicts, *(picture(name, captions[name]) for name in drawn)]), drawn
 
 
 def floors(value: Value) -> Shown:
@@ -87,7 +87,3 @@ def _score(value: Value) -> tuple[str, str]:
 
 def _figure_of(name: str) -> str:
     return name.removesuffix(".svg").replace("-", " ").capitalize()
-
-
-def _picture(name: str, caption: str) -> str:
-    return f"![{caption}](paper/{name})\n\n*{caption}*"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any, NamedTuple
 
 from kfo_ext.runs.plots import PALETTE
 
+from .svg import styled, svg
 from .synthetic import COLLAPSED, LINNETS, MODELS, TRAINING, UNSEEN
 
 AFTER = {"sign": "sign of the logit", "sampled": "sampled predictions"}
@@ -67,14 +67,12 @@ def drawings(result: Mapping[str, Any]) -> dict[str, bytes]:
 
 def _grid(result: Mapping[str, Any], labels: str, columns: Sequence[Column]) -> bytes:
     """A row of panels for each support, as SVG that is the same to the byte whenever it is drawn."""
-    from matplotlib import style
     from matplotlib.figure import Figure
 
     settings = result["settings"]
     supports = settings["supports"]
     panels = {(panel["labels"], panel["support"], panel["metric"]): panel for panel in result["panels"]}
-    # Whatever the reader's own settings are; identifiers follow from the salt alone.
-    with style.context(["default", {"svg.hashsalt": "kfo", "svg.fonttype": "none"}]):
+    with styled():
         figure = Figure(figsize=(4.2 * len(columns), 2.7 * len(supports) + 0.6), layout="constrained")
         grid = figure.subplots(len(supports), len(columns), sharex=True, sharey=True, squeeze=False)
         for row, support in zip(grid, supports):
@@ -91,9 +89,7 @@ def _grid(result: Mapping[str, Any], labels: str, columns: Sequence[Column]) -> 
         seeds = len(settings["seeds"])
         runs = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
         figure.suptitle(f"{LABELS[labels]}; {runs}", fontsize=10)
-        whole = BytesIO()
-        figure.savefig(whole, format="svg", metadata={"Date": None, "Creator": None})
-    return whole.getvalue()
+        return svg(figure)
 
 
 def _draw(axes: Any, iterations: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from io import BytesIO
 from itertools import cycle
 from typing import Any
 
 from kfo_ext.runs.plots import PALETTE
 
 from .entry import Shown
+from .markdown import picture, table
+from .svg import GRID, styled, svg
 from .wall_clock import PEER
 
-# Identifiers follow from the salt, texts stay texts, and the reader's own settings do not count.
-STYLE: Sequence[Any] = (
-    "default",
-    {"svg.hashsalt": "kfo", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True},
-)
 # What methods are called; others by their own names.
 TITLES = {
     "omniglot-cnn2-kfo": "META-KFO",
@@ -42,18 +38,17 @@ def shown(value: Mapping[str, Any]) -> Shown:
         f"Accuracy on validation classes against seconds of meta-training, and seconds to {goal}: {_setting(value)}. "
         "Diamonds are single seeds; hatched bars did not get there."
     )
-    lines = [
-        f"| method | seconds to {goal}, by seed | meta-iterations | seconds of one |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for label, runs in value["runs"].items():
-        cells = [
+    rows = [
+        (
+            title(label),
             ", ".join("none" if run["seconds"] is None else f"{run['seconds']:,.1f}" for run in runs),
             ", ".join("none" if run["iterations"] is None else f"{run['iterations']:,}" for run in runs),
             f"{_seconds_of_one(runs):.3g}",
-        ]
-        lines.append(f"| {title(label)} | {' | '.join(cells)} |")
-    parts = [f"![{caption}](paper/{PICTURE})", f"*{caption}*", "\n".join(lines)]
+        )
+        for label, runs in value["runs"].items()
+    ]
+    head = ("method", f"seconds to {goal}, by seed", "meta-iterations", "seconds of one")
+    parts = [picture(PICTURE, caption), table(head, rows).rstrip()]
     if value["peers"]:
         parts.append(
             f"learn2learn {value[PEER]} meta-trains from the same start with the same rates, Adam, tasks and "
@@ -74,21 +69,18 @@ def drawing(value: Mapping[str, Any]) -> bytes:
     Left the curve of each method's median seed, by seconds to the target; right those seconds, with a mark for each
     seed, or hatched the seconds after which the target was not reached. learn2learn's are dashed and pale.
     """
-    from matplotlib import style
     from matplotlib.figure import Figure
 
-    whole = BytesIO()
     medians = {label: median(runs) for label, runs in value["runs"].items()}
     looks = dict(zip((label for label in medians if not _is_peer(label)), _looks()))
-    with style.context(list(STYLE)):
+    with styled(**GRID, **{"axes.axisbelow": True}):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _curves(left, medians, looks, value["target"])
         _bars(right, value["runs"], medians, looks, value["target"])
         figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         figure.suptitle(_setting(value), fontsize=9)
-        figure.savefig(whole, format="svg", metadata={"Date": None})
-    return whole.getvalue()
+        return svg(figure)
 
 
 def median(runs: Sequence[Run]) -> Run:

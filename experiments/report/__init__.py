@@ -7,12 +7,13 @@ from pathlib import Path
 
 from kfo_ext.runs.files import atomic_write
 
+from ..markdown import FOLDER
 from ..registry import ENTRIES
 from ..registry.claims import CLAIMS
 from ..registry.groups import COLLAPSE, GROUPS, HEADLINE
 from ..store import RESULTS
 from .outcomes import Book
-from .text import FOLDER, page
+from .text import page
 
 PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
 # Longer runs are not part of the repository.

@@ -15,13 +15,9 @@ from kfo_ext.runs.plots import PALETTE
 from ..halving import Halving
 from ..jobs import Record
 from ..store import Results
+from ..svg import GRID, styled, svg
 from .statistics import Summary
 
-# Identifiers follow from the salt, texts stay texts, and the reader's own settings do not count.
-STYLE: Sequence[Any] = (
-    "default",
-    {"svg.hashsalt": "kfo", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3},
-)
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "x")
 ACCURACY = "accuracy on validation classes (%)"
@@ -145,19 +141,18 @@ def _looks() -> Iterator[dict[str, Any]]:
 @contextmanager
 def _figure(panels: int) -> Iterator[tuple[Any, list[Any], BytesIO]]:
     """A figure, the axes of its panels, and the file that holds the SVG once the block has ended."""
-    from matplotlib import style
     from matplotlib.figure import Figure
 
     columns = min(panels, COLUMNS)
     rows = math.ceil(panels / columns)
     whole = BytesIO()
-    with style.context(list(STYLE)):
+    with styled(**GRID):
         figure = Figure(figsize=(7, 4) if panels == 1 else (8, 2.6 * rows + 0.6), layout="constrained")
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes in grid[panels:]:
             axes.remove()
         yield figure, grid[:panels], whole
-        figure.savefig(whole, format="svg", metadata={"Date": None})
+        whole.write(svg(figure))
 
 
 def _label(grid: Sequence[Any], x: str, y: str) -> None:

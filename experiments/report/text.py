@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..entry import Computed, Entry
 from ..halving import Halving
+from ..markdown import FOLDER, picture
 from ..registry.claims import Claim
 from ..registry.groups import Group
 from . import pictures, tables
@@ -16,7 +17,6 @@ from .outcomes import Book, Row, paired
 from .pictures import Line, over_seeds
 from .statistics import summary
 
-FOLDER = "paper"
 INTRODUCTION = f"""# The paper, reproduced
 
 This page compares the tables and figures of the paper with what `kfo_ext` gives. `python -m experiments run` computes
@@ -66,7 +66,7 @@ class Page:
     def picture(self, name: str, drawn: bytes, caption: str) -> None:
         """Append a picture with its caption."""
         self.pictures[f"{name}.svg"] = drawn
-        self.add(f"![{caption}]({FOLDER}/{name}.svg)", f"*{caption}*")
+        self.add(picture(f"{name}.svg", caption))
 
     def text(self) -> str:
         """All of it.
@@ -201,16 +201,16 @@ SUBTABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
 
 
 def _against(made: Page, group: Group) -> None:
-    for picture in group.against:
+    for against in group.against:
         series = {}
-        for label, names in picture.series.items():
+        for label, names in against.series.items():
             rows = [made.book.row(name) for name in names]
-            series[label] = {row.settings[picture.option]: found for row in rows if (found := row.accuracy())}
+            series[label] = {row.settings[against.option]: found for row in rows if (found := row.accuracy())}
         drawn = {label: points for label, points in series.items() if points}
         if drawn:
-            caption = f"Accuracy on test classes against {picture.unit}. Bars are 95 % intervals over seeds; over tasks"
-            svg = pictures.against(drawn, picture.unit)
-            made.picture(f"{group.name}-{picture.option}", svg, f"{caption} where there is one seed.")
+            caption = f"Accuracy on test classes against {against.unit}. Bars are 95 % intervals over seeds; over tasks"
+            svg = pictures.against(drawn, against.unit)
+            made.picture(f"{group.name}-{against.option}", svg, f"{caption} where there is one seed.")
 
 
 def _shown(made: Page, entry: Entry) -> None:

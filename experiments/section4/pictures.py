@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from io import BytesIO
 from typing import Any
 
 import numpy as np
+
+from ..svg import styled, svg
 
 # A hue and a dash each: the pictures read in grey too.
 STYLES = {"SHALLOW": ("#000000", "-"), "DEEP": ("#D55E00", "--")}
@@ -73,14 +74,11 @@ def _plane(axes: Any, numbers: Mapping[str, Any]) -> None:
 
 def _picture(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
     """An SVG whose bytes depend on what is drawn alone."""
-    from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with style.context(["default", {"svg.hashsalt": "kfo", "svg.fonttype": "none"}]):
+    with styled():
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
-        whole = BytesIO()
-        figure.savefig(whole, format="svg", metadata={"Date": None, "Creator": None})
-    return whole.getvalue()
+        return svg(figure)
