@@ -5,6 +5,7 @@
 2. The best `keep` of them to the second rung; the best of those again with each other outer rate.
 3. Of all these, `keep` of each further rung; the one that is left is trained with every seed, and tested.
 
+A run that ends early, as its loss is not finite, makes room for the next best one, and comes after all that go on.
 All runs of a comparison see the same stream of tasks. Scores are the best validation so far, on validation classes.
 """
 
@@ -105,8 +106,7 @@ class Halving:
         kept: list[Settings] = []
         for number, rung in enumerate(self.rungs):
             reached = self.rungs[number - 1].iterations if number else self.first
-            kept = _best(kept if number else grid, records, reached)[: rung.keep]
-            yield [Job(settings=each, iterations=rung.iterations) for each in kept]
+            kept = yield from _taken(_best(kept if number else grid, records, reached), records, rung)
             if number == 0:
                 best = _best(kept, records, rung.iterations)[0]
                 others = [best | {"meta_lr": rate} for rate in self.meta_lrs if rate != best["meta_lr"]]
@@ -198,6 +198,29 @@ class Following:
         return Fixed(base=base, variants=self.variants, iterations=self.iterations, seeds=self.seeds, tests=self.tests)
 
 
+def _taken(candidates: list[Any], records: Records, rung: Rung) -> Stages:
+    """The runs of a rung: as many as it keeps, and one more for each that ends, as long as there are candidates."""
+    taken = candidates[: rung.keep]
+    while True:
+        yield [Job(settings=each, iterations=rung.iterations) for each in taken]
+        ended = sum(_ended(each, records, rung.iterations) for each in taken)
+        if len(taken) == min(rung.keep + ended, len(candidates)):
+            return taken
+        taken = candidates[: rung.keep + ended]
+
+
 def _best(settings: list[Any], records: Records, iterations: int) -> list[Any]:
-    """Settings by their score, the best first; equal ones in the order of the grid."""
-    return sorted(settings, key=lambda each: -records[Job(settings=each, iterations=iterations).key].best(iterations))
+    """Settings by their score, the best first, those that have ended last; equal ones in the order of the grid."""
+
+    def rank(each: Any) -> tuple[bool, float]:
+        return _ended(each, records, iterations), -_record(each, records, iterations).best(iterations)
+
+    return sorted(settings, key=rank)
+
+
+def _ended(settings: Any, records: Records, iterations: int) -> bool:
+    return _record(settings, records, iterations).iterations < iterations
+
+
+def _record(settings: Any, records: Records, iterations: int) -> Record:
+    return records[Job(settings=settings, iterations=iterations).key]

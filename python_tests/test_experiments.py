@@ -129,13 +129,30 @@ def test_scores_of_a_rung_are_those_up_to_it():
     assert HALVING.tuning(records)[6].settings["fast_lr"] == 0.2
 
 
-def test_a_run_that_ended_counts_with_its_best_and_goes_no_further():
-    ended = lambda job: 150 if job.settings["fast_lr"] == 0.2 else 50 if job.settings["fast_lr"] == 0.4 else 0  # noqa: E731
+def test_a_run_that_ended_makes_room_for_the_next_best():
+    """Here the best three of the first rung end before 400 iterations, and the best of the second before 800."""
+
+    def ended(job):
+        first = job.settings["fast_lr"] == 0.2 or job.settings == {**job.settings, "fast_lr": 0.1, "init": "zero_head"}
+        second = job.settings["meta_lr"] == 0.001
+        return 350 if first and not second and job.iterations > 200 else 700 if second and job.iterations > 400 else 0
+
     found, records = stages(HALVING, peak(0.2), ended)
-    # The best of the first rung have ended; nothing of them is missing at later ones.
-    assert {each.settings["fast_lr"] for each in found[1]} == {0.1}
+    _, kept, room, others, last, more, finals = found
+    assert kept == [job(*each, iterations=400) for each in ((0.2, "zero_head"), (0.1, "zero_head"), (0.2, "torch"))]
+    assert room == [job(*each, iterations=400) for each in ((0.1, "torch"), (0.4, "zero_head"), (0.4, "torch"))]
+    assert others == [job(0.1, "torch", 0.001, iterations=400)]
+    assert last == [job(0.1, "torch", 0.001, iterations=800)]
+    assert more == [job(0.1, "torch", iterations=800)]
+    assert finals == [job(0.1, "torch", 0.003, seed, 800, tests=(scored(2),)) for seed in (5, 6)]
+    assert HALVING.tuning(records) == [job for stage in found[:-1] for job in stage]
+
+
+def test_where_all_runs_end_the_best_of_them_wins():
+    found, records = stages(HALVING, peak(0.2), lambda job: 150)
+    # Nothing of them is missing at later rungs, but for the other outer rate.
+    assert [each.settings["meta_lr"] for stage in found[1:-1] for each in stage] == [0.001]
     assert HALVING.finals(records)[0].settings["fast_lr"] == 0.2
-    assert records[job(0.4).key].best(200) == 0.0
 
 
 def test_a_single_rung_compares_the_outer_rates_too():
