@@ -2,83 +2,81 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..entry import Entry, Published
-from .budgets import tuned
-from .omniglot import BASE, KFO_RATES
+from ..jobs import Settings
+from .budgets import following, tuned
+from .omniglot import BASE, KFO_RATES, SCALE, SCALED
 from .published import cnn2
 
 ANIL = {**BASE, "method": "anil", "update": "none"}
+KFO = {**ANIL, "update": "kfo", "adapt_update": True}
+KFO_HIDDEN = {**KFO, "hidden_layers": 2, "bias": True}
 RUNGS = (200, [(500, 4), (1500, 2), (5000, 1)])
 RATES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
 
-def cell(table: str, column: str, value: float) -> tuple[Published, ...]:
-    """A cell of the table's first row."""
-    return (Published(f"Table {table}, Omniglot, {column}", value),)
+def _entry(name: str, title: str, column: str, cell: tuple[str, str, float], **facts: Any) -> Entry:
+    """A row of Table B.4, or of a group in `facts`.
+
+    column: of tables D.6 and D.7.
+    cell: table, column and number of its first row.
+    """
+    table, where, number = cell
+    return Entry(
+        **{
+            "name": f"omniglot-{name}",
+            "title": title,
+            "group": "table-b4",
+            "published": (Published(f"Table {table}, Omniglot, {where}", number),),
+            "rates": cnn2("Omniglot", column),
+            "baseline": "" if name == "anil" else "omniglot-anil",
+            "data": ("omniglot",),
+            **facts,
+        }
+    )
 
 
+def _tuned(
+    name: str, title: str, column: str, cell: tuple[str, str, float], base: Settings, rates: Any = RATES, **facts: Any
+) -> Entry:
+    """A row whose rates are found, the outer one first at the paper's."""
+    outer = {"meta_lr": cnn2("Omniglot", column).outer.value}
+    return _entry(name, title, column, cell, works=tuned({**base, **outer}, rates, cpu=RUNGS), **facts)
+
+
+KFO_CELL = ("B.4", "KFO", 94.4)
+MSGD, MC = {**ANIL, "update": "meta_sgd"}, {**ANIL, "update": "meta_curvature"}
+SMOKE = {**KFO_HIDDEN, "fast_lr": 0.1, "meta_lr": 0.001, "init": "torch"}
 ENTRIES = [
-    Entry(
-        name="omniglot-anil",
-        title="ANIL",
-        group="table-b4",
-        published=cell("B.4", "ANIL", 91.0),
-        rates=cnn2("Omniglot", "ANIL"),
-        data=("omniglot",),
-        works=tuned({**ANIL, "meta_lr": 0.001}, RATES, cpu=RUNGS),
-    ),
-    Entry(
-        name="omniglot-anil-linnet",
-        title="ANIL with LinNet",
+    _tuned("anil", "ANIL", "ANIL", ("B.4", "ANIL", 91.0), ANIL),
+    _tuned(
+        "anil-linnet",
+        "ANIL with LinNet",
+        "ANIL + LinNet",
+        ("2", "w/ LinNet", 93.02),
+        {**ANIL, "method": "anil_linnet"},
         group="table-2",
-        published=cell("2", "w/ LinNet", 93.02),
-        rates=cnn2("Omniglot", "ANIL + LinNet"),
-        baseline="omniglot-anil",
-        data=("omniglot",),
-        works=tuned({**ANIL, "method": "anil_linnet", "meta_lr": 0.003}, RATES, cpu=RUNGS),
     ),
-    Entry(
-        name="omniglot-anil-kfo",
-        title="ANIL, META-KFO",
-        group="table-b4",
-        published=cell("B.4", "KFO", 94.4),
-        rates=cnn2("Omniglot", "ANIL + KFO"),
-        baseline="omniglot-anil",
-        data=("omniglot",),
-        works=tuned({**ANIL, "update": "kfo", "adapt_update": True, "meta_lr": 0.001}, KFO_RATES, cpu=RUNGS),
+    _tuned("anil-kfo", "ANIL, META-KFO", "ANIL + KFO", KFO_CELL, KFO, KFO_RATES),
+    _tuned("anil-msgd", "ANIL, Meta-SGD", "ANIL + MSGD", ("B.4", "MSGD", 92.47), MSGD),
+    _tuned("anil-mc", "ANIL, Meta-Curvature", "ANIL + MC", ("B.4", "MC", 92.67), MC),
+    _tuned(
+        "anil-kfo-hidden",
+        "ANIL, META-KFO, two hidden layers, with bias",
+        "ANIL + KFO",
+        KFO_CELL,
+        KFO_HIDDEN,
+        KFO_RATES,
     ),
-    Entry(
-        name="omniglot-anil-msgd",
-        title="ANIL, Meta-SGD",
-        group="table-b4",
-        published=cell("B.4", "MSGD", 92.47),
-        rates=cnn2("Omniglot", "ANIL + MSGD"),
-        baseline="omniglot-anil",
-        data=("omniglot",),
-        works=tuned({**ANIL, "update": "meta_sgd", "meta_lr": 0.001}, RATES, cpu=RUNGS),
-    ),
-    Entry(
-        name="omniglot-anil-mc",
-        title="ANIL, Meta-Curvature",
-        group="table-b4",
-        published=cell("B.4", "MC", 92.67),
-        rates=cnn2("Omniglot", "ANIL + MC"),
-        baseline="omniglot-anil",
-        data=("omniglot",),
-        works=tuned({**ANIL, "update": "meta_curvature", "meta_lr": 0.001}, RATES, cpu=RUNGS),
-    ),
-    Entry(
-        name="omniglot-anil-kfo-hidden",
-        title="ANIL, META-KFO, two hidden layers, with bias",
-        group="table-b4",
-        published=cell("B.4", "KFO", 94.4),
-        rates=cnn2("Omniglot", "ANIL + KFO"),
-        baseline="omniglot-anil",
-        data=("omniglot",),
-        works=tuned(
-            {**ANIL, "update": "kfo", "hidden_layers": 2, "bias": True, "adapt_update": True, "meta_lr": 0.001},
-            KFO_RATES,
-            cpu=RUNGS,
-        ),
+    _entry(
+        "anil-kfo-scaled",
+        "ANIL, META-KFO, two hidden layers, with bias and scale",
+        "ANIL + KFO",
+        KFO_CELL,
+        works=following("omniglot-anil-kfo-hidden", SCALED, SMOKE, cpu=5000, seeds=3),
+        baseline="omniglot-anil-kfo-hidden",
+        choices=(SCALE,),
     ),
 ]

@@ -103,7 +103,7 @@ GROUPS = (
     Group(
         name="collapse",
         title="Controls of the collapse",
-        text="Each row changes one factor of META-KFO's published setting.",
+        text="Each row changes one factor of META-KFO's published setting, or of a tuned setting.",
     ),
     Group(
         name="floors",
@@ -140,4 +140,7 @@ HEADLINE: Mapping[str, str] = {
     "MAML, the paper's setting": "omniglot-cnn2-maml-paper",
 }
 # Entries whose single runs the section on the collapse shows.
-COLLAPSE = ("omniglot-cnn2-kfo-paper", "omniglot-cnn2-maml-paper", "omniglot-cnn2-kfo-controls")
+COLLAPSE = tuple(
+    f"omniglot-cnn2-{name}"
+    for name in ("kfo-paper", "maml-paper", "kfo-controls", "kfo", "maml", "kfo-clipped", "maml-clipped")
+)

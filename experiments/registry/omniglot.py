@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from ..entry import UNKNOWN, Entry, Published
+from collections.abc import Mapping
+from typing import Any
+
+from ..entry import UNKNOWN, Entry, Published, Work
 from ..jobs import Settings, Test
-from .budgets import FINAL, STARTS, fixed, tuned
+from .budgets import FINAL, STARTS, fixed, following, tuned
 from .published import cnn2
 
-GROUP = "table-3"
 BASE = {"dataset": "omniglot", "network": "omniglot_cnn", "layers": 2, "hidden": 32}
 MAML = {**BASE, "method": "maml", "update": "none"}
 KFO = {**BASE, "method": "maml", "update": "kfo", "psd": True, "hidden_layers": 0, "adapt_update": True}
+KFO_HIDDEN = {**KFO, "hidden_layers": 2, "bias": True}
 RUNGS = (200, [(400, 4), (800, 2), (2000, 1)])
 # The paper's rates (table D.6) and larger ones; those of the other methods as many, around the paper's.
 RATES = (0.08, 0.25, 0.5, 1.0, 1.5, 2.0)
@@ -18,137 +21,179 @@ KFO_RATES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 LINNET_RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 # Other numbers of inner steps than in training.
 STEPS = tuple(Test(tasks=1000, changes={"steps": steps}) for steps in (1, 2, 3, 4, 10))
-THREE_STARTS = (*STARTS, "zero_head")
-
-
-def table3(column: str, value: float | None, certainty: str = "certain") -> tuple[Published, ...]:
-    """A cell of the table's first row."""
-    return (Published(f"Table 3, Omniglot, {column}", value, certainty),)
-
-
+HEADLINE: dict[str, Any] = {"starts": (*STARTS, "zero_head"), "tests": (*FINAL, *STEPS)}
 # One factor at a time, from the paper's own setting.
 CONTROLS: dict[str, Settings] = {
     "clipped": {"clip_norm": 1.0},
     "outer rate 0.001": {"meta_lr": 0.001},
     "torch's start": {"init": "torch"},
 }
-PAPER_MAML = {**MAML, "fast_lr": 0.08, "meta_lr": 0.003, "init": "reference"}
-PAPER_KFO = {**KFO, "fast_lr": 0.1, "meta_lr": 0.003, "init": "reference"}
+# Of the tuned rows.
+CLIPPED: dict[str, Settings] = {"": {"clip_norm": 1.0}}
+# At torch's start the gradients' root mean squares are 0.002 to 0.04, where tanh is linear to 0.1 %.
+SCALED: dict[str, Settings] = {"": {"scale": 100.0}}
 START = "the start of the network: the best of three (torch's, the reference's, a zero head); the paper names none"
+LINEAR = "one Kronecker layer, psd, adapted; the paper does not say which of its numbers are linear"
+TANH = "depth 2 and tanh, residual form: the repository's README says two hidden layers, the paper nothing"
+SCALE = "the hidden layers see 100 times the gradient, whose size leaves tanh nearly linear; at the row's tuned setting"
+GRID = "no rate of T-Nets is published: MAML's grid"
+LAYERS = "two layers of the head's 32 inputs before it, with bias: the paper gives neither width nor bias"
+OTHERS = "the tuned row has other rates and starts"
+ONE_AT_A_TIME = "the controls change clipping, outer rate and start, one at a time"
+CLIPS = "the setting that won without clipping, its meta-gradients clipped to norm 1"
 
+
+def _entry(name: str, title: str, works: Mapping[str, Work], column: str = "", **facts: Any) -> Entry:
+    """A row of Table 3, or of a group in `facts`.
+
+    column: of tables D.6 and D.7.
+    """
+    return Entry(
+        **{
+            "name": f"omniglot-cnn2-{name}",
+            "title": title,
+            "group": "table-3",
+            "rates": cnn2("Omniglot", column) if column else None,
+            "baseline": "omniglot-cnn2-maml",
+            "data": ("omniglot",),
+            "works": works,
+            **facts,
+        }
+    )
+
+
+def _cell(column: str, *number: Any) -> tuple[Published, ...]:
+    """A cell of Table 3's first row."""
+    return (Published(f"Table 3, Omniglot, {column}", *number),)
+
+
+def _outer(column: str) -> Settings:
+    return {"meta_lr": cnn2("Omniglot", column).outer.value}
+
+
+def _paper(base: Settings, column: str) -> Settings:
+    """A method at the paper's rates, from the reference implementation's start."""
+    return {**base, "fast_lr": cnn2("Omniglot", column).inner.value, **_outer(column), "init": "reference"}
+
+
+PAPER_MAML = _paper(MAML, "MAML")
+PAPER_KFO = _paper(KFO, "MAML + KFO")
+
+
+def _tuned(
+    name: str, title: str, column: str, base: Settings, rates: tuple[float, ...], how: Any = None, **facts: Any
+) -> Entry:
+    """A row whose rates are found, the outer one first at the paper's."""
+    works = tuned({**base, **_outer(column)}, rates, cpu=RUNGS, **how or {})
+    return _entry(name, title, works, **{"column": column, **facts})
+
+
+KFO_CELL = _cell("META-KFO", 96.62)
 ENTRIES = [
-    Entry(
-        name="omniglot-cnn2-maml",
-        title="MAML",
-        group=GROUP,
-        published=table3("MAML", 66.6),
-        rates=cnn2("Omniglot", "MAML"),
-        data=("omniglot",),
-        works=tuned({**MAML, "meta_lr": 0.003}, RATES, THREE_STARTS, cpu=RUNGS, tests=(*FINAL, *STEPS)),
-        choices=(START,),
+    _tuned("maml", "MAML", "MAML", MAML, RATES, HEADLINE, published=_cell("MAML", 66.6), baseline="", choices=(START,)),
+    _tuned(
+        "kfo",
+        "META-KFO, linear",
+        "MAML + KFO",
+        KFO,
+        KFO_RATES,
+        HEADLINE,
+        published=KFO_CELL,
+        choices=(START, LINEAR),
     ),
-    Entry(
-        name="omniglot-cnn2-kfo",
-        title="META-KFO, linear",
-        group=GROUP,
-        published=table3("META-KFO", 96.62),
-        rates=cnn2("Omniglot", "MAML + KFO"),
-        baseline="omniglot-cnn2-maml",
-        data=("omniglot",),
-        works=tuned({**KFO, "meta_lr": 0.003}, KFO_RATES, THREE_STARTS, cpu=RUNGS, tests=(*FINAL, *STEPS)),
-        choices=(START, "one Kronecker layer, psd, adapted; the paper does not say which of its numbers are linear"),
+    _entry(
+        "maml-paper",
+        "MAML at the paper's setting",
+        fixed(PAPER_MAML, {"": {}}, cpu=2000),
+        "MAML",
+        published=_cell("MAML", 66.6),
+        baseline="",
+        tried=(OTHERS,),
     ),
-    Entry(
-        name="omniglot-cnn2-maml-paper",
-        title="MAML at the paper's setting",
-        group=GROUP,
-        published=table3("MAML", 66.6),
-        rates=cnn2("Omniglot", "MAML"),
-        data=("omniglot",),
-        tried=("the tuned row of MAML has other rates and starts",),
-        works=fixed(PAPER_MAML, {"": {}}, cpu=2000),
-    ),
-    Entry(
-        name="omniglot-cnn2-kfo-paper",
-        title="META-KFO, linear, at the paper's setting",
-        group=GROUP,
-        published=table3("META-KFO", 96.62),
-        rates=cnn2("Omniglot", "MAML + KFO"),
+    _entry(
+        "kfo-paper",
+        "META-KFO, linear, at the paper's setting",
+        fixed(PAPER_KFO, {"": {}}, cpu=2000),
+        "MAML + KFO",
+        published=KFO_CELL,
         baseline="omniglot-cnn2-maml-paper",
-        data=("omniglot",),
-        tried=(
-            "the tuned row has other rates and starts",
-            "the controls change clipping, outer rate and start, one at a time",
-        ),
-        works=fixed(PAPER_KFO, {"": {}}, cpu=2000),
+        tried=(OTHERS, ONE_AT_A_TIME),
     ),
-    Entry(
-        name="omniglot-cnn2-kfo-controls",
-        title="META-KFO at the paper's setting, one factor changed",
+    _entry(
+        "kfo-controls",
+        "META-KFO at the paper's setting, one factor changed",
+        fixed(PAPER_KFO, CONTROLS, cpu=1000),
+        "MAML + KFO",
         group="collapse",
-        rates=cnn2("Omniglot", "MAML + KFO"),
-        data=("omniglot",),
-        works=fixed(PAPER_KFO, CONTROLS, cpu=1000, tests=FINAL),
+        baseline="",
     ),
-    Entry(
-        name="omniglot-cnn2-msgd",
-        title="Meta-SGD",
-        group=GROUP,
-        published=table3("MSGD", 74.07),
-        rates=cnn2("Omniglot", "MAML + MSGD"),
-        baseline="omniglot-cnn2-maml",
-        data=("omniglot",),
-        works=tuned({**BASE, "method": "maml", "update": "meta_sgd", "meta_lr": 0.0005}, RATES, cpu=RUNGS),
+    *(
+        _entry(
+            f"{name}-clipped",
+            f"{title}, tuned, clipped",
+            following(f"omniglot-cnn2-{name}", CLIPPED, smoke, cpu=2000, seeds=3),
+            group="collapse",
+            baseline=baseline,
+            choices=(CLIPS,),
+        )
+        for name, title, smoke, baseline in (
+            ("kfo", "META-KFO, linear", PAPER_KFO, "omniglot-cnn2-maml-clipped"),
+            ("maml", "MAML", PAPER_MAML, ""),
+        )
     ),
-    Entry(
-        name="omniglot-cnn2-mc",
-        title="Meta-Curvature",
-        group=GROUP,
-        published=table3("MC", None, UNKNOWN),
-        rates=cnn2("Omniglot", "MAML + MC"),
-        baseline="omniglot-cnn2-maml",
-        data=("omniglot",),
-        works=tuned({**BASE, "method": "maml", "update": "meta_curvature", "meta_lr": 0.003}, RATES, cpu=RUNGS),
+    _tuned(
+        "msgd",
+        "Meta-SGD",
+        "MAML + MSGD",
+        {**MAML, "update": "meta_sgd"},
+        RATES,
+        published=_cell("MSGD", 74.07),
     ),
-    Entry(
-        name="omniglot-cnn2-tnet",
-        title="T-Nets",
-        group=GROUP,
-        published=table3("T-Nets", 92.27),
-        baseline="omniglot-cnn2-maml",
-        data=("omniglot",),
-        works=tuned({**BASE, "method": "tnet", "update": "none", "meta_lr": 0.003}, RATES, cpu=RUNGS),
-        choices=("no rate of T-Nets is published: MAML's grid",),
+    _tuned(
+        "mc",
+        "Meta-Curvature",
+        "MAML + MC",
+        {**MAML, "update": "meta_curvature"},
+        RATES,
+        published=_cell("MC", None, UNKNOWN),
     ),
-    Entry(
-        name="omniglot-cnn2-kfo-fixed",
-        title="META-KFO, linear, factors not adapted",
-        group=GROUP,
-        rates=cnn2("Omniglot", "MAML + KFO"),
-        baseline="omniglot-cnn2-maml",
-        data=("omniglot",),
-        works=tuned({**KFO, "adapt_update": False, "meta_lr": 0.003}, KFO_RATES, cpu=RUNGS),
+    # Tables D.6 and D.7 have no T-Nets.
+    _entry(
+        "tnet",
+        "T-Nets",
+        tuned({**MAML, **_outer("MAML"), "method": "tnet"}, RATES, cpu=RUNGS),
+        published=_cell("T-Nets", 92.27),
+        choices=(GRID,),
     ),
-    Entry(
-        name="omniglot-cnn2-kfo-hidden",
-        title="META-KFO, two hidden layers, with bias",
-        group=GROUP,
-        published=table3("META-KFO", 96.62),
-        rates=cnn2("Omniglot", "MAML + KFO"),
-        baseline="omniglot-cnn2-maml",
-        data=("omniglot",),
-        works=tuned({**KFO, "hidden_layers": 2, "bias": True, "meta_lr": 0.003}, KFO_RATES, cpu=RUNGS),
-        choices=("depth 2 and tanh, residual form: the repository's README says two hidden layers, the paper nothing",),
+    _tuned(
+        "kfo-fixed", "META-KFO, linear, factors not adapted", "MAML + KFO", {**KFO, "adapt_update": False}, KFO_RATES
     ),
-    Entry(
-        name="omniglot-cnn2-linnet",
-        title="LinNet",
+    _tuned(
+        "kfo-hidden",
+        "META-KFO, two hidden layers, with bias",
+        "MAML + KFO",
+        KFO_HIDDEN,
+        KFO_RATES,
+        published=KFO_CELL,
+        choices=(TANH,),
+    ),
+    _entry(
+        "kfo-scaled",
+        "META-KFO, two hidden layers, with bias and scale",
+        following("omniglot-cnn2-kfo-hidden", SCALED, _paper(KFO_HIDDEN, "MAML + KFO"), cpu=2000, seeds=3),
+        "MAML + KFO",
+        published=KFO_CELL,
+        baseline="omniglot-cnn2-kfo-hidden",
+        choices=(TANH, SCALE),
+    ),
+    _tuned(
+        "linnet",
+        "LinNet",
+        "MAML + LinNet",
+        {**MAML, "method": "linnet"},
+        LINNET_RATES,
         group="table-1",
         published=(Published("Table 1, Omniglot, CNN(2), LinNet", None, UNKNOWN),),
-        rates=cnn2("Omniglot", "MAML + LinNet"),
-        baseline="omniglot-cnn2-maml",
-        data=("omniglot",),
-        works=tuned({**BASE, "method": "linnet", "update": "none", "meta_lr": 0.003}, LINNET_RATES, cpu=RUNGS),
-        choices=("two layers of the head's 32 inputs before it, with bias: the paper gives neither width nor bias",),
+        choices=(LAYERS,),
     ),
 ]
