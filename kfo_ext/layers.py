@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from kfo_ext.adapt.verified import DESCRIBING
 from kfo_ext.ops import one_task
 from kfo_ext.ops.functions import KINDS, single
 from kfo_ext.ops.operands import ready
+from kfo_ext.ops.own_code import LayerMode
 from kfo_ext.ops.torch_private import dispatch_modes, jit_trace, saved_tensor_hooks, transformed
 
 # Functions that give a new tensor, or their first argument, in whichever memory format they get.
@@ -104,7 +104,7 @@ class _Norm(NamedTuple):
     eps: Any
 
 
-class _FastLayers(TorchFunctionMode):
+class _FastLayers(LayerMode):
     """Sees every function of torch, and replaces those that our operators can stand for."""
 
     def __init__(self) -> None:

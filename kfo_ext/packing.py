@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from kfo_ext.ops.operands import check_dense, is_dense
+from kfo_ext.ops.own_code import own_code
 from kfo_ext.ops.parts import plain
 from kfo_ext.ops.registration import pick
 
@@ -204,6 +205,7 @@ class Packing:
             raise ValueError(f"{argument}: expected at least one tensor that is not None")
         return self.join(tensors, rows)
 
+    @own_code
     def join(self, tensors: Sequence[Tensor | None], rows: int | None) -> Tensor:
         """`pack` without its checks: tensors of `rows` tasks, or without a task dimension."""
         return self.joined(tensors, rows) if plain() else Pack.apply(self, rows, *tensors)
@@ -218,6 +220,7 @@ class Packing:
         ]
         return torch.cat(pieces, dim=1)
 
+    @own_code
     def unpack(self, packed: Tensor, *, batched: bool = True) -> list[Tensor]:
         """The tensors of a packed (tasks, numel) tensor: (tasks, *shape) each, or shape each when not `batched`."""
         return self.pieces(packed, batched) if plain() else list(Unpack.apply(self, batched, packed))

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import overrides
 from torch._C import DispatchKey, DispatchKeySet
 from torch._functorch import pyfunctorch, utils
 from torch.autograd import forward_ad
@@ -26,6 +27,11 @@ dispatch_modes = _private(torch._C, "_len_torch_dispatch_stack")
 jit_trace = _private(torch._C, "_get_tracing_state")
 saved_tensor_hooks = partial(_private(torch._C._autograd, "_top_saved_tensors_default_hooks"), True)
 _private(forward_ad, "_current_level")
+
+# How many modes see each function of torch, the innermost of them, and a context in which it sees none.
+function_modes = _private(overrides, "_len_torch_function_stack")
+function_mode = _private(overrides, "_get_current_function_mode")
+without_function_mode = _private(overrides, "_pop_mode_temporarily")
 
 # One level of torch.func: its tensors, and what a kernel under its dispatch key needs to reach the next level.
 add_batch_dim = _private(torch._C._functorch, "_add_batch_dim")

@@ -8,6 +8,7 @@ from typing import Any, cast, overload
 
 from torch import Tensor, nn
 
+from kfo_ext.ops.own_code import own_code
 from kfo_ext.packing import Packing, listed
 from kfo_ext.updates import state
 from kfo_ext.updates.checks import check_like, check_rule, check_step
@@ -91,6 +92,7 @@ class Update(nn.Module, ABC):
     @overload
     def transform(self, grads: Iterable[Tensor | None], step: int | None = None) -> list[Tensor | None]: ...
 
+    @own_code
     def transform(
         self, grads: Mapping[str, Tensor | None] | Iterable[Tensor | None], step: int | None = None
     ) -> dict[str, Tensor | None] | list[Tensor | None]:
@@ -150,6 +152,7 @@ class Update(nn.Module, ABC):
         step: int | None = None,
     ) -> list[Tensor | None]: ...
 
+    @own_code
     def forward(
         self,
         loss: Tensor,
@@ -219,6 +222,7 @@ class Update(nn.Module, ABC):
         allow_unused: bool = False,
     ) -> tuple[list[Tensor], StepState]: ...
 
+    @own_code
     def step(
         self,
         loss: Tensor | Mapping[str, Tensor | None] | Iterable[Tensor | None],

@@ -10,6 +10,7 @@ from torch import Tensor
 from kfo_ext.ops import library
 from kfo_ext.ops.dispatch import Operator
 from kfo_ext.ops.operands import check_dimensions
+from kfo_ext.ops.own_code import own_code
 from kfo_ext.ops.torch_private import in_functorch
 from kfo_ext.ops.transform import autograd, reference
 from kfo_ext.ops.transform.autograd import Family
@@ -30,6 +31,7 @@ TRITON = library.once("triton", _register_triton)
 OPERATOR = Operator(("G", "R", "L", "bias"), {"native": NATIVE, "triton": TRITON}, ("cpu", "cuda"))
 
 
+@own_code
 def transform(
     R: Tensor, G: Tensor, L: Tensor, problems: Group, *, bias: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -76,6 +78,7 @@ def transform(
     return OPERATOR.run(compute, given, backend, usual)
 
 
+@own_code
 def adjoint(R: Tensor, G: Tensor, L: Tensor, problems: Group, *, backend: str = "auto") -> Tensor:
     """R G L^T, the adjoint of `transform`: <transform(R, X, L), G> = <X, adjoint(R, G, L)>; no factor is transposed.
 
