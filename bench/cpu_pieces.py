@@ -26,7 +26,7 @@ from kfo_ext.bench.timing import samples_of, wall_clock
 from kfo_ext.ops import library
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("conv2d_kernels.cpp", "fma_kernels.cpp", "working_memory.cpp")  # transform_kernels.cpp is included
+SOURCES = ("conv2d_kernels.cpp", "fma_kernels.cpp", "thread_scratch.cpp")  # transform_kernels.cpp is included
 SAMPLE = 2e-4  # s
 PEAK = "multiply-adds in registers"
 

@@ -1,4 +1,4 @@
-// Batch norm by batch statistics, then ReLU where it is asked for: what both derivatives do with a channel, given sums
+// Batch norm by batch statistics, then ReLU if requested: what both derivatives do with a channel, given sums
 // over its N rows. No torch. Internal linkage: this is compiled for each instruction set.
 //
 //     d = x - mean,  xhat = r d,  a = w r,  z = a d + b,  y = [z > 0] z,  g = [z > 0] dy

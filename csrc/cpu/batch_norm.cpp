@@ -12,7 +12,7 @@
 #include "../tensors.h"
 #include "batch_norm_kernels.h"
 #include "isa.h"
-#include "parts.h"
+#include "parallel.h"
 
 namespace kfo::cpu {
 
@@ -109,7 +109,7 @@ void for_jobs(const Sizes& sizes, void (*kernel)(const BatchNormJob<T>&), Fill f
   const int64_t width = unit_channels(sizes.tasks, sizes.channels, sizeof(T));
   const int64_t groups = ceil_div(sizes.channels, width), jobs = sizes.tasks * groups;
   const bool worth_threads = sizes.tasks * sizes.rows * sizes.channels >= kParallelElements;
-  run_parts(jobs, worth_threads, [&](int64_t i, int64_t) {
+  run_in_parallel(jobs, worth_threads, [&](int64_t i, int64_t) {
     const int64_t task = i / groups, channel = i % groups * width;
     BatchNormJob<T> job;
     job.rows = sizes.rows, job.stride = sizes.channels;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "by_type.h"
+#include "kernel_table.h"
 
 namespace kfo::cpu {
 
@@ -31,7 +31,7 @@ struct BatchNormOrders {
   void (*double_backward)(const BatchNormJob<T>&);
 };
 
-using BatchNormKernels = ByType<BatchNormOrders>;
+using BatchNormKernels = KernelTable<BatchNormOrders>;
 
 namespace avx512 {
 extern const BatchNormKernels batch_norm_kernels;

@@ -3,10 +3,10 @@
 // store.
 #pragma once
 
-#include "large.h"
+#include "packed_gemm.h"
 #include "products.h"
 #include "transform_kernels.h"
-#include "transposition.h"
+#include "transpose.h"
 
 namespace {
 
@@ -51,23 +51,24 @@ class LaneBlock {
 
   void left(Factor<T> F, Matrix X, Matrix out, bool add = false) {
     const int64_t row = job_.q * width_;
-    product<T>(job_.ahead, job_.p, row, job_.p, F, {X, row}, {out, row}, add);
+    product<T>(job_.prefetch, job_.p, row, job_.p, F, {X, row}, {out, row}, add);
   }
 
   void right(Factor<T> F, Matrix X, Matrix out, bool add = false) {
     const int64_t step = job_.q * width_;
-    product<T>(job_.ahead, job_.q, width_, job_.q, {F.data, F.column, F.row}, {X, width_}, {out, width_}, add,
+    product<T>(job_.prefetch, job_.q, width_, job_.q, {F.data, F.column, F.row}, {X, width_}, {out, width_}, add,
                {job_.p, 0, step, step});
   }
 
   // Sums over the rows that exist only: what lies in the lanes that complete a vector never reaches a result.
   void left_gradient(Matrix X, Matrix Y, T* out, bool add) {
     const int64_t row = job_.q * width_;
-    dots<T>(job_.ahead, job_.p, job_.p, {X, row}, {Y, row}, {out, job_.p}, {job_.q, rows_, width_}, add);
+    dots<T>(job_.prefetch, job_.p, job_.p, {X, row}, {Y, row}, {out, job_.p}, {job_.q, rows_, width_}, add);
   }
 
   void right_gradient(Matrix X, Matrix Y, T* out, bool add) {
-    dots<T>(job_.ahead, job_.q, job_.q, {X, width_}, {Y, width_}, {out, job_.q}, {job_.p, rows_, job_.q * width_}, add);
+    dots<T>(job_.prefetch, job_.q, job_.q, {X, width_}, {Y, width_}, {out, job_.q}, {job_.p, rows_, job_.q * width_},
+            add);
   }
 
   void clear(Matrix X) { __builtin_memset(X, 0, static_cast<size_t>(job_.p * job_.q * width_) * sizeof(T)); }
@@ -91,11 +92,11 @@ class RowBlock {
         transposed_(transposed && job.p > 1),
         width_(width(job)),
         copies_(memory),
-        free_(memory + (needs_copies(job) ? copies_memory<T>() : 0)) {}
+        free_(memory + (needs_copies(job) ? packed_gemm_scratch<T>() : 0)) {}
 
-  // Elements of working memory, for so many matrices.
+  // Elements of scratch memory, for so many matrices.
   static int64_t memory(const Job<T>& job, int matrices) {
-    return matrices * matrix_elements(job) + (needs_copies(job) ? copies_memory<T>() : 0);
+    return matrices * matrix_elements(job) + (needs_copies(job) ? packed_gemm_scratch<T>() : 0);
   }
 
   static int64_t width(const Job<T>& job) { return round_up(job.q, kLanes<T>); }
@@ -155,19 +156,19 @@ class RowBlock {
  private:
   // C (M, N) = A (M, K) X^T (K, N), or C += A X^T; the rows or the columns of X are contiguous.
   void multiply(int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Matrix C, bool add) {
-    if (is_large(M, N, K) || (X.row != 1 && are_dots_slow(M, N, K)))
-      product_of_copies<T>(job_.ahead, M, N, K, A, X, C, add, copies_);
+    if (packing_pays(M, N, K) || (X.row != 1 && are_dots_slow(M, N, K)))
+      packed_gemm<T>(job_.prefetch, M, N, K, A, X, C, add, copies_);
     else if (X.row == 1)
-      product<T>(job_.ahead, M, N, K, A, {X.data, X.column}, C, add);
+      product<T>(job_.prefetch, M, N, K, A, {X.data, X.column}, C, add);
     else
-      dots<T>(job_.ahead, M, N, {A.data, A.row}, {X.data, X.row}, C, {1, K, 0}, add);
+      dots<T>(job_.prefetch, M, N, {A.data, A.row}, {X.data, X.row}, C, {1, K, 0}, add);
   }
 
   const Job<T>& job_;
   // Whether some product of the job needs copies of its operands.
   static bool needs_copies(const Job<T>& job) {
     const int64_t most = job.p > job.q ? job.p : job.q, least = job.p > job.q ? job.q : job.p;
-    return is_large(job.p, job.q, most) || are_dots_slow(most, most, least);
+    return packing_pays(job.p, job.q, most) || are_dots_slow(most, most, least);
   }
 
   const int64_t first_;

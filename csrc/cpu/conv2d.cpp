@@ -13,7 +13,7 @@
 #include "../tensors.h"
 #include "conv2d_kernels.h"
 #include "isa.h"
-#include "parts.h"
+#include "parallel.h"
 
 namespace kfo::cpu {
 
@@ -123,7 +123,7 @@ void run(const Tensor& like, int64_t count, const Conv2dShape& s, KernelOf kerne
   with_type(like, [&](auto type) {
     using T = decltype(type);
     const auto kernel = kernel_of(kernels().of<T>());
-    run_parts(tasks * parts, worth_threads, [&](int64_t i, int64_t) {
+    run_in_parallel(tasks * parts, worth_threads, [&](int64_t i, int64_t) {
       Conv2dJob<T> job;
       job.shape = s, job.begin = count * (i % parts) / parts, job.end = count * (i % parts + 1) / parts;
       fill(job, i / parts);

@@ -3,10 +3,10 @@
 // in transform_kernels.cpp.
 #include "conv2d_kernels.h"
 
-#include "padded.h"
+#include "padded_image.h"
 #include "products.h"
-#include "transposition.h"
-#include "working_memory.h"
+#include "thread_scratch.h"
+#include "transpose.h"
 
 namespace {
 
@@ -88,11 +88,11 @@ constexpr int gathered_rows(int vectors) {
 }
 
 template <class T, int N, bool kPartial>
-void gathered_strip(Ahead* ahead, const T* A, Gathered results, Steps steps, Rows<const T> X, T* C, int lanes,
-                    bool add) {
+void gathered_strip(PrefetchQueue* prefetch, const T* A, Gathered results, Steps steps, Rows<const T> X, T* C,
+                    int lanes, bool add) {
   constexpr int kRows = gathered_rows(N);
   Cut(results.count, kRows).each([&](int64_t begin, int64_t rows) {
-    fetch_ahead(ahead);
+    prefetch_next(prefetch);
     gathered_tile_of<T, N, kPartial>(rows, std::make_integer_sequence<int, kRows>{})(
         A, results.rows + begin, steps, X, C, results.outs + begin, lanes, add);
   });
@@ -100,8 +100,8 @@ void gathered_strip(Ahead* ahead, const T* A, Gathered results, Steps steps, Row
 
 // C (results, N) = A X, or C += A X, with the rows of A gathered: X holds N columns for each k.
 template <class T>
-void gathered_product(Ahead* ahead, const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X, T* C,
-                      bool add) {
+void gathered_product(PrefetchQueue* prefetch, const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X,
+                      T* C, bool add) {
   constexpr int W = kLanes<T>;
   const int64_t vectors = N / W;
   Cut(vectors, kTileVectors).each([&](int64_t begin, int64_t strip) {
@@ -109,58 +109,59 @@ void gathered_product(Ahead* ahead, const T* A, Gathered results, Steps steps, i
     T* c = C + begin * W;
     switch (strip) {
       case 1:
-        gathered_strip<T, 1, false>(ahead, A, results, steps, x, c, W, add);
+        gathered_strip<T, 1, false>(prefetch, A, results, steps, x, c, W, add);
         break;
       case 2:
-        gathered_strip<T, 2, false>(ahead, A, results, steps, x, c, W, add);
+        gathered_strip<T, 2, false>(prefetch, A, results, steps, x, c, W, add);
         break;
       case 3:
-        gathered_strip<T, 3, false>(ahead, A, results, steps, x, c, W, add);
+        gathered_strip<T, 3, false>(prefetch, A, results, steps, x, c, W, add);
         break;
       case 4:
-        gathered_strip<T, 4, false>(ahead, A, results, steps, x, c, W, add);
+        gathered_strip<T, 4, false>(prefetch, A, results, steps, x, c, W, add);
         break;
     }
   });
   if (const int lanes = static_cast<int>(N % W))
-    gathered_strip<T, 1, true>(ahead, A, results, steps, {X.data + vectors * W, X.row}, C + vectors * W, lanes, add);
+    gathered_strip<T, 1, true>(prefetch, A, results, steps, {X.data + vectors * W, X.row}, C + vectors * W, lanes, add);
 }
 
 constexpr int64_t kProducts = 384;  // of a sum in T, as far as its runs allow: rounding grows with their number
 
 // C = A X, the sum over k in parts.
 template <class T>
-void gathered_parts(Ahead* ahead, const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X, T* C) {
+void gathered_parts(PrefetchQueue* prefetch, const T* A, Gathered results, Steps steps, int64_t N, Rows<const T> X,
+                    T* C) {
   const int64_t most = steps.length < kProducts ? kProducts / (steps.length ? steps.length : 1) : 1;
   for (int64_t r = 0; r == 0 || r < steps.runs; r += most)
-    gathered_product<T>(ahead, A + r * steps.run_step, results,
+    gathered_product<T>(prefetch, A + r * steps.run_step, results,
                         {smaller(most, steps.runs - r), steps.run_step, steps.length, steps.step}, N,
                         {X.data + r * steps.length * X.row, X.row}, C, r > 0);
 }
 
-// What the next image will read and write, two ranges of so many elements: asked for by the tiles that compute this
+// What the next image reads and writes, two ranges of so many elements: prefetched by the tiles that compute this
 // one.
 template <class T>
-Ahead next_image(const T* x, int64_t x_size, const T* y, int64_t y_size, int64_t tiles) {
+PrefetchQueue next_image(const T* x, int64_t x_size, const T* y, int64_t y_size, int64_t tiles) {
   constexpr int64_t kMost = 131072;  // bytes
   x_size = smaller(x_size * static_cast<int64_t>(sizeof(T)), kMost);
   y_size = smaller(y_size * static_cast<int64_t>(sizeof(T)), kMost);
-  Ahead ahead;
-  ahead.plan(x, x_size);
-  ahead.plan(y, y_size);
-  ahead.lines = (x_size + y_size) / (Ahead::kLine * tiles) + 1;
-  return ahead;
+  PrefetchQueue prefetch;
+  prefetch.plan(x, x_size);
+  prefetch.plan(y, y_size);
+  prefetch.lines = (x_size + y_size) / (PrefetchQueue::kLine * tiles) + 1;
+  return prefetch;
 }
 
 // Tiles of so many results: as few as they may be.
 inline int64_t least_tiles(int64_t results) { return results / kGatheredRows + 1; }
 
-// Hands out pieces of a thread's working memory, each at the start of a cache line.
+// Hands out pieces of a thread's scratch memory, each at the start of a cache line.
 class Pieces {
  public:
   template <class U>
   static int64_t bytes(int64_t count) {
-    return round_up(count * static_cast<int64_t>(sizeof(U)), Ahead::kLine);
+    return round_up(count * static_cast<int64_t>(sizeof(U)), PrefetchQueue::kLine);
   }
   explicit Pieces(int64_t bytes) : next_(static_cast<char*>(scratch(static_cast<size_t>(bytes)))) {}
   template <class U>
@@ -279,13 +280,13 @@ void input(const Conv2dJob<T>& job) {
   for (int64_t n = job.begin; n < job.end; ++n) {
     const T* dy = job.dy + n * dy_size;
     T* dx = job.dx + n * dx_size;
-    Ahead ahead = next_image<T>(dy + dy_size, dy_size, dx + dx_size, dx_size, least_tiles(pixels));
+    PrefetchQueue prefetch = next_image<T>(dy + dy_size, dy_size, dx + dx_size, dx_size, least_tiles(pixels));
     image.fill(dy, Ho, Wo);
     for (int64_t phase = 0; phase < phases; ++phase) {
       const Phase v(rows_of[phase / columns_of.count], s.H, s.KH, s.stride, s.padding),
           h(columns_of[phase % columns_of.count], s.W, s.KW, s.stride, s.padding);
       const int64_t first = starts[2 * phase], count = starts[2 * phase + 2] - first;
-      gathered_parts<T>(&ahead, image.data, {count, rows + first, outs + first},
+      gathered_parts<T>(&prefetch, image.data, {count, rows + first, outs + first},
                         {v.taps, image.at(1, 0), h.taps * s.O, 1}, s.C, {weight + starts[2 * phase + 1], s.C}, dx);
     }
   }
@@ -354,12 +355,12 @@ void weight(const Conv2dJob<T>& job) {
   const int64_t x_size = s.H * s.W * s.C, dy_size = Ho * Wo * s.O;
   for (int64_t n = 0; n < s.N; ++n) {
     const T *x = job.x + n * x_size, *dy = job.dy + n * dy_size;
-    Ahead ahead = next_image(x + x_size, x_size, dy + dy_size, dy_size, least_tiles(count) * parts);
+    PrefetchQueue prefetch = next_image(x + x_size, x_size, dy + dy_size, dy_size, least_tiles(count) * parts);
     image.fill(x, s.H, s.W);
     for (int64_t h = 0; h < Ho; h += step) {
       const int64_t rows_now = smaller(step, Ho - h), kept = image.rows.kept;
       totals.make_room();
-      gathered_product<T>(&ahead, image.data + image.at(h * kept, 0), {count, rows, outs},
+      gathered_product<T>(&prefetch, image.data + image.at(h * kept, 0), {count, rows, outs},
                           {rows_now, image.at(kept, 0), Wo, image.columns.kept * s.C}, s.O, {dy + h * Wo * s.O, s.O},
                           sums, true);
     }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "by_type.h"
+#include "kernel_table.h"
 
 namespace kfo::cpu {
 
@@ -31,7 +31,7 @@ struct Conv2dOps {
   void (*weight)(const Conv2dJob<T>&);
 };
 
-using Conv2dKernels = ByType<Conv2dOps>;
+using Conv2dKernels = KernelTable<Conv2dOps>;
 
 namespace avx512 {
 extern const Conv2dKernels conv2d_kernels;

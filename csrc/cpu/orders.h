@@ -20,7 +20,7 @@ void clear_factor(T* data, int64_t n) {
   __builtin_memset(data, 0, static_cast<size_t>(n * n) * sizeof(T));
 }
 
-// What a block of an order keeps in working memory, in matrices: the intermediate results, and the operands and outputs
+// What a block of an order keeps in scratch memory, in matrices: the intermediate results, and the operands and outputs
 // too where they cannot be used in place.
 struct Memory {
   int intermediates, all;

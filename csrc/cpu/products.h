@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../integers.h"
-#include "ahead.h"
+#include "prefetch.h"
 #include "vec.h"
 
 namespace {
@@ -11,7 +11,7 @@ namespace {
 using kfo::ceil_div;
 using kfo::round_up;
 using kfo::smaller;
-using kfo::cpu::Ahead;
+using kfo::cpu::PrefetchQueue;
 
 // Element (m, k) is data[m * row + k * column].
 template <class T>
@@ -84,13 +84,14 @@ inline void keep_in_register(V& vector) {
 // One register tile of C = A X, several times over. `lanes` of its last vector exist.
 // A tile of few sums takes every kSplit-th k in a sum of its own, since a sum waits for its previous addition.
 template <class T, int M, int N, bool kPartial>
-void product_tile(Ahead* ahead, Factor<T> A, Rows<const T> X, Rows<T> C, int64_t K, int lanes, bool add, Times times) {
+void product_tile(PrefetchQueue* prefetch, Factor<T> A, Rows<const T> X, Rows<T> C, int64_t K, int lanes, bool add,
+                  Times times) {
   constexpr int W = kLanes<T>, kSplit = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
   const auto load_row = [lanes](const T* x, int n) {
     return kPartial ? load_first(x + n * W, lanes) : load(x + n * W);
   };
   for (int64_t i = 0; i < times.count; ++i) {
-    fetch_ahead(ahead);
+    prefetch_next(prefetch);
     const T* x = X.data + i * times.x_step;
     // A pointer for each kApart rows of A: the others are within reach of an address, without a register of their own.
     constexpr int kApart = 3, kPointers = ceil_div(M, kApart);
@@ -154,7 +155,7 @@ void product_tile(Ahead* ahead, Factor<T> A, Rows<const T> X, Rows<T> C, int64_t
 }
 
 template <class T>
-using ProductTile = void (*)(Ahead*, Factor<T>, Rows<const T>, Rows<T>, int64_t, int, bool, Times);
+using ProductTile = void (*)(PrefetchQueue*, Factor<T>, Rows<const T>, Rows<T>, int64_t, int, bool, Times);
 
 template <class T, int N, bool kPartial, int... M>
 ProductTile<T> product_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
@@ -164,10 +165,10 @@ ProductTile<T> product_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
 
 // All tiles of a strip of C that is N vectors wide. Those of one size are one call, where the product is taken once.
 template <class T, int N, bool kPartial>
-void product_strip(Ahead* ahead, int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, int lanes, bool add,
-                   Times times) {
+void product_strip(PrefetchQueue* prefetch, int64_t M, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, int lanes,
+                   bool add, Times times) {
   constexpr int kRows = tile_rows(N);
-  const auto run = [&](Ahead* meanwhile, int64_t begin, int64_t rows, Times repeated) {
+  const auto run = [&](PrefetchQueue* meanwhile, int64_t begin, int64_t rows, Times repeated) {
     product_tile_of<T, N, kPartial>(rows, std::make_integer_sequence<int, kRows>{})(
         meanwhile, {A.data + begin * A.row, A.row, A.column}, X, {C.data + begin * C.row, C.row}, K, lanes, add,
         repeated);
@@ -175,11 +176,11 @@ void product_strip(Ahead* ahead, int64_t M, int64_t K, Factor<T> A, Rows<const T
   const Cut tiles(M, kRows);
   if (times.count == 1) {
     const int64_t size = tiles.size, longer = size + 1, rest = tiles.parts - tiles.longer;
-    if (tiles.longer) run(ahead, 0, longer, {tiles.longer, longer * A.row, 0, longer * C.row});
-    run(ahead, tiles.longer * longer, size, {rest, size * A.row, 0, size * C.row});
+    if (tiles.longer) run(prefetch, 0, longer, {tiles.longer, longer * A.row, 0, longer * C.row});
+    run(prefetch, tiles.longer * longer, size, {rest, size * A.row, 0, size * C.row});
   } else {
     tiles.each([&](int64_t begin, int64_t rows) {
-      fetch_ahead(ahead);
+      prefetch_next(prefetch);
       run(nullptr, begin, rows, times);
     });
   }
@@ -190,8 +191,8 @@ constexpr int64_t kStripDepth = 256;
 
 // C (M, N) = A (M, K) X (K, N), or C += A X.
 template <class T>
-void product(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C, bool add = false,
-             Times times = {}) {
+void product(PrefetchQueue* prefetch, int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<const T> X, Rows<T> C,
+             bool add = false, Times times = {}) {
   constexpr int W = kLanes<T>;
   const int64_t vectors = N / W;
   for (int64_t k = 0; k < K; k += kStripDepth) {
@@ -204,21 +205,21 @@ void product(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Rows<co
       const Rows<T> c_strip{C.data + begin * W, C.row};
       switch (strip) {
         case 1:
-          product_strip<T, 1, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, times);
+          product_strip<T, 1, false>(prefetch, M, depth, a, x_strip, c_strip, W, keep, times);
           break;
         case 2:
-          product_strip<T, 2, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, times);
+          product_strip<T, 2, false>(prefetch, M, depth, a, x_strip, c_strip, W, keep, times);
           break;
         case 3:
-          product_strip<T, 3, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, times);
+          product_strip<T, 3, false>(prefetch, M, depth, a, x_strip, c_strip, W, keep, times);
           break;
         case 4:
-          product_strip<T, 4, false>(ahead, M, depth, a, x_strip, c_strip, W, keep, times);
+          product_strip<T, 4, false>(prefetch, M, depth, a, x_strip, c_strip, W, keep, times);
           break;
       }
     });
     if (const int lanes = static_cast<int>(N % W))
-      product_strip<T, 1, true>(ahead, M, depth, a, {x + vectors * W, X.row}, {C.data + vectors * W, C.row}, lanes,
+      product_strip<T, 1, true>(prefetch, M, depth, a, {x + vectors * W, X.row}, {C.data + vectors * W, C.row}, lanes,
                                 keep, times);
   }
 }
@@ -230,13 +231,14 @@ struct Runs {
 
 // One register tile of C, and so many more of its size beside it.
 template <class T, int M, int N>
-void dots_tile(Ahead* ahead, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add, int64_t times) {
+void dots_tile(PrefetchQueue* prefetch, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add,
+               int64_t times) {
   constexpr int W = kLanes<T>, kSums = M * N;
   constexpr int kGroup = kSums >= W ? W : power_of_two(kSums), kPadded = static_cast<int>(round_up(kSums, kGroup));
   const int64_t whole = runs.length / W * W;
   const int rest = static_cast<int>(runs.length - whole);
   for (int64_t i = 0; i < times; ++i) {
-    fetch_ahead(ahead);
+    prefetch_next(prefetch);
     Vec<T> sums[kPadded] = {};
     const auto step = [&](const T* a, const T* x, auto load_vector) {
       Vec<T> column[M];
@@ -273,7 +275,7 @@ void dots_tile(Ahead* ahead, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs r
 }
 
 template <class T>
-using DotsTile = void (*)(Ahead*, Rows<const T>, Rows<const T>, Rows<T>, Runs, bool, int64_t);
+using DotsTile = void (*)(PrefetchQueue*, Rows<const T>, Rows<const T>, Rows<T>, Runs, bool, int64_t);
 
 // Of a tile with M rows: as many columns as registers hold sums.
 constexpr int dots_columns(int M) { return (kRegisters == 16 ? 12 : 16) / M; }
@@ -287,10 +289,10 @@ DotsTile<T> dots_tile_of(int64_t columns, std::integer_sequence<int, N...>) {
 
 // All tiles of a strip of C that is M rows high. Those of one size are one call.
 template <class T, int M>
-void dots_strip(Ahead* ahead, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
+void dots_strip(PrefetchQueue* prefetch, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add) {
   constexpr int kColumns = dots_columns(M);
   const auto run = [&](int64_t n, int64_t columns, int64_t times) {
-    dots_tile_of<T, M>(columns, std::make_integer_sequence<int, kColumns>{})(ahead, A, {X.data + n * X.row, X.row},
+    dots_tile_of<T, M>(columns, std::make_integer_sequence<int, kColumns>{})(prefetch, A, {X.data + n * X.row, X.row},
                                                                              {C.data + n, C.row}, runs, add, times);
   };
   const Cut tiles(N, kColumns);
@@ -300,7 +302,7 @@ void dots_strip(Ahead* ahead, int64_t N, Rows<const T> A, Rows<const T> X, Rows<
 
 // C (M, N) = A (M, K) X^T (K, N), or C += A X^T, with K running over `runs` of both operands.
 template <class T>
-void dots(Ahead* ahead, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs,
+void dots(PrefetchQueue* prefetch, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs,
           bool add = false) {
   constexpr int64_t kCached = 131072 / sizeof(T);  // elements of X that stay cached while all of A passes by
   if (runs.count > 1 && runs.step == runs.length) runs = {1, runs.count * runs.length, 0};
@@ -312,16 +314,16 @@ void dots(Ahead* ahead, int64_t M, int64_t N, Rows<const T> A, Rows<const T> X, 
       const int64_t columns = smaller(block, N - n);
       switch (strip) {
         case 1:
-          dots_strip<T, 1>(ahead, columns, a, x, c, runs, add);
+          dots_strip<T, 1>(prefetch, columns, a, x, c, runs, add);
           break;
         case 2:
-          dots_strip<T, 2>(ahead, columns, a, x, c, runs, add);
+          dots_strip<T, 2>(prefetch, columns, a, x, c, runs, add);
           break;
         case 3:
-          dots_strip<T, 3>(ahead, columns, a, x, c, runs, add);
+          dots_strip<T, 3>(prefetch, columns, a, x, c, runs, add);
           break;
         case 4:
-          dots_strip<T, 4>(ahead, columns, a, x, c, runs, add);
+          dots_strip<T, 4>(prefetch, columns, a, x, c, runs, add);
           break;
       }
     });

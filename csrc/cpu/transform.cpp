@@ -11,11 +11,11 @@
 
 #include "../check_transform.h"
 #include "../tensors.h"
-#include "ahead.h"
 #include "isa.h"
-#include "parts.h"
+#include "parallel.h"
+#include "prefetch.h"
 #include "schedule.h"
-#include "scratch.h"
+#include "scratch_buffer.h"
 #include "transform_kernels.h"
 
 namespace kfo::cpu {
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kParallelSums = 1 << 16;  // elements
 
-thread_local Scratch partial_memory;
+thread_local ScratchBuffer partial_memory;
 
 // Operands and results of a call as bare pointers. Null data: absent, or not wanted.
 template <class T>
@@ -67,12 +67,12 @@ Job<T> job_of(const Call<T>& call, const Schedule& schedule, const Chunk& chunk,
 
 // What a job still has to write, and what the one after it will read.
 template <class T>
-Ahead plan_ahead(const Job<T>& job, const Job<T>& following) {
+PrefetchQueue plan_prefetch(const Job<T>& job, const Job<T>& following) {
   constexpr int64_t kLeast = 2048, kMost = 65536;  // bytes: fewer come quickly enough, more would push each other out
-  Ahead ahead;
+  PrefetchQueue prefetch;
   const auto plan = [&](const T* data, int64_t elements) {
     const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
-    if (data && bytes >= kLeast) ahead.plan(data, std::min(bytes, kMost));
+    if (data && bytes >= kLeast) prefetch.plan(data, std::min(bytes, kMost));
   };
   const auto plan_rows = [&](const Job<T>& of, const auto& matrices) {
     if (!matrices.data) return;
@@ -86,7 +86,7 @@ Ahead plan_ahead(const Job<T>& job, const Job<T>& following) {
   for (const auto& operand : {following.G, following.dY, following.ddG}) plan_rows(following, operand);
   for (const T* left : {following.R, following.ddR}) plan(left, following.p * following.p);
   for (const T* right : {following.L, following.ddL}) plan(right, following.q * following.q);
-  return ahead;
+  return prefetch;
 }
 
 template <class T>
@@ -100,13 +100,13 @@ void run_chunks(const Call<T>& call, const Schedule& schedule, void (*kernel)(co
                : Job<T>{};
   };
   const int64_t batches = static_cast<int64_t>(schedule.batches.size()) - 1;
-  run_parts(batches, schedule.flops >= kParallelFlops, [&](int64_t batch, int64_t following) {
+  run_in_parallel(batches, schedule.flops >= kParallelFlops, [&](int64_t batch, int64_t following) {
     const int64_t end = first_of(batch + 1);
     Job<T> job = chunk_job(first_of(batch));
     for (int64_t i = first_of(batch); i < end; ++i) {
       const Job<T> next = chunk_job(i + 1 < end ? i + 1 : first_of(following));
-      Ahead ahead = plan_ahead(job, next);
-      job.ahead = &ahead;
+      PrefetchQueue prefetch = plan_prefetch(job, next);
+      job.prefetch = &prefetch;
       kernel(job);
       job = next;
     }

@@ -4,7 +4,7 @@
 #include "transform_kernels.h"
 
 #include "orders.h"
-#include "working_memory.h"
+#include "thread_scratch.h"
 
 namespace {
 

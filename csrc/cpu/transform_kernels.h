@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "ahead.h"
-#include "by_type.h"
+#include "kernel_table.h"
+#include "prefetch.h"
 
 namespace kfo::cpu {
 
@@ -27,7 +27,7 @@ struct Job {
   Matrices<const T> bias;  // p * q elements a task
   Matrices<T> Y, dG, ddY;
   T *dR = nullptr, *dL = nullptr;
-  Ahead* ahead = nullptr;  // what to ask for meanwhile
+  PrefetchQueue* prefetch = nullptr;  // what to ask for meanwhile
 };
 
 template <class T>
@@ -37,7 +37,7 @@ struct OrderKernels {
   void (*double_backward)(const Job<T>&);
 };
 
-using TransformKernels = ByType<OrderKernels>;
+using TransformKernels = KernelTable<OrderKernels>;
 
 namespace avx512 {
 extern const TransformKernels transform_kernels;

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../check_transform.h"
-#include "../memo.h"
+#include "../lru_cache.h"
 #include "../tensors.h"
 #include "launch.h"
 #include "schedule.h"
@@ -26,7 +26,7 @@ PackedRows<T> output(const Tensor& tensor) {
 inline std::shared_ptr<const Schedule> schedule_of(const std::vector<int64_t>& shapes, const Group& group,
                                                    const Request& request) {
   constexpr size_t kept_launches = 16;
-  static Memo<std::pair<std::vector<int64_t>, decltype(request.key())>, Schedule> memo;
+  static LruCache<std::pair<std::vector<int64_t>, decltype(request.key())>, Schedule> memo;
   return memo.get(
       {shapes, request.key()}, [&] { return make_schedule(group, request); },
       [](const Schedule& schedule) { return schedule.launches.size() + schedule.tiled.size() <= kept_launches; });

@@ -48,7 +48,7 @@ struct TiledLaunch {
 struct Schedule {
   std::vector<Launch> launches;
   std::vector<TiledLaunch> tiled;  // in order: the intermediate products, then the results
-  // Scratch memory, in elements: a packed row of intermediate products for each task, then the partial sums.
+  // ScratchBuffer memory, in elements: a packed row of intermediate products for each task, then the partial sums.
   int64_t scratch_columns = 0;
   int64_t scratch = 0;
 };

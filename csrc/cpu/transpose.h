@@ -1,4 +1,4 @@
-// Matrices transposed on their way to working memory and back.
+// Copies that transpose, to scratch memory and back.
 #pragma once
 
 #include "products.h"

@@ -1,4 +1,4 @@
-// Working memory that a thread keeps between calls, because fresh pages cost more than the arithmetic they serve.
+// A buffer that grows on demand and is kept between calls: page faults of fresh memory cost more than the arithmetic.
 #pragma once
 
 #include <cstddef>
@@ -7,14 +7,14 @@
 
 namespace kfo::cpu {
 
-constexpr size_t kKeptBytes = size_t{16} << 20;  // that a thread may hold on to between calls
+constexpr size_t kKeptBytes = size_t{16} << 20;  // that a thread may keep between calls
 
-class Scratch {
+class ScratchBuffer {
  public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
+  ScratchBuffer() = default;
+  ScratchBuffer(const ScratchBuffer&) = delete;
+  ScratchBuffer& operator=(const ScratchBuffer&) = delete;
+  ~ScratchBuffer() { std::free(memory_); }
 
   // At least `bytes`, 64-byte aligned; what it held before is lost.
   void* reserve(size_t bytes) {
@@ -29,7 +29,7 @@ class Scratch {
     return memory_;
   }
 
-  // Gives the memory back when it is more than a thread should hold on to.
+  // Frees the memory if it exceeds `keep` bytes.
   void trim(size_t keep) {
     if (size_ > keep) release();
   }

@@ -4,7 +4,7 @@
 namespace kfo::cpu {
 
 template <template <class> class Table>
-struct ByType {
+struct KernelTable {
   Table<float> float32;
   Table<double> float64;
 

@@ -1,4 +1,4 @@
-// Remembers what was made for the keys used last, for all threads.
+// A thread-safe cache of the values of the keys used last.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace kfo {
 
 // A program uses a handful of groups; a list in order of use finds them faster than a map would hash them.
 template <class Key, class Value>
-class Memo {
+class LruCache {
  public:
   // The value of `key`: the remembered one, or what `make()` returns, remembered where `worth_keeping(value)`.
   template <class Make, class WorthKeeping>

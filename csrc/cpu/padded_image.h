@@ -1,4 +1,4 @@
-// Images inside the zeros of their padding, as convolutions read them.
+// Zero-padded copies of images, from which convolutions read.
 #pragma once
 
 #include "products.h"

@@ -1,12 +1,12 @@
-#include "working_memory.h"
+#include "thread_scratch.h"
 
-#include "scratch.h"
+#include "scratch_buffer.h"
 
 namespace kfo::cpu {
 
 namespace {
 
-thread_local Scratch memory;
+thread_local ScratchBuffer memory;
 
 }  // namespace
 

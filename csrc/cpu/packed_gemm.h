@@ -1,28 +1,28 @@
-// Products from copies of their operands, a block at a time, so that a tile reads them in order whatever their layout.
-// The sums are those of `product`, in the same order.
+// Packed GEMM: both operands are copied to scratch memory a block at a time, so that a tile reads them sequentially
+// whatever their strides. Sums have the order of `product`.
 #pragma once
 
 #include "products.h"
-#include "transposition.h"
+#include "transpose.h"
 
 namespace {
 
-constexpr int64_t kLargeRows = 192;              // rows of A of a block, which stays in the second-level cache
-constexpr int64_t kLargeVectors = kTileVectors;  // of a row of a block of X: one strip
+constexpr int64_t kPackedRows = 192;              // rows of a packed block of A, which stays in the L2 cache
+constexpr int64_t kPackedVectors = kTileVectors;  // of a row of a packed block of X: one strip
 
-// Elements of memory that `product_of_copies` needs.
+// Elements of scratch memory that `packed_gemm` needs.
 template <class T>
-constexpr int64_t copies_memory() {
-  return kStripDepth * (kLargeRows + kLargeVectors * kLanes<T>);
+constexpr int64_t packed_gemm_scratch() {
+  return kStripDepth * (kPackedRows + kPackedVectors * kLanes<T>);
 }
 
-// Whether copies of the operands cost little beside the product, and their strides much.
-inline bool is_large(int64_t M, int64_t N, int64_t K) {
+// Whether packing costs little beside the product, and strided reads would cost much.
+inline bool packing_pays(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t kLeast = 64, kWork = int64_t{1} << 21;
   return M >= kLeast && N >= kLeast && K >= kLeast && M * N * K >= kWork;
 }
 
-// Whether dot products, which add up lanes for each element of the result, cost more than copies of their operands.
+// Whether dot products, which reduce lanes for each element of the result, cost more than packing the operands.
 inline bool are_dots_slow(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t kLeast = 16, kShortest = 8, kLanesAgainstCopies = 4;
   return M >= kLeast && N >= kLeast && K >= kShortest && K * (M + N) <= kLanesAgainstCopies * M * N;
@@ -41,22 +41,22 @@ void pack(Factor<T> A, int64_t rows, int64_t depth, T* out, int64_t width) {
 
 // C (M, N) = A (M, K) X^T (K, N), or C += A X^T.
 template <class T>
-void product_of_copies(Ahead* ahead, int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Rows<T> C, bool add,
-                       T* memory) {
+void packed_gemm(PrefetchQueue* prefetch, int64_t M, int64_t N, int64_t K, Factor<T> A, Factor<T> X, Rows<T> C,
+                 bool add, T* memory) {
   constexpr int W = kLanes<T>;
   T* rows_of_A = memory;
-  T* strip_of_X = memory + kStripDepth * kLargeRows;
+  T* strip_of_X = memory + kStripDepth * kPackedRows;
   for (int64_t k = 0; k < K; k += kStripDepth) {
     const int64_t depth = smaller(K - k, kStripDepth);
     const bool keep = add || k > 0;
-    Cut(M, kLargeRows).each([&](int64_t m, int64_t rows) {
+    Cut(M, kPackedRows).each([&](int64_t m, int64_t rows) {
       const int64_t width = round_up(rows, W);
       pack<T>({A.data + m * A.row + k * A.column, A.row, A.column}, rows, depth, rows_of_A, width);
       const Factor<T> a{rows_of_A, 1, width};
-      for (int64_t n = 0; n < N; n += kLargeVectors * W) {
-        const int64_t columns = smaller(N - n, kLargeVectors * W), stride = round_up(columns, W);
+      for (int64_t n = 0; n < N; n += kPackedVectors * W) {
+        const int64_t columns = smaller(N - n, kPackedVectors * W), stride = round_up(columns, W);
         pack<T>({X.data + n * X.row + k * X.column, X.row, X.column}, columns, depth, strip_of_X, stride);
-        product<T>(ahead, rows, columns, depth, a, {strip_of_X, stride}, {C.data + m * C.row + n, C.row}, keep);
+        product<T>(prefetch, rows, columns, depth, a, {strip_of_X, stride}, {C.data + m * C.row + n, C.row}, keep);
       }
     });
   }

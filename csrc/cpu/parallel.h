@@ -1,4 +1,4 @@
-// The parts of a call, over the threads of torch.
+// Dynamic scheduling of the parts of a call over the threads of torch.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "working_memory.h"
+#include "thread_scratch.h"
 
 namespace kfo::cpu {
 
@@ -18,7 +18,7 @@ constexpr int64_t kPlenty = 4;          // parts for each thread
 // that the same thread goes on with, which it takes early while plenty are left for the others; after that it is a
 // guess. It may be `count` or more.
 template <class Run>
-void run_parts(int64_t count, bool worth_threads, Run run) {
+void run_in_parallel(int64_t count, bool worth_threads, Run run) {
   if (!worth_threads) {
     for (int64_t i = 0; i < count; ++i) run(i, i + 1);
   } else {
