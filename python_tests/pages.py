@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,9 @@ def run_page(page: Path) -> None:
 
 def script(name: str) -> ModuleType:
     """A script of docs/, by its name without the ending."""
+    # Its folder is where a script finds the modules beside it.
+    if str(DOCS) not in sys.path:
+        sys.path.append(str(DOCS))
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
