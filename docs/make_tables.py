@@ -38,7 +38,9 @@ def accuracy() -> str:
         "the paper, %",
         "KFO minus this, paired, points",
     ]
-    note = f"{facts['what']}; {facts['iterations']:,} meta-iterations, one seed."
+    hours = facts["training_seconds_of_all_runs"] / 3600
+    outer = f"outer rate {facts['meta_lr']}, halved every {facts['meta_lr_half_life']:,}"
+    note = f"{facts['what']}; {facts['iterations']:,} meta-iterations, {outer}, one seed; {hours:.1f} hours in all."
     return table(head, rows, made(path, facts["environment"], note))
 
 

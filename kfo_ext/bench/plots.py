@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 from kfo_ext.bench.cases import ORDERS
@@ -112,7 +111,7 @@ def _time(rows: Sequence[Row], axis: str, styles: dict[str, dict[str, Any]], tit
 
 def _name(panel: Any, order: str, x: str) -> None:
     panel.set_title(order.replace("_", " "), fontsize=FONT)
-    panel.set_xlabel(fill(x, 32), fontsize=FONT)
+    panel.set_xlabel(x if len(x) < 32 else x.replace(", ", ",\n"), fontsize=FONT)
     panel.tick_params(labelsize=FONT - 2)
     panel.grid(alpha=0.3)
 
