@@ -78,7 +78,7 @@ def markdown(result: Row) -> str:
     ]
     for row in rows:
         target = "" if row["most"] is None else f"at most {row['most']}"
-        peak = f"{row['memory']['peak'] / 2**20:.0f}" if "memory" in row else ""
+        peak = f"{row['memory']['peak'] / 1e6:.0f}" if "memory" in row else ""
         lines.append(f"| {row['method']} | {row['per_second']:.2f} | {row['over_maml']:.2f} | {target} | {peak} |")
     return "\n".join([*lines, "", f"Targets missed: {', '.join(late) or 'none'}.", ""])
 
