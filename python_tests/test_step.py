@@ -76,7 +76,7 @@ class ByGradients(Loop):
 
     def losses(self, tasks):
         of = partial(loss_of, self.model)
-        params = {name: p.expand(TASKS, *p.shape) for name, p in self.model.named_parameters()}
+        params = {name: p.expand(len(tasks.support.x), *p.shape) for name, p in self.model.named_parameters()}
         state = None
         for _ in range(self.steps):
             params, state = self.update.step(vmap(grad(of))(params, *tasks.support), params, state, **self.options)
@@ -143,25 +143,48 @@ def test_one_step_of_an_adapted_update_is_a_plain_one():
     torch.testing.assert_close(got[3], expected[3], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["kfo", "kfo hidden", "by name per step"])
-def test_a_loop_that_torch_func_differentiates(name):
-    """By all meta-parameters, with the loop of each task under vmap inside; nothing of it requires a gradient."""
-    model, tasks = network(), batch()
-    loop = Mapped(model, learned(name, model), STEPS, adapt_update=True)
-    expected = measured(MAML(model, update=loop.update, lr=LR, steps=STEPS, adapt_update=True), tasks)[3]
-    learnable = {name: p.detach() for name, p in loop.named_parameters()}
-    found = grad(lambda params: functional_call(loop, params, (tasks,)).loss)(learnable)
+@pytest.mark.parametrize(("name", "option"), [point for point in POINTS if point[1] != "one step"])
+@pytest.mark.parametrize("way", [ByGradients, Mapped])
+def test_torch_func_differentiates_loops(way, name, option):
+    """`grad` of all tasks, and vmap of `grad`: over tasks, and over phi alone; nothing requires a gradient."""
+    model, tasks, options = network(), batch(), OPTIONS[option]
+    loop = way(model, learned(name, model), **options)
+    rule = UPDATES[name].plain(loop.update)
+    learnable = {place: p.detach() for place, p in loop.named_parameters()}
     # phi comes in the order of the update, not in that of its modules.
-    places = [next(n for n, p in loop.named_parameters() if p is row) for row in loop.update.phi]
-    mine = [found[f"model.{n}"] for n in SHAPES] + [found[place] for place in places]
-    torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)
-    # Without a gradient by phi they are adapted all the same.
+    places = [next(place for place, p in loop.named_parameters() if p is row) for row in loop.update.phi]
+
+    def meta_loss(learnable, tasks):
+        return functional_call(loop, learnable, (tasks,)).loss
+
+    def check(found, tasks, phi):
+        truth = plain_maml(model, tasks, cross_entropy, lr=LR, rule=rule, phi=phi, **options).gradients
+        mine = [found[place] for place in (*(f"model.{name}" for name in SHAPES), *places)]
+        torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10)
+
+    phi = list(loop.update.phi)
+    check(grad(meta_loss)(learnable, tasks), tasks, phi)
+    apart = TaskBatch(*(Examples(*(X.unsqueeze(1) for X in part)) for part in tasks))
+    found = vmap(grad(meta_loss), (None, 0))(learnable, apart)
+    for i in range(TASKS):
+        one = TaskBatch(*(Examples(*(X[i] for X in part)) for part in apart))
+        check({place: X[i] for place, X in found.items()}, one, phi)
+    if phi:
+        several = [torch.stack([row.detach(), row.detach() + 0.1 * torch.randn_like(row)]) for row in phi]
+        dims = {place: 0 if place in places else None for place in learnable}
+        found = vmap(grad(meta_loss), (dims, None))({**learnable, **dict(zip(places, several))}, tasks)
+        for i in range(2):
+            mine = [rows[i].requires_grad_() for rows in several]
+            check({place: X[i] for place, X in found.items()}, tasks, mine)
+
+
+def test_a_mapped_loop_adapts_without_a_gradient():
+    """phi is adapted where neither autograd nor torch.func differentiates by it."""
+    model, tasks = network(), batch()
+    loop = Mapped(model, learned("kfo", model), STEPS, adapt_update=True)
+    learnable = {name: p.detach() for name, p in loop.named_parameters()}
     losses = functional_call(loop, learnable, (tasks,)).query_losses
     torch.testing.assert_close(losses, loop(tasks).query_losses, rtol=1e-10, atol=1e-10)
-    second = vmap(grad(lambda params, x: functional_call(loop, params, (x,)).loss), (None, 0))
-    twice = TaskBatch(*(type(part)(*(torch.stack([X, X.flip(0)]) for X in part)) for part in tasks))
-    for rows in second(learnable, twice).values():
-        torch.testing.assert_close(rows[0], rows[1], rtol=1e-10, atol=1e-10)
 
 
 def parts(**options) -> tuple[nn.Module, KFO, Tensor, Tensor]:
