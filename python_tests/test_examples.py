@@ -23,12 +23,16 @@ NEEDS = {
     "own_data": None,
     "own_network": None,
     "regression": None,
+    "torch_func_loop": None,
     "torchopt_loop": "torchopt",
 }
 
 
-def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} >= set(NEEDS)
+def test_all_of_them_are_here_and_in_the_documentation():
+    assert {path.stem for path in EXAMPLES} == set(NEEDS)
+    page = (ROOT / "docs" / "start" / "examples.md").read_text()
+    linked = set(re.findall(r"\]\(\.\./\.\./experiments/examples/(\S+?)\)", page))
+    assert linked == {path.name for path in EXAMPLES[0].parent.iterdir() if path.suffix in (".py", ".ipynb")}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
