@@ -23,7 +23,9 @@ FUNCTIONAL: dict[str, Factory] = {
     "torch_func_ours": TorchFuncFast,
     "torch_func_compiled": partial(TorchFunc, compiled="inductor"),
 }
-FAST_LAYERS: dict[str, Factory] = {
+LOOPS: dict[str, Factory] = {
+    "our_gbml": meta_task_loops.our_gbml,
+    "our_gbml_fast_layers": partial(meta_task_loops.our_gbml, fast=True),
     "learn2learn_fast_layers": partial(meta_task_loops.learn2learn, fast=True),
     "by_hand": meta_task_loops.by_hand,
     "by_hand_fast_layers": partial(meta_task_loops.by_hand, fast=True),
@@ -42,7 +44,7 @@ CONTENDERS: dict[str, dict[str, Factory]] = {
         "learn2learn_our_kfo": partial(meta_task_loops.learn2learn, our_kfo=True),
         "learn2learn_our_kfo_fast_layers": partial(meta_task_loops.learn2learn, our_kfo=True, fast=True),
     }
-    | FAST_LAYERS
+    | LOOPS
     | FUNCTIONAL,
     "maml": {
         "ours": Ours,
@@ -51,7 +53,7 @@ CONTENDERS: dict[str, dict[str, Factory]] = {
         "torchopt": meta_task_loops.torchopt,
         "higher": meta_task_loops.higher,
     }
-    | FAST_LAYERS
+    | LOOPS
     | FUNCTIONAL,
 }
 

@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_ours(contender: str) -> bool:
-    return contender.startswith("ours") or contender.endswith("fast_layers")
+    return contender.startswith(("our", "by_step")) or contender.endswith(("our_kfo", "fast_layers"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bench.meta_case import Gradients, MetaCase, plain_network
-from bench.meta_ours import copy_factors, factor_gradients, grads_of
+from bench.meta_ours import copy_factors, factor_gradients, gradients_of, grads_of
 from kfo_ext import KFO, fast_layers
+from kfo_ext.interop import learn2learn as interop
 from kfo_ext.interop.learn2learn import kronecker_factors, kronecker_factors_to, light_import
 from kfo_ext.updates import GradientDescent, Update
 
@@ -70,12 +71,6 @@ def learn2learn(case: MetaCase, *, our_kfo: bool = False, fast: bool = False) ->
         put = copy_factors if our_kfo else kronecker_factors_to
         put(meta.compute_update, case.factors)
 
-    def query_loss(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-        learner = meta.clone()
-        for _ in range(case.steps):
-            learner.adapt(F.cross_entropy(learner(x), y))
-        return F.cross_entropy(learner(query_x), query_y)
-
     def gradients() -> Gradients:
         if case.factors is None:
             return grads_of(model.parameters())
@@ -85,7 +80,31 @@ def learn2learn(case: MetaCase, *, our_kfo: bool = False, fast: bool = False) ->
         pairs = [kronecker_factors(layer.left.grad, layer.right.grad, psd=layer.psd) for layer in layers]
         return grads_of(model.parameters()) + [X for pair in pairs for X in pair]
 
-    return TaskLoop(case, meta, query_loss, gradients, fast)
+    return TaskLoop(case, meta, by_clones(case, meta), gradients, fast)
+
+
+def by_clones(case: MetaCase, meta: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The query loss of a task, as learn2learn's users write it."""
+
+    def query_loss(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        learner = meta.clone()
+        for _ in range(case.steps):
+            learner.adapt(F.cross_entropy(learner(x), y))
+        return F.cross_entropy(learner(query_x), query_y)
+
+    return query_loss
+
+
+def our_gbml(case: MetaCase, *, fast: bool = False) -> TaskLoop:
+    """learn2learn's loop with one line replaced: our class of that name, GBML, or MAML for plain gradient descent."""
+    model, kfo = plain_network(case), None
+    meta: interop.GBML = interop.MAML(model, lr=case.lr)
+    if case.factors is not None:
+        transform = interop.KroneckerTransform(interop.KroneckerLinear, psd=True)
+        meta = interop.GBML(model, transform=transform, lr=case.lr, adapt_transform=True)
+        kfo = cast(KFO, cast(interop.ParameterUpdate, meta.compute_update).update)
+        copy_factors(kfo, case.factors)
+    return TaskLoop(case, meta, by_clones(case, meta), lambda: gradients_of(model, kfo), fast)
 
 
 def by_hand(case: MetaCase, *, fast: bool = False) -> TaskLoop:
@@ -111,10 +130,8 @@ def by_hand(case: MetaCase, *, fast: bool = False) -> TaskLoop:
             theta = {name: X - case.lr * update for (name, X), update in zip(theta.items(), updates, strict=True)}
         return F.cross_entropy(functional_call(model, theta, (query_x,)), query_y)
 
-    def gradients() -> Gradients:
-        return grads_of(model.parameters()) + ([] if kfo is None else factor_gradients(kfo))
-
-    return TaskLoop(case, model if kfo is None else nn.ModuleList([model, kfo]), query_loss, gradients, fast)
+    module = model if kfo is None else nn.ModuleList([model, kfo])
+    return TaskLoop(case, module, query_loss, lambda: gradients_of(model, kfo), fast)
 
 
 def by_step(case: MetaCase, *, fast: bool = False) -> TaskLoop:

@@ -46,8 +46,8 @@ def notebook(name: str) -> str:
     def numbered() -> Iterator[dict[str, Any]]:
         yield {"cell_type": "markdown", "id": "0", "metadata": {}, "source": _lines(f"{text}\n\n{note}")}
         for i, part in enumerate(code, start=1):
-            cell = {"cell_type": "code", "execution_count": None, "id": str(i), "metadata": {}, "outputs": []}
-            yield {**cell, "source": _lines(part)}
+            kept: dict[str, Any] = {"execution_count": None, "id": str(i), "metadata": {}, "outputs": []}
+            yield {"cell_type": "code", **kept, "source": _lines(part)}
 
     metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
