@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from functools import partial
 from typing import ClassVar
@@ -11,15 +12,19 @@ import pytest
 import torch
 from plain_maml import assert_equal_truth, measured, plain_kfo, plain_maml
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn.functional import cross_entropy, mse_loss
 from update_network import TASKS, batch, network
-from update_table import SHAPES, STEPS, UPDATES, randomised
+from update_table import SHAPES, STEPS, UPDATES, named_parameters, randomised
 
 from kfo_ext import KFO, MAML, GradientDescent, MetaResult, MetaSGD, Update
 from kfo_ext.tasks import Examples, TaskBatch
 
 LR = 0.2
+
+
+def close(found, expected) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def loss_of(model: nn.Module, params, x: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +136,7 @@ def test_first_order_adapted_equals_the_learner(name):
     expected = measured(MAML(model, update=update, lr=LR, **options), tasks)
     for way in (ByTask, AtOnce, ByGradients, Mapped):
         got = measured(way(model, update, **options), tasks)
-        torch.testing.assert_close(got[3], expected[3], rtol=1e-10, atol=1e-10)
+        close(got[3], expected[3])
 
 
 def test_one_step_of_an_adapted_update_is_a_plain_one():
@@ -160,7 +165,7 @@ def test_torch_func_differentiates_loops(way, name, option):
     def check(found, tasks, phi):
         truth = plain_maml(model, tasks, cross_entropy, lr=LR, rule=rule, phi=phi, **options).gradients
         mine = [found[place] for place in (*(f"model.{name}" for name in SHAPES), *places)]
-        torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10)
+        close(mine, truth)
 
     phi = list(loop.update.phi)
     check(grad(meta_loss)(learnable, tasks), tasks, phi)
@@ -184,7 +189,47 @@ def test_a_mapped_loop_adapts_without_a_gradient():
     loop = Mapped(model, learned("kfo", model), STEPS, adapt_update=True)
     learnable = {name: p.detach() for name, p in loop.named_parameters()}
     losses = functional_call(loop, learnable, (tasks,)).query_losses
-    torch.testing.assert_close(losses, loop(tasks).query_losses, rtol=1e-10, atol=1e-10)
+    close(losses, loop(tasks).query_losses)
+
+
+class TwoSteps(nn.Module):
+    """All parameters after two steps with given gradients, in one row."""
+
+    def __init__(self, update: Update, adapt_update: bool) -> None:
+        super().__init__()
+        self.update, self.options = update, {"lr": LR, "adapt_update": adapt_update}
+
+    def forward(self, first, second, params):
+        params, state = self.update.step(first, params, **self.options)
+        params, _ = self.update.step(second, params, state, **self.options)
+        return torch.cat([p.flatten() for p in params.values()])
+
+
+@pytest.mark.parametrize("adapt_update", [False, True])
+@pytest.mark.parametrize("name", ["meta-sgd per step", "kfo", "kfo max_factor hidden"])
+def test_whatever_is_mapped_equals_a_loop(name, adapt_update):
+    """Each choice of phi, the gradients of either step and params, such as factors without gradients."""
+    module = TwoSteps(randomised(UPDATES[name].make(named_parameters())), adapt_update)
+    given = [dict(module.named_parameters()), *(dict(named_parameters()) for _ in range(3))]
+    value = lambda *X: functional_call(module, X[0], X[1:]).pow(2).sum()  # noqa: E731
+    for mapped in itertools.product([None, 0], repeat=4):
+        if any(dim == 0 for dim in mapped):
+            operands = [
+                {key: (X if dim is None else torch.stack([X, X.cos(), X.sin()])).detach() for key, X in part.items()}
+                for part, dim in zip(given, mapped)
+            ]
+            found, values = vmap(grad_and_value(value, argnums=(0, 1, 2, 3)), mapped)(*operands)
+            for i in range(3):
+                one = [
+                    {key: (X if dim is None else X[i]).clone().requires_grad_() for key, X in part.items()}
+                    for part, dim in zip(operands, mapped)
+                ]
+                expected = value(*one)
+                close(values[i], expected)
+                close(
+                    [X[i] for part in found for X in part.values()],
+                    list(torch.autograd.grad(expected, [X for part in one for X in part.values()])),
+                )
 
 
 def parts(**options) -> tuple[nn.Module, KFO, Tensor, Tensor]:
@@ -275,7 +320,7 @@ def test_unused_parameters_stay():
         losses.append(error_of(model, params, qx, qy))
     learnable = [*model.parameters(), *update.phi]
     found = torch.autograd.grad(sum(losses) / 2, learnable, materialize_grads=True, allow_unused=True)
-    torch.testing.assert_close(list(found), expected[3], rtol=1e-10, atol=1e-10)
+    close(list(found), expected[3])
     loss = error_of(model, params, x[0], tasks.support.y[0])
     with pytest.raises(ValueError, match=r"params\['spare\.weight'\]: the loss does not depend on it; allow_unused"):
         update.step(loss, params, state, lr=LR, adapt_update=True)
@@ -292,7 +337,7 @@ def test_frozen_meta_parameters_are_not_adapted():
     expected = MAML(model, update=update, lr=LR, **options)(tasks)
     for way in (ByTask, AtOnce, Mapped):
         got = way(model, update, **options)(tasks)
-        torch.testing.assert_close(got.query_losses, expected.query_losses, rtol=1e-10, atol=1e-10)
+        close(got.query_losses, expected.query_losses)
 
 
 @pytest.mark.parametrize("adapt_update", [False, True])
@@ -352,7 +397,7 @@ def test_the_gradient_back_to_a_cut_equals_plain_torch():
     # The update's own meta-parameters are behind the cut.
     assert torch.autograd.grad(losses[0], update.phi, allow_unused=True, retain_graph=True) == (None, None)
     found, expected = torch.autograd.grad(losses[0], cut), torch.autograd.grad(losses[1], start)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    close(found, expected)
 
 
 @pytest.mark.parametrize("make", [KFO, MetaSGD])

@@ -265,7 +265,7 @@ class Update(nn.Module, ABC):
                 order given to the constructor, or a dict by name in any order.
             state: what the last step returned; None for the first one.
             lr: of params, and of phi.
-            adapt_update: adapt phi.
+            adapt_update: adapt phi, but for rows that are frozen (`requires_grad_(False)`).
             first_order: gradients count as constants; phi keeps its gradient through U.
             allow_unused: parameters that the loss does not depend on stay as they are.
 
