@@ -10,6 +10,17 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+# What makes a run as small as can be, by the option that it replaces or adds.
+SMALL = {
+    "--layers": 1,
+    "--hidden": 4,
+    "--steps": 1,
+    "--meta-batch": 2,
+    "--iterations": 1,
+    "--validation-tasks": 2,
+    "--shots": 1,
+    "--queries": 1,
+}
 
 
 def examples(page: Path) -> list[str]:
@@ -40,3 +51,19 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def small(line: str) -> list[str]:
+    """The arguments of a command line of a page, for a run that takes no time."""
+    command, *given = line.split()
+    if command == "eval":
+        return [command, *given, "--tasks", "2"]
+    if command != "train":
+        return [command, *given]
+    options = {"--iterations": 2} if "--resume" in given else dict(SMALL)
+    if "sinusoid" in given:
+        # Its network has no blocks.
+        del options["--layers"]
+    after = zip(given, ["", *given])
+    words = [word for word, before in after if word not in options and before not in options]
+    return [command, *words, *(str(word) for option in options.items() for word in option)]

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import DOCS, ROOT, examples, run_page, script
+from pages import DOCS, ROOT, examples, run_page, script, small
 from tiny_archives import pixels, png, write_folder
 
 from kfo_ext.trainer.datasets import DATASETS
@@ -23,17 +23,6 @@ NAMES = {page: str(page.relative_to(DOCS)).removesuffix(".md") for page in PAGES
 CODED = [page for page in PAGES if examples(page) and page.stem != "migrating"]
 SESSIONS = {page: re.findall(r"```console\n(.*?)```", page.read_text(), flags=re.DOTALL) for page in PAGES}
 FENCES = {"python", "console", "sh", "text"}
-# What makes a run as small as can be, by the option that it replaces or adds.
-SMALL = {
-    "--layers": 1,
-    "--hidden": 4,
-    "--steps": 1,
-    "--meta-batch": 2,
-    "--iterations": 1,
-    "--validation-tasks": 2,
-    "--shots": 1,
-    "--queries": 1,
-}
 COMMANDS = ("train", "eval", "compare", "export")
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="docs/ is not beside the tests")
@@ -75,22 +64,6 @@ def test_the_code_of_a_page_runs(page, tables, tmp_path, monkeypatch):
     # It would hold for the tests after this one too.
     monkeypatch.setattr("kfo_ext.machine.keep_freed_memory", lambda: True)
     run_page(page)
-
-
-def small(line: str) -> list[str]:
-    """The arguments of a command line of a page, for a run that takes no time."""
-    command, *given = line.split()
-    if command == "eval":
-        return [command, *given, "--tasks", "2"]
-    if command != "train":
-        return [command, *given]
-    options = {"--iterations": 2} if "--resume" in given else dict(SMALL)
-    if "sinusoid" in given:
-        # Its network has no blocks.
-        del options["--layers"]
-    after = zip(given, ["", *given])
-    words = [word for word, before in after if word not in options and before not in options]
-    return [command, *words, *(str(word) for option in options.items() for word in option)]
 
 
 SESSION_PAGES = [page for page, blocks in SESSIONS.items() if blocks]
