@@ -514,6 +514,11 @@ def test_states_that_do_not_fit():
         update.step(loss, params, params, lr=0.1)
     with pytest.raises(TypeError, match=r"params\[0\]: expected a tensor, got int"):
         update.step(loss, [1, 2, 3, 4], lr=0.1)
+    with pytest.raises(TypeError, match=r"params\[0\]: .* got tuple: pass dict\(model\.named_parameters\(\)\)"):
+        update.step(loss, model.named_parameters(), lr=0.1)
+    for wrong in (loss.item(), lambda params: loss, model):
+        with pytest.raises(TypeError, match=f"loss: .* got {type(wrong).__name__}: pass the loss itself, computed"):
+            update.step(wrong, model.parameters(), lr=0.1)
 
     def inside(p):
         return update.step(grad(partial(error_of, model))(p, x, y), p, state, lr=0.1, adapt_update=True)[0]

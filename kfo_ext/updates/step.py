@@ -137,6 +137,11 @@ def taken(
             "state.detached(params) cuts the graph instead"
         )
     last = None if state is None else state.last
+    if isinstance(loss, (int, float)) or callable(loss):
+        raise TypeError(
+            f"loss: expected a tensor with a graph, or gradients, got {type(loss).__name__}: pass the loss itself, "
+            "computed from params, not its .item() and not the function that computes it"
+        )
     if isinstance(loss, Tensor):
         if last is not None:
             _check_direct(loss, given, (*last.phi, *(update.phi if number == 1 else ())))
@@ -167,7 +172,8 @@ def in_order(packing: Packing, params: Any) -> list[Tensor]:
     given = packing.in_order(params, "params") if isinstance(params, Mapping) else listed(params, "params")
     for i, param in enumerate(given):
         if not isinstance(param, Tensor):
-            raise TypeError(f"params[{i}]: expected a tensor, got {type(param).__name__}")
+            pairs = ": pass dict(model.named_parameters())" if isinstance(param, tuple) else ""
+            raise TypeError(f"params[{i}]: expected a tensor, got {type(param).__name__}{pairs}")
     return given
 
 
@@ -218,8 +224,7 @@ def _of_loss(
         if not param.requires_grad:
             raise ValueError(
                 f"params[{name!r}]: does not require a gradient: pass parameters of the model, what the last step "
-                "returned, or leaves (p.detach().requires_grad_()); a frozen one belongs to no update: make it of "
-                "the others"
+                "returned, or leaves (p.detach().requires_grad_()); make an update without the frozen ones"
             )
     named = dict(zip(packing.names, params))
     grads = differentiated(loss, named, "params", create_graph=not first_order, allow_unused=allow_unused)
