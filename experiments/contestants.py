@@ -172,7 +172,7 @@ def _case(config: Config, learner: MAML, batch: TaskBatch) -> MetaCase:
     ways = config.data_set.outputs(config.options_of(config.data_set))
     network = replace(NETWORKS["omniglot_cnn2"], layers=config.layers, hidden=config.hidden, ways=ways)
     factors: Any = learner.update.factors() if isinstance(learner.update, KFO) else None
-    return MetaCase(network, learner.model, factors, batch, config.fast_lr, config.steps)
+    return MetaCase(network, learner.model, factors, batch, config.inner_lr, config.steps)
 
 
 def _check(argument: str, config: Config, expected: dict[str, Any]) -> None:

@@ -40,7 +40,8 @@ class Test:
 class Job:
     """One run, to be taken up to `iterations`.
 
-    settings: options of `kfo_ext.trainer.Config`, those of the machine and `iterations` left out.
+    settings: options of `kfo_ext.trainer.Config`, those of the machine and `iterations` left out; `inner_lr` is
+        `fast_lr` here.
     iterations: meta-iterations from the start of the run.
     tests: what is scored then.
     """

@@ -54,7 +54,7 @@ def train(options: argparse.Namespace, update: str, setting: Setting, iterations
         found = Config.load(folder / "config.json")
         ours = (update, *setting, options.meta_lr, options.meta_lr_half_life)
         if ours != (
-            found.update, found.fast_lr, found.init, found.clip_norm, found.meta_lr, found.meta_lr_half_life,
+            found.update, found.inner_lr, found.init, found.clip_norm, found.meta_lr, found.meta_lr_half_life,
         ):  # fmt: skip
             raise ValueError(f"{folder}: holds a run of other settings; choose another --runs")
         records = read_metrics(folder / "metrics.jsonl")
@@ -64,7 +64,7 @@ def train(options: argparse.Namespace, update: str, setting: Setting, iterations
     else:
         values = {
             "run": folder, "dataset": "omniglot", "data-root": options.data_root, "update": update,
-            "fast-lr": setting.rate, "init": setting.init, "meta-lr": options.meta_lr,
+            "inner-lr": setting.rate, "init": setting.init, "meta-lr": options.meta_lr,
             "schedule": "half_life", "meta-lr-half-life": options.meta_lr_half_life,
             "clip-norm": setting.clip_norm, "layers": 2,
             "iterations": iterations, "threads": 1, "validation-tasks": 300,

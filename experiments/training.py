@@ -13,6 +13,8 @@ from kfo_ext.trainer import Config, Trainer, evaluate_run
 
 from .jobs import Job, Record, Test, encoded
 
+# Results are named by their settings, in which the inner learning rate has the name on the left.
+OPTIONS = {"fast_lr": "inner_lr"}
 # What differs between two sessions of one environment.
 OF_A_SESSION = ("started", "command")
 
@@ -27,7 +29,8 @@ def configuration(job: Job, root: Path | None) -> Config:
     root: where its data lies; None for data that is drawn.
     """
     place: dict[str, Any] = {} if root is None else {"data_root": str(root)}
-    return Config(**job.settings, **place, iterations=job.iterations, threads=1)
+    options = {OPTIONS.get(name, name): value for name, value in job.settings.items()}
+    return Config(**options, **place, iterations=job.iterations, threads=1)
 
 
 def carry_out(job: Job, folder: Path, root: Path | None) -> tuple[Record, list[dict[str, Any]]]:

@@ -3,7 +3,7 @@
 Both start from a zero head, which serves plain MAML best. The inner rates were tuned once, by the accuracy on 200
 validation tasks after 120 meta-iterations, with
 
-    kfo train --update UPDATE --init zero_head --fast-lr RATE --iterations 120 --validation-every 60 --threads 1
+    kfo train --update UPDATE --init zero_head --inner-lr RATE --iterations 120 --validation-every 60 --threads 1
 
     MAML   0.25: .658   0.5: .796   1: .723   1.5: .745   2: .675   3: .560      reference start, 0.08: .663
     KFO    0.1: .641    0.25: .823   0.5: .881   1: .875                         reference start, 0.25: .847
@@ -75,7 +75,7 @@ def _training(update: str, run: RunFolder, time_budget: float) -> list[str]:
         "run": run.path,
         "update": update,
         **TRAINING,
-        "fast-lr": RATES[update],
+        "inner-lr": RATES[update],
         "time-budget": time_budget,
     }
     return ["train", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]

@@ -27,7 +27,7 @@ RATES = [0.01, 0.007, 0.003, 0.02]
 
 
 WAVES = {
-    "dataset": "sinusoid", "fast_lr": 0.01, "shots": 2, "queries": 2, "hidden": 4, "steps": 2, "meta_batch": 2,
+    "dataset": "sinusoid", "inner_lr": 0.01, "shots": 2, "queries": 2, "hidden": 4, "steps": 2, "meta_batch": 2,
     "validation_tasks": 4, "iterations": 6, "validation_every": 3, "schedule": "half_life",
     "meta_lr_half_life": 3,
 }  # fmt: skip

@@ -30,7 +30,7 @@ CHECKPOINTS = ("best", "last")
 FILES = ("config.json", "metrics.jsonl", "best.pt", "last.pt")
 # Both of KFO's kinds of meta-parameters, factors of hidden layers and rates of steps; more iterations than are trained.
 OPTIONS: dict[str, Any] = {
-    "layers": 1, "hidden": 2, "ways": 2, "shots": 1, "queries": 2, "steps": 2, "fast_lr": 0.4, "meta_batch": 2,
+    "layers": 1, "hidden": 2, "ways": 2, "shots": 1, "queries": 2, "steps": 2, "inner_lr": 0.4, "meta_batch": 2,
     "hidden_layers": 1, "scale": 8.0, "per_step": True, "validation_tasks": 4, "iterations": 4, "validation_every": 2,
     "threads": 1, "seed": 5,
 }  # fmt: skip

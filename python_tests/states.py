@@ -6,7 +6,7 @@ import torch
 
 WAVES = {
     "dataset": "sinusoid",
-    "fast_lr": 0.01,
+    "inner_lr": 0.01,
     "hidden": 4,
     "steps": 1,
     "meta_batch": 2,

@@ -22,7 +22,7 @@ from kfo_ext.trainer import Config, Trainer, load_learner
 
 OPTIONS = {
     "dataset": "sinusoid",
-    "fast_lr": 0.01,
+    "inner_lr": 0.01,
     "hidden": 4,
     "steps": 1,
     "meta_batch": 2,

@@ -30,7 +30,7 @@ from kfo_ext.trainer.updates import UPDATES
 TINY = {
     "dataset": "sinusoid",
     "hidden": 4,
-    "fast-lr": 0.01,
+    "inner-lr": 0.01,
     "steps": 1,
     "meta-batch": 2,
     "iterations": 2,
@@ -103,7 +103,7 @@ def test_time_budget_says_how_to_resume(kfo):
 ERRORS = {
     "dataset": (["train", "--dataset", "mnist"], f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'"),
     "update": (["train", "--update", "adam"], f"update: expected one of {', '.join(UPDATES)}, got 'adam'"),
-    "number": (["train", "--fast-lr", "fast"], "Invalid value for '--fast-lr'"),
+    "number": (["train", "--inner-lr", "fast"], "Invalid value for '--inner-lr'"),
     "range": (["train", "--ways", "1"], "ways: expected at least 2, got 1"),
     "many-ways": (["train", "--ways", "5000"], "ways: expected 2 to 400"),
     "no-root": (["train", "--dataset", "omniglot"], "data_root: data set 'omniglot' needs the folder"),
@@ -116,7 +116,7 @@ ERRORS = {
     "run-and-resume": (["train", "--resume", "a", "--run", "b"], "--run: the folder is that of --resume"),
     "eval": (["eval", "nowhere"], "nowhere: there is no such run folder"),
     "compare": (["compare", "nowhere", "nowhere"], "nowhere: there is no such run folder"),
-    "nonfinite": (["train", *options(fast_lr=1e30, steps=3)], "iteration 1: "),
+    "nonfinite": (["train", *options(inner_lr=1e30, steps=3)], "iteration 1: "),
     "bench-axis": (
         ["bench", "--axes", "depth"],
         "axes: expected some of tasks, layers, width, hidden, psd, got 'depth'",
@@ -180,7 +180,7 @@ def test_help_names_every_option(kfo):
     for heading in ("Parts:", "Options of the data set:", "Options of the network:", "Options of the update:"):
         assert f"\n{heading}\n" in out
     assert re.search(r"\n +--psd / --no-psd +kfo: use", out)
-    assert re.search(r"--fast-lr <float> +inner learning rate  \[default: 0\.1;\s+sinusoid: 0\.01", out)
+    assert re.search(r"--inner-lr <float> +inner learning rate  \[default: 0\.1;\s+sinusoid: 0\.01", out)
     code, out, _ = kfo()
     assert code == 0
     assert all(command in out for command in ("train", "eval", "compare", "export", "doctor", "demo", "bench"))

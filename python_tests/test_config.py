@@ -36,7 +36,7 @@ BAD = {
     "dtype": ("float16", "dtype: expected one of float32, float64, got 'float16'"),
     "ways": (1, "ways: expected at least 2, got 1"),
     "steps": (-1, "steps: expected at least 0, got -1"),
-    "fast_lr": (-0.1, "fast_lr: expected a finite number above 0, got -0.1"),
+    "inner_lr": (-0.1, "inner_lr: expected a finite number above 0, got -0.1"),
     "scale": (math.inf, "scale: expected a finite number above 0, got inf"),
     "clip_norm": (-1.0, "clip_norm: expected at least 0, got -1.0"),
     "meta_lr": (math.nan, "meta_lr: expected a finite number above 0, got nan"),
@@ -146,7 +146,7 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
         "hidden": 32,
         "per_step": False,
         **{name: option.default for name, option in RUN.items()},
-        "fast_lr": 0.01,
+        "inner_lr": 0.01,
     }
     config.save(tmp_path / "config.json")
     assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
@@ -177,7 +177,7 @@ def test_a_changed_configuration_takes_the_defaults_of_its_new_parts():
     assert config.changed(shots=4) == Config(dataset="sinusoid", hidden_layers=2, psd=False, shots=4)
     assert config.changed(update="none") == Config(dataset="sinusoid", update="none", shots=3)
     moved = config.changed(dataset="glyphs")
-    assert (moved.network, moved.fast_lr, moved.ways, moved.shots) == ("omniglot_cnn", 0.1, 5, 3)
+    assert (moved.network, moved.inner_lr, moved.ways, moved.shots) == ("omniglot_cnn", 0.1, 5, 3)
     with pytest.raises(ValueError, match="hidden_layers: has no effect with update 'none'"):
         config.changed(update="none", hidden_layers=2)
     with pytest.raises(ValueError, match=f"update: expected one of {', '.join(UPDATES)}, got 'adam'"):
@@ -263,7 +263,7 @@ def test_a_data_set_of_files_trains(kfo, tmp_path):
     assert (code, err) == (0, "")
     config = Config.load(tmp_path / "run" / "config.json")
     assert (config.side, config.data_root, config.network, config.splits) == (16, "tree", "pooled_cnn", None)
-    assert config.fast_lr == 0.01
+    assert config.inner_lr == 0.01
     (tmp_path / "tree").rename(tmp_path / "moved")
     code, out, err = kfo("eval", "run", "--tasks", 3, "--data-root", "moved")
     assert (code, err) == (0, "")
@@ -320,7 +320,7 @@ def test_a_part_of_each_table_is_one_row(tmp_path, monkeypatch):
             loss="mse_loss",
             measure="loss",
             network="linear",
-            defaults={"fast_lr": 0.02, "width": 3},
+            defaults={"inner_lr": 0.02, "width": 3},
         ),
     )
     width = {"width": Option(kind=int, default=8, help="units in front", least=1)}
@@ -344,7 +344,7 @@ def test_a_part_of_each_table_is_one_row(tmp_path, monkeypatch):
     monkeypatch.setitem(UPDATES, "scaled", LearnedUpdate(help="one number", make=Scaled, options=start))
     given = {"method": "deeper", "update": "scaled", "start": 0.5, "iterations": 2, "meta_batch": 3}
     config = Config(dataset="lines", **given, validation_tasks=2)
-    assert (config.slope, config.width, config.start, config.fast_lr) == (2.0, 3, 0.5, 0.02)
+    assert (config.slope, config.width, config.start, config.inner_lr) == (2.0, 3, 0.5, 0.02)
     trainer = Trainer.start(config, tmp_path / "run")
     before = [p.detach().clone() for p in trainer.learner.parameters()]
     assert trainer.fit().reason == "finished"

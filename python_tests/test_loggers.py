@@ -108,7 +108,7 @@ class FakeWriter:
         self.told.append(("close",))
 
     def add_text(self, tag, text, step):
-        self.told.append(("text", tag, step, "| fast_lr | 0.01 |" in text))
+        self.told.append(("text", tag, step, "| inner_lr | 0.01 |" in text))
 
     def add_scalar(self, tag, value, step):
         self.told.append((tag, value, step))
@@ -182,7 +182,7 @@ def test_wandb_goes_on_with_its_own_run(tmp_path, monkeypatch):
     Trainer.start(Config(**WAVES), tmp_path / "other").fit(loggers=["wandb"])
     ids = [options["id"] for options in started]
     assert ids[0] == ids[1] != ids[2]
-    assert started[0]["resume"] == "allow" and started[0]["config"]["fast_lr"] == 0.01
+    assert started[0]["resume"] == "allow" and started[0]["config"]["inner_lr"] == 0.01
     assert started[0]["dir"] == str(tmp_path / "run")
 
 

@@ -24,7 +24,7 @@ from kfo_ext.trainer.recipe import build_family, build_learner
 SIZES = (2, 3)
 HERE = Path(__file__).parent
 TRAIN = [
-    "train", "--dataset", "sinusoid", "--fast-lr", "0.01", "--hidden", "4", "--steps", "1", "--meta-batch", "3",
+    "train", "--dataset", "sinusoid", "--inner-lr", "0.01", "--hidden", "4", "--steps", "1", "--meta-batch", "3",
     "--validation-tasks", "4", "--validation-every", "10", "--dtype", "float64", "--threads", "1",
 ]  # fmt: skip
 sizes = pytest.mark.parametrize("size", SIZES)

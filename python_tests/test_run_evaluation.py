@@ -54,7 +54,7 @@ def test_a_score_at_other_settings_is_a_file_of_its_own(run):
     usual = evaluate_run(run, tasks=4)
     before = usual.path.read_bytes()
     assert usual.path.name == "eval-test-best.json"
-    for changes in ({"steps": 10}, {"fast_lr": 0.02}, {"precision": "bf16"}, {"shots": 3, "steps": 2}):
+    for changes in ({"steps": 10}, {"inner_lr": 0.02}, {"precision": "bf16"}, {"shots": 3, "steps": 2}):
         other = evaluate_run(run, tasks=4, **changes)
         suffix = "".join(f"-{key}={other.settings[key]}" for key in other.settings if key in changes)
         assert other.path.name == f"eval-test-best{suffix}.json"
@@ -134,7 +134,7 @@ def by_hand(run: RunFolder, steps: int, tasks: int, **changes) -> list[float]:
             loss = F.mse_loss(torch.func.functional_call(learner.model, parameters, support.x[0]), support.y[0])
             gradients = torch.autograd.grad(loss, list(parameters.values()))
             pairs = zip(parameters.items(), gradients, strict=True)
-            parameters = {name: p - config.fast_lr * gradient for (name, p), gradient in pairs}
+            parameters = {name: p - config.inner_lr * gradient for (name, p), gradient in pairs}
         outputs = torch.func.functional_call(learner.model, parameters, query.x[0])
         losses.append(F.mse_loss(outputs, query.y[0]).item())
     return losses

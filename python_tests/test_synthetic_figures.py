@@ -169,7 +169,7 @@ def test_collapsed_learner_is_plain_softmax_regression(steps):
 def test_collapsed_scores_of_a_run(tmp_path):
     """A run of the trainer, loaded again: scores of the same tasks in the same order as those of `evaluate`."""
     config = Config(
-        dataset="glyphs", network="linear", method="linnet", widths="8,8", update="none", fast_lr=0.1, steps=1,
+        dataset="glyphs", network="linear", method="linnet", widths="8,8", update="none", inner_lr=0.1, steps=1,
         iterations=2, meta_batch=2, validation_tasks=2,
     )  # fmt: skip
     Trainer.start(config, tmp_path / "run").fit()

@@ -29,7 +29,7 @@ from kfo_ext.trainer.evaluation import Cancelled
 from kfo_ext.trainer.recipe import build_family, build_learner
 
 TINY = {"shots": 2, "queries": 2, "hidden": 4, "steps": 2, "meta_batch": 2, "validation_tasks": 4}
-WAVES = {**TINY, "dataset": "sinusoid", "fast_lr": 0.01, "iterations": 6, "validation_every": 3}
+WAVES = {**TINY, "dataset": "sinusoid", "inner_lr": 0.01, "iterations": 6, "validation_every": 3}
 GLYPHS = {**TINY, "dataset": "glyphs", "ways": 2, "iterations": 4, "validation_every": 2}
 CASES = {
     "waves-none": {**WAVES, "update": "none"},
@@ -85,9 +85,9 @@ def test_workers_do_not_change_the_result(tmp_path):
 def test_resume_changes_only_what_may_change(tmp_path):
     Trainer.start(Config(**WAVES), tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"last\.pt: the checkpoint is of another configuration \(fast_lr: expected 0.5"
+        ValueError, match=r"last\.pt: the checkpoint is of another configuration \(inner_lr: expected 0.5"
     ):
-        Trainer.resume(tmp_path / "run", fast_lr=0.5)
+        Trainer.resume(tmp_path / "run", inner_lr=0.5)
 
 
 class NaNAt:
@@ -132,7 +132,7 @@ def test_nonfinite_validation_names_the_place_and_saves_nothing(tmp_path):
 @pytest.mark.parametrize("dataset", ["glyphs", "sinusoid"])
 def test_default_configurations_train(dataset, tmp_path):
     config = Config(dataset=dataset, iterations=3, meta_batch=4, validation_tasks=4)
-    assert config.fast_lr == {"glyphs": 0.1, "sinusoid": 0.01}[dataset]
+    assert config.inner_lr == {"glyphs": 0.1, "sinusoid": 0.01}[dataset]
     assert Trainer.start(config, tmp_path / "run").fit().reason == "finished"
 
 

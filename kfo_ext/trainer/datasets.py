@@ -122,7 +122,7 @@ DATASETS: dict[str, DataSet] = {
     "cifar_fs": of_family("cifar_fs", "cifar_fs_cnn"),
     "csv_images": of_family("csv_images", "pooled_cnn"),
     "folders": of_family("folders", "pooled_cnn"),
-    "sinusoid": of_family("sinusoid", "sinusoid_mlp", fast_lr=0.01),
+    "sinusoid": of_family("sinusoid", "sinusoid_mlp", inner_lr=0.01),
     "linear": of_family("linear", "linear"),
     "logistic": of_family("logistic", "linear"),
 }

@@ -116,7 +116,7 @@ NETWORKS: dict[str, Network] = {
         head=True,
         convolutions=True,
         # With hundreds of flattened features a larger rate diverges.
-        defaults={"fast_lr": 0.01},
+        defaults={"inner_lr": 0.01},
     ),
     "sinusoid_mlp": Network(
         help="two hidden layers of ReLU units",

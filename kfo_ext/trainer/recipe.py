@@ -48,7 +48,7 @@ def build_learner(config: Config, *, rated: int | None = None) -> MAML:
     learner = method.learner(
         network,
         update=update.make(method.adapted(network), **options),
-        lr=config.fast_lr,
+        lr=config.inner_lr,
         # A learner has steps to train with; none are for an evaluation.
         steps=max(config.steps, 1),
         adapt_update=config.values.get("adapt_update", False),
