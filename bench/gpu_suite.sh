@@ -86,7 +86,7 @@ timeout 60 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available
     no_device="no CUDA device: torch.cuda.is_available() is false"
 
 part build 150 "$PYTHON" setup.py build_ext --inplace
-part doctor 60 "$PYTHON" -m kfo_ext.cli doctor
+part doctor 60 "$PYTHON" -m kfo_ext doctor
 # With a device every test of it would be skipped, and nothing fail, if the library did not load.
 on_device loads 30 "$PYTHON" -c 'from kfo_ext.ops import library
 loads, reason = library.status()["cuda"]

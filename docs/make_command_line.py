@@ -25,6 +25,9 @@ with 0. `python -m kfo_ext` is the same command.
 
 `kfo train` has an option for everything in a run's `config.json`: `--meta-lr` is `meta_lr` there. An option that has no
 effect with the chosen parts is refused. `python docs/make_command_line.py` writes this page.
+
+`kfo --version` prints the version. `kfo --install-completion` makes the shell complete commands, options and their
+values.
 """
 
 
@@ -67,7 +70,10 @@ def _described(name: str, command: Callable[..., Any]) -> str:
             group = groups.setdefault(about.rich_help_panel or "Options", [])
             group.append(_option(parameter, _kind(hint), about))
         elif isinstance(about, ArgumentInfo):
-            arguments.append((parameter.name.upper(), about.help or ""))
+            name_shown = str(about.metavar or parameter.name.upper())
+            optional = parameter.default is not inspect.Parameter.empty
+            default = f"  [default: {parameter.default}]" if optional else ""
+            arguments.append((f"[{name_shown}]" if optional else name_shown, f"{about.help}{default}"))
     usage = " ".join([name, *(argument for argument, _ in arguments), *(["[OPTIONS]"] if groups else [])])
     parts = [f"    kfo {usage}\n", f"{inspect.getdoc(command)}\n"]
     parts += [_table("Arguments", arguments)] if arguments else []

@@ -81,7 +81,7 @@ def command(line: list[str], *, may_fail: bool = False) -> bool:
     """Runs one `kfo` command and says whether it succeeded; its progress and errors go to the terminal."""
     return (
         subprocess.run(
-            [sys.executable, "-m", "kfo_ext.cli", *line], check=not may_fail, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "kfo_ext", *line], check=not may_fail, stdout=subprocess.DEVNULL
         ).returncode
         == 0
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -24,56 +26,76 @@ ROUTES = {
 }
 
 
-def examine(echo: Callable[[str], None]) -> bool:
+def examine(echo: Callable[[str], None]) -> dict[str, Any]:
     """Print the state of the installation.
 
     echo: takes one line at a time.
-    out: false if a backend that loads gives wrong numbers.
+    out: the same as plain values; `healthy` is false if a backend that loads gives wrong numbers.
     """
-    echo(f"kfo_ext {kfo_ext.__version__}, python {platform.python_version()}, torch {torch.__version__}")
-    echo(f"processor: {processor_name()}")
-    echo(f"build: {_build()}")
-    healthy = True
+    facts: dict[str, Any] = {
+        "kfo_ext": kfo_ext.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "processor": processor_name(),
+        "build": _build(),
+        "backends": {},
+        "healthy": True,
+    }
+    echo(f"kfo_ext {facts['kfo_ext']}, python {facts['python']}, torch {facts['torch']}")
+    echo(f"processor: {facts['processor']}")
+    echo(f"build: {', '.join(f'{name} {value}' for name, value in facts['build'].items())}")
     for name, (available, reason) in {**library.status(), "triton": triton_support.status()}.items():
         echo(f"{name}: {'loads' if available else 'not available'} ({reason})")
+        backend: dict[str, Any] = {"loads": available, "reason": reason}
+        facts["backends"][name] = backend
         if not available:
             continue
         if name == "cpu":
-            echo(f"  instruction set in use: {library.cpu_isa()}")
+            backend["instruction_set"] = library.cpu_isa()
+            echo(f"  instruction set in use: {backend['instruction_set']}")
         if ROUTES[name][1] == "cuda" and not torch.cuda.is_available():
             echo("  not tested: torch sees no CUDA device")
             continue
-        for text, good in _self_test(*ROUTES[name]):
+        backend["tests"] = []
+        for text, test in _self_test(*ROUTES[name]):
             echo(f"  {text}")
-            healthy &= good
-    return healthy
+            backend["tests"].append(test)
+            facts["healthy"] &= test["ok"]
+    return facts
 
 
-def _build() -> str:
+def _build() -> dict[str, str]:
     try:
         information = importlib.import_module("kfo_ext._plan").build_info()
     except ImportError as error:
-        return f"nothing compiled is there ({error})"
-    return ", ".join(f"{k} {v}" for k, v in information.items()) if isinstance(information, dict) else str(information)
+        return {"nothing compiled is there": f"({error})"}
+    return {str(name): str(value) for name, value in information.items()}
 
 
-def _self_test(backend: str, device: str) -> Iterator[tuple[str, bool]]:
-    """A line for each dtype and order, and whether it holds for every case."""
+def _self_test(backend: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A line for each dtype and order, and the same as plain values."""
     for dtype, tolerance in TOLERANCE.items():
+        kind = str(dtype).removeprefix("torch.")
         errors: dict[str, list[float]] = {name: [] for names in OUTPUTS.values() for name in names}
         try:
             for shapes in CASES.values():
                 for name, error in _errors(backend, device, dtype, shapes).items():
                     errors[name].append(error)
         except Exception as failure:  # whatever it is, it is the finding
-            yield f"{dtype}: FAILED, {type(failure).__name__}: {failure}", False
+            text = f"{type(failure).__name__}: {failure}"
+            yield f"{dtype}: FAILED, {text}", {"dtype": kind, "ok": False, "failure": text}
             continue
         for order, names in OUTPUTS.items():
             # Not a number must fail the comparison, so the maximum is taken by torch, which keeps it.
             worst = torch.tensor([errors[name] for name in names], dtype=torch.float64).max().item()
             good = worst <= tolerance
             what = order.replace("_", " ")
-            yield f"{dtype} {what}: {'ok' if good else 'FAILED'}, relative error {worst:.1e}", good
+            # JSON has no number for what is not finite.
+            shown = worst if math.isfinite(worst) else str(worst)
+            yield (
+                f"{dtype} {what}: {'ok' if good else 'FAILED'}, relative error {worst:.1e}",
+                {"dtype": kind, "order": order, "ok": good, "error": shown},
+            )
 
 
 def _errors(backend: str, device: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> dict[str, float]:

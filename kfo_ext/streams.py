@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 # Where in its own sources an error of torch was.
 _TORCH_PLACE = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
@@ -46,6 +47,14 @@ def echo(text: str) -> None:
         print(text, flush=True)
     except OSError as error:
         raise OSError(f"standard output: {error.strerror}") from None
+
+
+def document(content: Any) -> None:
+    """Print JSON.
+
+    Raises: OSError as `echo`, ValueError for a number that is not finite.
+    """
+    echo(json.dumps(content, indent=2, allow_nan=False))
 
 
 def complain(text: str) -> None:

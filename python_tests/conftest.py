@@ -41,7 +41,7 @@ def kfo(capsys, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     # It would hold for the tests after this one too.
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr("kfo_ext.machine.keep_freed_memory", lambda: True)
 
     def call(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["kfo", *map(str, arguments)])

@@ -305,7 +305,7 @@ def test_summary_of_losses():
         "in 1 of the 2 to one that reads saved intermediates (+)"
     ]
     table[1] |= {"low_s": 1.0, "high_s": 1.0, "gb_per_s": 1.0, "error": 0.0, "saved": True}
-    assert report.line(table[1]).startswith("* native +") and report.line(table[1]).endswith("0.90x of torch +  LOSES")
+    assert report.line(table[1]).startswith("* native +") and report.line(table[1]).endswith(" 0.90x LOSES")
 
 
 def test_summary_of_what_was_left_out():
@@ -376,6 +376,9 @@ def test_files_of_a_run(tiny, tmp_path):
     assert compared == 8 * 3 and f" of {7 * 3}" in next(line for line in said if line.startswith("native: faster"))
     assert "tasks=2  tiny, 2 tasks: double_backward" in text and "time ~ size^e" in text
     assert text.count("LOSES") == sum(rows.loses(row) for row in good)
+    assert max(map(len, said)) <= report.WIDTH, max(said, key=len)
+    assert text.count("fastest other") == len({(r["axis"], r["x"], r["order"], r["best_other"]) for r in good} - {None})
+    assert " ".join(said).endswith(")."), said[-3:]
 
 
 @needs_library
@@ -422,7 +425,8 @@ def test_points_beyond_the_limit_are_left_out_and_say_so(tiny, tmp_path):
     result = report.read(tmp_path / "results.json")
     assert [(row["axis"], row["x"]) for row in result["rows"]] == [("tasks", 1), ("psd", 0), ("tasks", 2), ("psd", 1)]
     assert {row["status"] for row in result["rows"]} == {"left out: 1e-09 s were spent before it"}
-    assert "\ntasks=2 tiny: left out: 1e-09 s were spent before it" in said
+    assert "tasks=2 tiny: left out: 1e-09 s were spent before it" in said
+    assert said[-1] == "Nothing was compared: no order was measured of both ours and another provider."
     assert "left out, 4 points after the limit: tasks=1 tiny, psd=0 tiny, tasks=2 tiny, psd=1 tiny" in said
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from deadlines import seconds
 
-from kfo_ext import cli, demo, testing
+from kfo_ext import demo, testing
 from kfo_ext.runs import checkpoint
 from kfo_ext.trainer import Config
 from kfo_ext.trainer.datasets import DATASETS
@@ -166,7 +166,7 @@ def test_errors_about_an_existing_run(kfo, tmp_path):
 @pytest.mark.parametrize("arguments", [("train", "--resume", "nowhere"), ("demo", "--time-budget", "0")], ids=" ".join)
 def test_commands_that_train_keep_freed_memory(arguments, kfo, monkeypatch):
     kept = []
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr("kfo_ext.machine.keep_freed_memory", lambda: kept.append(True))
     kfo(*arguments)
     assert kept == [True]
 
@@ -192,7 +192,7 @@ def train_without_end():
     started = []
 
     def start(run, **streams) -> subprocess.Popen:
-        command = [sys.executable, "-m", "kfo_ext.cli", "train", "--run", str(run)]
+        command = [sys.executable, "-m", "kfo_ext", "train", "--run", str(run)]
         started.append(subprocess.Popen([*command, *options(iterations=10**9, validation_every=50)], **streams))
         return started[-1]
 

@@ -121,6 +121,10 @@ def run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
 
 
 def _run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
+    def say(text: str) -> None:
+        for each in report.wrapped(text):
+            echo(each)
+
     start, device = perf_counter(), torch.device(settings.device)
     facts = environment() | {"backends": library.status(), "settings": asdict(settings)}
     warn_unless_committed(facts)
@@ -128,20 +132,21 @@ def _run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
         facts["cpu_isa"] = library.cpu_isa()
     roofs = measure_roofs(device, min(settings.repeats, 7), settings.seconds)
     facts["roofs"] = roofs.facts()
-    echo(f"{facts['device'] if settings.device == 'cuda' else facts['processor']}, torch {facts['torch']}, "
+    say(f"{facts['device'] if settings.device == 'cuda' else facts['processor']}, torch {facts['torch']}, "
          f"{facts['torch_threads']} threads, commit {facts['commit']}")  # fmt: skip
     peak = "not measured" if roofs.flops is None else f"{roofs.flops / 1e9:.0f} GFLOP/s"
-    echo(f"roofs: {peak} ({roofs.flops_from}), copy {roofs.floor.bandwidth / 1e9:.0f} GB/s")
-    echo("* ours; + reads intermediates that an order before it saved: less work and more memory than is counted here")
+    say(f"roofs: {peak} ({roofs.flops_from}), copy {roofs.floor.bandwidth / 1e9:.0f} GB/s")
+    say(report.LEGEND)
     providers, rows = available(settings)
     for row in rows:
-        echo(report.line(row))
+        say(report.line(row))
     measured: dict[tuple, list[Row]] = {}
     skipped: dict[tuple, Row] = {}
     for point in settings.points():
         if point.same not in measured and settings.limit and perf_counter() - start > settings.limit:
             reason = f"left out: {settings.limit:g} s were spent before it"
-            echo(f"\n{point.label}: {reason}")
+            say("")
+            say(f"{point.label}: {reason}")
             rows.append(empty_row(axis=point.axis, x=point.x, group=point.group, status=reason))
             skipped.setdefault(point.same, rows[-1])
             continue
@@ -152,16 +157,17 @@ def _run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
             )  # fmt: skip
         here = [row | {"axis": point.axis, "x": point.x, "group": point.group} for row in measured[point.same]]
         for text in report.table(here):
-            echo(text)
+            say(text)
         rows += here
         _write(folder, rows, facts, perf_counter() - start)
     once = [row for point_rows in measured.values() for row in point_rows]
-    summary = (*report.losses(once), *report.left_out([*skipped.values(), *once]))
-    for text in (*report.fit_table(fits.fits(rows)), "", *summary):
-        echo(text)
+    ends = (*report.losses(once), *report.left_out([*skipped.values(), *once]))
+    for text in (*report.fit_table(fits.fits(rows)), "", *ends):
+        say(text)
     pictures = plots.draw(_write(folder, rows, facts, perf_counter() - start), folder)
-    echo(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} rows measured in {perf_counter() - start:.0f} s")
-    echo(f"written: {folder / 'results.csv'}, results.json, {', '.join(path.name for path in pictures)}")
+    say(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} rows measured in {perf_counter() - start:.0f} s")
+    say(f"written: {folder / 'results.csv'}, results.json, {', '.join(path.name for path in pictures)}")
+    say(report.summary(once))
     return not any(fails(row) for row in rows)
 
 

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kfo_ext.bench.measure import TOO_SLOW
 from kfo_ext.bench.result import write_rows
-from kfo_ext.bench.rows import COLUMNS, Row, loses
+from kfo_ext.bench.rows import COLUMNS, Row, fails, loses
 from kfo_ext.runs.files import atomic_write, read_json
 
 # The first key of a results.json, by which it is known.
 FORMAT = "kfo bench 2"
+WIDTH = 100
 HEAD = (
-    f"{'provider':23} {'median':>10} {'20 % .. 80 %':>21} {'GB/s':>7} {'GFLOP/s':>8} {'of floor':>8}"
-    f" {'memory':>9} {'error':>7}  against the fastest other"
+    f"{'provider':26} {'median':>8} {'spread':>6} {'GB/s':>6} {'GFLOP/s':>7} {'of floor':>8} {'memory':>8}"
+    f" {'error':>6}  speed-up"
 )
+LEGEND = (
+    "* ours; + reads intermediates that an order before it saved: less work and more memory than is counted here; "
+    "spread: from the 20th to the 80th percentile, in % of the median; speed-up: time of the fastest other / of this"
+)
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of at most WIDTH characters, if no word is longer."""
+    whole = len(text) <= WIDTH
+    return (
+        [text]
+        if whole
+        else textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    )
 
 
 def seconds_text(seconds: float) -> str:
@@ -32,25 +49,33 @@ def bytes_text(count: int | None) -> str:
     """As in `1.2 MB`; nothing for None."""
     if count is None:
         return ""
+    if count >= 9.995e8:
+        return f"{count / 1e9:.3g} GB"
     return f"{count / 1e6:.3g} MB" if count >= 1e5 else f"{count / 1e3:.3g} kB"
 
 
-def line(row: Row) -> str:
-    """One row of the table; `+` marks what reads saved intermediates, LOSES a row of ours that another beats."""
+def _rate_text(rate: float | None) -> str:
+    if rate is None:
+        return ""
+    return f"{rate:.3g}" if rate < 999.5 else f"{rate:.0f}"
+
+
+def line(row: Row, note: str = "") -> str:
+    """One row of the table; `+` marks what reads saved intermediates, LOSES a row of ours that another beats.
+
+    note: in the last column, of a row that is compared with nothing.
+    """
     name = f"{'* ' if row['ours'] else '  '}{row['provider']}{' +' if row['saved'] else ''}"
     if row["status"] != "ok":
-        return f"{name:23} {row['status']}"
-    span = f"{seconds_text(row['low_s'])} .. {seconds_text(row['high_s'])}"
-    moved = "" if row["gb_per_s"] is None else f"{row['gb_per_s']:.3g}"
-    rate = "" if row["gflop_per_s"] is None else f"{row['gflop_per_s']:.3g}"
+        return f"{name:26} {row['status']}"
+    spread = f"{100 * (row['high_s'] - row['low_s']) / row['median_s']:.0f} %"
     share = "" if row["floor_share"] is None else f"{row['floor_share']:.3f}"
-    against = ""
     if row["best_other"]:
-        against = f"{row['other_over_this']:.2f}x of {row['best_other']}{' +' if row['other_saved'] else ''}"
-        against += "  LOSES" if loses(row) else ""
+        note = f"{row['other_over_this']:.2f}x{' LOSES' if loses(row) else ''}"
+    rates = f"{_rate_text(row['gb_per_s']):>6} {_rate_text(row['gflop_per_s']):>7}"
     text = (
-        f"{name:23} {seconds_text(row['median_s']):>10} {span:>21} {moved:>7} {rate:>8}"
-        f" {share:>8} {bytes_text(row['peak_bytes']):>9} {row['error']:7.0e}  {against}"
+        f"{name:26} {seconds_text(row['median_s']):>8} {spread:>6} {rates} {share:>8}"
+        f" {bytes_text(row['peak_bytes']):>8} {row['error']:6.0e}  {note}"
     )
     return text.rstrip()
 
@@ -58,6 +83,7 @@ def line(row: Row) -> str:
 def table(rows: Sequence[Row]) -> Iterable[str]:
     """The lines of a table of one point: a head for each order and mode."""
     heading = None
+    fastest = {(row["order"], row["mode"], row["best_other"]) for row in rows if row["best_other"]}
     for row in rows:
         mode = "" if row["mode"] == "eager" else f", {row['mode']}"
         now = f"{row['axis']}={row['x']}  {row['group']}, {row['tasks']} tasks: {row['order']}{mode}"
@@ -66,7 +92,7 @@ def table(rows: Sequence[Row]) -> Iterable[str]:
             yield now
             yield HEAD
             heading = now
-        yield line(row)
+        yield line(row, "fastest other" if (row["order"], row["mode"], row["provider"]) in fastest else "")
 
 
 def fit_table(fits: Sequence[Row]) -> Iterable[str]:
@@ -100,6 +126,28 @@ def losses(rows: Sequence[Row]) -> Iterable[str]:
         if saved := sum(bool(row["other_saved"]) for row in lost):
             text += f"; in {saved} of the {len(lost)} to one that reads saved intermediates (+)"
         yield text
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One sentence: whether ours are right, and how much faster than the fastest other.
+
+    rows: as `losses` takes them
+    """
+    if wrong := [row for row in rows if fails(row)]:
+        names = ", ".join(dict.fromkeys(row["provider"] for row in wrong))
+        return f"Of ours, {names} failed or gave wrong numbers in {len(wrong)} cases, which are listed above."
+    ours = [row for row in rows if row["ours"] and row["best_other"]]
+    if not ours:
+        return "Nothing was compared: no order was measured of both ours and another provider."
+    name = ours[0]["provider"]
+    cases = [row for row in ours if row["provider"] == name]
+    ratios = [row["other_over_this"] for row in cases]
+    least = min(cases, key=lambda row: row["other_over_this"])
+    return (
+        f"{name} is faster than every other provider in {sum(not loses(row) for row in cases)} of {len(cases)} cases, "
+        f"by a factor of {statistics.median(ratios):.3g} in the median, {max(ratios):.3g} at best, and "
+        f"{min(ratios):.3g} at worst ({_place(least)} {least['order']}, against {least['best_other']})."
+    )
 
 
 def worst(rows: Sequence[Row]) -> Row | None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+# Without tqdm's own time left, which is that of all iterations.
+FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> tqdm:
@@ -20,3 +26,42 @@ def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> tqdm:
     # A notebook's output is no terminal, of which alone tqdm thinks.
     widget = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
     return tqdm(*arguments, disable=(False if widget else None) if shown else True, **options)
+
+
+class TrainingBar:
+    """A bar of meta-training, with loss, accuracy and the time left.
+
+    The time left is that of the remaining iterations, or of the time budget if that ends earlier.
+
+    total, done: meta-iterations of the run, and those done before.
+    deadline: when the time budget ends, on the clock of time.monotonic; infinity without one.
+    shown: as of `progress_bar`.
+    """
+
+    def __init__(self, total: int, done: int, *, deadline: float = math.inf, shown: bool = True) -> None:
+        self._total, self._before, self._done = total, done, done
+        self._begin, self._deadline = time.monotonic(), deadline
+        self._bar = progress_bar(shown=shown, total=total, initial=done, unit="it", bar_format=FORMAT)
+
+    def __enter__(self) -> TrainingBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+
+    def left(self) -> float:
+        """Seconds until training ends, at least 0; infinity before the first iteration without a budget."""
+        now, here = time.monotonic(), self._done - self._before
+        iterations = (now - self._begin) / here * (self._total - self._done) if here else math.inf
+        return max(0.0, min(iterations, self._deadline - now))
+
+    def show(self, record: Mapping[str, float]) -> None:
+        """Count one meta-iteration, and show its loss and accuracy."""
+        self._done += 1
+        shown = {name: f"{record[name]:.3f}" for name in ("loss", "accuracy") if name in record}
+        self._bar.set_postfix({**shown, "left": self._bar.format_interval(self.left())}, refresh=False)
+        self._bar.update()
+
+    def describe(self, text: str = "") -> None:
+        """Say what is done besides iterations; "" takes it away."""
+        self._bar.set_description(text or None)

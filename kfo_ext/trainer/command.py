@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from kfo_ext.runs import RunFolder
 from kfo_ext.runs.metrics import Logger
 
 from .config import Config
+from .config_file import configured
+from .described import described
 from .loop import Trainer
 from .ranks import Ranks, restarts
 
@@ -22,6 +25,7 @@ def train(
     run: Path | None,
     resume: Path | None,
     *,
+    config: Path | None = None,
     time_budget: float,
     loggers: Iterable[str | Logger],
     group: ProcessGroup | None,
@@ -31,25 +35,41 @@ def train(
 
     given: options of the configuration.
     run, resume: the folder of a new run, or of one to continue.
+    config: a file of further options, see `config_file`; those that are given count.
     time_budget, loggers: as for `Trainer.fit`.
     group: the ranks that train together.
     echo: takes each line of output.
     Raises: as `Trainer`.
     """
+    if config is not None:
+        if resume is not None:
+            raise ValueError("--config: a resumed run has its own config.json; give options on the command line")
+        given = configured(config, given)
     trainer = _trainer(given, run, resume, group)
     say = echo if trainer.ranks.first else _nothing
-    folder = trainer.run.path
-    say(f"run folder: {folder}")
+    folder, begun = trainer.run.path, trainer.progress.iteration
+    if trainer.ranks.first:
+        for line in described(trainer):
+            echo(line)
+    say(f"run folder: {folder}{f', from iteration {begun}' if begun else ''}")
     outcome = trainer.fit(time_budget=time_budget, loggers=loggers)
     progress = outcome.progress
     best = ""
     if progress.best_iteration:
         score = f"{trainer.config.measure} {abs(progress.best_score):.4f}"
-        best = f", best validation {score} at iteration {progress.best_iteration}"
+        best = f": best validation {score} at iteration {progress.best_iteration}"
     say(f"{outcome.reason} at iteration {progress.iteration} after {progress.elapsed:.0f} s{best}")
-    say(f"learning curve: {trainer.run.curve}")
+    files = [file.name for file in _files(trainer.run) if file.exists()]
+    say(f"files in {folder}: {', '.join(files)}")
+    name = shlex.quote(str(folder))
     if outcome.reason in ("interrupted", "time budget"):
-        say(f"resume with: kfo train --resume {folder}")
+        say(f"resume with: kfo train --resume {name}")
+    if trainer.run.best.exists():
+        say(f"next: kfo eval {name}")
+
+
+def _files(run: RunFolder) -> tuple[Path, ...]:
+    return run.config, run.metrics, run.best, run.last, run.curve
 
 
 def _trainer(given: Mapping[str, Any], run: Path | None, resume: Path | None, group: ProcessGroup | None) -> Trainer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +184,7 @@ class Config:
 
         Raises as the constructor.
         """
-        given = {**self._given, **changes}
-        known = options_in_effect(_parts(given)[0])
-        return Config(**{name: value for name, value in given.items() if name in known or name in changes})
+        return Config(**joined(self._given, changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Option name to plain value, of those that have an effect."""
@@ -223,6 +222,17 @@ class Config:
             ValueError: naming the file and what is wrong.
         """
         return cls.from_dict(read_json(path), str(path))
+
+
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of both, where the second count; those of a part that they replace are left out.
+
+    Raises: ValueError if a part is in none of the tables.
+    """
+    both = {**first, **second}
+    before, after = (options_in_effect(_parts(given)[0]) for given in (first, both))
+    # What had no effect before either is kept, so that it is refused.
+    return {name: value for name, value in both.items() if name in second or name in after or name not in before}
 
 
 def options_in_effect(values: Mapping[str, Any]) -> dict[str, Option]:
@@ -305,4 +315,6 @@ def _unknown(name: str, values: Mapping[str, Any]) -> str:
     """Why there is no option of this name."""
     for kind, rows in owners(name).items():
         return f"{name}: has no effect with {kind} {values[kind]!r}; it is an option of {NOUNS[kind]} {', '.join(rows)}"
-    return f"unknown configuration key {name!r}"
+    known = {*PARTS, *RUN, *(each for table in TABLES.values() for part in table.values() for each in part.options)}
+    near = get_close_matches(name, known, n=1)
+    return f"unknown configuration key {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kfo_ext.machine import versions
 from kfo_ext.runs import checkpoint
-from kfo_ext.runs.bars import progress_bar
+from kfo_ext.runs.bars import TrainingBar
 from kfo_ext.runs.loggers import checked, opened
 from kfo_ext.runs.metrics import Logger, Metrics, Record, Unwritten
 from kfo_ext.runs.plots import plot_runs
@@ -38,7 +38,6 @@ from .signals import stop_requested
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from tqdm import tqdm
 
 # Why training ends; of several ranks' reasons the last in this order counts, and "" goes on.
 REASONS = ("", "time budget", "patience", "finished", "interrupted")
@@ -215,6 +214,10 @@ class Trainer:
             plot_runs({self.run.path.name: self.run.metrics}, self.run.curve)
         return Outcome(reason, self.progress)
 
+    def _bar(self) -> TrainingBar:
+        done, shown = self.progress.iteration, self.ranks.first
+        return TrainingBar(self.config.iterations, done, deadline=self._deadline, shown=shown)
+
     def _metrics(self, loggers: Iterable[Logger]) -> Metrics:
         if not self.ranks.first:
             return Unwritten()
@@ -233,7 +236,7 @@ class Trainer:
         done = self.progress.iteration
         return done > self.progress.validated and (bool(ending) or done % self.config.validation_every == 0)
 
-    def _step(self, stream: Iterator[TaskBatch], metrics: Metrics, bar: tqdm) -> None:
+    def _step(self, stream: Iterator[TaskBatch], metrics: Metrics, bar: TrainingBar) -> None:
         config, iteration = self.config, self.progress.iteration + 1
         rate = meta_rate(config.schedule_row, self.progress.iteration, config.values)
         # That of a step is of the group whose rate is the largest.
@@ -249,29 +252,11 @@ class Trainer:
         record = {"iteration": iteration, "loss": report.loss.item()}
         if report.metric is not None:
             record["accuracy"] = report.metric.item()
-        self._show(bar, record)
+        bar.show(record)
         metrics.append({**record, "learning_rate": rate, "elapsed": self.progress.elapsed})
 
-    def _bar(self) -> tqdm:
-        # The bar's own time left is that of all iterations, which a time budget does not wait for.
-        timed = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
-        return progress_bar(
-            shown=self.ranks.first,
-            total=self.config.iterations,
-            initial=self.progress.iteration,
-            unit="it",
-            bar_format=timed if self._deadline < math.inf else None,
-        )
-
-    def _show(self, bar: tqdm, record: Record) -> None:
-        shown: dict[str, str] = {name: f"{record[name]:.3f}" for name in ("loss", "accuracy") if name in record}
-        if self._deadline < math.inf:
-            shown["seconds left"] = f"{max(0.0, self._deadline - time.monotonic()):.0f}"
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
-
-    def _validate(self, metrics: Metrics, bar: tqdm, stop: Callable[[], bool]) -> None:
-        bar.set_description("validating")
+    def _validate(self, metrics: Metrics, bar: TrainingBar, stop: Callable[[], bool]) -> None:
+        bar.describe("validating")
         try:
             scores = evaluate(
                 self.learner,
@@ -287,7 +272,7 @@ class Trainer:
         except FloatingPointError as error:
             raise FloatingPointError(f"validation after iteration {self.progress.iteration}: {error}") from None
         finally:
-            bar.set_description()
+            bar.describe()
         self.progress.elapsed = time.monotonic() - self._clock
         score, record = _summary(scores)
         metrics.append({"iteration": self.progress.iteration, **record, "elapsed": self.progress.elapsed})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,9 +11,10 @@ import torch
 from kfo_ext.adapt import MAML
 from kfo_ext.machine import versions
 from kfo_ext.runs import checkpoint
-from kfo_ext.runs.files import is_count, is_number, read_json, write_json
+from kfo_ext.runs.files import read_json, write_json
 from kfo_ext.runs.progress import Progress
 from kfo_ext.runs.run_folder import RunFolder
+from kfo_ext.runs.scores import fault
 from kfo_ext.tasks.checks import check_count
 
 from .config import Config, difference, options_in_effect, settings
@@ -274,8 +274,8 @@ def _read(run: RunFolder, split: str, name: str, changes: Mapping[str, Any]) -> 
         there = f"; there is {', '.join(others)}, of other settings" if others else ""
         raise ValueError(f"{path}: not evaluated yet; run `{command}`{there}")
     content = read_json(path)
-    if fault := _fault(content, split, name):
-        raise ValueError(f"{path}: not an evaluation written by kfo ({fault}); evaluate the run again")
+    if reason := fault(content, split, name):
+        raise ValueError(f"{path}: not an evaluation written by kfo ({reason}); evaluate the run again")
     if differing := _apart(settings(config), content["settings"]):
         raise ValueError(f"{path}: evaluated with other settings than asked for ({differing}); evaluate the run again")
     return RunScore(
@@ -289,27 +289,3 @@ def _read(run: RunFolder, split: str, name: str, changes: Mapping[str, Any]) -> 
         path,
         content,
     )
-
-
-def _fault(content: Any, split: str, name: str) -> str:
-    """What is wrong with the content of an evaluation file; '' if nothing is."""
-    if not isinstance(content, dict):
-        return "no object"
-    listed, scores = content.get("task_list"), content.get("scores")
-    if not isinstance(listed, dict) or not all(isinstance(content.get(key), dict) for key in ("settings", "changes")):
-        return "no task list, settings or changes"
-    if (listed.get("split"), content.get("checkpoint")) != (split, name):
-        return "of another split or checkpoint"
-    if content.get("measure") not in ("accuracy", "loss") or not is_count(content.get("iteration")):
-        return "no measure or iteration"
-    if not isinstance(content.get("checkpoint_digest"), str):
-        return "no digest of its checkpoint"
-    if not isinstance(scores, list) or len(scores) < 2 or not all(map(is_number, scores)):
-        return "no list of scores"
-    if not is_count(listed.get("tasks")) or listed["tasks"] != len(scores):
-        return f"{len(scores)} scores of {listed.get('tasks')} tasks"
-    for key, true in zip(("mean", "interval"), mean_interval(scores), strict=True):
-        stated = content.get(key)
-        if not is_number(stated) or not math.isclose(stated, true, abs_tol=1e-9):
-            return "its mean and interval are not those of its scores"
-    return ""

@@ -1,0 +1,85 @@
+"""The program: its commands in the order of the help, and every expected error as one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Annotated
+
+import typer
+
+from kfo_ext.streams import complain, echo, open_streams, said, settle
+from kfo_ext.trainer.signals import Unsaid, of_several
+
+from .checking import bench, doctor
+from .options import Grouped
+from .overview import plot, runs
+from .scoring import compare, evaluate, export
+from .training import demo, train
+
+app = typer.Typer(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command(cls=Grouped)(train)
+app.command("eval")(evaluate)
+for _command in (compare, runs, plot, export, doctor, demo, bench):
+    app.command()(_command)
+
+# What torch says where there is too little memory; MemoryError is Python's own.
+NO_MEMORY = re.compile("(not enough|can't allocate|out of|no) memory|Storage size calculation overflowed|new thread")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from kfo_ext.version import __version__
+
+        echo(f"kfo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kfo(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Meta-learning with Kronecker-factored updates."""
+
+
+def main() -> None:
+    """Run the command line, and turn every expected error into one line and exit code 2."""
+    open_streams()
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="kfo", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _end(130, "aborted")
+    except Unsaid:
+        _end(2)
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:
+        _end(2, said(error))
+    except SystemExit as ended:
+        # The parser's own end, after what a shell's completion asked for, or where nobody reads its help.
+        broken = isinstance(ended.__context__, OSError)
+        _end(2 if broken else int(ended.code or 0), "standard output: Broken pipe" if broken else "")
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+            smaller = "--hidden, --layers, --hidden-layers, --meta-batch, --shots, --queries, --steps or --workers"
+            _end(2, f"not enough memory for these options ({said(error)}): less of {smaller} needs less")
+        # A usage error of typer's own parser, whose class moved between its versions.
+        if hasattr(error, "format_message"):
+            _end(2, error.format_message())
+        raise
+    _end(code or 0, "aborted" if code == 130 else "")
+
+
+def _end(code: int, message: str = "") -> None:
+    if message:
+        complain(f"kfo: {' '.join(message.split())}")
+    settle()
+    if of_several():
+        # Without Python's teardown, in which threads of a process group may abort; what was to be written is.
+        os._exit(code)
+    sys.exit(code)

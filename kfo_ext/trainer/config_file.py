@@ -1,0 +1,59 @@
+"""Options of a run from a file: TOML, or the config.json of a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kfo_ext.runs.files import read_json
+
+from .config import Config, joined
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options that a file gives, by name.
+
+    path: a JSON file by its ending, else TOML; or a run folder, whose config.json is read.
+    Raises: ValueError naming the file if it cannot be read or is no table of options.
+    """
+    if path.is_dir():
+        path /= "config.json"
+    options = read_json(path) if path.suffix == ".json" else _read_toml(path)
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected a table of options, got {type(options).__name__}")
+    return options
+
+
+def configured(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a file with other ones over them, as `Config` takes them.
+
+    given: those that count; with another part, the file's options of the old one are left out.
+    Raises: ValueError naming the file if one of its options is unknown, or its value is not possible.
+    """
+    options = read_options(path)
+    try:
+        values = joined(options, given)
+        Config(**values)
+    except (TypeError, ValueError) as error:
+        name = str(error).partition(":")[0]
+        # Otherwise an option of the command line is wrong, or one that neither gives.
+        if name not in given and (name in options or name.startswith("unknown")):
+            raise ValueError(f"{path}: {error}") from None
+        raise
+    return values
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable TOML file ({error})") from None
