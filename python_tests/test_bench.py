@@ -308,6 +308,37 @@ def test_summary_of_losses():
     assert report.line(table[1]).startswith("* native +") and report.line(table[1]).endswith(" 0.90x LOSES")
 
 
+def test_summary_in_a_sentence():
+    table = [compared(1, 1.5, False), compared(4, 0.8, True), compared(16, 3.0, False)]
+    lists = compared(64, 0.1, True) | {"provider": "lists"}
+    assert report.summary([*table, lists]) == (
+        "native is faster than every other provider in 2 of 3 cases, by a factor of 1.5 in the median, 3 at best, and "
+        "0.8 at worst (tasks=4 g forward, against torch)."
+    )
+    wrong = compared(1, 1.5, False) | {"status": "WRONG: relative error 1.0e+00", "best_other": None}
+    assert report.summary([*table, wrong]).startswith("Of ours, native failed or gave wrong numbers in 1 cases")
+    assert report.summary([measured("tasks", 1, 1.0)]).startswith("Nothing was compared")
+
+
+# The longest texts of each column.
+WIDEST = {
+    "median_s": 0.9996, "low_s": 0.1, "high_s": 9.0, "gb_per_s": 12345.0, "gflop_per_s": 123456.0, "floor_share": 0.123,
+    "peak_bytes": 999_400_000, "error": 1e-10, "other_over_this": 12345.678,
+}  # fmt: skip
+
+
+def test_a_table_fits_in_100_columns():
+    ours = compared(256, 0.01, False) | WIDEST | {"provider": "torch-formulas-compile", "saved": True}
+    other = ours | {"ours": False, "best_other": None, "provider": "torch"}
+    lines = [text for row in ([ours, other],) for text in report.table(row)]
+    assert max(map(len, lines)) <= report.WIDTH
+    assert lines[-1].endswith("fastest other") and lines[-2].endswith("12345.68x")
+    long = report.wrapped("left out, kron: " + "tasks=64 CNN(2) forward, " * 20)
+    assert max(map(len, long)) <= report.WIDTH and "".join(" ".join(long).split()).count("tasks=64") == 20
+    # Nothing is cut, however long.
+    assert report.wrapped("x" * 300) == ["x" * 300]
+
+
 def test_summary_of_what_was_left_out():
     slow = f"{report.TOO_SLOW} 9 s, too long for 1 s per order"
     table = [rows.empty_row(axis="width", x=9, group="square", status="left out: 1 s were spent before it")]
@@ -377,7 +408,7 @@ def test_files_of_a_run(tiny, tmp_path):
     assert "tasks=2  tiny, 2 tasks: double_backward" in text and "time ~ size^e" in text
     assert text.count("LOSES") == sum(rows.loses(row) for row in good)
     assert max(map(len, said)) <= report.WIDTH, max(said, key=len)
-    assert text.count("fastest other") == len({(r["axis"], r["x"], r["order"], r["best_other"]) for r in good} - {None})
+    assert sum(line.endswith("  fastest other") for line in said) == compared
     assert " ".join(said).endswith(")."), said[-3:]
 
 

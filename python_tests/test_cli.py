@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ import torch
 from deadlines import seconds
 
 from kfo_ext import demo, testing
+from kfo_ext.bench.names import ORDERS
 from kfo_ext.runs import checkpoint
-from kfo_ext.trainer import Config
+from kfo_ext.trainer import Config, Trainer
 from kfo_ext.trainer.datasets import DATASETS
 from kfo_ext.trainer.listing import listed
+from kfo_ext.trainer.recipe import build_learner
 from kfo_ext.trainer.updates import UPDATES
 
 TINY = {
@@ -49,8 +52,10 @@ def test_train_eval_compare(kfo):
         code, out, err = kfo("train", "--run", run, *options(update=update))
         assert (code, err) == (0, "")
         assert f"run folder: {run}" in out
-        assert "finished at iteration 2" in out
-        assert "best validation loss" in out
+        assert re.search(
+            r"finished at iteration 2 after \d+ s: best validation loss \d\.\d{4} at iteration [12]\n", out
+        )
+        assert f"files in {run}: config.json, metrics.jsonl, best.pt, last.pt, curve.png\nnext: kfo eval {run}\n" in out
         code, out, err = kfo("eval", run, "--tasks", 5)
         assert (code, err) == (0, "")
         written = json.loads(Path(run, "eval-test-best.json").read_text())
@@ -59,9 +64,93 @@ def test_train_eval_compare(kfo):
     code, out, err = kfo("compare", "a", "b")
     assert (code, err) == (0, "")
     assert "paired difference: " in out
+    assert "settings that differ: update: kfo and none" in out
+    assert len(re.findall(r"\(best checkpoint, iteration [12] of 2\)", out)) == 2
+    assert "meta-iterations that differ" not in out
     code, out, err = kfo("eval", "a", "--tasks", 5, "--split", "validation", "--checkpoint", "last", "--threads", 1)
     assert code == 0
     assert json.loads(Path("a/eval-validation-last.json").read_text())["iteration"] == 2
+
+
+def test_train_says_what_it_trains(kfo):
+    small = options(hidden=8, steps=3, threads=1)
+    code, out, _ = kfo("train", "--run", "a b", *small, "--hidden-layers", 1, "--no-adapt-update")
+    assert code == 0
+    maml = build_learner(Config.load(Path("a b/config.json")))
+    count, learned = (sum(X.numel() for X in part.parameters()) for part in (maml.model, maml.update))
+    assert out.splitlines()[:4] == [
+        f"network: sinusoid_mlp (hidden 8), {count} parameters; maml adapts {count}",
+        f"update: kfo (psd, hidden_layers 1, scale 1.0, bias), {learned:,} meta-parameters; inner steps 3, "
+        "inner rate 0.01",
+        "data: sinusoid (shots 10, queries 10); route vmap; device cpu, 1 thread",
+        "run folder: a b",
+    ]
+    assert out.endswith("next: kfo eval 'a b'\n")
+    out = kfo("train", "--resume", "a b", "--iterations", 3)[1]
+    assert out.splitlines()[3] == "run folder: a b, from iteration 2"
+
+
+def test_a_run_of_the_command_line_is_that_of_the_trainer(kfo):
+    """What it says before the first iteration changes no number."""
+    kfo("train", "--run", "a", *options(dataset="glyphs", inner_lr=0.1, layers=1, threads=1))
+    Trainer.start(Config.load(Path("a/config.json")), "b").fit()
+    a, b = (checkpoint.load(Path(run, "last.pt")) for run in "ab")
+    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    assert all(torch.equal(a["learner"][name], X) for name, X in b["learner"].items())
+
+
+def test_compare_says_how_far_both_were_trained(kfo):
+    for run, iterations in (("a", 1), ("b", 3)):
+        kfo("train", "--run", run, *options(iterations=iterations))
+        kfo("eval", run, "--tasks", 5, "--checkpoint", "last")
+    code, out, _ = kfo("compare", "a", "b", "--checkpoint", "last")
+    assert code == 0
+    assert "(last checkpoint, iteration 1 of 1)" in out and "(last checkpoint, iteration 3 of 3)" in out
+    assert "meta-iterations that differ: 1 and 3\n" in out
+    Path("a/metrics.jsonl").unlink()
+    assert "(last checkpoint, iteration 1)\n" in kfo("compare", "a", "b", "--checkpoint", "last")[1]
+
+
+def test_json_is_one_document_and_messages_go_elsewhere(kfo):
+    for run in "ab":
+        kfo("train", "--run", run, *options(seed=ord(run)))
+        code, out, err = kfo("eval", run, "--tasks", 5, "--json")
+        assert (code, err) == (0, f"written: {run}/eval-test-best.json\n")
+        written = json.loads(Path(run, "eval-test-best.json").read_text())
+        del written["scores"]
+        assert json.loads(out) == {"run": run, **written, "current": True, "file": f"{run}/eval-test-best.json"}
+    code, out, err = kfo("compare", "a", "b", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    means = [json.loads(Path(run, "eval-test-best.json").read_text())["mean"] for run in "ab"]
+    assert [found[side]["mean"] for side in "ab"] == means
+    assert found["difference"]["mean"] == pytest.approx(means[0] - means[1])
+    assert (found["difference"]["tasks"], found["difference"]["split"]) == (5, "test")
+    assert [found[side]["iterations"] for side in "ab"] == [2, 2]
+    kfo("train", "--resume", "a", "--iterations", 3, "--validation-every", 1)
+    Path("a/best.pt").write_bytes(Path("a/last.pt").read_bytes())
+    code, out, err = kfo("compare", "a", "b", "--json")
+    assert (code, err) == (0, "a: best.pt has been written since: evaluate it again\n")
+    assert [json.loads(out)[side]["current"] for side in "ab"] == [False, True]
+
+
+def test_a_shell_completes_commands_options_and_values(kfo, monkeypatch):
+    monkeypatch.setenv("_KFO_COMPLETE", "complete_bash")
+    for words, offered in (
+        (["kfo", "ru"], {"runs"}),
+        (["kfo", "train", "--inner"], {"--inner-lr"}),
+        (["kfo", "train", "--dataset", ""], set(DATASETS)),
+        (["kfo", "train", "--update", "meta"], {"meta_sgd", "meta_curvature"}),
+        (["kfo", "eval", "--split", "t"], {"train", "test"}),
+    ):
+        monkeypatch.setenv("COMP_WORDS", " ".join(words))
+        monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+        code, out, err = kfo()
+        assert (code, set(out.split()), err) == (0, offered, "")
+    monkeypatch.delenv("_KFO_COMPLETE")
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    code, out, err = kfo("--show-completion", "bash")
+    assert (code, err) == (0, "") and "_KFO_COMPLETE=complete_bash" in out
 
 
 def test_eval_is_reproducible(kfo):
@@ -183,7 +272,9 @@ def test_help_names_every_option(kfo):
     assert re.search(r"--inner-lr <float> +inner learning rate  \[default: 0\.1;\s+sinusoid: 0\.01", out)
     code, out, _ = kfo()
     assert code == 0
-    assert all(command in out for command in ("train", "eval", "compare", "export", "doctor", "demo", "bench"))
+    assert all(
+        command in out for command in ("train", "eval", "compare", "runs", "plot", "export", "doctor", "demo", "bench")
+    )
 
 
 @pytest.fixture
@@ -272,6 +363,17 @@ def test_doctor_reports_each_backend(kfo):
         assert f"{name}: loads" in out or f"{name}: not available (" in out
 
 
+def test_doctor_as_json(kfo):
+    code, out, err = kfo("doctor", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["healthy"] and found["torch"] == torch.__version__
+    assert set(found["backends"]) == {"reference", "cpu", "cuda", "triton"}
+    tests = found["backends"]["reference"]["tests"]
+    assert {(test["dtype"], test["order"]) for test in tests} == set(product(("float64", "float32"), ORDERS))
+    assert all(test["ok"] and 0 <= test["error"] < 1e-4 for test in tests)
+
+
 def test_doctor_fails_for_a_backend_that_is_wrong(kfo, monkeypatch):
     true = testing.transform
 
@@ -285,6 +387,9 @@ def test_doctor_fails_for_a_backend_that_is_wrong(kfo, monkeypatch):
     assert "float32 forward: FAILED" in out
     monkeypatch.setattr(testing, "transform", lambda *a, **k: true(*a, **k) * float("nan"))
     assert kfo("doctor")[0] == 1
+    code, out, _ = kfo("doctor", "--json")
+    assert code == 1 and not json.loads(out)["healthy"]
+    assert {test["error"] for test in json.loads(out)["backends"]["reference"]["tests"]} == {"nan"}
 
 
 def test_demo_compares_both_methods(kfo, monkeypatch):

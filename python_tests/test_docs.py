@@ -14,6 +14,7 @@ import pytest
 from pages import DOCS, ROOT, examples, run_page, script, small
 from tiny_archives import pixels, png, write_folder
 
+from kfo_ext.trainer.config_file import configured
 from kfo_ext.trainer.datasets import DATASETS
 from kfo_ext.trainer.networks import NETWORKS
 
@@ -22,8 +23,8 @@ NAMES = {page: str(page.relative_to(DOCS)).removesuffix(".md") for page in PAGES
 # test_interop.py runs the blocks of migrating.md one by one, where the libraries that they are about are installed.
 CODED = [page for page in PAGES if examples(page) and page.stem != "migrating"]
 SESSIONS = {page: re.findall(r"```console\n(.*?)```", page.read_text(), flags=re.DOTALL) for page in PAGES}
-FENCES = {"python", "console", "sh", "text"}
-COMMANDS = ("train", "eval", "compare", "export")
+FENCES = {"python", "console", "sh", "text", "toml"}
+COMMANDS = ("train", "eval", "compare", "runs", "plot", "export")
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="docs/ is not beside the tests")
 
@@ -80,6 +81,14 @@ def test_the_command_lines_of_a_page_run(page, data, kfo, tmp_path, monkeypatch)
         missing = "DATA/" in line and not (tmp_path / re.search(r"DATA/[\w-]+", line)[0]).exists()
         assert code == (2 if missing else 0), f"{line}: {complaint}"
         assert not missing or "DATA/" in complaint, complaint
+
+
+def test_options_of_a_file_are_options(tmp_path):
+    blocks = [text for page in PAGES for text in re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+    assert blocks
+    for text in blocks:
+        (tmp_path / "options.toml").write_text(text)
+        assert configured(tmp_path / "options.toml", {})
 
 
 def test_every_block_is_of_a_kind_that_runs_or_cannot():

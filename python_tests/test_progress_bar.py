@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import math
 import os
 import pty
 import re
@@ -11,60 +12,75 @@ import struct
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
 import tqdm.auto
 from tqdm import tqdm as text_bar
 
+from kfo_ext.runs import bars
 from kfo_ext.runs.bars import progress_bar
-from kfo_ext.trainer import Config, Trainer, loop
+from kfo_ext.trainer import Config, Trainer
 
 
 @pytest.fixture
-def fit(tmp_path, monkeypatch):
-    """Trains within a time budget and returns all that the bar said."""
+def said(monkeypatch):
+    """All that the bars of training have said."""
     text = io.StringIO()
 
     def bar(*args, shown, **options):
         assert shown
         return text_bar(*args, **{**options, "disable": False, "file": text, "mininterval": 0.0, "ncols": 120})
 
-    def run(iterations: int, time_budget: float) -> str:
-        config = Config(dataset="sinusoid", hidden=4, steps=1, meta_batch=2, iterations=iterations, validation_tasks=2)
-        trainer = Trainer.start(config, tmp_path / "run")
-        monkeypatch.setattr(loop, "progress_bar", bar)
-        trainer.fit(time_budget=time_budget)
-        return text.getvalue()
-
-    return run
+    monkeypatch.setattr(bars, "progress_bar", bar)
+    return text.getvalue
 
 
-def test_without_a_budget_the_time_left_is_that_of_all_iterations(fit):
-    said = fit(5, 0.0)
-    assert "5/5 [00:0" in said
-    assert re.search(r"\[\d\d:\d\d<", said)
-    assert "seconds left" not in said
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still: its one element is the time."""
+    now = [1000.0]
+    monkeypatch.setattr(bars, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
 
 
-def test_with_a_budget_it_is_that_of_the_budget(fit):
-    said = fit(10**6, 0.3)
-    assert "seconds left=" in said
-    assert not re.search(r"\[\d\d:\d\d<", said)
-    assert re.search(r"/1000000 \[00:00, +[\d.?]+(it/s|s/it)", said)
+def test_a_training_shows_loss_and_time_left_until_its_last_iteration(said, tmp_path):
+    config = Config(dataset="sinusoid", hidden=4, steps=1, meta_batch=2, iterations=5, validation_tasks=2)
+    Trainer.start(config, tmp_path / "run").fit()
+    # Without what tqdm thinks is left, and to the end.
+    assert re.search(r"5/5 \[\d\d:\d\d, [^<]*it/s?, loss=\d+\.\d+, left=00:00\]", said())
+    assert "validating: " in said()
 
 
-def test_after_a_late_last_iteration_no_time_is_left(fit, monkeypatch):
-    step = Trainer._step
+# Iterations after 10 s of 100, seconds of the budget, and what is left.
+LEFT = {
+    "iterations": (5, math.inf, "03:10"),
+    "budget": (5, 40.0, "00:30"),
+    "iterations-before-the-budget": (50, 1000.0, "00:10"),
+    "budget-is-over": (5, 4.0, "00:00"),
+    "all-done": (100, math.inf, "00:00"),
+}
 
-    def late(trainer, *args):
-        step(trainer, *args)
-        trainer._deadline -= 100.0
-        step(trainer, *args)
 
-    monkeypatch.setattr(Trainer, "_step", late)
-    said = fit(10**6, 50.0)
-    assert "seconds left=0" in said
-    assert "seconds left=-" not in said
+@pytest.mark.parametrize("case", LEFT)
+def test_time_left_is_that_of_what_ends_first(case, clock, said):
+    iterations, budget, left = LEFT[case]
+    with bars.TrainingBar(107, 7, deadline=1000.0 + budget) as bar:
+        for _ in range(iterations - 1):
+            bar.show({"loss": 1.0})
+        clock[0] += 10.0
+        bar.show({"iteration": 7 + iterations, "loss": 2.0, "accuracy": 0.5})
+        assert bar.left() >= 0.0
+    assert said().rstrip().endswith(f"loss=2.000, accuracy=0.500, left={left}]"), said()[-200:]
+
+
+def test_more_iterations_than_were_asked_for_leave_no_time(clock, said):
+    """As of a run that is resumed with fewer of them."""
+    with bars.TrainingBar(3, 2) as bar:
+        clock[0] += 1.0
+        bar.show({"loss": 1.0})
+        bar.show({"loss": 1.0})
+        assert bar.left() == 0.0
 
 
 def loop_of(shown: bool) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kfo_ext import ANIL, MAML
+from kfo_ext.adapt.planned import planned_route
 from kfo_ext.networks import CNN
 from kfo_ext.tasks import Examples, TaskBatch
 
@@ -367,3 +368,29 @@ def test_tensors_that_a_forward_saves_elsewhere_are_the_tasks_own():
     batch = images()
     results = [MAML(model, lr=0.1, steps=2)(batch).loss for model in (plain, hooked)]
     torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "route"), [("vmap", "vmap"), ("features", "vmap"), ("loop", "loop: ")], ids=["vmap", "features", "loop"]
+)
+def test_a_route_that_is_asked_for_before_leaves_no_trace(kind, route):
+    """Random state, running statistics and parameters are those of a learner that was not asked."""
+    layers = [nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)]
+    if kind == "loop":
+        layers.insert(2, _Reading())
+    network = CNN(1, hidden=3, ways=2, in_channels=1, image_size=8) if kind == "features" else nn.Sequential(*layers)
+    learner = (ANIL if kind == "features" else MAML)(network, lr=0.1, steps=2, allow_nograd=True)
+    x = torch.randn(3, 6, *((1, 8, 8) if kind == "features" else (3,)))
+    batch = TaskBatch(*[Examples(x, torch.randint(2, (3, 6)))] * 2)
+    state, random = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
+    planned = planned_route(learner, batch)
+    assert planned.startswith(route)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(X, state[name]) for name, X in learner.state_dict().items() if isinstance(X, torch.Tensor))
+    learner(batch)
+    assert planned in learner.route
+
+
+class _Reading(nn.Module):
+    def forward(self, x):
+        return x + 0 * float(x.sum().detach())

@@ -96,10 +96,11 @@ def test_the_command_compares_in_the_open(kfo, run):
     evaluate_run(run, tasks=3, precision="bf16")
     before = checkpoint.load(run.best)["progress"]["iteration"]
     _, out, _ = kfo("compare", run.path, run.path)
-    assert out.count(f"(best checkpoint, iteration {before})\n") == 2
+    total = Config.load(run.config).iterations
+    assert out.count(f"(best checkpoint, iteration {before} of {total})\n") == 2
     checkpoint.save(run.best, {**checkpoint.load(run.best), "rng": {}})
     _, out, _ = kfo("compare", run.path, run.path, "--precision", "bf16")
-    assert f"iteration {before}; best.pt has been written since: evaluate it again)" in out
+    assert f"iteration {before} of {total}; best.pt has been written since: evaluate it again)" in out
 
 
 def test_evaluated_runs_compare_only_on_the_same_tasks(tmp_path):

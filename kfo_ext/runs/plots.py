@@ -70,7 +70,11 @@ def _measure(records: Mapping[str, list[Record]]) -> str:
 
 def _legend(axes: Axes, drawn: list[Curve]) -> None:
     # The names come after the legend is made, which leaves out those that begin with an underscore.
-    legend = axes.legend([artist for artist, _ in drawn], [str(i) for i in range(len(drawn))], frameon=False)
+    numbers = [str(number) for number in range(len(drawn))]
+    title = f"training: mean of {SMOOTHING} iterations; validation: 95 % intervals"
+    legend = axes.legend(
+        [artist for artist, _ in drawn], numbers, frameon=False, title=title, title_fontsize="small", fontsize="small"
+    )
     for text, (_, label) in zip(legend.get_texts(), drawn):
         # matplotlib would read a dollar as the begin of a formula.
         text.set_parse_math(False)
@@ -90,7 +94,7 @@ def _draw(axes: Axes, label: str, number: int, history: list[Record], measure: s
     if training:
         values = _running_mean([unit * r[measure] for r in training])
         (line,) = axes.plot([r["iteration"] for r in training], values, style, color=colour, alpha=0.5, lw=1)
-        yield line, f"{label}, training (mean of {SMOOTHING})"
+        yield line, f"{label}, training"
     validation = [r for r in history if is_validation(r) and r[f"validation_{measure}"] is not None]
     if validation:
         interval = "validation_interval" if measure == "accuracy" else "validation_loss_interval"
@@ -104,7 +108,7 @@ def _draw(axes: Axes, label: str, number: int, history: list[Record], measure: s
             markersize=5,
             capsize=2,
         )
-        yield bars, f"{label}, validation (95 % interval)"
+        yield bars, f"{label}, validation"
 
 
 def _running_mean(values: list[float]) -> list[float]:
