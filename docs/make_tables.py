@@ -11,54 +11,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import accuracy_tables
 import loss_tables
+import readme_tables
 import speed_tables
-from measured import DOCS, NETWORKS, by_contender, made, result, table
+from measured import DOCS, NETWORKS, ROOT, by_contender, made, result, table
 
 SLOT = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
-
-
-def accuracy() -> str:
-    """MAML and KFO on Omniglot, tuned by one rule."""
-    path = "experiments/results/omniglot_cnn2.json"
-    facts = result(path)
-    rows = []
-    for name, run in facts["finals"].items():
-        gap = ""
-        if "kfo_minus_this" in run:
-            gap = f"{100 * run['kfo_minus_this']:.1f} ± {100 * run['kfo_minus_this_interval']:.1f}"
-        score = f"{100 * run['accuracy']:.1f} ± {100 * run['interval']:.1f}"
-        label = f"{run['method']}, {'at the rate of the paper' if name.endswith('paper') else 'tuned'}"
-        rows.append([label, f"{run['inner_rate']}", run["init"], score, f"{100 * run['paper']:.1f}", gap])
-    head = [
-        "method",
-        "inner rate",
-        "start of the network",
-        "accuracy, %",
-        "the paper, %",
-        "KFO minus this, paired, points",
-    ]
-    hours = facts["training_seconds_of_all_runs"] / 3600
-    outer = f"outer rate {facts['meta_lr']}, halved every {facts['meta_lr_half_life']:,}"
-    note = f"{facts['what']}; {facts['iterations']:,} meta-iterations, {outer}, one seed; {hours:.1f} hours in all."
-    return table(head, rows, made(path, facts["environment"], note))
-
-
-def grid() -> str:
-    """Validation accuracy over inner rates."""
-    path = "experiments/results/omniglot_cnn2.json"
-    facts = result(path)
-    rows = []
-    for method, trials in facts["validation_accuracy_of_tuning"].items():
-        for init in dict.fromkeys(trial["init"] for trial in trials):
-            cells = [f"{t['rate']}: {100 * t['accuracy']:.0f}" for t in trials if t["init"] == init]
-            rows.append([method, init, ", ".join(cells)])
-    note = f"{facts['tuning_iterations']} meta-iterations each."
-    return table(
-        ["method", "start of the network", "inner rate: validation accuracy, %"],
-        rows,
-        made(path, facts["environment"], note),
-    )
 
 
 def routes() -> str:
@@ -169,8 +128,8 @@ def pieces() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **speed_tables.TABLES,
     **loss_tables.TABLES,
-    "accuracy": accuracy,
-    "grid": grid,
+    **accuracy_tables.TABLES,
+    **readme_tables.TABLES,
     "routes": routes,
     "iteration": iteration,
     "growth": growth,
@@ -183,7 +142,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def pages() -> dict[Path, str]:
     """Every page that holds a table, with its text as it should be."""
     found = {}
-    for path in sorted(DOCS.rglob("*.md")):
+    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
         text = path.read_text()
         if SLOT.search(text):
             found[path] = SLOT.sub(lambda slot: f"{slot[1]}\n{TABLES[slot[2]]()}\n{slot[3]}", text)

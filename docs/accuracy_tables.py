@@ -1,0 +1,138 @@
+"""Tables of accuracy from the results of the experiments: META-KFO and MAML on Omniglot, CNN(2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from measured import table
+
+from experiments.halving import Halving
+from experiments.jobs import Job
+from experiments.registry import ENTRIES
+from experiments.report import BUDGET
+from experiments.report.outcomes import Book, Row
+from experiments.store import RESULTS
+
+# By entry: how a table calls it. Baselines stand below what they are compared with.
+ROWS = {
+    "omniglot-cnn2-kfo": "META-KFO, tuned",
+    "omniglot-cnn2-kfo-clipped": "META-KFO, tuned, clipped",
+    "omniglot-cnn2-kfo-paper": "META-KFO, paper's rates",
+    "omniglot-cnn2-maml": "MAML, tuned",
+    "omniglot-cnn2-maml-clipped": "MAML, tuned, clipped",
+    "omniglot-cnn2-maml-paper": "MAML, paper's rates",
+}
+PAPER = {"kfo": 96.62, "maml": 66.6}
+TUNED = {"META-KFO": "omniglot-cnn2-kfo", "MAML": "omniglot-cnn2-maml"}
+
+
+@cache
+def _book() -> Book:
+    entries = {name: entry for name, entry in ENTRIES.items() if name in ROWS}
+    return Book.read(entries, BUDGET, RESULTS)
+
+
+def accuracy() -> str:
+    """Each row's setting and test accuracy, and how its training ended."""
+    rows = []
+    for row in _rows():
+        rate, start = row.settings["fast_lr"], row.settings["init"].replace("_", " ")
+        rows.append([ROWS[row.name], f"{rate:g}", start, *_scores(row), _published(row), _ended(row)])
+    head = ["method", "inner rate", "start", "best checkpoint, %", "last checkpoint, %", "paper, %", "training"]
+    return table(head, rows, _made(_rows(), "± is half of the 95 % interval over seeds."))
+
+
+def short() -> str:
+    """For the README: the best checkpoints of each method, by how its setting was found."""
+    found = {row.name: _scores(row)[0] for row in _rows()}
+    rows = [
+        [label, *(found.get(f"{name}{how}", "not run yet") for how in ("", "-clipped", "-paper")), f"{paper:.1f}"]
+        for label, name, paper in (
+            ("META-KFO", "omniglot-cnn2-kfo", PAPER["kfo"]),
+            ("MAML", "omniglot-cnn2-maml", PAPER["maml"]),
+        )
+    ]
+    head = ["accuracy, %", "tuned", "tuned, clipped", "paper's rates", "paper"]
+    note = "Omniglot, CNN(2), 5-way 5-shot, three seeds, 95 % intervals over seeds: `python -m experiments run`."
+    return table(head, rows, note)
+
+
+def grid() -> str:
+    """Validation accuracy of the tuning's first rung."""
+    rows = []
+    for label, name in TUNED.items():
+        row = _book().row(name)
+        assert isinstance(row.work, Halving)
+        records = _book().results[name].records
+        for start in row.work.inits:
+            cells = []
+            for rate in row.tried:
+                settings = {**row.work.base, "fast_lr": rate, "init": start, "seed": row.work.seeds[0]}
+                record = records[Job(settings=settings, iterations=row.work.first).key]
+                cells.append(f"{rate:g}: {100 * record.best(row.work.first):.0f}")
+            rows.append([label, start.replace("_", " "), ", ".join(cells)])
+    note = f"{row.work.first} meta-iterations each; 0 where the loss was not finite."
+    return table(["method", "start", "inner rate: validation accuracy, %"], rows, f"{_command(TUNED.values())} {note}")
+
+
+def _rows() -> list[Row]:
+    found = [_book().row(name) for name in ROWS]
+    return [row for row in found if row.scores(row.test("best"))]
+
+
+def _scores(row: Row) -> list[str]:
+    """Of the best and of the last checkpoint."""
+    found = []
+    for checkpoint in ("best", "last"):
+        score = row.accuracy(row.test(checkpoint))
+        half = "" if score is None or score.seeds is None else f" ± {100 * score.seeds:.1f}"
+        found.append("" if score is None else f"{100 * score.mean:.1f}{half}")
+    return found
+
+
+def _published(row: Row) -> str:
+    return f"{PAPER['kfo' if '-kfo' in row.name else 'maml']:.1f}"
+
+
+def _ended(row: Row) -> str:
+    """Which of the seeds' trainings lost what they had learned: more than 5 points below their best validation."""
+    ended = [record.iterations for record in row.records.values() if record.ended]
+    lost = [record for record in row.records.values() if record.accuracy[-1] < max(record.accuracy) - 0.05]
+    parts = [f"{len(ended)} diverge after {_numbers(ended)} iterations"] if ended else []
+    parts += [f"{len(lost)} collapse" for _ in lost[:1]]
+    return f"{len(row.records)} seeds: {', '.join(parts) or 'stable'}"
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return " and ".join([", ".join(f"{value:,}" for value in sorted(values)[:-1]), f"{max(values):,}"]).removeprefix(
+        " and "
+    )
+
+
+def _protocol(rows: Sequence[Row]) -> str:
+    of = rows[0].settings
+    tests = rows[0].test("best")
+    assert tests is not None
+    return (
+        f"{_command([row.entry.name for row in rows])} {of['ways']}-way {of['shots']}-shot, {of['steps']} inner steps, "
+        f"{of['meta_batch']} tasks, {rows[0].iterations:,} meta-iterations; best checkpoint on validation classes, "
+        f"{tests.tasks:,} tasks of test classes; ± is half of the 95 % interval over seeds."
+    )
+
+
+def _made(rows: Sequence[Row], note: str) -> str:
+    """Where the numbers come from: command, protocol, machine and versions."""
+    machines = {
+        f"{each['processor']}, Python {each['python']}, torch {each['torch']}"
+        for row in rows
+        for each in _book().results[row.entry.name].environments
+    }
+    return f"{_protocol(rows)} {'; '.join(sorted(machines))}; the commits are in the result files."
+
+
+def _command(names: Sequence[str]) -> str:
+    return f"`python -m experiments run {' '.join(dict.fromkeys(names))}`."
+
+
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "grid": grid, "readme-accuracy": short}
