@@ -354,7 +354,7 @@ def test_a_checkpoint_in_the_forward_is_refused(route, options):
     # It would compute again when the module holds its own parameters.
     model = Branchy(lambda self, x, h, r: r + checkpoint(torch.tanh, h, use_reentrant=False)).double()
     learner = MAML(model, lr=0.1, steps=2, route=route, **options)
-    with pytest.raises(RuntimeError, match=r"calls torch\.utils\.checkpoint, .* give the learner checkpoint=True"):
+    with pytest.raises(RuntimeError, match=r"calls torch\.utils\.checkpoint, .* pass checkpoint=True to the learner"):
         learner(images())
 
 

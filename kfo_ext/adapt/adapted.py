@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Adapted:
-    """What `MAML.adapt` returns, for one task or for a batch of tasks.
+    """A model adapted to one task or to a batch of tasks, as `MAML.adapt` returns it.
 
-    Under torch.no_grad() it holds numbers; otherwise its parameters and predictions are differentiable by all that is
-    meta-learned, so that any loss of them is a meta-loss. What is not adapted is the model's own, as it is at a call.
-    As in plain torch, each forward of a batch norm in training updates its running statistics.
+    Its parameters and predictions are differentiable with respect to everything that is meta-learned, so any loss on
+    them is a meta-loss; under torch.no_grad() they carry no graph. Parameters that are not adapted are read from the
+    model at each call. As in plain torch, each forward of a batch norm in training updates its running statistics.
 
     Attributes:
         losses: (steps,) or (steps, tasks), the support loss before each step, detached.
@@ -45,9 +45,9 @@ class Adapted:
             As the model returns them: (n, ...) for one task, (tasks, n, ...) or one output per task for a batch.
 
         Raises:
-            ValueError: examples of another number of tasks, a model whose parameters are others than when the learner
-                was built.
-            TypeError: x that is no tensor.
+            ValueError: `x` holds another number of tasks, or the model's parameters changed after the learner was
+                built.
+            TypeError: `x` is not a tensor.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
@@ -60,24 +60,29 @@ class Adapted:
     def module(self, task: int = 0) -> nn.Module:
         """A copy of the model with the adapted parameters of one task, to be used or saved by itself.
 
-        It is in training mode like the model; after eval() its batch norms take running statistics, which mix tasks.
+        Args:
+            task: the index of the task, from 0.
+
+        Returns:
+            A module in training mode like the model; after eval() its batch norms use running statistics, which mix
+            tasks.
 
         Raises:
             IndexError: there is no such task.
-            ValueError: a model whose parameters are others than when the learner was built.
+            ValueError: the model's parameters changed after the learner was built.
         """
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < len(self._theta):
             raise IndexError(f"task: expected 0 to {len(self._theta) - 1}, got {task}")
         learner = self._learner
         learner.current()
         with exclusive():
-            # What a forward left in the modules, as hooks of torch's weight norm and pruning do, has a graph.
+            # Tensors that a forward stored on modules, as hooks of torch's weight norm and pruning do, have a graph.
             left = [X for each in learner.model.modules() for X in vars(each).values() if isinstance(X, Tensor)]
             copied = copy.deepcopy(learner.model, {id(X): X.detach().clone() for X in left if not X.is_leaf})
         part, named = copied.get_submodule(learner.part), named_under(copied, learner.part)
         values = learner.packing.unpack(self._theta[task : task + 1].detach(), batched=False)
         for places, value in zip(slots(part, [named[name] for name in learner.adapted]), values):
-            # A parameter of its own: what is tied to another part of the model stays as it is there.
+            # A new parameter: a tie to another part of the model leaves that part unchanged.
             parameter = nn.Parameter(value.clone())
             for owner, own in places:
                 owner.register_parameter(own, parameter)

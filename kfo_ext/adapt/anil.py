@@ -27,8 +27,8 @@ NONE = Packing((), ())
 class ANIL(MAML):
     """MAML that adapts the head alone: the body's features are computed once per task and shared by all inner steps.
 
-    The body sees support and query examples in one forward, so its batch statistics are over both, as in the reference.
-    Where the model's forward is head(features(x)), without batch statistics and ties between body and head,
+    One forward of the body computes support and query examples, so its batch statistics cover both, as in the
+    reference. If the model's forward is head(features(x)), without batch statistics or ties between body and head,
     `MAML(model, adapted=["head.*"])` gives the same numbers, but computes the body in every step.
 
     Args:
@@ -39,10 +39,11 @@ class ANIL(MAML):
     The other arguments are as for `MAML`.
 
     Raises:
-        TypeError: a model without `features` or the head; as `MAML`.
-        ValueError: a network that says its head alone cannot be adapted, such as a TNet; as `MAML`.
+        TypeError: the model has no `features` or no such head; or as for `MAML`.
+        ValueError: the head of this network cannot be adapted alone, as a TNet's; or as for `MAML`.
 
-    Source: Raghu et al. 2020; paper, appendix B.5.
+    Source:
+        Raghu et al. 2020; paper, appendix B.5.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class ANIL(MAML):
         if not isinstance(head, str) or not head:
             raise TypeError(f"head: expected the name of a submodule, got {head!r}")
         for each in model.modules() if isinstance(model, nn.Module) else ():
-            # What a network's class says of itself: see kfo_ext.networks.protocol.
+            # A class attribute of the network: see kfo_ext.networks.protocol.
             if isinstance(reason := getattr(type(each), "head_alone", None), str):
                 raise ValueError(f"model: ANIL adapts the head alone, but {type(each).__name__} {reason}")
         # A property may give the head, too.
@@ -108,7 +109,7 @@ class ANIL(MAML):
         return self._part
 
     def _at_once(self, parameters: Sequence[Tensor], theta: Tensor, batch: TaskBatch) -> int:
-        # The shape alone counts: one task's examples stand for all.
+        # Only the shape counts: one task's examples stand for all.
         x = _together(batch.split(1)[0]).expand(len(batch.support.x), -1, *batch.support.x.shape[2:])
         return tasks_at_once(self._body_route(x), x, x.shape[1])
 
@@ -117,7 +118,7 @@ class ANIL(MAML):
         return self._plans.choose("body", body, NONE, (), _nothing(x), x)
 
     def features(self, x: Tensor) -> Tensor:
-        """(tasks, n, ...) to (tasks, n, features)."""
+        """The features of examples (tasks, n, ...): (tasks, n, features)."""
         with exclusive():
             route = self._body_route(x)
             with precision(x, self.bf16):
@@ -129,7 +130,7 @@ class ANIL(MAML):
         return outputs.float() if self.bf16 else outputs
 
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """The features of support and query examples, of one forward: (tasks, n, features) each."""
+        """The features of support and query examples, from one forward: (tasks, n, features) each."""
         support, query = self.features(_together(batch)).split([part.x.shape[1] for part in batch], 1)
         return support, query
 

@@ -1,4 +1,4 @@
-"""Calls of a module with other parameters than its own: one thread at a time, shared modules and buffers included."""
+"""Calls of a module with substituted parameters: one thread at a time, since modules and buffers may be shared."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# A call with other parameters swaps the module's in place, and sdpa_kernel sets flags of the whole process.
+# A call substitutes the module's parameters in place, and sdpa_kernel sets flags of the whole process.
 _ONE_THREAD = threading.RLock()
 
 
 @contextmanager
 def exclusive(differentiable: bool = False) -> Iterator[None]:
-    """Let no other thread call a module with other parameters meanwhile.
+    """Keep other threads from calling a module with substituted parameters.
 
-    differentiable: use the form of torch's attention that has a second derivative, which the fused kernels lack.
+    Args:
+        differentiable: use the form of torch's attention that has a second derivative, which the fused kernels lack.
+
+    Yields:
+        Nothing; the lock is held in the block.
     """
     with _ONE_THREAD, sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
         yield
@@ -30,10 +34,17 @@ Slot = tuple[nn.Module, str]
 
 
 def slots(module: nn.Module, parameters: Sequence[Tensor]) -> list[list[Slot]]:
-    """Every place in `module` that holds the parameter, for each of some of its parameters.
+    """Find every place in a module that holds each of the given parameters.
+
+    Args:
+        module: the module to search, with all its submodules.
+        parameters: some of its parameters.
+
+    Returns:
+        For each parameter the places that hold it; more than one if it is tied.
 
     Raises:
-        TypeError: a module whose parameters cannot be exchanged: it runs outside Python, or on copies.
+        TypeError: the module's parameters cannot be substituted, since it runs outside Python or on copies.
     """
     if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)):
         raise TypeError(f"model: expected a module of Python, got {type(module).__name__}: pass the one it was made of")
@@ -46,15 +57,24 @@ def slots(module: nn.Module, parameters: Sequence[Tensor]) -> list[list[Slot]]:
 
 
 def call_with(module: nn.Module, places: Sequence[Sequence[Slot]], tensors: Sequence[Tensor], x: Tensor) -> Any:
-    """module(x) with tensors in the place of its parameters; see `slots`. Afterwards it holds its own again.
+    """Return module(x) with tensors substituted for its parameters, which are restored afterwards.
 
-    As torch.func.functional_call with all ties, in a fifth of the time.
+    Equals torch.func.functional_call with all ties, in a fifth of the time.
+
+    Args:
+        module: the module to call.
+        places: the places of each parameter, as `slots` returns them.
+        tensors: what to substitute, in the order of `places`.
+        x: the module's argument.
+
+    Returns:
+        The module's output.
     """
     own = [(owner, name, owner._parameters[name]) for held in places for owner, name in held]
     try:
         for held, tensor in zip(places, tensors):
             for owner, name in held:
-                # nn.Module's own assignment takes nothing but a Parameter.
+                # nn.Module's own assignment accepts only a Parameter.
                 owner._parameters[name] = tensor  # type: ignore[assignment]
         return module(x)
     finally:
@@ -63,13 +83,16 @@ def call_with(module: nn.Module, places: Sequence[Sequence[Slot]], tensors: Sequ
 
 
 class BufferReplay:
-    """Computes again with the buffers of the first time; afterwards the module has those that it had before.
+    """A context for recomputation: restores the buffers of the first computation, and the present ones on exit.
 
-    A context that can be entered more than once: by a gradient inside the first computation, then by each outer one.
+    It can be entered more than once: by a gradient inside the first computation, then by each outer one.
+
+    Args:
+        module: the module whose buffers are saved now.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # All of them: torch's batch norm changes its own without a trace in their version.
+        # All buffers: torch's batch norm changes its own without counting up their version.
         self.taken = [
             (owner, name, buffer.detach().clone())
             for owner in module.modules()
@@ -81,7 +104,7 @@ class BufferReplay:
         _ONE_THREAD.acquire()
         self.present = [(owner, name, owner._buffers[name]) for owner, name, _ in self.taken]
         for owner, name, value in self.taken:
-            # Another tensor, not another value of the present one: a graph may have saved that.
+            # A new tensor, not a new value in the present one, which a graph may have saved.
             owner._buffers[name] = value.clone()
 
     def __exit__(self, *exc: object) -> None:

@@ -1,4 +1,4 @@
-"""What a learner accepts: its options, its model, its update and its batches, each refused by name."""
+"""Checks of a learner's options, model, update and batches; each error names the argument."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_function(argument: str, function: Any) -> None:
 
 
 def check_steps(steps: Any, least: int = 1) -> int:
-    """The number of inner steps."""
+    """The number of inner steps; raises ValueError unless it is an integer of at least `least`."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
         raise ValueError(f"steps: expected an integer of at least {least}, got {steps!r}")
     return steps
@@ -62,7 +62,7 @@ def check_update(update: Update, packing: Packing) -> None:
     if len(theirs) != len(packing):
         raise ValueError(
             f"update: expected one made for {len(packing)} parameters, got one for {len(theirs)}"
-            f"{_missing(theirs, packing)}; make it of those that are adapted and require a gradient"
+            f"{_missing(theirs, packing)}; build it from the parameters that are adapted and require a gradient"
         )
     renamed = theirs.named and not _same_names(packing.names, theirs.names)
     for name, shape, other_name, other_shape in zip(packing.names, packing.shapes, theirs.names, theirs.shapes):
@@ -91,7 +91,7 @@ def _missing(theirs: Packing, packing: Packing) -> str:
 
 
 def check_batch(batch: TaskBatch) -> int:
-    """The number of tasks of a batch."""
+    """The number of tasks of a batch; raises TypeError, ValueError or RuntimeError for an unsuitable one."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "adaptation differentiates, which inference mode forbids: evaluate under torch.no_grad() instead"
@@ -134,7 +134,7 @@ def check_batch(batch: TaskBatch) -> int:
 
 
 def foreign_tensor(batch: TaskBatch, like: Tensor) -> str | None:
-    """What of the batch does not fit the parameters, `like` one of them: the likely reason of an error in a forward."""
+    """The first mismatch of a batch with parameters such as `like`, or None: the likely cause of a forward's error."""
     for part, examples in zip(TaskBatch._fields, batch):
         for field, tensor in zip(Examples._fields, examples):
             if tensor.device != like.device:

@@ -1,6 +1,6 @@
-"""Functions of torch composed of others, where torch.func.vmap has no rule for them, a slow one or a wrong one.
+"""Functions of torch composed of others, because torch.func.vmap has no rule for them, a slow one or a wrong one.
 
-They are called inside a vmapped forward, with the arguments of the function that they stand for.
+They are called inside a vmapped forward, with the arguments of the function that they replace.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _named(name: str, *owners: Any) -> list[Callable]:
 
 
 def _in_autocast(func: Callable) -> Callable:
-    """`func` with float32 operands rounded as autocast rounds them; under vmap torch leaves that out."""
+    """`func` with float32 operands rounded as autocast rounds them, which torch omits under vmap."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         device = next(X for X in tree_leaves(arguments) if isinstance(X, Tensor)).device.type
@@ -44,12 +44,12 @@ def _out_of_autocast(func: Callable) -> Callable:
 
 
 def _over_all(func: Callable, reduced: Callable) -> Callable:
-    # Under vmap the gradient of torch's own goes to one of equal elements instead of all.
+    # Under vmap, torch's own function sends the gradient to one of several equal elements instead of to all.
     return lambda X, *arguments, **options: func(X, *arguments, **options) if arguments or options else reduced(X)
 
 
 def _of_contiguous(func: Callable) -> Callable:
-    # The rule of group norm takes no other memory format.
+    # The vmap rule of group norm accepts no other memory format.
     return lambda input, *arguments, **options: func(input.contiguous(), *arguments, **options)
 
 
@@ -62,7 +62,7 @@ def _in_any_format(func: Callable) -> Callable:
 
 
 def _view(X: Tensor, *size: Any, **options: Any) -> Tensor:
-    # Activations lie in memory channels last, where torch's own view would raise.
+    # Activations are channels last, for which torch's own view would raise.
     return X.view(*size, **options) if options or isinstance(size[0], torch.dtype) else X.reshape(*size)
 
 
@@ -85,13 +85,13 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 
 def _multi_head_attention(*arguments, need_weights=True, **options):
-    # With weights torch computes products and softmax, without them its fused kernels.
+    # With weights torch computes products and softmax; without them it calls its fused kernels.
     y, weights = F.multi_head_attention_forward(*arguments, need_weights=True, **options)
     return y, weights if need_weights else None
 
 
 def _embedding(input, weight, padding_idx=None, **options):
-    # torch's own would read another task's rows for an index out of range.
+    # torch's own function would read another task's rows for an index out of range.
     y = weight.index_select(0, input.flatten()).reshape(*input.shape, weight.shape[1])
     if padding_idx is None:
         return y
@@ -99,7 +99,7 @@ def _embedding(input, weight, padding_idx=None, **options):
 
 
 def _one_hot(input, num_classes=-1):
-    # torch's own takes any number under vmap.
+    # torch's own function accepts any number under vmap.
     return input.new_zeros(*input.shape, num_classes).scatter(-1, input.unsqueeze(-1), 1)
 
 
@@ -129,12 +129,12 @@ def _rrelu(input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
     return input.copy_(y) if inplace else y
 
 
-# What is called in the place of a function.
 _IN_PLACE = ("addcdiv", "addcmul", "clamp", "lerp", "scatter", "square", "tril", "triu")
 _CONVOLUTIONS = [f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)]
 _LOWERED = ("linear", "addmm", "addbmm", "baddbmm", *_CONVOLUTIONS)
 _NOT_LOWERED = ("addmv", "dot", "inner", "mv")
 
+# The replacement of each function.
 COMPOSED: dict[Callable, Callable] = {
     Tensor.view: _view,
     Tensor.view_as: lambda X, other: X.reshape(other.shape),

@@ -1,8 +1,8 @@
 """The inner loop of a group of tasks: packed parameters in, adapted ones out, differentiable end to end.
 
-The step, and the gradient by the meta-parameters of its update, are those of `kfo_ext.updates.adaptation` (paper,
+`kfo_ext.updates.adaptation` defines the step and the gradient with respect to the update's meta-parameters (paper,
 Algorithm 1 and equation 22). U is evaluated once per step: the evaluation that moves theta has the VJP that adapts phi.
-Only where steps are recomputed (checkpoint) does each gradient inside a step evaluate it again.
+With checkpoint, where steps are recomputed, each gradient inside a step evaluates it again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ from .routes import Route
 class InnerLoop(NamedTuple):
     """What stays the same over the steps.
 
-    losses: of the leaves of theta, the support losses (tasks,).
-    outer: whether the result is differentiated; else the graph is cut between the steps.
-    replayed: the module whose buffers a recomputed step sees again; None keeps every step's graph.
-    The rest is as for `MAML`.
+    Attributes:
+        route: how outputs and gradients are computed.
+        losses: the support losses (tasks,) as a function of the leaves of theta.
+        update: as for `MAML`.
+        lr: as for `MAML`.
+        adapt_update: as for `MAML`.
+        first_order: as for `MAML`.
+        allow_unused: as for `MAML`.
+        outer: whether the result is differentiated; otherwise the graph is cut between the steps.
+        replayed: the module whose buffers are restored for a recomputed step; None keeps every step's graph.
     """
 
     route: Route
@@ -45,16 +51,21 @@ class InnerLoop(NamedTuple):
     replayed: nn.Module | None
 
     def run(self, theta: Tensor, phi: Phi, steps: int) -> tuple[Tensor, Tensor]:
-        """The adapted theta and the support losses (steps, tasks) before each step.
+        """Run the inner loop.
 
-        theta: (tasks, n), packed parameters.
-        phi: (1, n) each, the update's meta-parameters.
+        Args:
+            theta: (tasks, n), packed parameters.
+            phi: (1, n) each, the update's meta-parameters.
+            steps: the number of steps.
+
+        Returns:
+            The adapted theta (tasks, n), and the support losses (steps, tasks) before each step.
 
         Raises:
-            ValueError: more steps than the update has meta-parameters for.
+            ValueError: there are more steps than the update has meta-parameters for.
         """
         if steps and self.update.steps is not None:
-            # The last step's update, so that nothing is computed in vain.
+            # Checks the last step first, so that nothing is computed in vain.
             check_step(steps - 1, self.update.steps)
         if self.adapt_update and steps > 1:
             # Each task adapts meta-parameters of its own.
@@ -79,13 +90,16 @@ class InnerLoop(NamedTuple):
         last: Gradient | None,
         observe: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Phi, Tensor, Gradient]:
-        """Moves theta by the update of its last gradient, then takes the next one, by which phi moves.
+        """Move theta by the update of its last gradient, then compute the next gradient, which moves phi.
 
-        One evaluation of U serves both: a step begins with it, so that a step depends on its arguments alone.
+        One evaluation of U serves both. A step begins with it, so that a step depends only on its arguments.
 
-        number: of the step, 0 for the first.
-        last: the gradient at theta, None in the first step.
-        observe: is called with the losses.
+        Args:
+            number: the step's number, 0 for the first.
+            theta: (tasks, n), packed parameters.
+            phi: (1, n) or (tasks, n) each, meta-parameters.
+            last: the gradient at theta, None in the first step.
+            observe: called with the losses (tasks,).
 
         Returns:
             theta, phi, the support losses (tasks,) at theta, and their gradient.
@@ -110,7 +124,7 @@ class InnerLoop(NamedTuple):
     def _replayed_step(
         self, module: nn.Module, number: int, theta: Tensor, phi: Phi, last: Gradient | None
     ) -> tuple[Tensor, Phi, Tensor, Gradient]:
-        """`_step`, of which nothing is kept but its arguments."""
+        """`_step` that keeps only its arguments for the backward pass, which recomputes the rest."""
         first: list[Tensor] = []
 
         def same(losses: Tensor) -> None:
@@ -119,8 +133,8 @@ class InnerLoop(NamedTuple):
             elif not torch.allclose(losses, first[0], rtol=1e-4 if losses.is_cuda else 0, atol=0, equal_nan=True):
                 # A CUDA library may sum in another order the second time.
                 raise RuntimeError(
-                    "checkpoint: the model computed other losses when an inner step was recomputed: it changes what it "
-                    "reads, and that is no buffer; use checkpoint=False"
+                    "checkpoint: the model computed other losses when an inner step was recomputed: it changes state "
+                    "that is no buffer; use checkpoint=False"
                 )
 
         step, again = partial(self._step, observe=same), BufferReplay(module)
@@ -129,7 +143,7 @@ class InnerLoop(NamedTuple):
         )
 
     def _adapted(self, phi: Phi, U: Tensor, G: Tensor) -> Phi:
-        """phi after its own step, from the update U by phi that theta has moved by, and the gradient there."""
+        """The meta-parameters after their own step, from the update U that moved theta and the gradient G there."""
         learned = [row.requires_grad for row in phi]
         if not any(learned):
             return phi

@@ -1,4 +1,4 @@
-"""MAML with learned updates: adapts a model to all tasks of a meta-batch, and measures what that gave."""
+"""MAML with learned updates: adapts a model to all tasks of a meta-batch, and computes its losses and metrics."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ R = TypeVar("R")
 
 
 def _eager(forward: Callable[P, R]) -> Callable[P, R]:
-    """The forward, left out of torch.compile: a compiled region has no second derivative."""
+    """The forward, excluded from torch.compile: a compiled region has no second derivative."""
 
     @functools.wraps(forward)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -57,10 +57,10 @@ class MAML(nn.Module):
 
     Args:
         model: any module whose forward takes one tensor of examples; batch norm must use batch statistics.
-        adapted: what the inner loop adapts, by names of the model's parameters or shell patterns such as "head.*"; None
-            for what the class of the model, or of a module in it, says by a property `adapted`, as a TNet's does, or
-            else for all. They must require a gradient, or see `allow_nograd`. The rest is only meta-learned: it gets
-            meta-gradients alone.
+        adapted: what the inner loop adapts, by names of the model's parameters or shell patterns such as "head.*". None
+            selects what a property `adapted` of the model's class, or of a module's in it, lists, as a TNet's does;
+            without one, all parameters. They must require a gradient, or see `allow_nograd`. The other parameters are
+            only meta-learned.
         update: an `Update` made for the adapted parameters, such as a KFO, or None for plain gradient descent.
         lr: the inner learning rate.
         steps: inner steps.
@@ -69,26 +69,27 @@ class MAML(nn.Module):
         loss: of (output, target), the mean over one task's examples; None is torch's cross-entropy, for integer labels.
         metric: of (output, target), a number for one task, from its query examples; None is the accuracy where outputs
             are logits with the classes in dimension 1 and targets are classes.
-        checkpoint: recompute each inner step in the outer backward pass: memory does not grow with their number. Random
-            numbers and buffers are those of the first computation. Each gradient inside a step recomputes it up to
-            there, so that the update is evaluated more than once per step; without it, once.
-        allow_unused: parameters that a task's loss does not depend on stay as they are.
-        allow_nograd: parameters that do not require a gradient stay as they are.
+        checkpoint: recompute each inner step in the outer backward pass, so that memory does not grow with their
+            number. Random numbers and buffers are those of the first computation. Each gradient inside a step
+            recomputes the step up to there and evaluates the update again; without checkpoint it is evaluated once.
+        allow_unused: leave parameters unchanged that a task's loss does not depend on, instead of raising.
+        allow_nograd: leave parameters unchanged that do not require a gradient, instead of raising.
         route: how all tasks are computed: "vmap", in one forward, usually several times as fast, for networks whose
-            functions are all in `kfo_ext.adapt.verified`; "loop", one after the other; "auto", by vmap where it serves
-            the network. The property `route` says which was taken, and why.
-        bf16: run the model's forward under torch.autocast in bfloat16, and so its derivatives; parameters, gradients,
+            functions are all in `kfo_ext.adapt.verified`; "loop", one after the other; "auto", by vmap if it serves
+            the network. The property `route` holds the choice and its reason.
+        bf16: run the model's forward and its derivatives under torch.autocast in bfloat16; parameters, gradients,
             updates, features for a head and losses stay in float32.
 
-    Several threads may call one learner: task by task, their forwards take turns. Meanwhile read the model's parameters
-    through the learner, since the model itself may hold those of a task. Under torch.compile a learner runs eagerly.
+    Several threads may call one learner; on the route "loop" their forwards take turns. Meanwhile read the model's
+    parameters through the learner, since the model may hold those of a task. torch.compile runs a learner eagerly.
 
     Raises:
-        ValueError: a number out of range, a pattern that fits no parameter, a frozen parameter without its flag, an
-            update made for other parameters than the adapted ones, `adapt_update` without an update.
-        TypeError: an argument of another type, parameters of several dtypes.
+        ValueError: a number is out of range, a pattern fits no parameter, a parameter is frozen without its flag, the
+            update was made for other parameters than the adapted ones, or there is `adapt_update` without an update.
+        TypeError: an argument has another type, or parameters have several dtypes.
 
-    Source: paper, equations 1 and 22, Algorithm 1 (with the lr that its line 8 misses).
+    Source:
+        paper, equations 1 and 22, Algorithm 1 (with the lr that its line 8 misses).
     """
 
     def __init__(
@@ -134,13 +135,13 @@ class MAML(nn.Module):
         super().__setattr__(name, self._checked(name, value))
 
     def _checked(self, name: str, value: Any) -> Any:
-        """A value for an attribute of this name; raises what the constructor raises."""
+        """The value to store as attribute `name`; raises what the constructor raises."""
         if name in ("loss", "metric"):
             check_function(name, value)
         elif name == "lr":
             return check_rate(value)
         elif name == "steps":
-            # None of them is for an evaluation.
+            # 0 steps serve an evaluation.
             return check_steps(value, 0)
         elif name == "model" and not isinstance(value, nn.Module):
             raise TypeError(f"model: expected a module, got {value!r}")
@@ -159,7 +160,7 @@ class MAML(nn.Module):
         """The names of the parameters that the inner loop adapts, in the packing's order."""
         return self.packing.names
 
-    # What of the model is adapted, as `route` says it.
+    # The name of the adapted part in `route`.
     _label = "model"
 
     @property
@@ -173,13 +174,13 @@ class MAML(nn.Module):
         return self.model.get_submodule(self.part)
 
     def current(self) -> list[Tensor]:
-        """The adapted parameters as the model has them now; raises ValueError if they are others than at the start."""
+        """The model's present adapted parameters; raises ValueError if they changed after the learner was built."""
         with exclusive():
             return self._selection.current(named_under(self.model, self.part), self.packing)
 
     @property
     def route(self) -> str:
-        """How the last call computed all tasks: "vmap", or "loop" and why; before any call, the option itself."""
+        """How the last call computed all tasks: "vmap", or "loop" with the reason; before any call, the option."""
         return self._plans.route
 
     def _choose(self, parameters: Sequence[Tensor], theta: Tensor, x: Tensor) -> Route:
@@ -187,11 +188,11 @@ class MAML(nn.Module):
         return self._plans.choose(self._label, self.called, self.packing, parameters, theta, x)
 
     def _at_once(self, parameters: Sequence[Tensor], theta: Tensor, batch: TaskBatch) -> int:
-        """How many tasks of the batch are to be in one graph."""
+        """The number of tasks of a batch to compute in one graph."""
         route = self._choose(parameters, theta, batch.support.x)
         return tasks_at_once(route, batch.support.x, max(part.x.shape[1] for part in batch))
 
-    # Another thread may have put a task's parameters in the place of the model's own.
+    # Another thread may have substituted a task's parameters for the model's own.
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As nn.Module's, safe while other threads call the learner; so are `parameters` and `state_dict`."""
@@ -209,33 +210,36 @@ class MAML(nn.Module):
             return super().load_state_dict(*args, **kwargs)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the adapted module sees of the examples, (tasks, n, ...)."""
+        """The adapted module's inputs for examples (tasks, n, ...)."""
         return x
 
     def inputs(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """What the adapted module sees of the support and query examples, (tasks, n, ...) each."""
+        """The adapted module's inputs for support and query examples, (tasks, n, ...) each."""
         return batch.support.x, batch.query.x
 
     if TYPE_CHECKING:
 
-        def __call__(self, batch: TaskBatch, steps: int | None = None) -> MetaResult: ...
+        def __call__(self, batch: TaskBatch, steps: int | None = None) -> MetaResult:
+            """As `forward`."""
 
     @_eager
     def forward(self, batch: TaskBatch, steps: int | None = None) -> MetaResult:
-        """Adapts to every task's support examples and measures its query examples.
+        """Adapt to every task's support examples, and compute losses and metrics of its query examples.
 
-        Under torch.no_grad() it evaluates: the inner loop still differentiates, but nothing of its graph is kept.
+        Under torch.no_grad() it evaluates: the inner loop still differentiates, but its graph is freed.
 
         Args:
             batch: support.x (tasks, n, ...), support.y (tasks, n, ...), the same for query.
-            steps: inner steps, as many as the learner was built with by default; 0 for the model as it is.
+            steps: inner steps, as many as the learner was built with by default; 0 evaluates the model unadapted.
+
+        Returns:
+            The mean query loss, to call backward on, with the losses and metrics of each task.
 
         Raises:
-            ValueError: no task or example, support and query of different numbers of tasks, bf16 without float32,
-                a model whose parameters are others than when the learner was built, a target that needs a named loss.
-            TypeError: a batch that is no TaskBatch of dense tensors, or whose tensors the model cannot take, or a
-                metric that is no number.
-            RuntimeError: called in inference mode, a normalisation would use running statistics, or the metric raised.
+            ValueError: there is no task or example, support and query hold different numbers of tasks, bf16 is set
+                without float32, the model's parameters changed, or the default loss does not fit the targets.
+            TypeError: the batch is no TaskBatch of dense tensors that the model accepts, or a metric is no number.
+            RuntimeError: in inference mode, if a normalisation would use running statistics, or if the metric raised.
         """
         tasks, steps = check_batch(batch), self._steps(steps)
         parameters, theta = self._start(batch.support.y)
@@ -256,7 +260,7 @@ class MAML(nn.Module):
         return self.steps if steps is None else check_steps(steps, 0)
 
     def _start(self, targets: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The parameters that are adapted, and packed, (1, n); raises what `forward` raises of the learner itself."""
+        """The adapted parameters, and their packed row (1, n); checks the learner and the targets' dtype."""
         with exclusive():
             check_modules(self.model)
             parameters = self.current()
@@ -276,17 +280,17 @@ class MAML(nn.Module):
 
     @_eager
     def adapt(self, support: Examples | tuple[Tensor, Tensor], steps: int | None = None) -> Adapted:
-        """The model adapted to the support examples of one task, or of several.
+        """Adapt the model to the support examples of one task or of several.
 
         Args:
             support: (x, y) of one task, x (n, ...) and y (n, ...); or Examples of several, (tasks, n, ...) each.
-            steps: inner steps, as many as in training by default; 0 for the model as it is.
+            steps: inner steps, as many as in training by default; 0 leaves the model unadapted.
 
         Returns:
-            What predicts and holds the adapted parameters; differentiable unless under torch.no_grad().
+            The adapted model; differentiable unless under torch.no_grad().
 
         Raises:
-            ValueError, TypeError, RuntimeError: as `forward`.
+            TypeError: `support` is neither; otherwise errors are those of `forward`.
         """
         single = not isinstance(support, Examples)
         if single:
@@ -315,10 +319,10 @@ class MAML(nn.Module):
             x: (tasks, examples, ...).
 
         Returns:
-            (tasks, examples, ...), or one output per task where that is no tensor.
+            (tasks, examples, ...), or one output per task if outputs are no tensors.
 
         Raises:
-            ValueError: a model whose parameters are others than when the learner was built.
+            ValueError: the model's parameters changed after the learner was built.
             RuntimeError: a normalisation would use running statistics.
         """
         with exclusive():
@@ -341,7 +345,7 @@ class MAML(nn.Module):
             route, start = self._choose(parameters, theta, support_x), theta
             theta, support_losses = self._adapt(route, theta, Examples(support_x, batch.support.y), outer, steps)
             with torch.set_grad_enabled(outer):
-                # Other numbers of examples may be computed otherwise.
+                # Another number of examples may take another route.
                 last = self._choose(parameters, start, query_x)
                 outputs, losses = self._losses(last, last.leaves(theta), Examples(query_x, batch.query.y), outer)
             route.finish(start, parameters)
@@ -350,7 +354,7 @@ class MAML(nn.Module):
         return support_losses, losses, task_metrics(self.metric, outputs, batch.query.y, losses)
 
     def _adapt(self, route: Route, theta: Tensor, support: Examples, outer: bool, steps: int) -> tuple[Tensor, Tensor]:
-        """theta (tasks, n) after the inner loop, and the support losses (steps, tasks)."""
+        """The adapted theta (tasks, n), and the support losses (steps, tasks)."""
         loop = InnerLoop(
             route,
             lambda leaves: self._losses(route, leaves, support, outer)[1],
@@ -385,7 +389,7 @@ def _as_float(X: Tensor) -> Tensor:
 
 @contextmanager
 def _named_errors(batch: TaskBatch, like: Tensor) -> Iterator[None]:
-    """Says what of a batch does not fit parameters such as `like`, where torch's own error does not."""
+    """Add to an error of torch the first mismatch between a batch and parameters such as `like`."""
     try:
         yield
     except Unserved as unserved:

@@ -1,4 +1,4 @@
-"""The losses of all tasks, each what the loss function gives for that task alone."""
+"""The losses of all tasks; each equals the loss function's value for that task alone."""
 
 from __future__ import annotations
 
@@ -12,25 +12,30 @@ from torch.nn import functional as F
 
 # (output, target) -> the loss of one task, ().
 Loss = Callable[[Any, Tensor], Tensor]
-# The target that torch's cross-entropy leaves out by default.
+# The target that torch's cross-entropy ignores by default.
 IGNORED = -100
 
 
 def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) -> Tensor:
-    """(tasks,), the loss of each task's output and target.
+    """Compute the loss of each task's output and target.
 
-    outputs: of all tasks, or one output per task.
-    targets: (tasks, n, ...).
+    Args:
+        loss: maps (output, target) to the loss of one task.
+        outputs: of all tasks, or one output per task.
+        targets: (tasks, n, ...).
+
+    Returns:
+        (tasks,), the losses.
 
     Raises:
-        ValueError: a loss that is no scalar, torch's cross-entropy over a single class, which is 0 for any output, or
-            on the CPU of a class that the output does not have.
-        TypeError: a loss that is no tensor.
+        ValueError: a loss is no scalar; or torch's cross-entropy has a single class, for which it is 0 whatever the
+            output, or on the CPU a target beyond the output's classes.
+        TypeError: a loss is no tensor.
     """
     if loss is F.cross_entropy and isinstance(outputs, Tensor) and outputs.dim() == 3 and targets.dim() == 2:
         _check_classes(outputs[0])
         each = _cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        # The mean of a task is over the targets that count.
+        # A task's mean is over the targets that are not ignored.
         return each.sum(1) / (targets != IGNORED).sum(1)
     losses = []
     for output, target in zip(outputs, targets, strict=True):
@@ -47,7 +52,7 @@ def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) ->
 
 
 def ignored_target(loss: Loss | None) -> int:
-    """The target that the loss leaves out: its own `ignore_index` where it has one, else that of cross-entropy."""
+    """The target that the loss ignores: its `ignore_index` if it has one, else that of cross-entropy."""
     if isinstance(loss, partial):
         return loss.keywords.get("ignore_index", ignored_target(loss.func))
     index = getattr(loss, "ignore_index", IGNORED)

@@ -15,13 +15,19 @@ Metric = Callable[[Any, Tensor], Any]
 
 @torch.no_grad()
 def task_metrics(metric: Metric, outputs: Tensor | Sequence[Any], targets: Tensor, like: Tensor) -> Tensor:
-    """(tasks,), the metric of each task's output and target, in the dtype and on the device of `like`.
+    """Compute the metric of each task's output and target.
 
-    outputs: of all tasks, or one output per task.
-    targets: (tasks, n, ...).
+    Args:
+        metric: maps (output, target) to a number for one task.
+        outputs: of all tasks, or one output per task.
+        targets: (tasks, n, ...).
+        like: a tensor of the result's dtype and device.
+
+    Returns:
+        (tasks,), the metrics.
 
     Raises:
-        TypeError: a value that is no real number and no real tensor of shape ().
+        TypeError: a value is neither a real number nor a real tensor of shape ().
         RuntimeError: the metric raised.
     """
     values = []
@@ -40,14 +46,19 @@ def task_metrics(metric: Metric, outputs: Tensor | Sequence[Any], targets: Tenso
 
 @torch.no_grad()
 def task_accuracies(outputs: Tensor | Sequence[Any], targets: Tensor, ignored: int) -> Tensor | None:
-    """The fraction of right classes per task, (tasks,), or None where there are no classes to compare.
+    """Compute the fraction of right classes per task.
 
-    There is one for integer targets (tasks, n, ...) and floating-point outputs (tasks, n, classes, ...) of at least two
-    classes: the dimensions of torch's cross-entropy. Ignored targets are left out. The accuracy of a task is NaN if any
-    other target is no class or has a logit that is NaN, and if all its targets are ignored.
+    It is defined for integer targets (tasks, n, ...) and floating-point outputs (tasks, n, classes, ...) of at least
+    two classes: the dimensions of torch's cross-entropy. The accuracy of a task is NaN if a target that is not ignored
+    is no class or has a logit that is NaN, and if all its targets are ignored.
 
-    outputs: of all tasks, or one output per task.
-    ignored: the target to leave out.
+    Args:
+        outputs: of all tasks, or one output per task.
+        targets: (tasks, n, ...), classes.
+        ignored: the target to ignore.
+
+    Returns:
+        (tasks,), the accuracies, or None where they are not defined.
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         return None

@@ -1,4 +1,4 @@
-"""The choice of a route for each part of a model, by a plan that holds while modules, modes, hooks and shapes stay."""
+"""The choice of a route for each part of a model, by a plan that is valid while modules, modes, hooks, shapes stay."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .calls import exclusive
 from .routes import Route, TaskByTask, Vmapped
 from .vmapped import Plan, signature
 
-# A few are enough for shapes that alternate; plans of modules that are gone must not pile up.
+# Plans to keep: enough for alternating shapes; plans of deleted modules must not accumulate.
 PLANS = 8
 
 
 def precision(x: Tensor, bf16: bool) -> AbstractContextManager:
-    """What a model's forward of x runs under."""
-    # Casts are not kept from one forward to the next: a captured graph would replay without them.
+    """The autocast context of a model's forward of x."""
+    # Casts are not cached across forwards: a captured graph would replay without them.
     return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
 
 
 class Plans:
-    """Chooses routes, and keeps the plans that they go by.
+    """Chooses routes, and caches the plans that decide them.
 
     Args:
-        wanted: "auto", "vmap" or "loop".
+        wanted: the route requested: "auto", "vmap" or "loop".
         bf16: as for `MAML`.
     """
 
@@ -39,24 +39,33 @@ class Plans:
         self._plans: dict[tuple, Plan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans are of these very modules, not of a copy's.
+        # Plans are valid for these modules, not for copies.
         return {**self.__dict__, "_plans": {}}
 
     @property
     def route(self) -> str:
-        """How each part was last computed, and why; before that, what is wanted."""
+        """How each part was last computed, with the reason; before any call, the requested route."""
         routes = set(self._chosen.values() or [self.wanted])
         return routes.pop() if len(routes) == 1 else ", ".join(f"{part}: {how}" for part, how in self._chosen.items())
 
     def choose(
         self, part: str, module: nn.Module, packing: Packing, parameters: Sequence[Tensor], theta: Tensor, x: Tensor
     ) -> Route:
-        """The route of a module's outputs.
+        """Choose the route of a module's outputs.
 
-        part: what of the model it is, for `route`.
-        parameters: of the module, those that are packed, in the packing's order.
-        theta: (tasks, n), packed parameters.
-        x: (tasks, n, ...), the examples.
+        Args:
+            part: the name of the model's part, for `route`.
+            module: the module to call.
+            packing: the packing of theta.
+            parameters: the module's parameters that are packed, in the packing's order.
+            theta: (tasks, n), packed parameters.
+            x: (tasks, n, ...), the examples.
+
+        Returns:
+            The route, ready to compute outputs.
+
+        Raises:
+            ValueError: "vmap" was requested and does not serve the module.
         """
         reason = ""
         if self.wanted != "loop":

@@ -1,4 +1,4 @@
-"""What one meta-batch gives: losses, and a metric of each task."""
+"""The result of one meta-batch: losses, and a metric of each task."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class MetaResult(NamedTuple):
-    """What one meta-batch gives.
+    """The losses and metrics of one meta-batch.
 
     Attributes:
         loss: (), the mean query loss over tasks after the last step; its backward gives the meta-gradients.
         support_losses: (steps, tasks), before each step, detached.
         query_losses: (tasks,), detached.
         metrics: (tasks,), the learner's `metric` of each task's query examples, detached; without one their accuracy,
-            or None where outputs and targets have no classes (see `kfo_ext.adapt.metric.task_accuracies`).
+            or None if outputs and targets have no classes (see `kfo_ext.adapt.metric.task_accuracies`).
     """
 
     loss: Tensor

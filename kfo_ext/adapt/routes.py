@@ -20,43 +20,49 @@ from .vmapped import Plan, make_plan, mapped
 
 ROUTES = ("auto", "vmap", "loop")
 
-# Bytes of the largest activation that one forward of several tasks makes on a CPU: a larger piece of memory goes back
-# to the system as soon as it is free (glibc's largest mmap threshold), and every page of the next one is zeroed again.
+# Limit in bytes for the largest activation of one forward of several tasks on a CPU. glibc returns a larger block to
+# the system as soon as it is free (its largest mmap threshold), and every page of the next one is zeroed again.
 LARGEST_ACTIVATION = 32 << 20
 
 
 class Route(Protocol):
-    """How outputs follow from packed parameters, theta (tasks, n).
+    """A way to compute outputs from packed parameters, theta (tasks, n).
 
-    Outputs are computed from the leaves of theta, by which the losses of the tasks are differentiated.
+    Outputs are computed from the leaves of theta; the tasks' losses are differentiated with respect to these.
     """
 
-    def leaves(self, theta: Tensor) -> list[Tensor]: ...
+    def leaves(self, theta: Tensor) -> list[Tensor]:
+        """The tensors of theta to differentiate with respect to."""
+        ...
 
     def outputs(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor | list[Any]:
-        """Of all tasks, or one per task; x: (tasks, n, ...)."""
+        """The outputs of all tasks, or one per task; x: (tasks, n, ...)."""
         ...
 
     def packed(self, gradients: Sequence[Tensor], tasks: int) -> Tensor:
-        """Gradients by the leaves, as one (tasks, n) tensor."""
+        """The gradients of the leaves as one (tasks, n) tensor."""
         ...
 
     def name(self, leaf: int) -> str:
-        """The parameter that a leaf holds."""
+        """The name of the parameter that a leaf holds."""
         ...
 
     def finish(self, theta: Tensor, parameters: Sequence[Tensor]) -> None:
-        """After the last forward: theta (1, n) as the inner loop began with it, and the parameters packed in it."""
+        """Finish after the last forward, with the inner loop's initial theta (1, n) and the parameters packed in it."""
         ...
 
 
 def tasks_at_once(route: Route, x: Tensor, examples: int) -> int:
-    """How many of the tasks of a batch are to be in one forward, at least 1.
+    """Return the number of tasks to compute in one forward.
 
-    On a CPU as many as keep the largest activation of a planned forward below `LARGEST_ACTIVATION`; else all of them.
+    Args:
+        route: the route of the forward.
+        x: (tasks, n, ...), the examples of the plan.
+        examples: the number of examples per task in the largest forward.
 
-    x: (tasks, n, ...), the examples of the plan.
-    examples: of a task, in the largest forward.
+    Returns:
+        On a CPU as many as keep the largest activation of a planned forward below `LARGEST_ACTIVATION`, at least 1;
+        otherwise all of them.
     """
     if x.device.type != "cpu" or not isinstance(route, Vmapped):
         return len(x)
@@ -68,12 +74,12 @@ class Vmapped:
     """One forward of all tasks, made from the module's own: see `vmapped`.
 
     Args:
-        module: what is called.
-        packing: of the parameters that theta holds; the module's other parameters are as they are, in all tasks.
-        parameters: the module's own, in the packing's order.
+        module: the module to call.
+        packing: the packing of theta; parameters that it does not hold are shared by all tasks.
+        parameters: the module's own parameters, in the packing's order.
 
     Attributes:
-        plan: from `planned`, of this call or an earlier one; to be set before outputs are computed.
+        plan: the result of `planned`, from this call or an earlier one; set it before computing outputs.
     """
 
     plan: Plan
@@ -87,6 +93,7 @@ class Vmapped:
         return make_plan(self.module, self.call, self.packing.unpack(theta), x)
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
+        """One leaf per parameter, (tasks, *shape)."""
         return self.packing.unpack(theta)
 
     def call(self, pieces: Sequence[Tensor], x: Tensor) -> Any:
@@ -94,23 +101,26 @@ class Vmapped:
         return call_with(self.module, self.slots, pieces, x)
 
     def outputs(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor | list[Any]:
+        """The outputs of all tasks, or one per task if they are no tensor."""
         outputs = mapped(self.module, self.call, self.plan)(list(leaves), x)
         if isinstance(outputs, Tensor):
             return outputs
         return [tree_map(lambda X, i=i: X[i], outputs) for i in range(len(x))]
 
     def packed(self, gradients: Sequence[Tensor], tasks: int) -> Tensor:
+        """The gradients of the leaves as one (tasks, n) tensor."""
         return self.packing.join(gradients, tasks)
 
     def name(self, leaf: int) -> str:
+        """The name of the parameter that a leaf holds."""
         return self.packing.names[leaf]
 
     def finish(self, theta: Tensor, parameters: Sequence[Tensor]) -> None:
-        pass
+        """Do nothing: a mapped forward changes no parameter."""
 
 
 class TaskByTask:
-    """The module's own forward, for one task after the other; arguments are as for `Vmapped`."""
+    """The module's own forward, one task after the other; arguments are as for `Vmapped`."""
 
     def __init__(self, module: nn.Module, packing: Packing, parameters: Sequence[Tensor]) -> None:
         self.module, self.packing = module, packing
@@ -124,13 +134,15 @@ class TaskByTask:
         self.bounded = [i for i, owners in enumerate(embeddings) if any(each.max_norm is not None for each in owners)]
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
+        """One leaf per task and parameter, all parameters of the first task first."""
         if self.bounded:
-            # What a forward scales must be in theta's own memory, where all tasks begin with one row.
+            # A forward that scales in place must write to theta's own memory, where all tasks begin with one row.
             rows = [row.split(self.packing.sizes) for row in theta.unbind(0)]
             return [piece.view(shape) for row in rows for piece, shape in zip(row, self.packing.shapes)]
         return [piece for row in self.packing.rows(theta) for piece in row]
 
     def outputs(self, leaves: Sequence[Tensor], x: Tensor) -> list[Any]:
+        """One output per task."""
         outputs = []
         for i, each in enumerate(x):
             row = list(leaves[i * len(self.packing) : (i + 1) * len(self.packing)])
@@ -140,32 +152,34 @@ class TaskByTask:
                 row[index] = row[index].clone()
             for index in self.sparse:
                 row[index] = _DenseGradient.apply(row[index])
-            # The first task shows what the others do, and each function that is watched costs time.
+            # Watching costs time for each function, and the first task shows what the others do.
             with _Watched() if i == 0 or self.weight_norm else nullcontext():
                 outputs.append(call_with(self.module, self.slots, row, each))
             for piece, index in zip(pieces, self.bounded):
-                # theta goes on from the scaled values, as a tensor of its own would; no graph has saved them.
+                # theta takes on the scaled values, as a separate tensor would; no graph has saved them.
                 piece.data.copy_(row[index].data)
         return outputs
 
     def finish(self, theta: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Give the model's own parameters what the forward has made of theta (1, n) in place."""
+        """Copy to the model's own parameters what forwards changed in place in theta (1, n)."""
         pieces = self.packing.unpack(theta.data, batched=False) if self.bounded else []
         for index in self.bounded:
             parameters[index].data.copy_(pieces[index])
 
     def packed(self, gradients: Sequence[Tensor], tasks: int) -> Tensor:
+        """The gradients of the leaves as one (tasks, n) tensor."""
         return torch.cat([gradient.reshape(-1) for gradient in gradients]).view(tasks, -1)
 
     def name(self, leaf: int) -> str:
+        """The name of the parameter that a leaf holds."""
         return self.packing.names[leaf % len(self.packing)]
 
 
 class _Watched(TorchFunctionMode):
-    """Sees every function of torch in a forward: composes what torch differentiates wrongly, and refuses checkpoints.
+    """Intercepts every function of torch in a forward: replaces weight norm by a composition, refuses checkpoints.
 
-    The second derivative of torch's own weight norm (2.13, on the CPU) is wrong. A checkpoint in the forward computes
-    again in the backward pass, when the module holds its own parameters again.
+    The second derivative of torch's own weight norm (2.13, on the CPU) is wrong. A checkpoint in the forward recomputes
+    in the backward pass, when the module holds its own parameters again.
     """
 
     def __init__(self) -> None:
@@ -176,8 +190,8 @@ class _Watched(TorchFunctionMode):
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is not None and hooks != self.hooks and hooks[0].__module__ == checkpoint.__name__:
             raise RuntimeError(
-                "model: its forward calls torch.utils.checkpoint, which would compute again with other parameters than "
-                "the task's; take it out, and give the learner checkpoint=True"
+                "model: its forward calls torch.utils.checkpoint, which would recompute with other parameters than the "
+                "task's; remove it, and pass checkpoint=True to the learner"
             )
         return (COMPOSED[func] if func is torch._weight_norm else func)(*args, **(kwargs or {}))
 
@@ -193,7 +207,7 @@ def _parts(module: nn.Module) -> Iterator[object]:
 
 
 class _DenseGradient(torch.autograd.Function):
-    """The tensor itself, with a gradient that is dense: a packed row holds no other."""
+    """The identity, with a dense gradient: a packed row can hold no sparse one."""
 
     @staticmethod
     def forward(ctx, X):

@@ -14,7 +14,7 @@ AGAIN = "after the learner was built: build it again"
 
 
 def named_under(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
-    """The parameters of the submodule of this name, "" for the model itself, by their names in the model."""
+    """The parameters of a submodule ("" for the model itself) by their names in the model; ValueError without it."""
     try:
         module = model.get_submodule(part)
     except AttributeError:
@@ -24,9 +24,13 @@ def named_under(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
 
 
 def adapted_by_default(model: nn.Module) -> Any:
-    """What the classes of a model and its modules say that is to be adapted, by a property `adapted` as a TNet's does.
+    """Return the parameters that a model adapts by default: its classes may list them in a property `adapted`.
 
-    None: all of it. What lies outside of the modules that say something is adapted.
+    Args:
+        model: the model; its class or those of its modules may have the property, as TNet has.
+
+    Returns:
+        Names of parameters, or None for all. Parameters outside the modules with the property are adapted.
     """
     modules = model.named_modules(remove_duplicate=False)
     said = {name: module for name, module in modules if isinstance(getattr(type(module), "adapted", None), property)}
@@ -35,7 +39,7 @@ def adapted_by_default(model: nn.Module) -> Any:
     choices = {f"{name}.": Selection(cast(Any, module).adapted) for name, module in said.items()}
     names = []
     for name, _ in model.named_parameters(remove_duplicate=False):
-        # A module comes before those in it: the outermost one decides.
+        # Modules precede their submodules: the outermost one decides.
         prefix = next((prefix for prefix in choices if name.startswith(prefix)), None)
         if prefix is None or choices[prefix].fits(name.removeprefix(prefix)):
             names.append(name)
@@ -49,8 +53,8 @@ class Selection:
         patterns: names, or shell patterns such as "head.*"; None for all.
 
     Raises:
-        TypeError: patterns that are no sequence of strings.
-        ValueError: an empty sequence.
+        TypeError: `patterns` is no sequence of strings.
+        ValueError: `patterns` is empty.
     """
 
     def __init__(self, patterns: Sequence[str] | None) -> None:
@@ -69,7 +73,7 @@ class Selection:
         self._fitting: dict[str, bool] = {}
 
     def fits(self, name: str) -> bool:
-        """Whether a parameter of this name is to be adapted."""
+        """Whether a parameter of this name is adapted."""
         if self.patterns is None:
             return True
         if name not in self._fitting:
@@ -88,16 +92,24 @@ class Selection:
             other = first.setdefault(id(parameter), name)
             if self.fits(name) != self.fits(other):
                 raise ValueError(
-                    f"adapted: {other!r} and {name!r} are one parameter, of which a pattern fits one name alone; "
+                    f"adapted: {other!r} and {name!r} are one parameter, but the patterns fit only one of the names; "
                     "name both, or neither"
                 )
 
     def packing(self, parameters: Mapping[str, Tensor], allow_nograd: bool) -> Packing:
-        """The packing of the parameters to be adapted.
+        """Build the packing of the parameters to be adapted.
+
+        Args:
+            parameters: the module's parameters by their names in the model.
+            allow_nograd: omit selected parameters that do not require a gradient, instead of raising.
+
+        Returns:
+            The packing, in the order of `parameters`.
 
         Raises:
-            ValueError: a frozen one without `allow_nograd`, none at all, several devices.
-            TypeError: several dtypes.
+            ValueError: a selected parameter is frozen without `allow_nograd`, none is left, or they are on several
+                devices.
+            TypeError: the parameters have several dtypes.
         """
         adapted = {}
         for name, parameter in parameters.items():
@@ -125,10 +137,17 @@ class Selection:
         return Packing.of(list(adapted.items()))
 
     def current(self, parameters: Mapping[str, Tensor], packing: Packing) -> list[Tensor]:
-        """The adapted parameters as the model has them now, in the packing's order.
+        """Return the present adapted parameters.
+
+        Args:
+            parameters: the module's parameters by their names in the model.
+            packing: the packing of the adapted ones, from `packing`.
+
+        Returns:
+            The parameters in the packing's order.
 
         Raises:
-            ValueError: they are others than when the packing was made.
+            ValueError: names, shapes or requires_grad changed after the packing was made.
         """
         for name, shape in zip(packing.names, packing.shapes):
             if name not in parameters:

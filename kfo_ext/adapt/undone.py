@@ -1,4 +1,4 @@
-"""A forward run for its findings alone: buffers, attributes, what they contain and random states are set back."""
+"""A trial forward without side effects: buffers, attributes, their contents and random states are restored."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ from torch.utils._pytree import tree_leaves
 
 from .calls import BufferReplay
 
-# Values that say all of themselves.
+# Immutable values, compared by ==.
 PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager
 def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
-    """Sets everything back that the block does to a module; yields what says which of it would change a later forward.
+    """Restore everything that the block changes in a module.
 
-    Seen are attributes, and the containers, objects and NumPy arrays that they hold, at any depth.
+    It covers attributes, and the containers, objects and NumPy arrays that they hold, at any depth.
+
+    Args:
+        module: the module, with its submodules.
+        arguments: the tensors it is called with; their devices' random states are restored, too.
+
+    Yields:
+        A function that describes the first change that would affect a later forward, or returns "".
     """
     cuda = {X.device for X in tree_leaves(arguments) if isinstance(X, Tensor) and X.is_cuda}
     with BufferReplay(module), torch.random.fork_rng(devices=cuda, device_type="cuda"):
@@ -34,7 +41,7 @@ def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
         held: dict[int, tuple[str, Any, Any]] = {}
         for each, attributes in own:
             for name, value in attributes.items():
-                # `call_with` is at work on the first.
+                # `call_with` is substituting the parameters.
                 if name not in ("_parameters", "_modules"):
                     _hold(f"{type(each).__name__}.{name}", value, held)
         draws = _python_draws()
@@ -47,7 +54,7 @@ def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
             for name, value, before in held.values():
                 if not _same_items(_contents(value), before):
                     return f"sets {name}"
-            # One draw would be that of all tasks.
+            # One draw would serve all tasks.
             return next((f"draws numbers by {name}" for name, get, _, state in draws if _differ(get(), state)), "")
 
         try:
@@ -63,12 +70,12 @@ def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
                 put(state)
 
 
-# Name, how to get and to set it, and what it is.
+# The name, getter, setter and present value of a random state.
 _State = tuple[str, Callable[[], Any], Callable[[Any], Any], Any]
 
 
 def _python_draws() -> list[_State]:
-    """The random states that are not torch's."""
+    """The random states outside torch."""
     found: list[_State] = [("random", random.getstate, random.setstate, random.getstate())]
     if numpy := sys.modules.get("numpy.random"):
         found.append(("numpy.random", numpy.get_state, numpy.set_state, numpy.get_state()))
@@ -80,7 +87,7 @@ def _differ(one: Any, other: Any) -> bool:
 
 
 def _hold(name: str, value: Any, held: dict[int, tuple[str, Any, Any]]) -> None:
-    """Notes what a value holds, and what those values hold."""
+    """Record what a value holds, recursively."""
     contents = _contents(value)
     if (contents is None and not isinstance(value, tuple)) or id(value) in held:
         return

@@ -1,7 +1,7 @@
-"""The functions of torch that torch.func.vmap computes for all tasks as for each alone: value and two derivatives.
+"""The functions of torch for which torch.func.vmap equals a loop over tasks in value and two derivatives.
 
-An entry is here because python_tests/test_verified.py compares it with a loop over tasks in float64. A forward that
-calls another function, or one with arguments for which `refusal` gives a reason, goes task by task.
+python_tests/test_verified.py compares each entry with a loop over tasks in float64. A forward that calls another
+function, or one with arguments for which `refusal` gives a reason, runs task by task.
 """
 
 # ruff: noqa: SIM905 (lists of strings would take a line each)
@@ -79,7 +79,7 @@ CHANGING = """
     selu_ sigmoid_ sin_ sqrt_ square_ sub_ tanh_ threshold_ tril_ triu_ zero_
 """.split()
 CHANGING_LAYERS = "celu_ elu_ hardtanh_ leaky_relu_ relu_ selu_ threshold_".split()
-# What a tensor says of itself, under vmap as in a loop; requires_grad, is_contiguous and stride differ.
+# Properties of a tensor that are the same under vmap and in a loop; requires_grad, is_contiguous and stride differ.
 DESCRIPTIONS = """
     __len__ dim element_size get_device is_complex is_floating_point ndimension nelement numel size
 """.split()
@@ -98,7 +98,7 @@ def refusal(func: Callable, arguments: Sequence[Any], options: Mapping[str, Any]
 
 
 def is_mapped(X: Any) -> bool:
-    """Whether each task has a tensor of its own."""
+    """Whether X has a task dimension under vmap."""
     return isinstance(X, Tensor) and torch._C._functorch.is_batchedtensor(X)
 
 
@@ -119,7 +119,7 @@ IN_PLACE: dict[Callable, str] = {**_found(CHANGING, torch, Tensor), **_found(CHA
 DESCRIBING: frozenset[object] = frozenset(
     [*_found(DESCRIPTIONS, torch, Tensor), *(getattr(Tensor, name).__get__ for name in PROPERTIES)]
 )
-# What else makes a call one that vmap does not serve; torch's functions written in Python pass keywords.
+# Arguments for which vmap does not serve a function; torch's functions written in Python pass keywords.
 CONDITIONS: dict[Callable, Callable[..., str]] = {
     F.embedding: lambda *_, max_norm=None, sparse=False, scale_grad_by_freq=False, **__: (
         "with max_norm, sparse or scale_grad_by_freq" if max_norm is not None or sparse or scale_grad_by_freq else ""
@@ -128,7 +128,7 @@ CONDITIONS: dict[Callable, Callable[..., str]] = {
     F.one_hot: lambda _, num_classes=-1: "without a number of classes" if num_classes == -1 else "",
     F.interpolate: lambda *_, mode="nearest", **__: f"with mode {mode!r}" if mode == "nearest-exact" else "",
 }
-# Their results share memory with their first argument or not, as its layout has it.
+# The memory layout decides whether their results share memory with their first argument.
 SHARING: frozenset[Callable] = frozenset(
     _found("contiguous flatten ravel reshape reshape_as to view view_as".split(), torch, Tensor)
 )

@@ -1,8 +1,8 @@
 """One forward of all tasks for any network of verified functions: torch.func.vmap over the module's own forward.
 
-Convolutions and batch norms run on our operators (`kfo_ext.ops.per_task`). A plan, made by a forward of one
-task, says whether the network can be served, which batch norms have a ReLU to fuse, which convolutions need no bias,
-since batch norm subtracts it again, and how large the activations are.
+Convolutions and batch norms run on our operators (`kfo_ext.ops.per_task`). A forward of one task makes a plan: whether
+vmap serves the network, which batch norms have a ReLU to fuse, which convolutions need no bias because batch norm
+subtracts it again, and how large the activations are.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ _GLOBAL_HOOKS = (
 
 
 class Unserved(BaseException):
-    """The forward did what vmap does not do right. No `except Exception` of the user's takes it."""
+    """The forward calls something that vmap does not compute right. `except Exception` in a model does not catch it."""
 
 
 class Plan(NamedTuple):
-    """What a forward of one task has shown.
+    """What a forward of one task has found.
 
-    reason: why the network goes task by task, or "" if it need not.
-    fused: numbers, in order of their calls, of the batch norms whose only consumer is a ReLU.
-    unbiased: numbers of the convolutions whose only consumer is a batch norm.
-    largest: bytes of the largest activation of a task.
+    Attributes:
+        reason: why the network runs task by task, or "" if vmap serves it.
+        fused: indices, in call order, of the batch norms whose only consumer is a ReLU.
+        unbiased: indices of the convolutions whose only consumer is a batch norm.
+        largest: bytes of the largest activation of a task.
     """
 
     reason: str
@@ -57,7 +58,7 @@ def mapped(module: nn.Module, function: Callable, plan: Plan) -> Callable:
     def run(*arguments: Any) -> Any:
         forward = _Forward(plan, module)
         results = _through_vmap(forward, function, arguments)
-        # In the order of a loop: all calls of the first task, then those of the second.
+        # In a loop's order: all calls of the first task, then those of the second.
         forward.statistics.follow()
         return results
 
@@ -65,9 +66,17 @@ def mapped(module: nn.Module, function: Callable, plan: Plan) -> Callable:
 
 
 def make_plan(module: nn.Module, function: Callable, *arguments: Any) -> Plan:
-    """The plan of a function that calls `module`, from its arguments for one task, (1, ...) each.
+    """Make the plan of a function that calls a module.
 
-    An error that the function raises without vmap too is raised.
+    An error that the function raises even without vmap is raised.
+
+    Args:
+        module: the module that `function` calls.
+        function: the function to map over tasks.
+        *arguments: its arguments for one task, (1, ...) each.
+
+    Returns:
+        The plan; its `reason` is not empty if vmap does not serve the function.
     """
     if any(getattr(_modules, hooks) for hooks in _GLOBAL_HOOKS):
         return Plan("there are hooks of all modules")
@@ -81,12 +90,12 @@ def make_plan(module: nn.Module, function: Callable, *arguments: Any) -> Plan:
             recorder = _Forward(None, module)
             _through_vmap(recorder, function, arguments)
             if change := changed():
-                raise Unserved(f"its forward {change}")
+                return Plan(f"its forward {change}")
     except Unserved as reason:
         return Plan(str(reason))
     except Exception as error:
         with torch.enable_grad(), undone(module, arguments):
-            # Copies: a forward may change what it is given.
+            # Copies: a forward may change its arguments.
             function(*(tree_map(lambda X: X[0].clone(), argument) for argument in arguments))
         return Plan(f"torch.func.vmap: {(str(error).splitlines() or [type(error).__name__])[0]}")
     return recorder.plan_made()
@@ -106,9 +115,9 @@ def _through_vmap(forward: _Forward, function: Callable, arguments: tuple) -> An
 
 
 def signature(module: nn.Module) -> tuple:
-    """What a plan depends on, besides the shapes of its arguments: the modules and all that they are set to."""
+    """The key of a plan, besides the shapes of its arguments: the modules and their settings."""
     everywhere = any(getattr(_modules, hooks) for hooks in _GLOBAL_HOOKS)
-    # The modules themselves: an identity alone may come again.
+    # The modules themselves: the id of a deleted one may be reused.
     return everywhere, *(
         (each, type(each).forward, _has_hooks(each), *(item for item in vars(each).items() if type(item[1]) in PLAIN))
         for each in module.modules()
@@ -116,12 +125,14 @@ def signature(module: nn.Module) -> tuple:
 
 
 class _Output(NamedTuple):
-    """What a function returned for whose consumer something is left out, or could be.
+    """The output of a function whose consumer may be fused with it.
 
-    shown: what the forward has of it: X itself while planning; afterwards NaN, which no function may read unseen.
-    maker: the kind of function that made it, and the number of the call.
-    taker: the one kind of function that may take it, once.
-    left_out: the bias of a convolution that X lacks.
+    Attributes:
+        shown: what the forward receives: X itself while planning; afterwards NaN, so that an unseen read shows.
+        X: the output.
+        maker: the kind of function that made it, and the index of the call.
+        taker: the one kind of function that may consume it, once.
+        left_out: the bias of a convolution that X lacks.
     """
 
     shown: Tensor
@@ -132,34 +143,36 @@ class _Output(NamedTuple):
 
 
 class _Forward(TorchFunctionMode):
-    """Sees every function of torch in a forward: replaces some by ours, lets the verified pass, stops at any other.
+    """Intercepts every function of torch in a forward: replaces some by ours, passes verified ones, refuses others.
 
-    plan: what is left out; None records what could be, and leaves running statistics alone.
+    Args:
+        plan: what to fuse; None records what could be fused, and does not update running statistics.
+        module: the module whose forward runs.
     """
 
     def __init__(self, plan: Plan | None, module: nn.Module) -> None:
         super().__init__()
         self.plan = plan
         norms = [each for each in module.modules() if isinstance(each, nn.modules.batchnorm._NormBase)]
-        # What batch norms follow and count in: buffers that nothing else may read, as all tasks come to them at once.
+        # The running statistics and counters of batch norms: nothing else may read them, as all tasks update them.
         self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         self.followed = {id(X): X for norm in norms for X in (norm.running_mean, norm.running_var) if X is not None}
         self.statistics = per_task.Statistics()
         self.channels_last = False
         self.tasks = 0
         self.counts = {"convolution": 0, "norm": 0}
-        # By the identity of what is shown.
+        # By the id of what is shown.
         self.outputs: dict[int, _Output] = {}
         self.uses: dict[tuple[str, int], list[str]] = {}
         self.nans: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.largest = 0
-        # While planning: tensors whose memory a change in place would reach in a loop and not here, or the reverse.
+        # While planning: tensors whose memory a change in place would reach in a loop but not here, or the reverse.
         self.fixed: dict[int, Tensor] = {}
         self.depth: int | None = None
         self.hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def begin(self, arguments: tuple) -> None:
-        """Notes what the forward starts from."""
+        """Record the state at the start of the forward."""
         self.depth = torch._C._functorch.maybe_current_level()
         with torch._C.DisableTorchFunction():
             self._fix(arguments)
@@ -192,7 +205,7 @@ class _Forward(TorchFunctionMode):
         if kind == "norm":
             return self._batch_norm(*args, **kwargs)
         if func in _FORMATS and kwargs.get("memory_format") is torch.channels_last:
-            # Of torch's convolutions; ours is channels last anyway.
+            # For torch's convolutions; ours are channels last anyway.
             self.channels_last = True
             kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
         if func in _VALUES:
@@ -207,7 +220,7 @@ class _Forward(TorchFunctionMode):
         return self._measured(result)
 
     def finish(self, result: Any) -> None:
-        """Raises Unserved for a result that vmap cannot return, or if what was left out has not been made up for."""
+        """Raises Unserved for a result that vmap cannot return, or for a fused function that was not called."""
         leaves = tree_leaves(result)
         if not all(isinstance(X, Tensor) for X in leaves):
             raise Unserved("its output is not of tensors alone")
@@ -218,7 +231,7 @@ class _Forward(TorchFunctionMode):
             raise Unserved(_CHANGES)
 
     def plan_made(self) -> Plan:
-        """What a later forward may leave out."""
+        """The plan of what a later forward may fuse."""
         fused, unbiased = (
             frozenset(number for (kind, number), uses in self.uses.items() if kind == made and uses == [taker])
             for made, taker in (("norm", "relu"), ("convolution", "norm"))
@@ -226,13 +239,13 @@ class _Forward(TorchFunctionMode):
         return Plan("", fused, unbiased, self.largest)
 
     def _take(self, output: _Output, kind: str) -> None:
-        """Notes that a function of this kind takes an output; after planning only the one that the plan has seen."""
+        """Record that a function of this kind consumes an output; raises Unserved if it is not the planned one."""
         self.uses[output.maker].append(kind)
         if self.plan is not None and self.uses[output.maker] != [output.taker]:
             raise Unserved(_CHANGES)
 
     def _made(self, X: Tensor, kind: str, taker: str, left_out: Tensor | None = None) -> Tensor:
-        """What the forward is shown of an output for whose consumer something is left out, or could be."""
+        """The tensor that the forward receives for an output whose consumer may be fused."""
         maker = kind, self.counts[kind]
         shown = X if self.plan is None else self._nan(X.dtype, X.device).expand(X.shape)
         self.outputs[id(shown)] = _Output(shown, X, maker, taker, left_out)
