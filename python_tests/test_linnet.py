@@ -281,7 +281,7 @@ def test_refused(model, arguments, error, message):
 def test_a_stack_of_something_else_does_not_collapse():
     linnet = LinNet(cnn(), [4])
     linnet.head.append(nn.Tanh())
-    with pytest.raises(ValueError, match="collapse: expected linear layers alone"):
+    with pytest.raises(ValueError, match="collapse: expected only linear layers"):
         linnet.collapse()
 
 

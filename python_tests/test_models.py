@@ -137,7 +137,7 @@ def test_channels_last_reaches_every_convolution_and_changes_no_number():
         ({"pool": 0}, "pool: expected an integer of at least 1, got 0"),
         ({"pool": 1.5}, "pool: expected an integer of at least 1, got 1.5"),
         ({"pool": [2, 0]}, "pool: expected an integer of at least 1, got 0"),
-        ({"pool": [2]}, "pool: expected one of each of 2 blocks"),
+        ({"pool": [2]}, "pool: expected one size for each of 2 blocks"),
         ({"pool": 4}, "image_size: 2 blocks of stride 1 and pool 4 leave nothing of 8 pixels"),
     ],
     ids=str,

@@ -1,7 +1,7 @@
-"""The networks of the paper: any torch module serves as well. `protocol` says what ANIL asks of one.
+"""The networks of the paper; any torch module serves as well. `protocol` defines what ANIL requires of one.
 
-`TNet` and `LinNet` are made of a network, the paper's or a user's. WarpGrad's layers are not linear, so that they add
-to what a network can compute: the paper leaves them out, and so does this package.
+`TNet` and `LinNet` transform a network, the paper's or a user's. WarpGrad's layers are not linear and extend the
+functions that a network can compute: the paper omits them, and so does this package.
 """
 
 from kfo_ext.networks.cnn import CNN, INITS, cifar_fs_cnn, mini_imagenet_cnn, omniglot_cnn

@@ -1,13 +1,13 @@
 """CNN(k), the paper's network for few-shot images.
 
 A block is a 3x3 convolution with padding 1, batch norm by batch statistics, ReLU and, for mini-ImageNet, max-pooling.
-Convolutions start Xavier-uniform with zero bias. `INITS` names the start of the rest:
+Convolutions start Xavier-uniform with zero bias. `INITS` names the initialization of the rest:
 
-    reference   batch-norm weights uniform in (0, 1), head N(0, 1) for Omniglot and Xavier-uniform elsewhere: the start
-                of the reference implementations
+    reference   batch-norm weights uniform in (0, 1), head N(0, 1) for Omniglot and Xavier-uniform elsewhere: the
+                initialization of the reference implementations
     zero_head   batch-norm weights 1, head 0: every task starts from equal logits, which lets plain MAML use larger
                 inner rates
-    torch       batch-norm weights 1, head weights as torch.nn.Linear starts them: uniform in +-1 / sqrt(features)
+    torch       batch-norm weights 1, head weights as torch.nn.Linear's default: uniform in +-1 / sqrt(features)
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from kfo_ext.choices import INITS
 
 
 class Block(nn.Module):
-    """(n, in_channels, h, w) -> (n, hidden, ceil(h / stride) // pool, ceil(w / stride) // pool)."""
+    """Convolution, batch norm, ReLU and max-pooling.
+
+    (n, in_channels, h, w) -> (n, hidden, ceil(h / stride) // pool, ceil(w / stride) // pool).
+
+    Args:
+        in_channels: channels of the input.
+        hidden: channels of the output.
+        stride: stride of the convolution.
+        pool: max-pool size; 1 for none.
+    """
 
     def __init__(self, in_channels: int, hidden: int, *, stride: int, pool: int) -> None:
         super().__init__()
@@ -34,6 +43,7 @@ class Block(nn.Module):
         nn.init.constant_(self.conv.get_parameter("bias"), 0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels, h, w) -> (n, hidden, h', w')."""
         return self.pool(torch.relu(self.norm(self.conv(x))))
 
 
@@ -42,22 +52,23 @@ class CNN(nn.Module):
 
     Args:
         layers: number of blocks.
-        in_channels: of the images.
+        in_channels: channels of the images.
         hidden: channels of every block.
         ways: classes.
         image_size: height and width of the images.
-        stride: of every convolution.
-        pool: max-pool size after every block, or after each, in their order; 1 for none.
-        mean: whether the head sees the spatial mean (else the flattened features).
-        normal_head: with the reference start, head weights from N(0, 1) (Omniglot's), else Xavier-uniform.
-        init: one of `INITS`.
-        channels_last: whether torch's convolutions compute in that memory format; it changes how fast, not what. The
-            compiled ones on the CPU always do.
+        stride: stride of every convolution.
+        pool: max-pool size after every block, or one size for each block in order; 1 for none.
+        mean: whether the head's input is the spatial mean (else the flattened features).
+        normal_head: with init "reference", draw head weights from N(0, 1) (Omniglot's), else Xavier-uniform.
+        init: the initialization, one of `INITS`.
+        channels_last: whether torch's convolutions compute in that memory format. It affects speed only; the compiled
+            convolutions on the CPU always use it.
 
     Raises:
-        ValueError: a number that is not at least 1, an unknown init, or an image that the blocks shrink to nothing.
+        ValueError: a number is below 1, `init` is unknown, or the blocks shrink the image to nothing.
 
-    Source: paper, section 5 and appendix D.
+    Source:
+        paper, section 5 and appendix D.
     """
 
     def __init__(
@@ -87,7 +98,7 @@ class CNN(nn.Module):
             _check_count(name, value)
         pools = list(pool) if isinstance(pool, Sequence) else [pool] * layers
         if len(pools) != layers:
-            raise ValueError(f"pool: expected one of each of {layers} blocks, got {pool!r}")
+            raise ValueError(f"pool: expected one size for each of {layers} blocks, got {pool!r}")
         for value in pools:
             _check_count("pool", value)
         if init not in INITS:
@@ -159,11 +170,21 @@ def cifar_fs_cnn(
 def mini_imagenet_cnn(
     layers: int = 2, ways: int = 5, hidden: int = 64, init: str = "reference", channels_last: bool = False
 ) -> CNN:
-    """CNN(layers) for 3x84x84 images: stride-1 blocks with max-pooling, 5x5xhidden flattened features.
+    """Return CNN(layers) for 3x84x84 images: stride-1 blocks with max-pooling, 5x5xhidden flattened features.
 
-    The reference pools by 4 in each of 2 blocks and by 2 in each of 4 (paper, appendix D). It has no consistent setting
-    for other depths. Ours pools by 16 in all at every depth, first blocks first: 4, 2, 2 for 3 blocks, and the last two
-    of 6 do not pool.
+    The reference pools by 4 in each of 2 blocks and by 2 in each of 4 (paper, appendix D), and has no consistent
+    setting for other depths. Here the blocks pool by 16 in total at every depth, the first blocks first: 4, 2, 2 for 3
+    blocks, and the last two of 6 do not pool.
+
+    Args:
+        layers: number of blocks.
+        ways: classes.
+        hidden: channels of every block.
+        init: the initialization, one of `INITS`.
+        channels_last: whether torch's convolutions compute in that memory format.
+
+    Returns:
+        The network.
     """
     return CNN(
         layers,
@@ -179,7 +200,7 @@ def mini_imagenet_cnn(
 
 
 def pools(layers: int) -> list[int]:
-    """The pool sizes of so many blocks that divide a side by 16 in all: four halvings, dealt to the blocks in turn."""
+    """The pool sizes of `layers` blocks: a side shrinks by 16, four halvings dealt to the blocks in turn."""
     _check_count("layers", layers)
     return [2 ** len(range(i, 4, layers)) for i in range(layers)]
 

@@ -1,4 +1,4 @@
-"""The paper's linear models: softmax and logistic regression, and those of one dimension in section 4."""
+"""The paper's linear models: softmax and logistic regression, and the one-dimensional models of section 4."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kfo_ext.networks.linnet import LinNet
 
-# Of the LinNet of softmax regression (paper, appendix D).
+# Widths of the LinNet of softmax regression (paper, appendix D).
 SOFTMAX_WIDTHS = (256, 128, 64, 64)
 
 
@@ -14,12 +14,12 @@ class LinearModel(nn.Module):
     """(n, ...) -> (n, out): one linear layer on the flattened examples, Xavier-uniform with zero bias.
 
     Args:
-        in_features: numbers of an example.
+        in_features: numbers per example.
         out_features: classes, or 1.
-        bias: whether there is one.
+        bias: whether the layer has a bias.
 
     Raises:
-        ValueError: a number that is not at least 1.
+        ValueError: a number is below 1.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -42,7 +42,7 @@ class LinearModel(nn.Module):
 
 
 def softmax_regression(in_features: int, ways: int = 5) -> LinearModel:
-    """(n, ...) -> (n, ways) logits of pixels: 784 of Omniglot, 3072 of CIFAR-FS (paper, section 5.1)."""
+    """(n, ...) -> (n, ways) logits of pixels: 784 for Omniglot, 3072 for CIFAR-FS (paper, section 5.1)."""
     return LinearModel(in_features, ways)
 
 
@@ -57,9 +57,19 @@ def shallow_regression() -> LinearModel:
 
 
 def deep_regression(layers: int = 2) -> LinNet:
-    """(n, 1) -> (n, 1): DEEP, a b x, the LinNet of SHALLOW; b is `head[0].weight`, a `head[1].weight` (equation 7).
+    """(n, 1) -> (n, 1): DEEP, a b x, the LinNet of SHALLOW; b is `head[0].weight`, a is `head[1].weight`.
 
-    layers: factors of x, at least 2.
+    Args:
+        layers: factors of x, at least 2.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: `layers` is not an integer of at least 2.
+
+    Source:
+        paper, equation 7.
     """
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 2:
         raise ValueError(f"layers: expected an integer of at least 2, got {layers!r}")

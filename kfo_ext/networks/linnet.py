@@ -1,4 +1,4 @@
-"""LinNet: a network that is deeper by linear layers at its head, and computes no more functions than before."""
+"""LinNet: a network made deeper by linear layers at its head, which add nothing to the functions it can compute."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from torch import Tensor, nn
 
 
 class LinNet(nn.Module):
-    """A copy of a network whose head is a stack of linear layers: in -> widths -> out, nothing in between.
+    """A copy of a network whose head is a stack of linear layers without activations: in -> widths -> out.
 
-    For softmax regression the paper's widths are 256, 128, 64, 64; for CNN(k) they are not published, and the default
-    is ours. The layers have a bias if the head has one. All of them are new: Xavier-uniform, biases zero, whatever the
-    head was. `MAML` adapts all of it, `ANIL` the stack, if the model has `features`.
+    For softmax regression the paper's widths are 256, 128, 64, 64; for CNN(k) the paper gives none, and the default is
+    ours. The layers have a bias if the head has one. All layers are initialized anew: Xavier-uniform, biases zero.
+    `MAML` adapts the whole network, `ANIL` the stack, if the model has `features`.
 
     Args:
-        model: the network; it stays as it is.
-        widths: of the layers in between, at least one; None: the number of the head's inputs, twice.
+        model: the network; it is not modified.
+        widths: the sizes of the hidden layers, at least one; None: two, each as wide as the head's input.
         head: the name of the head, a torch.nn.Linear; None for "head", or else the last layer of a Sequential.
 
     Attributes:
-        model: the copy, with a Sequential in the head's place.
+        model: the copy, whose head is a Sequential.
 
     Raises:
-        TypeError: a model that is no module of Python, widths that are no sequence, a head that is no torch.nn.Linear.
-        ValueError: no width or one below 1, no head of this name, one that has hooks or a forward of its own, or
-            shares parameters with another layer.
+        TypeError: the model is no module of Python, `widths` is no sequence, or the head is no torch.nn.Linear.
+        ValueError: there is no width or one below 1, or no head of this name; or the head has hooks or a replaced
+            forward, or shares parameters with another layer.
 
-    Source: paper, sections 3 and 5.1.
+    Source:
+        paper, sections 3 and 5.1.
     """
 
     def __init__(self, model: nn.Module, widths: Sequence[int] | None = None, head: str | None = None) -> None:
@@ -65,14 +66,17 @@ class LinNet(nn.Module):
         return self.model.features  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's."""
+        """The model's forward."""
         return self.model(*args, **kwargs)
 
     def collapse(self) -> nn.Module:
-        """A copy of the network with one linear layer as its head, as the original has it, that computes the same.
+        """Return a copy of the network whose head is one linear layer, and which computes the same function.
+
+        Returns:
+            The copy; its head is the product of the stack.
 
         Raises:
-            ValueError: the stack has other modules than linear layers, or one that has hooks or a forward of its own.
+            ValueError: the stack has modules other than linear layers, or one with hooks or a replaced forward.
         """
         model = copy.deepcopy(self.model)
         stack = model.get_submodule(self._name)
@@ -88,7 +92,7 @@ def _check_widths(widths: Any) -> None:
 
 
 def _head_of(model: nn.Module) -> str:
-    """The name of the head of a network that has a usual one."""
+    """The name of the default head: "head", or the last layer of a Sequential; ValueError without either."""
     if "head" in model._modules:
         return "head"
     names: list[str] = []
@@ -99,7 +103,7 @@ def _head_of(model: nn.Module) -> str:
     if not isinstance(layer, nn.Linear):
         raise ValueError(
             f"head: {type(model).__name__} neither has a submodule named head nor is a Sequential that ends with a "
-            "torch.nn.Linear: name its last linear layer"
+            "torch.nn.Linear; pass the name of its last linear layer"
         )
     return ".".join(names)
 
@@ -128,23 +132,23 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:
-    """Makes a module another one, wherever it is referred to."""
+    """Turn a module into another one in place, for all references to it."""
     module.__class__ = type(other)
     module.__dict__ = other.__dict__
 
 
 def _layer(inputs: int, outputs: int, like: nn.Linear) -> nn.Linear:
-    """A linear layer of other sizes, but of the same type, device and with a bias if `like` has one."""
+    """A linear layer of the dtype and device of `like`, with a bias if `like` has one."""
     own = like.weight
     return nn.Linear(inputs, outputs, like.bias is not None, device=own.device, dtype=own.dtype)
 
 
 @torch.no_grad()
 def _collapsed(stack: nn.Module) -> nn.Linear:
-    """One layer that computes what a sequence of linear layers does; the products are in double precision."""
+    """One layer equal to a sequence of linear layers; the products are in double precision."""
     layers = [layer for layer in stack.children() if isinstance(layer, nn.Linear)]
     if len(layers) < len(stack._modules):
-        raise ValueError(f"collapse: expected linear layers alone, got {stack}")
+        raise ValueError(f"collapse: expected only linear layers, got {stack}")
     for name, module in stack.named_modules(remove_duplicate=False):
         where = f"layer {name!r} of the head" if name else "the head"
         if _has_hooks(module):

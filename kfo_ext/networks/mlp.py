@@ -15,8 +15,8 @@ class MLP(nn.Module):
         sizes: in, the units of each hidden layer, out.
 
     Raises:
-        TypeError: sizes that are no sequence.
-        ValueError: fewer than three sizes, or one that is not an integer of at least 1.
+        TypeError: `sizes` is no sequence.
+        ValueError: there are fewer than three sizes, or one is not an integer of at least 1.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:

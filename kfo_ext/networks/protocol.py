@@ -1,4 +1,4 @@
-"""What a network must offer: nothing for MAML but a forward of one tensor, and for ANIL the following."""
+"""The interface of a network: MAML requires a forward of one tensor, ANIL the following as well."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class HasHead(Protocol):
-    """A network that ANIL takes: forward(x) is head(features(x)).
+    """A network that ANIL accepts: forward(x) is head(features(x)).
 
-    No class needs to derive from it. `ANIL(head="classifier")` takes a head by another name. A network whose head alone
-    cannot be adapted has an attribute of its class, `head_alone`, a string that says why: ANIL refuses it with that.
+    No class needs to derive from it. `ANIL(head="classifier")` accepts a head of another name. A network whose head
+    cannot be adapted alone has a class attribute `head_alone`, a string with the reason: ANIL refuses it with that.
     """
 
     def features(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""T-Nets: a learned linear map T after every linear map of a network, which only meta-learning changes."""
+"""T-Nets: a learned linear map T after every linear map of a network; T is only meta-learned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-# What T is put after. Everything else stays as it is.
+# The layers that get a T; all others stay unchanged.
 LINEAR_MAPS = (
     nn.Linear,
     nn.Conv1d,
@@ -22,31 +22,32 @@ LINEAR_MAPS = (
 
 
 class TNet(nn.Module):
-    """A copy of a network that computes T(Wx + b) in the place of every Wx + b.
+    """A copy of a network that computes T(Wx + b) instead of every Wx + b.
 
-    T is linear over the output channels (1x1, for a convolution): after the bias, before what normalises, on the output
-    layer too, and the identity at the start. Since T(Wx + b) = (TW)x + Tb, each layer keeps W, b and T as parameters
-    and reads T W and T b as its `weight` and `bias`; losses are differentiated through T. The inner loop adapts W and b
-    alone; T is only meta-learned, as is all else, such as normalisations, embeddings, recurrent layers and the
-    input projections of torch.nn.MultiheadAttention, which have no T:
+    T is linear over the output channels (1x1, for a convolution). It follows the bias and precedes normalisation, is
+    on the output layer too, and starts as the identity. Since T(Wx + b) = (TW)x + Tb, each layer keeps W, b and T as
+    parameters and computes its `weight` T W and `bias` T b; losses are differentiated through T. The inner loop adapts
+    only W and b. T is only meta-learned, as are the layers that have no T, such as normalisations, embeddings,
+    recurrent layers and the input projections of torch.nn.MultiheadAttention:
 
-        MAML(TNet(model), lr=0.1, steps=5)                      # adapted=tnet.adapted, as a TNet's property says
+        MAML(TNet(model), lr=0.1, steps=5)                      # adapts tnet.adapted by default
 
     Modules that occur twice have one T; modules that share a weight have a T each. A grouped convolution computes as
     one without groups, since T mixes the groups.
 
     Args:
-        model: the network, initialised; it stays as it is.
+        model: the network, initialised; it is not modified.
 
     Attributes:
-        model: the copy, with T in it.
+        model: the copy, with T.
 
     Raises:
-        TypeError: a model that is no module of Python.
-        ValueError: a model without torch.nn's linear layers and convolutions, or with one that is lazy, computes its
-            weight from others (parametrised, pruned), has a forward of its own, or has a T already.
+        TypeError: the model is no module of Python.
+        ValueError: the model has no linear layer or convolution of torch.nn, or one that is lazy, computes its weight
+            from other tensors (parametrised, pruned), has a replaced forward, or has a T already.
 
-    Source: Lee and Choi 2018; paper, equation 25.
+    Source:
+        Lee and Choi 2018; paper, equation 25.
     """
 
     # See kfo_ext.networks.protocol.
@@ -77,13 +78,15 @@ class TNet(nn.Module):
         return tuple(name for name, X in self.named_parameters(remove_duplicate=False) if id(X) in own)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's."""
+        """The model's forward."""
         return self.model(*args, **kwargs)
 
     def absorb(self) -> nn.Module:
-        """A copy of the network without T that computes the same: T W and T b are its weights and biases.
+        """Return a copy of the network without T that computes the same function.
 
-        Convolutions have one group then, and weights that were shared under several T are separate.
+        Returns:
+            The copy, with weights T W and biases T b. Its convolutions have one group, and weights that were shared
+            under several T are separate.
         """
         model = copy.deepcopy(self.model)
         for layer in model.modules():
@@ -93,12 +96,14 @@ class TNet(nn.Module):
 
 
 class Transformed(nn.Module):
-    """A linear map of torch.nn with T: it computes by its own forward, from a weight and a bias that T went into.
+    """A linear map of torch.nn with T: its forward reads the weight T W and the bias T b.
 
     Attributes:
-        W, b: the map's own weight and bias.
+        W: the map's weight without T.
+        b: the map's bias without T, or None.
         T: (out, out), over output channels.
-        split: the groups that W is of; a convolution's own `groups` is 1.
+        split: the number of groups of W.
+        groups: a convolution's number of groups with T, 1.
         kind: the class without T.
     """
 
@@ -111,7 +116,7 @@ class Transformed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """T W, without groups. Computed anew in every access: what is to be changed is W."""
+        """The weight T W, without groups. It is computed at every access: change W instead."""
         groups, out = self.split, len(self.T)
         T = self.T.unflatten(1, (groups, out // groups))
         if getattr(self, "transposed", False):
@@ -124,15 +129,15 @@ class Transformed(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """T b."""
+        """The bias T b."""
         return None if self.b is None else torch.mv(self.T, self.b)
 
     def reset_parameters(self) -> None:
-        """Raises RuntimeError: torch's own would change T W, and so nothing."""
+        """Raises RuntimeError: torch's method would change T W, a temporary."""
         raise RuntimeError(f"{type(self).__name__}: initialise the network before TNet, or W, b and T by themselves")
 
     def __reduce__(self) -> Any:
-        # The class is made here, not imported by its name.
+        # The class is created here, so pickle cannot import it by name.
         return _new, (self.kind,), self.__dict__
 
 
@@ -152,7 +157,7 @@ def _new(kind: type[nn.Module]) -> Transformed:
 
 
 def _refusal(layer: nn.Module) -> str:
-    """Why there cannot be a T after this layer, or "" if there can, or need not."""
+    """The reason why a layer cannot get a T, or ""."""
     if isinstance(layer, Transformed):
         return "has a T already"
     base = next((base for base in LINEAR_MAPS if isinstance(layer, base)), None)
@@ -164,12 +169,12 @@ def _refusal(layer: nn.Module) -> str:
         return "is lazy: give it a first input before T"
     for name in ("forward", "_conv_forward"):
         if name in vars(layer) or getattr(type(layer), name, None) is not getattr(base, name, None):
-            return f"has a forward of its own, where T has no place: make it of a torch.nn.{base.__name__} and the rest"
+            return f"has a forward of its own, which T cannot enter: build it from torch.nn.{base.__name__} and others"
     return ""
 
 
 def _put(layer: nn.Module) -> None:
-    """Puts T after a layer: the very object changes, so that every reference to it holds."""
+    """Add T to a layer in place, so that every reference to it stays valid."""
     weight, bias = layer._parameters.pop("weight"), layer._parameters.pop("bias")
     assert weight is not None
     layer.__class__ = _with_t(type(layer))
@@ -184,7 +189,7 @@ def _put(layer: nn.Module) -> None:
 
 
 def _absorb(layer: Transformed) -> None:
-    """Undoes `_put`, but that T stays in the weight and the bias."""
+    """Undo `_put`, with T multiplied into the weight and the bias."""
     with torch.no_grad():
         values = {"weight": (layer.weight, layer.W), "bias": (layer.bias, layer.b)}
     for name in ("W", "b", "T"):
