@@ -384,7 +384,7 @@ def test_folders_of_one_folder_of_images_are_refused(tmp_path):
 
 
 def test_a_missing_root_says_what_belongs_there(dataset, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"root: .*nowhere is not there; expected"):
+    with pytest.raises(FileNotFoundError, match=r"root: .*nowhere does not exist; expected"):
         load(dataset, tmp_path / "nowhere")
 
 

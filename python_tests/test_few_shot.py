@@ -165,7 +165,7 @@ class Endless(IterableDataset):
             r"data\[1\]: expected examples like .*\(2,\).* got \(3,\)",
         ),
         ([torch.zeros(9, 2), torch.zeros(9, 2).double()], {}, ValueError, r"data\[1\]: .* got \(2,\) torch.float64"),
-        ([torch.zeros(9, 2)] * 3, {"labels": [0, 1]}, ValueError, "labels: expected none beside a list"),
+        ([torch.zeros(9, 2)] * 3, {"labels": [0, 1]}, ValueError, "labels: expected None with a list"),
         ([torch.zeros(9, 2)] * 3, {}, ValueError, r"ways: expected 2 to 3 \(the data set has 3 classes\), got 5"),
         ([torch.zeros(9, 2), torch.zeros(2, 2)], {"ways": 2}, ValueError, "at most 2 .*class 1, the smallest"),
         (Endless(), {}, TypeError, "data: expected a list of one tensor per class or a map-style data set"),

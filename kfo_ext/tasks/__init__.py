@@ -1,7 +1,8 @@
-"""Task families: where few-shot tasks come from.
+"""Task families: the sources of few-shot tasks.
 
-Your own tasks need no family: `TaskBatch.of` joins tensors, `FewShot` takes a torch data set or a list of tensors, one
-per class, and learners take any TaskBatch. A class with `sample(index, tasks)` is a family like those in FAMILIES.
+Your own tasks need no family: `TaskBatch.of` joins tensors, `FewShot` accepts a torch data set or a list of tensors,
+one per class, and learners accept any TaskBatch. A class with `sample(index, tasks)` is a family like those in
+FAMILIES.
 """
 
 from typing import TYPE_CHECKING

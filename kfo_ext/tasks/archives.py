@@ -1,4 +1,4 @@
-"""Zip archives of images that a data set is distributed in: finding, checking, reading and fetching them."""
+"""Zip archives of images in which a data set is distributed: checking, reading and fetching them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHUNK = 1 << 20
-# What zipfile raises for a file that is not whole: RuntimeError where an entry is encrypted or of an unknown method
+# The errors of zipfile for a damaged file: RuntimeError if an entry is encrypted or of an unknown method
 # (NotImplementedError), OSError also from bzip2.
 UNREADABLE = (
     EOFError,
@@ -31,13 +31,13 @@ UNREADABLE = (
 
 
 class Archive(NamedTuple):
-    """What is known of one archive.
+    """The identity of one archive.
 
     Attributes:
         name: file name.
-        size: of the official file.
-        sha256: of the official file.
-        listing: sha256 over name, size and CRC-32 of its images, the same however they are packed.
+        size: bytes of the official file.
+        sha256: sha256 of the official file.
+        listing: sha256 over name, size and CRC-32 of its images; it does not depend on how they are packed.
     """
 
     name: str
@@ -68,7 +68,14 @@ def image_entries(file: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def read_images(path: Path, archive: Archive) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each image, in the order of the names.
+    """Yield the images of an archive.
+
+    Args:
+        path: the zip file.
+        archive: the identity it must have.
+
+    Yields:
+        Name and bytes of each image, in the order of the names.
 
     Raises:
         ValueError: the file is truncated, damaged, packed in a way that Python does not read, or another archive.
@@ -78,7 +85,7 @@ def read_images(path: Path, archive: Archive) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(path) as file:
             entries = image_entries(file)
             if digest != archive.sha256 and listing_of(entries) != archive.listing:
-                raise zipfile.BadZipFile("it holds other images")
+                raise ValueError("it holds other images")
             for entry in entries:
                 yield entry.filename, _content(file, entry)
     except UNREADABLE as error:
@@ -98,9 +105,14 @@ def _content(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 def fetch(url: str, target: Path, archive: Archive) -> None:
     """Download one archive; the target appears whole and checked, or not at all.
 
+    Args:
+        url: the source.
+        target: the file to write.
+        archive: the identity it must have.
+
     Raises:
         ConnectionError: the server cannot be reached.
-        ValueError: what it sends is not the archive.
+        ValueError: the downloaded file is not the archive.
     """
     advice = f"download it where there is a network and put it at {target}"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Meta-batches: what a task family yields, how a user makes one, and the random numbers behind them."""
+"""Meta-batches, the interface of a task family, and the random generators of task streams."""
 
 from __future__ import annotations
 
@@ -40,19 +40,24 @@ class TaskBatch(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Pairs, query: Pairs | None = None, *, shots: int | None = None) -> TaskBatch:
-        """The meta-batch of tasks that are given one by one, all of one shape.
+        """Build the meta-batch of separate tasks, all of one shape.
 
         Args:
             pairs: a pair (x, y) per task: x (n, ...), y (n,) int64 labels or (n, d) targets.
-            query: a pair per task alike, perhaps with another n; `pairs` are then the support examples.
-            shots: in place of `query`: the first `shots` examples of each class of a task are its support (of targets
+            query: a pair per task in the same form, possibly with another n; `pairs` are then the support examples.
+            shots: instead of `query`: the first `shots` examples of each class of a task are its support (for targets
                 the first `shots` points), the others its query.
 
+        Returns:
+            The meta-batch.
+
         Raises:
-            ValueError, TypeError: naming the task whose tensors do not fit the first task's.
+            ValueError: the tensors of a task, which is named, do not fit the first task's, a class has too few
+                examples, or not exactly one of `query` and `shots` is given.
+            TypeError: a task is not a pair of tensors.
         """
         if (query is None) == (shots is None):
-            raise ValueError("query, shots: expected one of them, the query examples or how many support examples")
+            raise ValueError("query, shots: expected one of them, query examples or the number of support examples")
         if shots is not None:
             check_count("shots", shots, 1)
             parted = [_parted(f"pairs[{task}]", pair, shots) for task, pair in enumerate(pairs)]
@@ -73,18 +78,18 @@ class TaskBatch(NamedTuple):
         return TaskBatch(*(Examples(move(part.x), move(part.y)) for part in self))
 
     def split(self, tasks: int) -> list[TaskBatch]:
-        """Batches of so many tasks each, the last of what is left."""
+        """Batches of `tasks` tasks each; the last one may be smaller."""
         tensors = [tensor.split(tasks) for part in self for tensor in part]
         return [TaskBatch(Examples(*each[:2]), Examples(*each[2:])) for each in zip(*tensors)]
 
 
 class TaskFamily(Protocol):
-    """Where tasks come from: a pure function of its constructor's arguments, `index` and `tasks`.
+    """A source of tasks: a pure function of its constructor's arguments, `index` and `tasks`.
 
-    A class may also define, together with sample, two halves of it: sample(index, tasks) == batch(draw(index, tasks)).
-    Workers then call draw alone, which stays on the CPU, and the thread that takes the stream calls batch: what that
-    does on a device goes to this thread's current stream, and no worker disturbs a CUDA graph's capture. Of a family
-    without them workers call sample; on a device that would use the worker's own current stream, the device's default.
+    A class may also define the two halves of sample: sample(index, tasks) == batch(draw(index, tasks)). Workers then
+    call only draw, which stays on the CPU, and the consumer's thread calls batch: its work on a device is queued on
+    this thread's current stream, and no worker disturbs a CUDA graph's capture. For a family without the halves,
+    workers call sample; on a device this would use the worker's own current stream, the device's default.
     """
 
     def sample(self, index: int, tasks: int) -> TaskBatch:
@@ -105,10 +110,10 @@ def _stacked(name: str, pairs: Pairs) -> Examples:
 
 
 def _parted(name: str, pair: tuple[Tensor, Tensor], shots: int) -> tuple[Examples, Examples]:
-    """The first `shots` examples of each class, and the others, both in the order they lie in."""
+    """The first `shots` examples of each class, and the others, both in their original order."""
     x, y = _check_pair(name, pair)
     classes = y if y.dim() == 1 and not y.is_floating_point() else torch.zeros(len(y), device=y.device)
-    # How many examples of its own class lie before each one.
+    # The number of preceding examples of the same class.
     before = (classes.unsqueeze(1) == classes).tril(-1).sum(1)
     support = before < shots
     counts = classes.unique(return_counts=True)[1]
@@ -128,13 +133,16 @@ def _check_pair(name: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
 
 
 def generator_for(seed: int, *stream: int | str) -> torch.Generator:
-    """A fresh CPU generator for one named stream, seeded by a hash that no platform or process changes.
+    """Make a CPU generator for one named stream, seeded by a hash that is the same on all platforms.
 
     torch seeds the CPU generator with 32 bits: among n streams about n^2 / 2^33 pairs coincide.
 
     Args:
         seed: the run's seed.
-        stream: what tells this stream from the others, say a split's name and an index.
+        *stream: the name of this stream, such as a split's name and an index.
+
+    Returns:
+        The generator.
     """
     digest = hashlib.blake2b(repr((operator.index(seed), *stream)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,4 +1,4 @@
-"""Decoded images kept between processes: written once, memory-mapped, used only if every byte is as it was written."""
+"""A cache of decoded images: written once, memory-mapped, and used only if its checksum holds."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ import torch
 from torch import Tensor
 
 MAGIC = b"kfo images 1\n"
-# of cache files
 SUFFIX = ".images"
-# The pixels start at a multiple of it, as a map's pages do.
+# The pixels start at a multiple of the page size of a memory map.
 PAGE = 4096
 CHUNK = 1 << 22
 
 
 class Plan(NamedTuple):
-    """Images that are yet to be decoded.
+    """Images to be decoded.
 
     Attributes:
-        names: of the classes.
-        sizes: images of each class.
+        names: names of the classes.
+        sizes: number of images of each class.
         shape: (C, H, W) of an image.
-        pixels: makes the images' bytes, class after class.
+        pixels: decodes the images' bytes, class after class.
     """
 
     names: tuple[str, ...]
@@ -43,9 +42,9 @@ class Decoded(NamedTuple):
     """Images of classes.
 
     Attributes:
-        images: (n_images, C, H, W) uint8, a class after the other.
+        images: (n_images, C, H, W) uint8, one class after the other.
         offsets: (n_classes + 1,) int64.
-        names: of the classes.
+        names: names of the classes.
     """
 
     images: Tensor
@@ -73,14 +72,17 @@ def key_of(*parts: str) -> str:
 
 
 def cached(path: Path, plan: Callable[[], Plan]) -> Decoded:
-    """The images of a cache file, memory-mapped; they are decoded and written if the file is missing or damaged.
+    """Return the images of a cache file, which is written first if it is missing or damaged.
 
     The file appears whole or not at all, so that several processes may call this at once. Warns if the file is
     damaged, or if it cannot be written (the images are then only in memory).
 
     Args:
-        path: the file; its name must change with whatever `plan` depends on.
-        plan: says what to decode.
+        path: the file; its name must change with everything that `plan` depends on.
+        plan: returns what to decode.
+
+    Returns:
+        The images, memory-mapped.
     """
     decoded = _read(path)
     if decoded is None:
@@ -105,7 +107,7 @@ def _read(path: Path) -> Decoded | None:
             start = _padded(len(magic) + len(header))
             values = json.loads(header)
             file.seek(start)
-            # A flipped bit or a cut file changes the checksum; whatever the header says is then not used.
+            # A flipped bit or a truncated file changes the checksum; the header is then ignored.
             if magic != MAGIC or _checksum(values["head"], file) != values["sha256"]:
                 raise ValueError("checksum")
             whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Checks of single values, without torch; messages name the argument, what it expects and what it got."""
+"""Checks of single values, without torch; messages name the argument, the expected and the received value."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ def check_split(split: str) -> str:
 
 
 def check_count(name: str, value: int, low: int, high: int | None = None, limit: str = "") -> int:
-    """The count, or TypeError if it is no int, ValueError if it lies outside [low, high].
+    """Check an integer.
 
     Args:
-        limit: what sets `high`, for the message.
+        name: the argument's name, for messages.
+        value: its value.
+        low: the least value allowed.
+        high: the largest value allowed; None for no bound.
+        limit: the reason for `high`, for messages.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: the value is no int.
+        ValueError: it lies outside [low, high].
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-# Others, of 16 bits or of floats, need a conversion that only the user can choose.
+# Other modes, of 16 bits or floats, need a conversion that only the user can choose.
 MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 TRANSPARENT = ("LA", "PA", "RGBA")
 MOST_PIXELS = 1 << 26
-# Images decoded ahead of the one that is taken.
+# Number of images to prefetch.
 AHEAD = 64
 
 
 class Target(NamedTuple):
-    """What an image becomes.
+    """The format of a decoded image.
 
     Attributes:
-        side: of the square, in pixels; other images are resized to it with Lanczos, not cropped.
+        side: height and width in pixels; other images are resized with Lanczos, not cropped.
         channels: 1 (brightness) or 3 (red, green, blue).
         exact: refuse images of another size or mode.
     """
@@ -45,7 +45,7 @@ class Target(NamedTuple):
 
 
 def check_side(side: int) -> int:
-    """Raise TypeError or ValueError for a side that no image is resized to."""
+    """The side; raises TypeError or ValueError unless images can be resized to it."""
     check_count("side", side, 1)
     if side * side > MOST_PIXELS:
         raise ValueError(f"side: expected at most {isqrt(MOST_PIXELS)} pixels, got {side}")
@@ -58,11 +58,19 @@ def is_image(name: str) -> bool:
 
 
 def pixels_of(content: bytes, name: str, target: Target) -> bytes:
-    """The bytes (C, H, W) of an image file.
+    """Decode an image file.
+
+    Args:
+        content: the file's bytes.
+        name: the file's name, for messages.
+        target: the format to convert to.
+
+    Returns:
+        The pixels' bytes (C, H, W).
 
     Raises:
-        ValueError: naming the file if it is damaged, too large, of a mode without one meaning, or not exact.
-    """
+        ValueError: the file is damaged, too large, of an ambiguous mode, or not in the exact format.
+    """  # noqa: DOC501  _Refused is a ValueError
     from PIL import Image as pillow
     from PIL import UnidentifiedImageError
 
@@ -78,7 +86,7 @@ def pixels_of(content: bytes, name: str, target: Target) -> bytes:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is no whole image: Pillow knows no such format") from error
-    # Pillow's decoders raise whatever they meet in a damaged file.
+    # Pillow's decoders raise errors of any type for a damaged file.
     except Exception as error:
         raise ValueError(f"{name} is no whole image ({type(error).__name__}: {error})") from error
 
@@ -113,12 +121,17 @@ def _opaque(image: Image, name: str) -> Image:
 def decoded(
     read: Callable[[str], bytes], names: Sequence[str], target: Target, *, title: str, where: str
 ) -> Iterator[bytes]:
-    """The bytes of each image, in the order of the names, with a progress bar on a terminal.
+    """Decode images in parallel, with a progress bar on a terminal.
 
     Args:
-        read: gives a file's content.
-        title: of the progress bar.
-        where: names the archive in messages.
+        read: returns a file's content.
+        names: the files to decode.
+        target: the format to convert to.
+        title: title of the progress bar.
+        where: the name of the archive, for messages.
+
+    Yields:
+        The pixels' bytes of each image, in the order of the names.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Which classes and which of their examples a task holds."""
+"""Random draws of a task's classes and examples."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ class ClassDraws:
     """Random draws of `ways` distinct classes and of `shots` + `queries` distinct examples of each, on the CPU.
 
     Args:
-        sizes: (n_classes,) int64, examples of each class; those of a class are numbered one after the other.
+        sizes: (n_classes,) int64, examples of each class; examples are numbered class after class.
         split: part of the random stream's name.
-        names: of the classes, for messages.
-        source: what holds the classes, for messages; by default the split.
+        ways: classes per task.
+        shots: support examples per class.
+        queries: query examples per class.
+        seed: the run's seed.
+        names: names of the classes, for messages.
+        source: the name of the set of classes, for messages; by default the split.
 
     Raises:
-        TypeError, ValueError: there are too few classes or examples, naming the smallest class.
+        TypeError: a count is no integer.
+        ValueError: there are too few classes, or too few examples in the smallest class, which is named.
     """
 
     def __init__(
@@ -55,11 +60,16 @@ class ClassDraws:
         self.ways, self.shots, self.queries = ways, shots, queries
 
     def draw(self, index: int, tasks: int, *, rotations: bool = False) -> Tensor:
-        """The random choices of the meta-batch number `index`.
+        """Draw the random choices of one meta-batch.
+
+        Args:
+            index: the number of the meta-batch.
+            tasks: the number of tasks.
+            rotations: whether to draw a rotation for each class.
 
         Returns:
-            (tasks, ways, shots + queries) int64, the numbers of the examples; with rotations one more, the quarter
-            turns of the class.
+            (tasks, ways, shots + queries) int64, the numbers of the examples; with rotations the last dimension has one
+            more entry, the quarter turns of the class.
         """
         check_count("index", index, 0)
         check_count("tasks", tasks, 1)

@@ -12,12 +12,12 @@ from torch import Tensor
 from kfo_ext.tasks.batch import Examples, TaskBatch
 from kfo_ext.tasks.draws import ClassDraws, task_labels
 
-# Bytes of one channel: other modes of Pillow need a conversion that only the user can choose.
+# Modes with one byte per channel; Pillow's other modes need a conversion that only the user can choose.
 PILLOW_MODES = ("L", "RGB")
 
 
 class LabelledData(Protocol):
-    """What FewShot needs of a data set: a length, and items that start with (input, label)."""
+    """A data set for FewShot: it has a length, and items that start with (input, label)."""
 
     def __len__(self) -> int: ...
 
@@ -27,23 +27,24 @@ class LabelledData(Protocol):
 class FewShot:
     """Tasks of `ways` distinct classes of the user's data, with `shots` + `queries` distinct examples of each.
 
-    Inputs of uint8 become float32 in [0, 1], Pillow images of mode L or RGB also (C, H, W); other tensors and arrays
-    stay as they are.
+    Inputs of uint8 become float32 in [0, 1]; Pillow images of mode L or RGB become (C, H, W) as well. Other tensors and
+    arrays are not converted.
 
     Args:
         data: a tensor (n, ...) per class; or a map-style data set of (input, label) items, such as torchvision's. Its
-            items are read when a task draws them, in the stream's workers: they must not depend on chance.
+            items are read when a task draws them, in the stream's workers: they must not be random.
         ways: classes per task.
         shots: support examples per class.
         queries: query examples per class.
         seed: the run's seed.
-        split: train, validation or test, part of the random stream's name alone: no class is held back. Give each split
-            data of its own classes.
-        labels: of the items of a data set; default its attribute `targets` or `labels`, else every item is read once.
+        split: train, validation or test; it only names the random stream and holds no class back. Pass each split data
+            of its own classes.
+        labels: labels of a data set's items; default its attribute `targets` or `labels`, else every item is read once.
 
     Raises:
-        TypeError, ValueError: for data of another kind and for counts that the classes do not allow. Sampling raises
-            ValueError naming an item that does not fit the others.
+        TypeError: the data or the labels are of another kind.
+        ValueError: the data are empty or do not match, or the classes are too few or too small for the counts. Sampling
+            raises ValueError naming an item that does not fit the others.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class FewShot:
     ) -> None:
         if isinstance(data, (list, tuple)):
             if labels is not None:
-                raise ValueError("labels: expected none beside a list of one tensor per class")
+                raise ValueError("labels: expected None with a list of one tensor per class")
             sizes = _check_classes(data)
             self._examples = _of_tensor(torch.cat(list(data)))
             names = None
@@ -126,7 +127,7 @@ def _indices_by_label(data: LabelledData, labels: Sequence[Any] | Tensor | None)
         raise ValueError(f"labels: expected one for each of the {len(data)} items, got {len(labels)}")
     groups: dict[Any, list[int]] = {}
     for index, label in enumerate(labels):
-        # A tensor or a number of NumPy; one label for each class cannot be read.
+        # A tensor or a number of NumPy; a one-hot label cannot be read.
         single = hasattr(label, "item") and prod(label.shape) == 1
         plain = label.item() if single else label
         if not isinstance(plain, (int, str)):
@@ -139,7 +140,7 @@ def _indices_by_label(data: LabelledData, labels: Sequence[Any] | Tensor | None)
 
 def _item(data: LabelledData, index: int) -> Sequence[Any]:
     item = data[index]
-    # The first entry of a tensor would be a part of an input.
+    # Indexing a tensor would return a part of an input.
     if not isinstance(item, (tuple, list)) or len(item) < 2:
         raise TypeError(
             f"data[{index}]: expected (input, label), got {type(item).__name__}; "
@@ -149,7 +150,7 @@ def _item(data: LabelledData, index: int) -> Sequence[Any]:
 
 
 def _of_tensor(inputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function from numbers (T, n) to inputs (T, n, ...)."""
+    """A function from numbers (T, n) to inputs (T, n, ...)."""
 
     def examples(numbers: Tensor) -> Tensor:
         drawn = inputs.index_select(0, numbers.flatten().to(inputs.device))
@@ -159,7 +160,7 @@ def _of_tensor(inputs: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _of_items(data: LabelledData, order: list[int]) -> Callable[[Tensor], Tensor]:
-    """The same for the items of a data set; number i stands for the item order[i]."""
+    """The same for the items of a data set; number i is the item order[i]."""
 
     def examples(numbers: Tensor) -> Tensor:
         indices = [order[number] for number in numbers.flatten().tolist()]

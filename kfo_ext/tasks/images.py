@@ -1,4 +1,4 @@
-"""Few-shot classification tasks over images that lie in memory."""
+"""Few-shot classification tasks over images in memory."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from kfo_ext.tasks.draws import ClassDraws, task_labels
 class ImageClasses:
     """Tasks of `ways` distinct classes, with `shots` + `queries` distinct images of each.
 
-    Which class gets which label is random; a task's examples lie in label order. The CPU draws every random choice and
-    the device that holds the images makes a meta-batch of it without waiting for the CPU: the same bits on any device.
+    Labels are assigned to classes at random; a task's examples are in label order. The CPU draws every random choice,
+    and the device that holds the images makes the meta-batch without synchronizing: the same bits on any device.
 
     Args:
         images: (n_images, C, H, W) uint8, the images of a class one after the other.
-        offsets: (n_classes + 1,) int64, class c has the images offsets[c] to offsets[c + 1].
+        offsets: (n_classes + 1,) int64; class c has the images offsets[c] to offsets[c + 1].
         split: the name of this set of classes, part of the random stream's name.
         ways: classes per task.
         shots: support images per class.
         queries: query images per class.
         seed: the run's seed.
         rotations: turn each class of each task by its own 0, 90, 180 or 270 degrees.
-        device: where all images are kept and meta-batches are made.
-        names: of the classes, for messages.
+        device: the device of all images and of meta-batches.
+        names: names of the classes, for messages.
 
     Raises:
-        TypeError, ValueError: the images, the offsets or the counts do not fit each other.
-        ValueError: the device is not there.
+        TypeError: images are not uint8, offsets are not int64, or a count is no integer.
+        ValueError: the images, the offsets or the counts do not fit each other, or the device is not available.
     """
 
     def __init__(
@@ -52,12 +52,16 @@ class ImageClasses:
         self.draws = ClassDraws(offsets.diff(), split, ways=ways, shots=shots, queries=queries, seed=seed, names=names)
         self.images, self.rotations = _moved(images, device), rotations
         self.names = None if names is None else tuple(names)
-        # A tensor: CUDA divides by a Python number through its reciprocal, which rounds otherwise than the CPU.
+        # A tensor: CUDA multiplies by the reciprocal of a Python number, which rounds differently from the CPU.
         self._white = torch.tensor(255.0, dtype=torch.float32, device=self.images.device)
         self._turned_pixels = _turned_pixels(images.shape[-1]).to(self.images.device) if rotations else None
 
     def sample(self, index: int, tasks: int) -> TaskBatch:
-        """The meta-batch number `index`: a pure function of the constructor's arguments, `index` and `tasks`.
+        """Make one meta-batch, a pure function of the constructor's arguments, `index` and `tasks`.
+
+        Args:
+            index: the number of the meta-batch.
+            tasks: the number of tasks.
 
         Returns:
             x (tasks, ways * shots, C, H, W) float32 in [0, 1] and y (tasks, ways * shots) int64 of the support set; the
@@ -66,18 +70,22 @@ class ImageClasses:
         return self.batch(self.draw(index, tasks))
 
     def draw(self, index: int, tasks: int) -> Tensor:
-        """The random choices of the meta-batch number `index`, made on the CPU.
+        """Draw the random choices of one meta-batch, on the CPU.
+
+        Args:
+            index: the number of the meta-batch.
+            tasks: the number of tasks.
 
         Returns:
-            (tasks, ways, shots + queries) int64, the numbers of the images; with rotations one more, the quarter turns
-            of the class.
+            (tasks, ways, shots + queries) int64, the numbers of the images; with rotations the last dimension has one
+            more entry, the quarter turns of the class.
         """
         return self.draws.draw(index, tasks, rotations=self.rotations)
 
     def batch(self, drawn: Tensor) -> TaskBatch:
-        """The meta-batch of what `draw` gave, queued on the device's current stream."""
+        """The meta-batch of the result of `draw`, queued on the device's current stream."""
         if self.images.is_cuda:
-            # Only from pinned memory does the copy wait its turn on the device instead of the CPU.
+            # A copy is asynchronous only from pinned memory.
             drawn = drawn.pin_memory().to(self.images.device, non_blocking=True)
         else:
             drawn = drawn.to(self.images.device)
@@ -87,7 +95,7 @@ class ImageClasses:
         return TaskBatch(self._examples(support, pixels), self._examples(query, pixels))
 
     def _examples(self, numbers: Tensor, pixels: Tensor | None) -> Examples:
-        """The images of those numbers (T, ways, each); pixels: (T, ways, H * W), where each pixel comes from."""
+        """The images with numbers (T, ways, each); pixels: (T, ways, H * W), the source of each rotated pixel."""
         tasks, ways, each = numbers.shape
         images = self.images.index_select(0, numbers.flatten())
         if pixels is not None:
@@ -98,7 +106,7 @@ class ImageClasses:
 
 
 def _turned_pixels(side: int) -> Tensor:
-    """Which pixel of a square image comes to each place after 0, 1, 2 and 3 quarter turns, (4, side * side) int64."""
+    """The source of each pixel of a square image after 0, 1, 2 and 3 quarter turns, (4, side * side) int64."""
     pixels = torch.arange(side * side).view(side, side)
     return torch.stack([pixels.rot90(turns).flatten() for turns in range(4)])
 

@@ -11,33 +11,37 @@ from typing import Any, ClassVar, Literal, get_type_hints
 
 from kfo_ext.tasks.checks import check_choice, check_count, check_number
 
-# as published for mini-ImageNet
+# As published for mini-ImageNet.
 SIDE = 84
 COLOURS = ("gray", "rgb")
 LABELS = ("separable", "bernoulli")
 
 Targets = Literal["classes", "binary", "values"]
-"""What a family's labels are: `classes` (n,) int64, `binary` (n, 1) float of 0 and 1, `values` (n, d) float."""
+"""The kind of a family's labels: `classes` (n,) int64, `binary` (n, 1) float of 0 and 1, `values` (n, d) float."""
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None) -> Any:
-    """A field of an options dataclass; its metadata holds the help text and the bounds.
+    """Make a field of an options dataclass; its metadata holds the help text and the bounds.
 
     Args:
-        default: its value if nothing is given.
-        help: one line.
-        choices: the only values, if any.
-        least: the least value.
+        default: the default value.
+        help: the help text, one line.
+        choices: the only values allowed, if any.
+        least: the least value allowed.
+
+    Returns:
+        The field.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyOptions:
-    """What every family's options share; a field of a subclass is an argument of the family's constructor.
+    """The base of every family's options; a field of a subclass is an argument of the family's constructor.
 
     Raises:
-        TypeError, ValueError: naming the field, what it expects and what it got.
+        TypeError: a field has another type.
+        ValueError: a field's value is out of range.
     """
 
     targets: ClassVar[Targets] = "classes"
@@ -49,12 +53,12 @@ class FamilyOptions:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
+        """The shape of one input."""
         raise NotImplementedError
 
     @property
     def outputs(self) -> int:
-        """Outputs that a network for these tasks has."""
+        """The number of outputs of a network for these tasks."""
         raise NotImplementedError
 
 
@@ -75,7 +79,7 @@ class ImageOptions(FamilyOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveOptions(ImageOptions):
-    """Options of a family of image classes that are read from files."""
+    """Options of a family of image classes read from files."""
 
     root: str = option("", "folder or archive that holds the data set")
     cache: str | None = option(None, "folder of the decoded images; none is $KFO_CACHE, else the user's cache folder")

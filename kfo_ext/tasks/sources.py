@@ -1,4 +1,4 @@
-"""Where the files of a data set lie: a folder or a zip archive, read in place and never unpacked."""
+"""The files of a data set in a folder or a zip archive, read in place without unpacking."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from kfo_ext.tasks.archives import UNREADABLE, sha256_of
 from kfo_ext.tasks.cache import SUFFIX as CACHED
 
-# No photograph, list of files or list of classes is larger; what claims to be would fill the memory.
+# No photograph, list of files or list of classes is larger; a larger file could fill the memory.
 MOST_BYTES = 1 << 28
-# Folders inside folders; more is a link that leads back to where it started.
+# The depth of nested folders; a deeper path is a cyclic link.
 MOST_DEPTH = 12
 PICKLES = (".pkl", ".pickle", ".pck", ".p")
 
@@ -24,8 +24,8 @@ class Source(ABC):
 
     Attributes:
         path: the folder or the archive.
-        names: of all files, sorted; hidden ones and those of __MACOSX are left out.
-        digest: changes when a file does.
+        names: the names of all files, sorted, without hidden ones and those of __MACOSX.
+        digest: a hash that changes if a file changes.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class Source(ABC):
 
     @property
     def name(self) -> str:
-        """What results on this data are called: the archive's or the folder's own name."""
+        """The archive's or the folder's own name, by which results are labelled."""
         path = self.path.resolve()
         return path.stem if path.is_file() else path.name
 
@@ -46,14 +46,20 @@ class Source(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close the archive; nothing can be read after it."""
+        """Close the archive; afterwards nothing can be read."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The content of one file.
+        """Read one file.
+
+        Args:
+            name: one of `names`.
+
+        Returns:
+            The file's content.
 
         Raises:
-            ValueError: naming the file if it cannot be read, or is larger than any image.
+            ValueError: the file, which is named, cannot be read or is larger than any image.
         """
 
     def read_text(self, name: str) -> str:
@@ -65,16 +71,17 @@ class Source(ABC):
 
 
 class Folder(Source):
-    """The files below a folder. Its digest is of their names, sizes and times: their contents are not read twice."""
+    """The files below a folder. Its digest hashes their names, sizes and times, not their contents."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Without the cache's own files, which may lie here too.
+        # Without the cache's own files, which may be here too.
         found = sorted(one for one in _walk(path, "", 0) if _is_visible(one[0]) and not one[0].endswith(CACHED))
         self.names = [name for name, _ in found]
         self.digest = hashlib.sha256(repr(found).encode()).hexdigest()
 
     def read(self, name: str) -> bytes:
+        """The content of one file; raises ValueError if it cannot be read."""
         path = self.path / name
         try:
             size = path.stat().st_size
@@ -85,15 +92,18 @@ class Folder(Source):
         return content
 
     def close(self) -> None:
-        pass
+        """Do nothing."""
 
 
 class Zip(Source):
-    """The files of a zip archive. Its digest is that of the archive.
+    """The files of a zip archive. Its digest is the archive's sha256.
+
+    Args:
+        path: the archive.
 
     Raises:
-        ValueError: the archive is truncated or no zip file, holds a path that leads out of it, two files of one path,
-            or a file larger than any image.
+        ValueError: the archive is truncated or no zip file, or holds a path that leads out of it, two files of one
+            path, or a file larger than any image.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,9 +127,11 @@ class Zip(Source):
         self.names = sorted(self._entries)
 
     def close(self) -> None:
+        """Close the archive; afterwards nothing can be read."""
         self._file.close()
 
     def read(self, name: str) -> bytes:
+        """The content of one file; raises ValueError if it cannot be read."""
         try:
             return self._file.read(self._entries[name])
         except UNREADABLE as error:
@@ -130,17 +142,21 @@ class Zip(Source):
 
 
 def open_source(path: Path, expected: str = "a folder or a zip archive") -> Source:
-    """The files of a folder or of a zip archive.
+    """Open a folder or a zip archive.
 
     Args:
-        expected: what a message says belongs there.
+        path: the folder or the archive.
+        expected: a description of the expected layout, for messages.
+
+    Returns:
+        Its files.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: for a pickled cache and what Zip raises.
+        FileNotFoundError: the path does not exist.
+        ValueError: it is a pickled cache, or an archive that `Zip` refuses.
     """
     if not path.exists():
-        raise FileNotFoundError(f"root: {path} is not there; expected {expected}")
+        raise FileNotFoundError(f"root: {path} does not exist; expected {expected}")
     refuse_pickles(path, [path.name], expected)
     return Folder(path) if path.is_dir() else Zip(path)
 

@@ -1,4 +1,4 @@
-"""Which classes belong to train, validation and test: read from files, and checked against what there is."""
+"""The classes of train, validation and test: read from files, and checked against the data set."""
 
 from __future__ import annotations
 
@@ -9,29 +9,35 @@ from pathlib import Path
 from kfo_ext.tasks.checks import SPLITS
 from kfo_ext.tasks.sources import Source
 
-# What files and folders of the validation split are called, beside its name.
+# Other names of the validation split's files and folders.
 ALIASES = {"val": "validation", "valid": "validation"}
-# What the files of a split are usually called.
+# The usual stems of the splits' files.
 STEMS = {"train": "train", "validation": "val", "test": "test"}
-# How many of the wrong names a message lists.
+# The number of wrong names that a message lists.
 SHOWN = 5
 
 Classes = Mapping[str, Sequence[str]]
 
 
 def split_named(name: str) -> str | None:
-    """The split that a file's stem or a folder stands for, if any."""
+    """The split that a file's stem or a folder names, or None."""
     split = ALIASES.get(name, name)
     return split if split in SPLITS else None
 
 
 def read_splits(path: Path) -> dict[str, list[str]]:
-    """The classes of each split from a JSON file {"train": [...], "val": [...], "test": [...]}, or from a folder with
+    """Read the classes of each split.
 
-    train.txt, val.txt and test.txt, a class a line.
+    Args:
+        path: a JSON file {"train": [...], "val": [...], "test": [...]}, or a folder with train.txt, val.txt and
+            test.txt, one class per line.
+
+    Returns:
+        The classes of each split.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file.
+        FileNotFoundError: a file, which is named, does not exist.
+        ValueError: a file, which is named, cannot be read.
     """
     if path.is_dir():
         return {split: _lines(path / f"{stem}.txt") for split, stem in STEMS.items()}
@@ -73,15 +79,22 @@ def check_members(classes: Classes, present: Collection[str], where: str) -> Non
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text that are not blank."""
+    """The stripped lines of a text that are not blank."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def split_files(source: Source, suffix: str) -> dict[str, str] | None:
-    """The source's files train, val and test with that suffix, which lie in one folder: split to name; None without.
+    """Find a source's files train, val and test, which lie in one folder.
+
+    Args:
+        source: the source.
+        suffix: the suffix of the files.
+
+    Returns:
+        The name of each split's file, or None if there is no file for train.
 
     Raises:
-        ValueError: several folders have them.
+        ValueError: several folders have them, or a file is missing.
     """
     folders = sorted(name.removesuffix(f"train{suffix}") for name in source.names if _is_file(name, f"train{suffix}"))
     if not folders:
@@ -107,6 +120,6 @@ def _lines(path: Path) -> list[str]:
     try:
         return lines_of(path.read_text("utf-8-sig"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"splits: {path.parent} has no {path.name}, a class a line") from None
+        raise FileNotFoundError(f"splits: {path.parent} has no {path.name}, with one class per line") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"splits: {path} cannot be read ({error})") from error

@@ -1,4 +1,4 @@
-"""The seeded stream of meta-batches, sampled ahead by threads or not."""
+"""The seeded stream of meta-batches, with or without prefetching by threads."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from kfo_ext.tasks.checks import check_count
 
 
 def batches(family: TaskFamily, tasks: int, start: int = 0, workers: int = 0) -> Generator[TaskBatch, None, None]:
-    """The endless stream of meta-batches `start`, `start + 1`, ..., the same for any number of workers.
+    """Return the endless stream of meta-batches `start`, `start + 1`, ..., the same for any number of workers.
 
     Args:
         family: the task family.
         tasks: tasks per meta-batch.
         start: index of the first meta-batch, so that a run resumes where it stopped.
-        workers: threads that sample ahead, with one thread of torch each; 0 samples in the caller's thread.
+        workers: threads that prefetch, with one torch thread each; 0 samples in the caller's thread.
 
     Returns:
-        a generator; closing it (or an error in a worker, raised here) ends its threads.
+        A generator; closing it (or an error in a worker, raised here) ends its threads.
 
     Raises:
-        ValueError, TypeError: for a count out of range.
+        TypeError: a count is no integer.
+        ValueError: a count is out of range.
     """
     check_count("tasks", tasks, 1)
     check_count("start", start, 0)
@@ -56,12 +57,12 @@ def _sampled_ahead(
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch's operations run alone: teams of threads would fight with the consumer's for the cores."""
+    """Workers with one torch thread each: teams of threads would compete with the consumer's for the cores."""
     threads, started = torch.get_num_threads(), Barrier(count + 1)
 
     def work_alone() -> None:
         try:
-            # Torch sets a thread up when it first asks; a number set before would then be overwritten.
+            # torch initializes a thread's setting at its first call, which would overwrite a number set earlier.
             torch.get_num_threads()
             torch.set_num_threads(1)
         except BaseException:
@@ -72,7 +73,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(count, thread_name_prefix="kfo-tasks", initializer=work_alone)
     try:
         for _ in range(count):
-            # Starts a thread, as none is idle before all have started.
+            # Starts a thread, as none is idle until all have started.
             pool.submit(int)
         started.wait()
     except BaseException:
@@ -80,13 +81,13 @@ def _workers(count: int) -> ThreadPoolExecutor:
         pool.shutdown()
         raise
     finally:
-        # The workers have also set the number for threads to come.
+        # The workers have also set the default of new threads.
         torch.set_num_threads(threads)
     return pool
 
 
 def _has_halves(family: TaskFamily) -> bool:
-    """Whether one class defines sample, draw and batch: in a subclass that changes one of them they may differ."""
+    """Whether one class defines sample, draw and batch: a subclass that overrides one of them may be inconsistent."""
     functions = {name: getattr(getattr(family, name, None), "__func__", None) for name in ("sample", "draw", "batch")}
     return any(
         all(function is not None and vars(owner).get(name) is function for name, function in functions.items())

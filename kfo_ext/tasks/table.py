@@ -1,4 +1,4 @@
-"""The task families by name, one line each; no torch before a family is made."""
+"""The task families by name, one line each; torch is imported only when a family is made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Family(NamedTuple):
     Attributes:
         path: module and name of the family's class.
         options: its options, a frozen dataclass: names, defaults, bounds and help texts.
-        help: one line.
+        help: the help text, one line.
         on_device: whether the family keeps its images, and makes its tasks, on a device.
     """
 
@@ -33,7 +33,7 @@ class Family(NamedTuple):
 
     @property
     def make(self) -> Callable[..., TaskFamily]:
-        """The class: make(split=, seed=, **options), and device= if on_device."""
+        """The family's class, to be called with split=, seed=, its options, and device= if on_device."""
         module, name = self.path.split(":")
         return getattr(importlib.import_module(f"kfo_ext.tasks.{module}"), name)
 
@@ -53,18 +53,21 @@ FAMILIES: dict[str, Family] = {
 def make_family(
     name: str, split: str, *, seed: int = 0, device: torch.device | str = "cpu", **options: Any
 ) -> TaskFamily:
-    """The task family of that name.
+    """Make a task family by name.
 
     Args:
         name: a key of FAMILIES.
         split: train, validation or test.
         seed: the run's seed.
-        device: where images are kept and tasks are made; families of points draw them on the CPU.
-        options: fields of the family's options; families of real data need `root`.
+        device: the device of images and tasks; families of points use the CPU.
+        **options: fields of the family's options; families of real data require `root`.
+
+    Returns:
+        The family.
 
     Raises:
-        ValueError, TypeError: for an unknown name and for options that the family has not or refuses, and what its
-            constructor raises.
+        TypeError: an option is unknown or has another type.
+        ValueError: the name is unknown or an option is out of range; or the family's constructor raised it.
     """
     if name not in FAMILIES:
         raise ValueError(f"dataset: expected one of {', '.join(FAMILIES)}, got {name!r}")

@@ -23,10 +23,16 @@ class Labelled(NamedTuple):
 
 
 def read_cifar100(path: Path) -> dict[str, Labelled]:
-    """Class to images, in the order of the images' names; both parts of the archive together.
+    """Read the images of both parts of the archive.
+
+    Args:
+        path: the archive.
+
+    Returns:
+        The images of each class, in the order of the images' names.
 
     Raises:
-        ValueError: naming the archive and the member that is damaged, or missing, or of another data set.
+        ValueError: a member, which is named, is damaged, missing, or of another data set.
     """
     members = _members(path)
     classes = _texts(_table(members["meta"], f"{path}: meta"), "fine_label_names", f"{path}: meta")
@@ -46,7 +52,7 @@ def read_cifar100(path: Path) -> dict[str, Labelled]:
             if not isinstance(label, int) or not 0 <= label < len(classes):
                 raise ValueError(f"{where}: expected fine labels from 0 to {len(classes) - 1}, that of {name} is not")
             found[classes[label]].append((name, content[at * PIXELS : (at + 1) * PIXELS]))
-    # A class's images lie in the order of their names, as in the archive of single images: the tasks are the same.
+    # In the order of their names, as in the archive of single images, so that both give the same tasks.
     pairs = {name: sorted(images, key=lambda image: image[0]) for name, images in found.items()}
     return {name: Labelled([one for one, _ in images], [one for _, one in images]) for name, images in pairs.items()}
 
@@ -73,7 +79,7 @@ def _members(path: Path) -> dict[str, bytes]:
 
 
 def _table(content: bytes, where: str) -> dict[Any, Any]:
-    """The dictionary of a member; its keys are str, or bytes where Python 3 wrote it."""
+    """The dictionary of a member; its keys are str, or bytes if Python 3 wrote it."""
     table = read_pickle(content, where)
     if not isinstance(table, dict):
         raise ValueError(f"{where}: expected a dictionary, got {type(table).__name__}")

@@ -22,7 +22,7 @@ from kfo_ext.tasks.splits import check_members, check_splits, lines_of, read_spl
 
 ZIP, PYTHON = "cifar100.zip", "cifar-100-python.tar.gz"
 LAYOUT = f"{ZIP} of CIFAR-FS or {PYTHON} of CIFAR-100"
-# raised when the decoded pixels or their order change
+# To be increased when the decoded pixels or their order change.
 CACHE_FORMAT = "cifar_fs 1"
 
 Splits = dict[str, list[str]]
@@ -31,7 +31,7 @@ Splits = dict[str, list[str]]
 class CifarFs(ImageClasses):
     """Few-shot tasks of CIFAR-FS, 3x32x32 in [0, 1]: 64 / 16 / 20 classes of 600 images.
 
-    A class's images lie in the order of their file names, so that both archives give the same tasks.
+    The images of a class are sorted by file name, so that both archives give the same tasks.
 
     Args:
         root: folder with cifar100.zip (CIFAR-FS) or cifar-100-python.tar.gz (CIFAR-100's own), or that file.
@@ -42,15 +42,16 @@ class CifarFs(ImageClasses):
         splits: folder with train.txt, val.txt and test.txt, or a JSON file; default: the zip's own, else Bertinetto's.
         seed: the run's seed.
         rotations: turn each class of each task by its own multiple of 90 degrees.
-        device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file.
+        device: the device of the split's images and of meta-batches; on the CPU the images stay in the cache file.
         cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home.
 
     Raises:
-        FileNotFoundError: no archive is there.
-        ValueError: for damaged ones and those of another data set, for splits that overlap or name missing classes, for
-            options out of range and if the device is not there.
+        FileNotFoundError: there is no archive.
+        ValueError: the archive is damaged or of another data set, splits overlap or name missing classes, an option is
+            out of range, or the device is not available.
 
-    Source: Bertinetto et al. 2019, Meta-learning with differentiable closed-form solvers.
+    Source:
+        Bertinetto et al. 2019, Meta-learning with differentiable closed-form solvers.
     """
 
     def __init__(

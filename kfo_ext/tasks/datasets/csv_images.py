@@ -19,7 +19,7 @@ from kfo_ext.tasks.splits import check_splits, split_files
 
 COLUMNS = ["filename", "label"]
 LAYOUT = "train.csv, val.csv and test.csv with the columns filename and label, beside a folder images"
-# raised when the decoded pixels change
+# To be increased when the decoded pixels change.
 CACHE_FORMAT = "csv_images 1"
 
 
@@ -27,7 +27,7 @@ class CsvImages(ImageClasses):
     """Few-shot tasks of the images that three csv files list, resized to side x side by Lanczos, RGB in [0, 1].
 
     Ravi and Larochelle's layout: train.csv, val.csv and test.csv with the columns filename and label, and a folder
-    `images` beside them. `name` is the archive's: results are of that data set, whatever its layout is known from.
+    `images` beside them. The attribute `name` is the archive's name, by which results are labelled.
 
     Args:
         root: zip archive, or folder that has the files or one such archive.
@@ -35,18 +35,19 @@ class CsvImages(ImageClasses):
         ways: classes per task.
         shots: support images per class.
         queries: query images per class.
-        side: pixels of a side.
+        side: height and width in pixels.
         seed: the run's seed.
         rotations: turn each class of each task by its own multiple of 90 degrees.
-        device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file.
+        device: the device of the split's images and of meta-batches; on the CPU the images stay in the cache file.
         cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home.
 
     Raises:
-        FileNotFoundError: the files are not there.
-        ValueError: for damaged or pickled ones, for splits that share a class or an image, for options out of range and
-            if the device is not there.
+        FileNotFoundError: files are missing.
+        ValueError: files are damaged or pickled, splits share a class or an image, an option is out of range, or the
+            device is not available.
 
-    Source: Finn, Abbeel and Levine 2017, who resize by Lanczos; Ravi and Larochelle 2017 for the splits' files.
+    Source:
+        Finn, Abbeel and Levine 2017, who resize by Lanczos; Ravi and Larochelle 2017 for the splits' files.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from kfo_ext.tasks.sources import Source, open_source, refuse_pickles
 from kfo_ext.tasks.splits import check_members, check_splits, read_splits, split_named
 
 LAYOUT = "a folder of images per class, in folders train, val and test or with a splits file"
-# raised when the decoded pixels change
+# To be increased when the decoded pixels change.
 CACHE_FORMAT = "folders 1"
 
 Tree = dict[str, list[str]]
@@ -33,21 +33,20 @@ class Folders(ImageClasses):
         ways: classes per task.
         shots: support images per class.
         queries: query images per class.
-        splits: which class folders belong to a split: a JSON file {"train": [...], "val": [...], "test": [...]}, or a
-            folder with train.txt, val.txt and test.txt, a class a line. A class is named by its folder, with as much of
-            the path before it as tells it from the others. Default: `root` has the folders train, val (or validation)
-            and test.
-        side: pixels of a side.
+        splits: the class folders of each split: a JSON file {"train": [...], "val": [...], "test": [...]}, or a folder
+            with train.txt, val.txt and test.txt, one class per line. A class is named by its folder, with as much of
+            the path before it as makes it unique. Default: `root` has the folders train, val (or validation) and test.
+        side: height and width in pixels.
         colour: rgb or gray.
         seed: the run's seed.
         rotations: turn each class of each task by its own multiple of 90 degrees.
-        device: where the split's images are kept and meta-batches are made; on the CPU they stay in the cache file.
+        device: the device of the split's images and of meta-batches; on the CPU the images stay in the cache file.
         cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home.
 
     Raises:
-        FileNotFoundError: root or splits are not there.
-        ValueError: for damaged images, for splits that overlap, are empty or name missing classes, for options out of
-            range and if the device is not there.
+        FileNotFoundError: `root` or `splits` does not exist.
+        ValueError: an image is damaged, splits overlap, are empty or name missing classes, an option is out of range,
+            or the device is not available.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ def _plan(source: Source, split: str, listed: dict[str, list[str]] | None, targe
 
 
 def class_tree(names: Iterable[str]) -> Tree:
-    """Every folder that holds images, with them."""
+    """The images of every folder that holds some."""
     tree: Tree = {}
     for name in sorted(filter(is_image, names)):
         folder, slash, _ = name.rpartition("/")
@@ -131,7 +130,7 @@ def _of_folders(tree: Tree, source: Source) -> dict[str, Tree]:
         if split is None:
             outside.append(folder)
             continue
-        # Together they may hold an image twice, as an example to adapt on and one to be judged by.
+        # Together they may hold an image twice, as a support and as a query example.
         if (other := taken.setdefault((split, name), folder)) != folder:
             raise ValueError(
                 f"root: {source.path}: class {name!r} of {split} lies in {other} and in {folder}; remove one of them, "
@@ -148,7 +147,7 @@ def _of_folders(tree: Tree, source: Source) -> dict[str, Tree]:
 
 
 def _of_lists(tree: Tree, listed: dict[str, list[str]], source: Source) -> dict[str, Tree]:
-    """Classes as the splits' lists name them."""
+    """The classes that the splits' lists name."""
     check_splits(listed, "splits")
     ends: dict[str, list[str]] = {}
     for folder in tree:

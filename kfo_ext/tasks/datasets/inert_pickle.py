@@ -1,9 +1,8 @@
 """Reads plain values and byte arrays out of a pickle without running it.
 
 A pickle is a program: unpickling calls what it names. This reader calls nothing. It decodes the opcodes, builds
-dictionaries, lists, tuples, numbers and strings itself, and turns whatever a pickle would import or call into a record
-of it. `array_of` then takes an array's shape and bytes from the records that numpy writes. Opcodes that plain data do
-not need are refused.
+dictionaries, lists, tuples, numbers and strings itself, and records what a pickle would import or call. `array_of` then
+reads an array's shape and bytes from the records that numpy writes. Opcodes that plain data do not need are refused.
 """
 
 from __future__ import annotations
@@ -13,19 +12,24 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# What numpy's names are in the pickles of its versions.
+# numpy's names in the pickles of its versions.
 RECONSTRUCT = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 DTYPE = "numpy dtype"
 
 
 class Name(NamedTuple):
-    """What the pickle would import, as "module name"."""
+    """A record of an import, "module name"."""
 
     name: str
 
 
 class Call:
-    """What the pickle would call, with which arguments, and the state it would set."""
+    """A record of a call: the function, its arguments, and the state to be set.
+
+    Args:
+        name: the function.
+        arguments: its arguments.
+    """
 
     def __init__(self, name: Any, arguments: Any) -> None:
         self.name, self.arguments, self.state = name, arguments, None
@@ -39,26 +43,37 @@ class Bytes(NamedTuple):
 
 
 def read_pickle(content: bytes, source: str) -> Any:
-    """The value that a pickle holds; strings of Python 2 come as str, a byte a character.
+    """Read the value of a pickle; a string of Python 2 becomes a str with one character per byte.
 
     Args:
-        source: names the file in messages.
+        content: the pickle.
+        source: the name of the file, for messages.
+
+    Returns:
+        The value; imports and calls in it are records.
 
     Raises:
-        ValueError: the file is no pickle, is cut, or needs more than plain data.
+        ValueError: the file is no pickle, is truncated, or needs more than plain data.
     """
     try:
         return _Machine().run(content)
-    # A damaged program takes values that are not there, or of a type that has no such operation.
+    # A damaged pickle reads missing values, or values of a type without the operation.
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is damaged or no pickle of plain data ({error})") from error
 
 
 def array_of(value: Any, source: str) -> Bytes:
-    """The array of bytes that a record stands for.
+    """Read the array of bytes from a record.
+
+    Args:
+        value: the record.
+        source: the name of the file, for messages.
+
+    Returns:
+        The array's shape and content.
 
     Raises:
-        ValueError: it is no C-ordered numpy array of uint8.
+        ValueError: the record is no C-ordered numpy array of uint8.
     """
     try:
         _, shape, dtype, fortran, content = value.state
@@ -82,6 +97,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, content: bytes) -> Any:
+        """The value of a pickle; raises ValueError for an opcode that is refused."""
         for opcode, argument, _ in pickletools.genops(content):
             if opcode.name == "STOP":
                 (value,) = self.stack
@@ -95,12 +111,14 @@ class _Machine:
         raise ValueError("it has no end")
 
     def since_mark(self) -> list[Any]:
+        """Pop all values since the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
 
     def last(self, count: int) -> list[Any]:
+        """Pop the last `count` values."""
         if len(self.stack) < count:
             raise ValueError("a value is missing")
         items = self.stack[len(self.stack) - count :]
@@ -108,35 +126,43 @@ class _Machine:
         return items
 
     def top(self, kind: type) -> Any:
+        """The last value; raises ValueError unless it is of this type."""
         if not isinstance(self.stack[-1], kind):
             raise ValueError(f"expected a {kind.__name__}, got {type(self.stack[-1]).__name__}")
         return self.stack[-1]
 
     def call(self) -> None:
+        """Replace a function and its arguments by the record of the call."""
         name, arguments = self.last(2)
         self.stack.append(Call(name, arguments))
 
     def build(self) -> None:
+        """Move a state to the record of the call before it."""
         (state,) = self.last(1)
         self.top(Call).state = state
 
     def name(self) -> None:
+        """Replace a module and a name by the record of the import."""
         module, name = self.last(2)
         self.stack.append(Name(f"{module} {name}"))
 
     def put(self, key: int) -> None:
+        """Store the last value in the memo."""
         self.memo[key] = self.stack[-1]
 
     def extend(self, items: list[Any]) -> None:
+        """Append items to the last value, a list."""
         self.top(list).extend(items)
 
     def set_items(self, items: list[Any]) -> None:
-        # Hashing a tuple of tuples of tuples may take for ever.
+        """Set keys and values, in turn, in the last value, a dictionary."""
+        # Hashing nested tuples may take exponential time.
         if not all(isinstance(key, (str, bytes, int)) for key in items[::2]):
             raise ValueError("expected keys that are text or numbers")
         self.top(dict).update(zip(items[::2], items[1::2], strict=True))
 
     def make_dict(self) -> None:
+        """Replace keys and values since the last mark by a dictionary."""
         items = self.since_mark()
         self.stack.append({})
         self.set_items(items)

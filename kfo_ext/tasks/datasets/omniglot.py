@@ -32,9 +32,9 @@ ARCHIVES = (
 CLASSES = {"train": 1100, "validation": 100, "test": 423}
 DRAWERS = 20
 SIDE = 28
-# the split is part of the data set: it never follows a run's seed
+# The split is part of the data set: it does not depend on a run's seed.
 SPLIT_SEED = 1623
-# raised when the decoded pixels change
+# To be increased when the decoded pixels change.
 CACHE_FORMAT = "omniglot 2"
 
 
@@ -51,13 +51,13 @@ class Omniglot(ImageClasses):
         queries: query images per class.
         seed: the run's seed.
         rotations: turn each class of each task by its own multiple of 90 degrees.
-        device: where the split's images are kept and meta-batches are made, at most 17 MB.
+        device: the device of the split's images, at most 17 MB, and of meta-batches.
         cache: folder for the decoded images; default $KFO_CACHE, else kfo_ext in the user's cache home.
         download: fetch missing archives into `root`.
 
     Raises:
-        FileNotFoundError: for missing archives.
-        ValueError: for damaged ones, for options out of range and if the device is not there.
+        FileNotFoundError: an archive is missing.
+        ValueError: an archive is damaged, an option is out of range, or the device is not available.
     """
 
     def __init__(
@@ -94,14 +94,15 @@ class Omniglot(ImageClasses):
 
 
 def download_omniglot(root: str | os.PathLike[str], source: str = SOURCE) -> None:
-    """Fetch the archives that are not in `root`, about 16 MB.
+    """Download the archives that are missing in a folder, about 16 MB.
 
     Args:
-        source: URL of the folder that has them.
+        root: the folder.
+        source: URL of the folder to download from.
 
     Raises:
         ConnectionError: the source cannot be reached.
-        ValueError: it sends something else.
+        ValueError: a downloaded file is not the archive.
     """
     for archive in ARCHIVES:
         target = Path(root, archive.name)
@@ -110,7 +111,7 @@ def download_omniglot(root: str | os.PathLike[str], source: str = SOURCE) -> Non
 
 
 def split_classes(classes: int, split: str) -> list[int]:
-    """Which of the sorted classes belong to a split."""
+    """The indices of a split's classes in the sorted list of classes."""
     order = list(range(classes))
     random.Random(SPLIT_SEED).shuffle(order)
     first = {"train": 0, "validation": CLASSES["train"], "test": CLASSES["train"] + CLASSES["validation"]}[split]

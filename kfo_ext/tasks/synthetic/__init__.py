@@ -1,1 +1,1 @@
-"""Task families that are drawn from a formula and need no data."""
+"""Task families drawn from a formula, without data."""

@@ -17,9 +17,9 @@ DRAWERS = 20
 SIDE = 28
 STROKES = 4
 POINTS = 48
-# characters drawn at a time; divides their number
+# Characters drawn at a time; divides their number.
 CHUNK = 20
-# the characters are a data set: they never follow a run's seed
+# The characters are a data set: they do not depend on a run's seed.
 UNIVERSE_SEED = 28
 
 
@@ -35,11 +35,11 @@ class Glyphs(ImageClasses):
         queries: query images per class.
         seed: the run's seed.
         rotations: turn each class of each task by its own multiple of 90 degrees.
-        device: where the split's images are kept and meta-batches are made, at most 6 MB.
+        device: the device of the split's images, at most 6 MB, and of meta-batches.
 
     Raises:
-        ValueError, TypeError: for options out of range.
-        ValueError: the device is not there.
+        TypeError: an option has another type.
+        ValueError: an option is out of range, or the device is not available.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ def _draw(plan: _Strokes, random: _Random) -> Tensor:
 
 
 class _Random:
-    """Draws of one seeded generator, in float64 so that the pixels do not depend on how a machine rounds."""
+    """Draws of one seeded generator, in float64 so that the pixels do not depend on a machine's rounding."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -104,13 +104,13 @@ class _Strokes(NamedTuple):
 
     Attributes:
         present: 1 for the strokes that a character has.
-        x: where the pen starts, unless `joined`.
-        y: where the pen starts, unless `joined`.
-        joined: where on the stroke before it starts, 0 to 1, or -1.
+        x: horizontal start of the pen, unless `joined`.
+        y: vertical start of the pen, unless `joined`.
+        joined: the position on the previous stroke where this one starts, 0 to 1, or -1.
         heading: the pen's direction at time t in [0, 1] is heading + bend (t - 1/2) + swing sin(2 pi t).
         bend: the pen's direction at time t in [0, 1] is heading + bend (t - 1/2) + swing sin(2 pi t).
         swing: the pen's direction at time t in [0, 1] is heading + bend (t - 1/2) + swing sin(2 pi t).
-        length: of the path.
+        length: length of the path.
     """
 
     present: Tensor
@@ -141,7 +141,7 @@ def _characters(random: _Random, n: int) -> _Strokes:
 
 
 def _by_hand(plan: _Strokes, random: _Random) -> _Strokes:
-    """The strokes as each drawer makes them: (n, STROKES) to (n * DRAWERS, STROKES)."""
+    """The strokes of each drawer: (n, STROKES) to (n * DRAWERS, STROKES)."""
     drawn = _Strokes(*(value.repeat_interleave(DRAWERS, 0) for value in plan))
     shape = drawn.x.shape
     return drawn._replace(
@@ -155,7 +155,7 @@ def _by_hand(plan: _Strokes, random: _Random) -> _Strokes:
 
 
 def _pen_path(strokes: _Strokes) -> Tensor:
-    """Where the pen is, (n, STROKES, POINTS, 2); the points of a stroke are evenly spaced along it."""
+    """The positions of the pen, (n, STROKES, POINTS, 2); the points of a stroke are evenly spaced along it."""
     time = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS
     heading = (
         strokes.heading.unsqueeze(-1)
@@ -176,7 +176,7 @@ def _pen_path(strokes: _Strokes) -> Tensor:
 
 
 def _place(path: Tensor, present: Tensor, random: _Random) -> Tensor:
-    """Slant, scale and shift each drawing by chance onto the canvas [0, SIDE]^2."""
+    """Slant, scale and shift each drawing at random onto the canvas [0, SIDE]^2."""
     n = len(path)
     slant = torch.eye(2, dtype=torch.float64) + random.normal(0.08, n, 2, 2)
     points = (path.flatten(1, 2) @ slant).view_as(path)
@@ -191,9 +191,17 @@ def _place(path: Tensor, present: Tensor, random: _Random) -> Tensor:
 
 
 def _render(points: Tensor, present: Tensor, random: _Random) -> Tensor:
-    """Anti-aliased ink of pen points (n, STROKES, POINTS, 2): (n, 1, SIDE, SIDE) uint8.
+    """Render pen points with anti-aliasing.
 
     A Gaussian pen separates into rows and columns, so that all points of a drawing are one product of matrices.
+
+    Args:
+        points: (n, STROKES, POINTS, 2), positions of the pen.
+        present: (n, STROKES), 1 for the strokes that a character has.
+        random: draws the pen's width.
+
+    Returns:
+        The ink, (n, 1, SIDE, SIDE) uint8.
     """
     n = len(points)
     width = 0.55 * random.normal(0.1, n, 1, 1).exp()

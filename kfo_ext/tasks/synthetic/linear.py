@@ -14,16 +14,18 @@ class Linear:
     """Tasks y = theta x + noise * n with theta, x and n standard normal numbers.
 
     Args:
-        split: the name of the stream; the splits share the distribution and no draw.
+        split: the name of the stream; the splits share the distribution but no draw.
         shots: support points per task.
         queries: query points per task.
-        noise: standard deviation of the targets about the line; no model has a mean squared error below its square.
+        noise: standard deviation of the targets about the line; its square bounds the mean squared error from below.
         seed: the run's seed.
 
     Raises:
-        ValueError, TypeError: for an unknown split or an option out of range.
+        TypeError: an option has another type.
+        ValueError: the split is unknown, or an option is out of range.
 
-    Source: the paper, section 4.1.
+    Source:
+        the paper, section 4.1.
     """
 
     def __init__(self, split: str, *, shots: int = 10, queries: int = 10, noise: float = 1.0, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What the families of points share: counts, a generator per meta-batch, support and query."""
+"""Shared by the families of points: counts, a generator per meta-batch, support and query."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from kfo_ext.tasks.checks import check_count, check_split
 
 
 class Points:
-    """The numbers of one stream of tasks, and where a task's points go.
+    """The counts and generators of one stream of tasks, and the split into support and query.
 
     Args:
-        split: the name of the stream; the splits share the distribution and no draw.
+        split: the name of the stream; the splits share the distribution but no draw.
         shots: support points per task.
         queries: query points per task.
         seed: the run's seed.
 
     Raises:
-        ValueError, TypeError: for an unknown split or a count out of range.
+        TypeError: a count is no integer.
+        ValueError: the split is unknown, or a count is out of range.
     """
 
     def __init__(self, split: str, shots: int, queries: int, seed: int) -> None:
@@ -29,7 +30,7 @@ class Points:
 
     @property
     def each(self) -> int:
-        """Points of a task."""
+        """The number of points of a task."""
         return self.shots + self.queries
 
     def generator(self, index: int, tasks: int) -> torch.Generator:

@@ -15,15 +15,17 @@ class Sinusoid:
     """Tasks y = A sin(x - b) with A uniform in [0.1, 5], b uniform in [0, pi] and x uniform in [-5, 5].
 
     Args:
-        split: the name of the stream; the splits share the distribution and no draw.
+        split: the name of the stream; the splits share the distribution but no draw.
         shots: support points per task.
         queries: query points per task.
         seed: the run's seed.
 
     Raises:
-        ValueError, TypeError: for an unknown split or a count out of range.
+        TypeError: a count is no integer.
+        ValueError: the split is unknown, or a count is out of range.
 
-    Source: Finn, Abbeel and Levine 2017 (MAML), section 5.1.
+    Source:
+        Finn, Abbeel and Levine 2017 (MAML), section 5.1.
     """
 
     def __init__(self, split: str, *, shots: int = 10, queries: int = 10, seed: int = 0) -> None:
