@@ -1,7 +1,7 @@
 """`kfo demo`: on procedural glyphs, a shallow network meta-learns better with a learned Kronecker-factored update.
 
-Both start from a zero head, which serves plain MAML best. The inner rates were tuned once, by the accuracy on 200
-validation tasks after 120 meta-iterations, with
+Both start from a zero head, which serves plain MAML best. The inner rates were tuned by the accuracy on 200 validation
+tasks after 120 meta-iterations, with
 
     kfo train --update UPDATE --init zero_head --inner-lr RATE --iterations 120 --validation-every 60 --threads 1
 
@@ -43,11 +43,14 @@ TRAINING = {
 def run(folder: Path, *, time_budget: float, tasks: int, echo: Callable[[str], None]) -> None:
     """Meta-train MAML and KFO side by side, evaluate both on the same tasks, and draw both curves.
 
-    folder: absent or empty; takes the run folders none and kfo, their logs and curves.png.
-    time_budget: seconds of training for each.
-    tasks: length of the list of test tasks.
-    echo: takes one line at a time.
-    Raises: ValueError if the folder is taken or a part of the work fails.
+    Args:
+        folder: absent or empty; receives the run folders none and kfo, their logs and curves.png.
+        time_budget: seconds of training for each.
+        tasks: number of test tasks.
+        echo: prints one line.
+
+    Raises:
+        ValueError: an argument is out of range, the folder is not empty, or a part of the work fails.
     """
     if not (time_budget > 0 and math.isfinite(time_budget)):
         raise ValueError(f"time_budget: expected seconds above 0, got {time_budget}")
@@ -82,9 +85,15 @@ def _training(update: str, run: RunFolder, time_budget: float) -> list[str]:
 
 
 def _all(folder: Path, commands: dict[str, list[str]], seconds: float) -> None:
-    """Run kfo once for each entry, side by side where there are the cores; what they say goes to log files.
+    """Run kfo once for each entry, side by side if there are enough cores, with output to log files.
 
-    Raises: ValueError with the last line of the log of the first that fails.
+    Args:
+        folder: the folder of the log files.
+        commands: arguments of kfo by the name of the update.
+        seconds: the expected duration, for the bar; 0 for none.
+
+    Raises:
+        ValueError: a command failed; the message has the last line of its log.
     """
     if len(os.sched_getaffinity(0)) < len(commands):
         for name, command in commands.items():
@@ -99,7 +108,7 @@ def _side_by_side(folder: Path, commands: dict[str, list[str]], seconds: float) 
         processes = {}
         for name, command in commands.items():
             line = [sys.executable, "-m", "kfo_ext", *command]
-            # In a session of its own, so that Ctrl-C reaches it once, through us.
+            # A separate session, so that Ctrl-C reaches it once, through this process.
             processes[name] = subprocess.Popen(
                 line, stdout=logs[name], stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -108,7 +117,7 @@ def _side_by_side(folder: Path, commands: dict[str, list[str]], seconds: float) 
                 _wait(list(processes.values()), seconds, stop)
             finally:
                 for process in processes.values():
-                    # One that still runs was interrupted: it saves what it has.
+                    # A process that still runs was interrupted: it saves its state.
                     process.terminate()
                     process.wait()
             if stop():

@@ -1,4 +1,4 @@
-"""`kfo doctor`: what is built, what loads and why not, and whether each backend computes the right numbers."""
+"""`kfo doctor`: what is built, what loads or why not, and whether each backend computes the right numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kfo_ext.testing import CASES, OUTPUTS, TOLERANCE, Operands, random_operands
 
 TASKS = 3
 
-# Entry of the report to the backend and the device that reach it.
+# The backend and device of each entry of the report.
 ROUTES = {
     "reference": ("reference", "cpu"),
     "cpu": ("native", "cpu"),
@@ -29,8 +29,11 @@ ROUTES = {
 def examine(echo: Callable[[str], None]) -> dict[str, Any]:
     """Print the state of the installation.
 
-    echo: takes one line at a time.
-    out: the same as plain values; `healthy` is false if a backend that loads gives wrong numbers.
+    Args:
+        echo: prints one line.
+
+    Returns:
+        The same as plain values; `healthy` is false if a backend that loads computes wrong numbers.
     """
     facts: dict[str, Any] = {
         "kfo_ext": kfo_ext.__version__,
@@ -81,7 +84,7 @@ def _self_test(backend: str, device: str) -> Iterator[tuple[str, dict[str, Any]]
             for shapes in CASES.values():
                 for name, error in _errors(backend, device, dtype, shapes).items():
                     errors[name].append(error)
-        except Exception as failure:  # whatever it is, it is the finding
+        except Exception as failure:  # any error is a finding
             text = f"{type(failure).__name__}: {failure}"
             yield f"{dtype}: FAILED, {text}", {"dtype": kind, "ok": False, "failure": text}
             continue
@@ -99,7 +102,7 @@ def _self_test(backend: str, device: str) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _errors(backend: str, device: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> dict[str, float]:
-    """The relative error of every output, R shared by all tasks and L of each its own."""
+    """The relative error of every output, with R shared by all tasks and one L per task."""
     here = random_operands(shapes, TASKS, rows=(1, TASKS), dtype=dtype)
     found = run_backend(backend, Operands(*(operand.to(device) for operand in here)), shapes)
     return {name: relative_error(found[name].cpu(), right) for name, right in truth(here, shapes).items()}

@@ -1,4 +1,4 @@
-"""The public functions: what the operators compute, for all tasks at once, right to any order of derivative."""
+"""The public functions of the operators, for all tasks at once, with correct derivatives of any order."""
 
 from kfo_ext.ops.batch_norm.op import batch_norm_relu
 from kfo_ext.ops.conv2d.op import conv2d

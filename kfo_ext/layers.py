@@ -1,7 +1,7 @@
-"""`fast_layers`: torch's conv2d and batch norm + ReLU on our operators, in a loop that calls torch's.
+"""`fast_layers`: conv2d and batch norm + ReLU on our operators, in code that calls torch's functions.
 
-What our operators return lies in memory channels last, so that the next layer reads it without a copy. Torch's would be
-contiguous: before any function could tell the difference, the tensor's memory is put in that order.
+Our operators return tensors in channels-last memory, which the next layer reads without a copy. torch's would be
+contiguous, so a tensor is made contiguous before any function that could tell the difference reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kfo_ext.ops.operands import ready
 from kfo_ext.ops.own_code import LayerMode
 from kfo_ext.ops.torch_private import dispatch_modes, jit_trace, saved_tensor_hooks, transformed
 
-# Functions that give a new tensor, or their first argument, in whichever memory format they get.
+# Functions that return a new tensor, or their first argument, in the memory format of their operands.
 _ANY_FORMAT: frozenset[Callable] = frozenset(
     [
         *KINDS,
@@ -30,40 +30,49 @@ _ANY_FORMAT: frozenset[Callable] = frozenset(
         *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
     ]
 )
-# Some of torch's kernels cut sizes to 32 bits, and it takes no number of more than 64; it says so itself.
+# Some of torch's kernels truncate sizes to 32 bits, and torch itself raises for numbers of more than 64.
 _MOST_PADDING, _MOST_STRIDE = (1 << 30) - 1, (1 << 63) - 1
 
 
 @contextmanager
 def fast_layers() -> Iterator[None]:
-    """Within it, conv2d and batch norm + ReLU run on our CPU kernels, in any code that calls torch's in this thread.
+    """Run conv2d and batch norm + ReLU on our CPU kernels in the block, in all code of this thread that calls torch's.
 
     with kfo_ext.fast_layers():
-        ...  # a loop as it is: forward, torch.autograd.grad, backward
+        ...  # an unchanged loop: forward, torch.autograd.grad, backward
 
-    It also decorates a function. Results are torch's up to rounding, as are derivatives of every order, running
-    statistics, and what in-place functions change. Graphs may outlive the block: their backward passes need no block.
+    It also decorates a function. Results equal torch's up to rounding, as do derivatives of every order, running
+    statistics and in-place changes. Graphs may outlive the block: their backward passes do not depend on it.
 
-    Replaced are convolutions without groups or dilation, with the same stride and padding of both axes, and batch norms
-    of images by the statistics of the batch; float32 and float64 on the CPU. Everything else runs in torch as it is:
-    other types, devices and arguments, subclasses of tensors, and all that is called under torch.func, torch.compile,
-    autocast, forward-mode AD, saved-tensor hooks such as checkpoint's, inference mode or a TorchDispatchMode.
+    It replaces convolutions without groups or dilation, with the same stride and padding for both axes, and batch norms
+    of images by batch statistics, in float32 and float64 on the CPU. Everything else runs in torch: other types,
+    devices and arguments, subclasses of tensors, and all calls under torch.func, torch.compile, autocast, forward-mode
+    AD, saved-tensor hooks such as checkpoint's, inference mode or a TorchDispatchMode.
 
-    In the block every function of torch sees tensors laid out as torch's would be. After it, an activation that a later
-    layer has taken, and that is kept, may lie in memory channels last: `reshape` it there, as `view` may raise. An
-    nn.Parameter made of an activation within the block may not share its memory: torch does not report that call.
+    In the block, every function of torch receives tensors in the layout that torch would give them. After the block, a
+    kept activation that a later layer has consumed may be channels last: use `reshape`, as `view` may raise. An
+    nn.Parameter made from an activation within the block may not share its memory: torch does not report that call.
+
+    Yields:
+        Nothing; layers are replaced in the block.
     """
     with _FastLayers():
         yield
 
 
 class _Output:
-    """What is known of a tensor that a layer gave.
+    """The state of a tensor that a layer returned.
 
-    keeps: whether it lies as torch's: that lies channels last too, or a function has seen this one.
-    made: its version when it was made; a function that may have changed its values by another way sets None.
-    taken: whether a layer has it: then it may stay as it is when the block ends.
-    seen: whether something can hook into the derivative by it, with the tensor itself gone.
+    Args:
+        X: the tensor; only a weak reference is kept.
+        others: the table of states by id, from which this one is removed with the tensor.
+        keeps: see the attribute.
+
+    Attributes:
+        keeps: whether the layout is final: torch's would be channels last too, or a function has seen the tensor.
+        made: its version when it was made; None once a function may have changed its values by another way.
+        taken: whether a layer has consumed it: it may then stay channels last when the block ends.
+        seen: whether something may have hooked into its derivative, even if the tensor itself is gone.
     """
 
     def __init__(self, X: Tensor, others: dict[int, _Output], keeps: bool) -> None:
@@ -73,15 +82,16 @@ class _Output:
         self.taken = self.seen = False
 
     def unseen(self) -> bool:
+        """Whether no function has seen the tensor, and it is gone."""
         return not self.seen and self.ref() is None
 
     def shown(self, X: Tensor) -> None:
-        """X, the tensor, is to be seen by a function that could tell how it lies in memory."""
+        """Make X, the tensor, contiguous for a function that could tell its layout."""
         self.made, self.seen = None, True
         if not self.keeps and not X.is_contiguous():
-            # The same tensor with the same history and version, as nobody has seen its memory yet.
+            # The tensor keeps its history and version; no function has seen its memory yet.
             X.data = X.detach().contiguous()
-        # What becomes of it from here on is the caller's doing, and others may share its memory.
+        # Later changes are the caller's, and other tensors may share its memory.
         self.keeps = True
 
 
@@ -105,16 +115,16 @@ class _Norm(NamedTuple):
 
 
 class _FastLayers(LayerMode):
-    """Sees every function of torch, and replaces those that our operators can stand for."""
+    """Intercepts every function of torch, and replaces those that our operators implement."""
 
     def __init__(self) -> None:
         super().__init__()
-        # By identity. They hold no tensor.
+        # By id. The states hold no tensor.
         self.outputs: dict[int, _Output] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # A compiler follows only what stands before.
+        # A compiler traces nothing beyond this test.
         if torch.compiler.is_compiling() or not (self.outputs or func in KINDS):
             return func(*args, **kwargs)
         if func in DESCRIBING:
@@ -139,7 +149,7 @@ class _FastLayers(LayerMode):
         self.outputs.clear()
 
     def _show(self, values: Iterable[Any]) -> None:
-        """Puts what a function takes in the memory format that torch would have given it."""
+        """Convert a function's arguments to the memory format that torch would have given them."""
         for X in values:
             if isinstance(X, (tuple, list)):
                 self._show(X)
@@ -147,17 +157,17 @@ class _FastLayers(LayerMode):
                 output.shown(X)
 
     def _take(self, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-        """Notes what a function has taken, and its result, which lies in memory as that did."""
-        # None of `_ANY_FORMAT` takes tensors in a list.
+        """Record the arguments that a function has consumed, and its result, which has their memory format."""
+        # No function of `_ANY_FORMAT` takes a list of tensors.
         given = [X for X in (*args, *kwargs.values()) if isinstance(X, Tensor)]
         for X in given:
             if (output := self.outputs.get(id(X))) is not None:
                 output.taken = True
         if id(y) in self.outputs:
-            # Changed in place: the result is still to be taken.
+            # Changed in place: the result has not been consumed.
             self.outputs[id(y)].taken = False
         elif type(y) is Tensor and y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last):
-            # Of what the caller has put channels last himself, torch's result lies so too.
+            # For operands that the caller made channels last, torch's result is channels last too.
             keeps = any(_lies_channels_last(X) and self._lies_as_torchs(X) for X in given)
             self.outputs[id(y)] = _Output(y, self.outputs, keeps)
 
@@ -232,11 +242,7 @@ def _always() -> bool:
 
 
 def _convolution_of(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> _Convolution:
-    """The arguments of torch's conv2d.
-
-    Raises:
-        TypeError: they are not, or ask for what our convolution has not.
-    """
+    """The arguments of torch's conv2d; TypeError if they are not, or if our convolution does not support them."""
     if single(dilation) != 1 or groups != 1:
         raise TypeError
     return _Convolution(input, weight, bias, single(stride), single(padding))
@@ -248,7 +254,7 @@ def _norm_of(input, running_mean, running_var, weight=None, bias=None, training=
 
 
 def _possible() -> bool:
-    """Whether nothing is under way that our layers have no rule for."""
+    """Whether no transform, mode or hook is active for which our layers have no rule."""
     return (
         one_task.AVAILABLE
         and not transformed()
@@ -260,7 +266,7 @@ def _possible() -> bool:
 
 
 def _usual(needed: tuple[Tensor, ...], *optional: Tensor | None) -> bool:
-    """Whether they are plain tensors on the CPU, of one type that our kernels have, outside autocast."""
+    """Whether all are plain tensors on the CPU, of one dtype that our kernels support, outside autocast."""
     given = [*needed, *(X for X in optional if X is not None)]
     return (
         all(type(X) in (Tensor, nn.Parameter) for X in given)

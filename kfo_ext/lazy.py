@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for: `kfo --help` waits for none of them."""
+"""Names of a package that are imported at first access: `kfo --help` imports none of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ Lookup = tuple[Callable[[str], Any], Callable[[], list[str]]]
 
 
 def lazily(namespace: dict[str, Any], modules: Mapping[str, Sequence[str]]) -> Lookup:
-    """`__getattr__` and `__dir__` of a package (PEP 562).
+    """Make `__getattr__` and `__dir__` of a package (PEP 562).
 
-    namespace: the package's globals()
-    modules: each module of the package to the public names that it defines
+    Args:
+        namespace: the package's globals().
+        modules: the public names of each module of the package.
+
+    Returns:
+        The two functions.
     """
     package = namespace["__name__"]
     sources = {name: f"{package}.{module}" for module, names in modules.items() for name in names}

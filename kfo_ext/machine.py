@@ -1,4 +1,4 @@
-"""The machine that a process runs on: what goes with every number, and its memory."""
+"""The machine that a process runs on: the environment to store with every result, and its memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kfo_ext.version import __version__
 if TYPE_CHECKING:
     import torch
 
-# Limits of a container, of the two versions of Linux control groups.
+# Memory limits of a container, in the two versions of Linux control groups.
 _GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_MMAP_THRESHOLD = 32 << 20
 
 
 def environment() -> dict[str, Any]:
     """Describe this process: machine, versions, git commit of the package if it lies in a checkout, command."""
-    # Here, since the command line asks this module before it needs torch.
+    # Imported here, since the command line imports this module before torch.
     import torch
 
     return {
@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Those of kfo_ext and torch."""
+    """The versions of kfo_ext and torch."""
     import torch
 
     return {"kfo_ext": __version__, "torch": str(torch.__version__)}
@@ -70,9 +70,13 @@ def _commit() -> str | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a device has left, None where it does not say.
+    """Return the free memory of a device in bytes.
 
-    On the CPU that is Linux's MemAvailable, or the limit of the container where that is less.
+    Args:
+        device: a CUDA device or the CPU.
+
+    Returns:
+        On the CPU, Linux's MemAvailable or the limit of the container, whichever is less; None if unknown.
     """
     import torch
 
@@ -95,15 +99,16 @@ def _read(path: Path) -> str:
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc not to give freed memory back to the system, for this whole process and for good.
+    """Tell glibc to keep freed memory in this process, permanently.
 
-    Otherwise every meta-iteration has its pages zeroed by the system again. Pieces above 32 MiB, glibc's limit, still
-    go back.
+    Otherwise the system zeroes the pages again in every meta-iteration. Blocks above 32 MiB, glibc's limit, are still
+    returned to the system.
 
-    out: whether there is a glibc that took it; without one nothing changes.
+    Returns:
+        Whether glibc accepted it; without glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # -1 is never to trim.
+    # -1 disables trimming.
     return bool(mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD))

@@ -16,7 +16,7 @@ from kfo_ext.ops.registration import pick
 
 T = TypeVar("T")
 
-# A generator that another update has read is empty.
+# A generator that another update consumed is empty.
 NO_PARAMETERS = (
     "parameters: expected at least one parameter, got none; a generator such as model.named_parameters() can be read "
     "once, so make a list of it for several updates"
@@ -24,10 +24,18 @@ NO_PARAMETERS = (
 
 
 def listed(tensors: Iterable[Any], argument: str, *, pairs: bool = False) -> list[Any]:
-    """The entries of an iterable of tensors or, with `pairs`, of (name, tensor) pairs too.
+    """Return the entries of an iterable of tensors or, with `pairs`, of (name, tensor) pairs too.
+
+    Args:
+        tensors: the iterable.
+        argument: its name, for messages.
+        pairs: whether pairs are allowed.
+
+    Returns:
+        The entries, unchecked.
 
     Raises:
-        TypeError: it is none, or one whose entries cannot be meant: a tensor, a mapping, a string.
+        TypeError: `tensors` is not iterable, or is a tensor, a mapping, a string or a module.
     """
     if isinstance(tensors, Iterable) and not isinstance(tensors, (Tensor, Mapping, str, nn.Module)):
         return list(tensors)
@@ -44,7 +52,13 @@ def listed(tensors: Iterable[Any], argument: str, *, pairs: bool = False) -> lis
 
 
 def name_parameters(parameters: Iterable[Tensor | tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Pairs every parameter with a name: its own where pairs are given, its position otherwise.
+    """Pair every parameter with a name: its own for a (name, tensor) pair, else its position.
+
+    Args:
+        parameters: tensors or (name, tensor) pairs.
+
+    Returns:
+        (name, tensor) pairs, in order.
 
     Raises:
         TypeError: an entry is neither a tensor nor a (name, tensor) pair.
@@ -67,7 +81,7 @@ def name_parameters(parameters: Iterable[Tensor | tuple[str, Tensor]]) -> list[t
 
 
 def some(texts: Sequence[str], most: int = 3) -> str:
-    """The first few of them, and how many more there are."""
+    """The first `most` texts, and the number of the others."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
 
@@ -78,7 +92,7 @@ class Packing:
     Args:
         names: one name per tensor, used in messages.
         shapes: one shape per tensor, without the task dimension.
-        named: whether the names are the user's own, not mere positions.
+        named: whether the names are the user's, rather than positions.
     """
 
     def __init__(self, names: Sequence[str], shapes: Sequence[torch.Size], *, named: bool = True) -> None:
@@ -86,7 +100,7 @@ class Packing:
         self.named = named
         self.shapes = tuple(torch.Size(shape) for shape in shapes)
         self.sizes = [shape.numel() for shape in self.shapes]
-        # torch reads a plain tuple in half the time that a torch.Size takes it.
+        # torch reads a plain tuple in half the time of a torch.Size.
         self._views = [tuple(shape) for shape in self.shapes]
         self.numel = sum(self.sizes)
 
@@ -103,7 +117,14 @@ class Packing:
         return Packing([self.names[i] for i in indices], [self.shapes[i] for i in indices], named=self.named)
 
     def in_order(self, tensors: Mapping[str, Any], argument: str) -> list[Any]:
-        """The values of a mapping by name, in the order of the packing.
+        """Return the values of a mapping in the order of the packing.
+
+        Args:
+            tensors: values by name.
+            argument: the mapping's name, for messages.
+
+        Returns:
+            One value per tensor of the packing.
 
         Raises:
             ValueError: a name is missing or unknown, or the tensors of this packing have no names.
@@ -111,7 +132,7 @@ class Packing:
         if not self.named:
             raise ValueError(
                 f"{argument}: expected a list, got a {type(tensors).__name__}: this update was made of tensors without "
-                "names; make it of (name, tensor) pairs, such as model.named_parameters(), to match them by name"
+                "names; build it from (name, tensor) pairs, such as model.named_parameters(), to match them by name"
             )
         missing = [repr(name) for name in self.names if name not in tensors]
         known = set(self.names)
@@ -124,7 +145,7 @@ class Packing:
         return [tensors[name] for name in self.names]
 
     def by_name(self, tensors: Iterable[T], like: Mapping[str, Any]) -> dict[str, T]:
-        """What is in the order of the packing, by name in the order of `like`: undoes `in_order`."""
+        """Values in the order of the packing, by name in the order of `like`; the inverse of `in_order`."""
         found = dict(zip(self.names, tensors))
         return {name: found[name] for name in like}
 
@@ -132,12 +153,19 @@ class Packing:
         return len(self.sizes)
 
     def described(self, indices: Iterable[int] | None = None) -> str:
-        """The names and shapes of the first few tensors, for messages; of `indices` alone where they are given."""
+        """The names and shapes of the first few tensors, or of those of `indices`, for messages."""
         chosen = list(range(len(self)) if indices is None else indices)
         return some([f"{self.names[i]!r} {tuple(self.shapes[i])}" for i in chosen])
 
     def tasks(self, tensors: Sequence[Tensor | None], argument: str) -> int | None:
-        """The common leading task dimension of `tensors`, None where they have none.
+        """Return the common leading task dimension of tensors, after checking them.
+
+        Args:
+            tensors: one per tensor of the packing, in order, (*shape) or (tasks, *shape); None is allowed.
+            argument: their name, for messages.
+
+        Returns:
+            The number of tasks, or None if the tensors have no task dimension.
 
         Raises:
             ValueError: the list has another length, a shape does not fit, or task dimensions disagree.
@@ -178,7 +206,7 @@ class Packing:
         return first[2] if first else None
 
     def _usual(self, tensors: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
-        """Whether all are tensors that fit, of one dtype on one device: the usual call, in less time."""
+        """Whether all tensors fit, with one dtype and device: a fast check for the usual call."""
         if not isinstance(tensors, (list, tuple)) or not tensors:
             return False
         if not all(isinstance(tensor, Tensor) and is_dense(tensor) for tensor in tensors):
@@ -194,10 +222,17 @@ class Packing:
         )
 
     def pack(self, tensors: Sequence[Tensor | None], argument: str = "tensors") -> Tensor:
-        """One packed tensor (tasks, numel), or (1, numel) without a task dimension; None packs as zeros.
+        """Pack tensors into rows; None packs as zeros.
+
+        Args:
+            tensors: one per tensor of the packing, in order, (*shape) or (tasks, *shape).
+            argument: their name, for messages.
+
+        Returns:
+            (tasks, numel), or (1, numel) without a task dimension.
 
         Raises:
-            ValueError: as `tasks`, and when every entry is None.
+            ValueError: as `tasks`, and if every entry is None.
             TypeError: as `tasks`.
         """
         rows = self.tasks(tensors, argument) if len(self) else None
@@ -233,7 +268,7 @@ class Packing:
         return [piece.reshape(lead + view) for piece, view in zip(pieces, self._views)]
 
     def rows(self, packed: Tensor) -> list[list[Tensor]]:
-        """Per task, the tensors of its row: the leaves to differentiate each task's loss by."""
+        """The tensors of each task's row: the leaves with respect to which its loss is differentiated."""
         count = packed.shape[0]
         pieces = packed.reshape(-1).split(self.sizes * count)
         return [
@@ -242,19 +277,21 @@ class Packing:
         ]
 
 
-# In torch's own the derivative of a concatenation is a slice for each tensor, and that of a slice a full row of zeros
-# around it: n tensors cost n rows each time that a derivative of packing is differentiated.
+# In torch the derivative of a concatenation is one slice per tensor, and the derivative of a slice is a full row of
+# zeros around it: differentiating a derivative of packing would cost n rows for n tensors.
 class Pack(Function):
-    """Tensors, None for zeros, to one packed tensor; see `Packing.pack`. `Unpack` is its derivative, and it is its."""
+    """Tensors, None for zeros, to one packed tensor; see `Packing.pack`. `Unpack` is its derivative and vice versa."""
 
     @staticmethod
     def forward(ctx: Any, packing: Packing, rows: int | None, *tensors: Tensor | None) -> Tensor:
+        """The packed tensor (rows, numel)."""
         ctx.set_materialize_grads(False)
         ctx.packing, ctx.batched = packing, rows is not None
         return packing.joined(tensors, rows)
 
     @staticmethod
     def backward(ctx: Any, dpacked: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the tensors."""
         if dpacked is None:
             return (None,) * (2 + len(ctx.packing))
         dtensors = ctx.packing.unpack(dpacked, batched=ctx.batched)
@@ -266,12 +303,14 @@ class Unpack(Function):
 
     @staticmethod
     def forward(ctx: Any, packing: Packing, batched: bool, packed: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of the packed rows."""
         ctx.set_materialize_grads(False)
         ctx.packing, ctx.rows = packing, len(packed) if batched else None
         return tuple(packing.pieces(packed, batched))
 
     @staticmethod
     def backward(ctx: Any, *dtensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of the packed tensor."""
         if all(dtensor is None for dtensor in dtensors):
             return None, None, None
         return None, None, ctx.packing.join(dtensors, ctx.rows)

@@ -1,4 +1,4 @@
-"""The ragged group of Kronecker problems that a list of parameters makes.
+"""The ragged group of Kronecker problems of a list of parameters.
 
 A parameter W is B matrices of shape (p, q) that share one pair of factors R (p, p), L (q, q):
 
@@ -20,7 +20,14 @@ from kfo_ext.packing import NO_PARAMETERS, Packing
 
 
 def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int, int]:
-    """(B, p, q) of one parameter.
+    """Return (B, p, q) of one parameter.
+
+    Args:
+        shape: the parameter's shape.
+        name: its name, for messages.
+
+    Returns:
+        B matrices of shape (p, q).
 
     Raises:
         ValueError: the parameter has no elements, no dimension or more than 5.
@@ -41,17 +48,17 @@ def problem_shape(shape: torch.Size, name: str = "parameter") -> tuple[int, int,
 
 
 class Problems(Group):
-    """The group: one (B, p, q) per parameter, and how rows of G, R, L and the bias term are packed.
+    """The group: one (B, p, q) per parameter, and the packing of rows of G, R, L and the bias term.
 
     Args:
         shapes: (B, p, q) triples.
         packing: how gradients are packed; by default one (B, p, q) tensor per problem.
-        sides: the factors that each problem has, "RL", "R" or "L"; by default both. An absent one is (0, 0) in `R` or
-            `L`, and None in what they pack: the map is then G L or R^T G.
+        sides: the factors that each problem has, "RL", "R" or "L"; by default both. An absent factor has shape (0, 0)
+            in `R` or `L` and packs as None: the map is then G L or R^T G.
 
     Raises:
         TypeError: a shape is not three integers.
-        ValueError: B, p or q is less than 1, a packed row would have 2**63 elements or more, or other sides.
+        ValueError: B, p or q is less than 1, a packed row would have 2**63 elements or more, or a side is unknown.
     """
 
     def __init__(
@@ -72,7 +79,13 @@ class Problems(Group):
 
     @classmethod
     def of(cls, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> Problems:
-        """The group of the given parameters, in their order.
+        """Build the group of parameters, in their order.
+
+        Args:
+            parameters: tensors or (name, tensor) pairs.
+
+        Returns:
+            The group.
 
         Raises:
             ValueError: there is no parameter, or one that is not a bias, linear or convolution weight.

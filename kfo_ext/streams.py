@@ -39,9 +39,13 @@ def _is_open(number: int) -> bool:
 
 
 def echo(text: str) -> None:
-    """Print one line at once.
+    """Print one line and flush it.
 
-    Raises: OSError naming the standard output if it cannot take it.
+    Args:
+        text: the line.
+
+    Raises:
+        OSError: the standard output cannot be written; the message names it.
     """
     try:
         print(text, flush=True)

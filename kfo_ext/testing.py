@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the table of cases, random operands, float64 truth, and the comparison with it."""
+"""Shared by tests and benchmarks: the table of cases, random operands, float64 truth, and the comparison with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kfo_ext.ops.transform.autograd import Family
 from kfo_ext.ops.transform.op import NATIVE, OPERATOR, TRITON, transform
 from kfo_ext.problems import Problems
 
-# Small enough for every test; names say what each is there for.
+# Small enough for every test; each name says what the case covers.
 CASES: dict[str, list[tuple[int, int, int]]] = {
     "linear": [(1, 5, 7)],
     "bias": [(1, 6, 1)],
@@ -27,8 +27,8 @@ CASES: dict[str, list[tuple[int, int, int]]] = {
     "tile_edges": [(1, 31, 33), (1, 32, 32), (1, 33, 31), (2, 16, 65)],
     "mixed": [(8, 1, 9), (1, 8, 1), (1, 8, 1), (8, 8, 9), (1, 8, 1), (1, 5, 8), (1, 5, 1)],
 }
-# Large factors: the paper's mini-ImageNet head and softmax regression, a product in unequal blocks, and sums that are
-# short beside their result.
+# Large factors: the paper's mini-ImageNet head and softmax regression, a product in unequal blocks, and sums over few
+# terms for a large result.
 LARGE_CASES: dict[str, list[tuple[int, int, int]]] = {
     "head_5x1600": [(1, 5, 1600)],
     "square_784": [(1, 784, 784)],
@@ -74,15 +74,18 @@ def random_operands(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Operands:
-    """Random, non-symmetric operands.
+    """Draw random, non-symmetric operands.
 
     Args:
         shapes: (B, p, q) triples.
         tasks: rows of G and dY.
         rows: rows of R (and its cotangent) and of L, `tasks` by default; 1 is a factor shared by all tasks.
-        dtype: of all operands.
-        device: of all operands.
-        seed: of the random numbers.
+        dtype: dtype of all operands.
+        device: device of all operands.
+        seed: seed of the random numbers.
+
+    Returns:
+        The operands, packed.
     """
     problems = Problems(shapes)
     rows_R, rows_L = rows or (tasks, tasks)
@@ -116,7 +119,15 @@ def truth(operands: Operands, shapes: Sequence[tuple[int, int, int]]) -> dict[st
 
 
 def run_backend(backend: str, operands: Operands, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
-    """Every output of the three orders, by autograd of the public transform.
+    """Compute every output of the three orders, by autograd of the public transform.
+
+    Args:
+        backend: the name of the backend.
+        operands: packed operands.
+        shapes: (B, p, q) triples.
+
+    Returns:
+        The outputs by the names of `OUTPUTS`.
 
     Raises:
         RuntimeError: the backend does not run on the operands' device.
@@ -126,11 +137,18 @@ def run_backend(backend: str, operands: Operands, shapes: Sequence[tuple[int, in
 
 
 def family_of(backend: str, device: torch.device | str) -> Family:
-    """The three operators of a compiled backend, "native" or "triton".
+    """Return the three operators of a compiled backend.
+
+    Args:
+        backend: "native" or "triton".
+        device: the device to run on.
+
+    Returns:
+        The operators.
 
     Raises:
-        ValueError: another backend.
-        RuntimeError: it does not run on `device`; says why.
+        ValueError: the backend is neither.
+        RuntimeError: the backend does not run on `device`; the message gives the reason.
     """
     if backend not in ("native", "triton"):
         raise ValueError(f"backend: expected native or triton, got {backend!r}")
@@ -161,10 +179,14 @@ def run_all(family: Family, operands: Operands, flat: list[int]) -> dict[str, Te
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest magnitude of `expected`; NaN where either holds a NaN.
+    """Return the largest difference, relative to the largest magnitude of `expected`.
 
-    actual: any shape and floating-point dtype
-    expected: float64, of the same shape
+    Args:
+        actual: any shape and floating-point dtype.
+        expected: float64, of the same shape.
+
+    Returns:
+        The relative error; NaN if either tensor holds a NaN.
     """
     if not expected.numel():
         return 0.0
@@ -172,10 +194,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
-    """Compares a contiguous output with float64 truth, within TOLERANCE.
+    """Compare an output with float64 truth, within TOLERANCE.
+
+    Args:
+        actual: the output, which must be contiguous.
+        expected: float64, of the same shape.
+        name: the start of messages.
 
     Raises:
-        AssertionError: another shape, strides or values; starts with `name`.
+        AssertionError: shape, strides or values differ.
     """
     assert actual.shape == expected.shape, name
     assert actual.is_contiguous(), name
@@ -187,10 +214,17 @@ STRIDES = ("transposed", "sliced", "stepped", "expanded", "scalar")
 
 
 def with_strides(X: Tensor, kind: str) -> Tensor:
-    """The values of X, or for `expanded` and `scalar` of its first row and element, in memory laid out otherwise.
+    """Copy values to a tensor of other strides.
 
-    X: (rows, columns)
-    kind: one of STRIDES
+    Args:
+        X: (rows, columns).
+        kind: one of STRIDES.
+
+    Returns:
+        The values of X, or for `expanded` and `scalar` those of its first row and element.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
     if kind == "transposed":
         return X.T.contiguous().T
@@ -206,16 +240,17 @@ def with_strides(X: Tensor, kind: str) -> Tensor:
 
 
 class EagerRecorder:
-    """In the place of a CUDA graph, where there is none: a replay computes again, into memory that stays the same.
+    """Emulates a CUDA graph on the CPU: a replay computes again, into the same memory.
 
-    module: whose gradients a replay writes.
+    Args:
+        module: the module whose gradients a replay writes.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def warm_up(self, iterate: Callable[[], Any], times: int) -> None:
-        """Run it; the last run tells which outputs and gradients there are."""
+        """Run `iterate`; the last run shows which outputs and gradients exist."""
         for _ in range(times):
             report = iterate()
         self.report = type(report)(*(None if X is None else torch.full_like(X, float("nan")) for X in report))
@@ -224,7 +259,7 @@ class EagerRecorder:
         ]
 
     def record(self, iterate: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Compute nothing yet, as a capture does."""
+        """The replay and the tensors that it writes; like a capture it computes nothing yet."""
 
         def give(gradients: list[Tensor | None]) -> None:
             for p, gradient in zip(self.module.parameters(), gradients, strict=True):
