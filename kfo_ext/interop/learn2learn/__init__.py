@@ -1,13 +1,13 @@
-"""learn2learn beside kfo_ext: its names for our kernels, the state in both directions, and a light import.
+"""learn2learn's classes on our kernels, conversion of states in both directions, and a light import.
 
           learn2learn                        kfo_ext
 plain     left X right                       R^T G L             left = R^T    right = L
 psd       left^T left X right^T right        R^T R G L^T L       left = R      right = L
 
 `GBML`, `MAML`, `ParameterUpdate`, `LearnableOptimizer`, `KroneckerTransform`, `KroneckerLinear` and
-`MetaCurvatureTransform` take the arguments of learn2learn's classes of these names, and need no learn2learn.
-MetaCurvatureTransform there names its matrices by the other convention: mc_in is our M_o, of the first dimension, and
-mc_out our M_i, of the second.
+`MetaCurvatureTransform` take the arguments of learn2learn's classes of these names, and do not require learn2learn.
+learn2learn's MetaCurvatureTransform names its matrices by the other convention: mc_in is our M_o, of the first
+dimension, and mc_out is our M_i, of the second.
 """
 
 from .convert import from_learn2learn, to_learn2learn

@@ -1,4 +1,4 @@
-"""Whole updates in both directions: learn2learn's ParameterUpdate that computes the same, and our update of one."""
+"""Conversion of whole updates: ours to an equivalent ParameterUpdate of learn2learn, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Module = Any
 
 
 def to_learn2learn(update: Update) -> nn.Module:
-    """Return a learn2learn `ParameterUpdate` that computes the same and holds copies of the same numbers.
+    """Convert an update to an equivalent `ParameterUpdate` of learn2learn.
 
     `GBML(model, transform=None, compute_update=to_learn2learn(update))` runs it in learn2learn's GBML.
 
@@ -31,11 +31,17 @@ def to_learn2learn(update: Update) -> nn.Module:
         MetaCurvature              MetaCurvatureTransform
         MetaSGD                    nn.Scale
 
-    A factor that a KFO lacks (`max_factor`) becomes an identity there, and comes back as a factor.
+    A factor that a KFO lacks (`max_factor`) becomes an identity, and converts back to a factor.
+
+    Args:
+        update: one of the above.
+
+    Returns:
+        A `ParameterUpdate` with copies of the meta-parameters.
 
     Raises:
-        TypeError: an update that learn2learn has no counterpart of (LowRank, Chain, ByName, a subclass).
-        ValueError: rates per step, or a parameter of a shape that MetaCurvatureTransform does not take.
+        TypeError: learn2learn has no counterpart of the update (LowRank, Chain, ByName, a subclass).
+        ValueError: the update has rates per step, or MetaCurvatureTransform does not accept a parameter's shape.
         ImportError: learn2learn is not installed.
     """
     make = _MODULES.get(type(update))
@@ -46,23 +52,26 @@ def to_learn2learn(update: Update) -> nn.Module:
     modules = make(update)
     following = iter(modules)
     shells = [torch.empty(0)] * len(modules)
-    # It copies nothing and reads only what the transform returns.
+    # ParameterUpdate reads only what the transform returns.
     return cast(nn.Module, light_import().optim.ParameterUpdate(shells, lambda _: next(following)))
 
 
 def from_learn2learn(learned: Module, parameters: Iterable[Tensor | Named]) -> Update:
-    """Return our update that computes the same as learn2learn's, with copies of the same numbers.
+    """Convert an update of learn2learn to an equivalent one of ours.
 
     Args:
-        learned: a ParameterUpdate, a GBML, a LearnableOptimizer, or the algorithm MetaSGD. The rates of the last one
-            are those of a MetaSGD with lr=1.
-        parameters: of the model, as for `Update`.
+        learned: a ParameterUpdate, a GBML, a LearnableOptimizer, or the algorithm MetaSGD, whose rates become those of
+            our MetaSGD with lr=1.
+        parameters: the model's parameters, as for `Update`.
+
+    Returns:
+        An update with copies of the meta-parameters.
 
     Raises:
-        TypeError: something else; a transform that is none of those of `to_learn2learn`; another dtype than the
-            parameters have.
-        ValueError: several kinds of transforms, a fixed lr of MetaCurvatureTransform, one number of Scale for a whole
-            tensor, or transforms that were made for other parameters.
+        TypeError: `learned` is another object, a transform is none of those of `to_learn2learn`, or its dtype is not
+            the parameters'.
+        ValueError: there are several kinds of transforms, a fixed lr of MetaCurvatureTransform, a Scale with one number
+            for a whole tensor, or transforms that were made for other parameters.
     """
     named = name_parameters(listed(parameters, "parameters", pairs=True))
     modules = _transforms(learned)
@@ -75,7 +84,7 @@ def from_learn2learn(learned: Module, parameters: Iterable[Tensor | Named]) -> U
         name, other = next((name, other) for name, (other, _) in rest if other != kind)
         raise ValueError(
             f"learned: expected transforms of one kind, got {kind.described()} for {first!r} and {other.described()} "
-            f"for {name!r}: convert each block of parameters, and put them together with ByName"
+            f"for {name!r}: convert each block of parameters, and combine them with ByName"
         )
     if not kinds:
         return GradientDescent(named)
@@ -84,7 +93,7 @@ def from_learn2learn(learned: Module, parameters: Iterable[Tensor | Named]) -> U
     if absent and kind.make is not KFO:
         raise ValueError(
             f"learned: expected a transform for each parameter, got none for {absent[0]!r}: convert the others, and "
-            "put them together with GradientDescent by ByName"
+            "combine them with GradientDescent by ByName"
         )
     options = dict(kind.options) | ({"only": list(read)} if absent else {})
     update = kind.make(named, **options)
@@ -93,12 +102,18 @@ def from_learn2learn(learned: Module, parameters: Iterable[Tensor | Named]) -> U
 
 
 class Kind(NamedTuple):
-    """What an update is made by, from transforms of one kind."""
+    """The constructor of an update for transforms of one kind.
+
+    Attributes:
+        make: the update's class.
+        options: names and values of its options.
+    """
 
     make: Callable[..., Update]
     options: tuple[tuple[str, Any], ...] = ()
 
     def described(self) -> str:
+        """The constructor's call, for messages."""
         return f"{cast(type, self.make).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options)})"
 
 
@@ -107,7 +122,7 @@ def _names() -> str:
 
 
 def _kronecker_modules(update: KFO) -> list[Module]:
-    """A ReshapedTransform per parameter, None where it follows gradient descent."""
+    """A ReshapedTransform per parameter, or None for one that follows gradient descent."""
     library = light_import()
     layer = library.nn.KroneckerLinear
     hidden = len(update.layers) - 1
@@ -175,7 +190,7 @@ def _scale_modules(update: MetaSGD) -> list[Module]:
     return found
 
 
-# What learn2learn has a counterpart of.
+# The updates with a counterpart in learn2learn.
 _MODULES: dict[type[Update], Callable[[Any], list[Module]]] = {
     GradientDescent: lambda update: [None] * len(update.packing),
     KFO: _kronecker_modules,
@@ -185,7 +200,7 @@ _MODULES: dict[type[Update], Callable[[Any], list[Module]]] = {
 
 
 def _transforms(learned: Module) -> list[Module]:
-    """What learn2learn calls for each parameter: a module, a tensor of rates, or None."""
+    """The transform of each parameter: a module, a tensor of rates, or None."""
     if hasattr(learned, "compute_update"):
         return _transforms(learned.compute_update)
     if hasattr(learned, "transforms_indices"):
@@ -227,7 +242,7 @@ def _read(name: str, module: Module) -> tuple[Kind, list[Tensor]]:
 
 @torch.no_grad()
 def _copy(update: Update, found: list[list[Tensor]], names: list[str]) -> None:
-    """Copies numbers into an update that was made for them."""
+    """Copy meta-parameters into an update of the same structure."""
     own = _OWN[type(update)](update)
     for name, mine, theirs in zip(names, own, found, strict=True):
         for into, value in zip(mine, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""The factors and matrices of learn2learn's transforms, one after the other, as views and copied in place."""
+"""The factors and matrices of learn2learn's transforms: read as views, and written in place."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ from torch import Tensor, nn
 
 
 def kronecker_factors(left: Tensor, right: Tensor, *, psd: bool) -> tuple[Tensor, Tensor]:
-    """Return our (R, L) for learn2learn's (left, right), as views; gradients convert the same way.
+    """Convert learn2learn's (left, right) to our (R, L); gradients convert in the same way.
 
-    left: (p, p)
-    right: (q, q)
+    Args:
+        left: (p, p).
+        right: (q, q).
+        psd: whether the transform is left^T left X right^T right.
+
+    Returns:
+        R and L, as views.
     """
     return (left if psd else left.mT), right
 
 
 def kronecker_factors_from(update: nn.Module) -> list[tuple[Tensor, Tensor] | None]:
-    """Return one (R, L) pair of views per parameter of a learn2learn `ParameterUpdate`, None where it has no transform.
+    """Return the factors of a learn2learn `ParameterUpdate`.
 
-    update: a `ParameterUpdate` made with `KroneckerTransform(KroneckerLinear)`; a bias has our shape (p, q) already
+    Args:
+        update: a `ParameterUpdate` made with `KroneckerTransform(KroneckerLinear)`; its biases have our shape (p, q).
+
+    Returns:
+        One (R, L) pair of views per parameter, or None for a parameter without a transform.
 
     Raises:
         TypeError: a transform is not a Kronecker one.
@@ -34,13 +43,14 @@ def kronecker_factors_from(update: nn.Module) -> list[tuple[Tensor, Tensor] | No
 def kronecker_factors_to(update: nn.Module, factors: Iterable[tuple[Tensor | None, Tensor | None] | None]) -> None:
     """Copy our factors into a learn2learn `ParameterUpdate`, in place.
 
-    update: as in `kronecker_factors_from`
-    factors: one (R, L) pair per parameter, R (p, p), L (q, q), as `KFO.factors()` returns them; None for a
-        factor is the identity, None for a pair is skipped
+    Args:
+        update: as in `kronecker_factors_from`.
+        factors: one (R, L) pair per parameter, R (p, p), L (q, q), as `KFO.factors()` returns them; None instead of a
+            factor means the identity, None instead of a pair skips the parameter.
 
     Raises:
         TypeError: a transform is not a Kronecker one.
-        ValueError: another number of factors, or another shape.
+        ValueError: the number of pairs or a shape differs.
     """
     targets, sources = kronecker_factors_from(update), list(factors)
     if len(targets) != len(sources):
@@ -60,12 +70,16 @@ def kronecker_factors_to(update: nn.Module, factors: Iterable[tuple[Tensor | Non
 
 
 def meta_curvature_from(update: nn.Module) -> list[tuple[Tensor, ...] | None]:
-    """Return per parameter (m,), (M_o, M_i) or (M_o, M_i, M_f), as views, None where it has no transform.
+    """Return the matrices of a learn2learn `ParameterUpdate`.
 
-    update: a learn2learn `ParameterUpdate` made with `MetaCurvatureTransform`
+    Args:
+        update: a `ParameterUpdate` made with `MetaCurvatureTransform`.
+
+    Returns:
+        Per parameter (m,), (M_o, M_i) or (M_o, M_i, M_f), as views, or None for a parameter without a transform.
 
     Raises:
-        TypeError: a transform is another one.
+        TypeError: a transform is no `MetaCurvatureTransform`.
     """
     return [None if layer is None else meta_curvature_of(layer) for layer in _layers(update)]
 
@@ -74,13 +88,14 @@ def meta_curvature_from(update: nn.Module) -> list[tuple[Tensor, ...] | None]:
 def meta_curvature_to(update: nn.Module, matrices: Iterable[tuple[Tensor, ...] | None]) -> None:
     """Copy our matrices into a learn2learn `ParameterUpdate`, in place.
 
-    update: as in `meta_curvature_from`
-    matrices: per parameter (m,), (M_o, M_i) or (M_o, M_i, M_f), as `MetaCurvature.matrices()` returns them; None is
-        skipped
+    Args:
+        update: as in `meta_curvature_from`.
+        matrices: per parameter (m,), (M_o, M_i) or (M_o, M_i, M_f), as `MetaCurvature.matrices()` returns them; None
+            skips the parameter.
 
     Raises:
         TypeError: a transform is no `MetaCurvatureTransform`.
-        ValueError: another number of parameters or of matrices, or another shape.
+        ValueError: the number of parameters or of matrices, or a shape differs.
     """
     targets, sources = meta_curvature_from(update), list(matrices)
     if len(targets) != len(sources):
@@ -100,7 +115,7 @@ def meta_curvature_to(update: nn.Module, matrices: Iterable[tuple[Tensor, ...] |
 
 
 def _kronecker_layers(update: Any) -> list[Any]:
-    # learn2learn wraps each in a ReshapedTransform.
+    # learn2learn wraps each layer in a ReshapedTransform.
     layers = [getattr(transform, "transform", transform) for transform in _layers(update)]
     for layer in layers:
         if layer is not None and not (hasattr(layer, "left") and hasattr(layer, "right")):

@@ -18,23 +18,23 @@ Learner = TypeVar("Learner", bound="GBML")
 
 
 class GBML(nn.Module):
-    """Gradient-based meta-learning in a loop of the user's own: `learner = gbml.clone(); learner.adapt(loss)`.
+    """Gradient-based meta-learning in a custom loop: `learner = gbml.clone(); learner.adapt(loss)`.
 
-    It is learn2learn's GBML. With `adapt_transform`, one backward pass gives the gradients of the parameters and of the
-    transform, where learn2learn takes two.
+    It is learn2learn's GBML. With `adapt_transform`, one backward pass computes the gradients of the parameters and of
+    the transform; learn2learn needs two.
 
     Args:
         module: the network.
         transform: as for `ParameterUpdate`.
-        lr: the rate of the inner loop.
+        lr: the inner learning rate.
         adapt_transform: adapt the transform too, from a clone's second step on.
-        first_order: take gradients as constants; not with `adapt_transform`.
-        allow_unused: parameters that the loss does not depend on stay as they are.
-        allow_nograd: parameters that do not require a gradient stay as they are.
-        compute_update: an `Update` or our `ParameterUpdate` of the module's parameters, in place of `transform`.
+        first_order: treat gradients as constants; not with `adapt_transform`.
+        allow_unused: leave parameters unchanged that the loss does not depend on, instead of raising.
+        allow_nograd: leave parameters unchanged that do not require a gradient, instead of raising.
+        compute_update: an `Update` or our `ParameterUpdate` of the module's parameters, instead of `transform`.
 
     Raises:
-        TypeError: another `compute_update`, such as learn2learn's own.
+        TypeError: `compute_update` is another object, such as learn2learn's own `ParameterUpdate`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GBML(nn.Module):
         self.first_order = first_order
         self.allow_unused = allow_unused
         self.allow_nograd = allow_nograd
-        # Of the inner loop, since this clone was made.
+        # The inner steps of this clone.
         self._steps = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,7 @@ class GBML(nn.Module):
         allow_nograd: bool | None = None,
         adapt_transform: bool | None = None,
     ) -> Learner:
-        """A copy to adapt, whose gradients reach this one's parameters; None takes a setting over."""
+        """A copy to adapt, whose gradients reach this learner's parameters; None keeps a setting."""
         copy = cloned(self)
         copy._steps = 0
         settings = {
@@ -98,17 +98,23 @@ class GBML(nn.Module):
         allow_nograd: bool | None = None,
         allow_unused: bool | None = None,
     ) -> None:
-        """Take one step on the loss; None takes a setting of this learner.
+        """Take one inner step.
+
+        Args:
+            loss: a scalar with a graph.
+            first_order: treat gradients as constants; None uses the learner's setting, as below.
+            allow_nograd: leave parameters unchanged that do not require a gradient.
+            allow_unused: leave parameters unchanged that the loss does not depend on.
 
         Raises:
-            ValueError: `first_order` with `adapt_transform`; a frozen or unused parameter without its flag; a loss that
-                is no scalar or has no graph.
+            ValueError: `first_order` is set with `adapt_transform`, a parameter is frozen or unused without its flag,
+                or the loss is no scalar or has no graph.
         """
         first_order = self.first_order if first_order is None else first_order
         if first_order and self.adapt_transform:
             raise ValueError(
                 "first_order: expected False with adapt_transform, since the transform is adapted through the graph of "
-                "the last step, got True: kfo_ext.MAML(module, update=..., adapt_update=True, first_order=True) does it"
+                "the last step, got True: use kfo_ext.MAML(module, update=..., adapt_update=True, first_order=True)"
             )
         places = [("module", self.module.named_parameters())]
         if self.adapt_transform and self._steps:
@@ -140,13 +146,13 @@ class GBML(nn.Module):
 
 
 class MAML(GBML):
-    """learn2learn's MAML: plain gradient descent in the inner loop. Attributes that it lacks are the model's.
+    """learn2learn's MAML: plain gradient descent in the inner loop. Attributes that it lacks are read from the model.
 
     Args:
         model: the network.
-        lr: the rate of the inner loop.
+        lr: the inner learning rate.
         first_order: as for `GBML`.
-        allow_unused: as for `GBML`; None means as `allow_nograd`.
+        allow_unused: as for `GBML`; None uses the value of `allow_nograd`.
         allow_nograd: as for `GBML`.
     """
 

@@ -1,4 +1,4 @@
-"""learn2learn, without what its algorithms do not need."""
+"""A light import of learn2learn, without the parts that its algorithms do not need."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ RECIPE = (
     "  pip install --no-build-isolation --use-pep517 --no-deps --no-binary learn2learn"
     " --config-settings=--global-option=build_ext learn2learn==0.2.0"
 )
-# Imported by `learn2learn` too, and left out of the light module.
+# Submodules that the light module omits.
 _HEAVY = ("data", "gym", "text", "vision")
 
 
 def light_import() -> ModuleType:
-    """Return learn2learn, or only its utils, nn, optim and algorithms where its other requirements are missing.
+    """Import learn2learn, or only its utils, nn, optim and algorithms if its other requirements are missing.
 
-    The light module is left in `sys.modules`; it needs torch and numpy. It has all of `algorithms` (GBML, MAML,
+    The light module stays in `sys.modules`; it requires torch and numpy. It has all of `algorithms` (GBML, MAML,
     MetaSGD, maml_update, meta_sgd_update; the Lightning classes raise learn2learn's own ImportError without
-    pytorch_lightning), `optim` and `nn` (SVClassifier needs qpth when it is called), and the functions of `utils`, such
-    as clone_module, update_module and detach_module. It has no data, gym, text or vision: asking for one raises an
-    AttributeError that says which requirement is missing.
+    pytorch_lightning), `optim` and `nn` (SVClassifier requires qpth when called), and the functions of `utils`, such as
+    clone_module, update_module and detach_module. It has no data, gym, text or vision: accessing one raises an
+    AttributeError that names the missing requirement.
+
+    Returns:
+        The module.
 
     Raises:
         ImportError: learn2learn is not installed; the message holds the commands that install it.
@@ -39,7 +42,7 @@ def light_import() -> ModuleType:
         raise ImportError(RECIPE)
     try:
         return importlib.import_module("learn2learn")
-    # torchvision raises RuntimeError beside a torch it was not built for, gym AttributeError under a new numpy.
+    # torchvision raises RuntimeError with a torch it was not built for, gym AttributeError with a new numpy.
     except (ImportError, RuntimeError, AttributeError) as error:
         return _import_core(spec, f"{type(error).__name__}: {error}")
 
@@ -71,9 +74,10 @@ def _import_core(spec: ModuleSpec, why: str) -> ModuleType:
 
 
 class _Absent:
-    """The light module's `__getattr__`: what it lacks, and why.
+    """The light module's `__getattr__`: raises AttributeError with the reason.
 
-    why: what stopped the import of all of learn2learn
+    Args:
+        why: the error of the full import.
     """
 
     def __init__(self, why: str) -> None:

@@ -1,4 +1,4 @@
-"""Clones of modules within a graph, and new tensors in the places of their parameters."""
+"""Clones of modules within a graph, and substitution of their parameters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def cloned(module: M) -> M:
-    """A copy whose parameters are clones of the module's own, so that gradients of the copy reach them.
+    """Return a copy whose parameters are clones of the module's own, so that gradients of the copy reach them.
 
-    A parameter or submodule that occurs twice does so in the copy. Buffers are shared, running statistics among them,
-    unless they require a gradient.
+    Args:
+        module: the module.
+
+    Returns:
+        The copy. It keeps ties of parameters and submodules. It shares buffers, such as running statistics, unless they
+        require a gradient.
     """
     return cast(M, _cloned(module, {}))
 
@@ -39,7 +43,7 @@ def _cloned(module: nn.Module, made: dict[int, Any]) -> nn.Module:
 
 
 def replace_parameters(module: nn.Module, values: Iterable[Tensor | None]) -> None:
-    """Put a tensor in the place of each of `module.parameters()`, everywhere it occurs; None leaves it as it is."""
+    """Substitute a tensor for each of `module.parameters()`, wherever it occurs; None keeps the parameter."""
     old = list(module.parameters())
     new = {id(parameter): value for parameter, value in zip(old, values, strict=True) if value is not None}
     for part in module.modules():

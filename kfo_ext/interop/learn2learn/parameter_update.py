@@ -19,12 +19,12 @@ class ParameterUpdate(nn.Module):
 
     Args:
         parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`.
-        transform: what makes the transform of a parameter, a module or None (its gradient is its update). Those of this
+        transform: maps a parameter to its transform, a module or None (its gradient is its update). Those of this
             package make one update of all parameters, `update`; so do learn2learn's KroneckerTransform of
             KroneckerLinear and its MetaCurvatureTransform. Any other is called for each parameter.
 
     Raises:
-        TypeError: a transform that is neither a module nor None.
+        TypeError: a transform is neither a module nor None.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ParameterUpdate(nn.Module):
             return
         if not callable(transform):
             got = type(transform).__name__
-            raise TypeError(f"transform: expected what makes a transform of a parameter, got {got}")
+            raise TypeError(f"transform: expected a function from a parameter to its transform, got {got}")
         made = [transform(entry[1] if isinstance(entry, tuple) else entry) for entry in entries]
         for name, module in zip(self.packing.names, made):
             if module is not None and not isinstance(module, nn.Module):
@@ -51,11 +51,11 @@ class ParameterUpdate(nn.Module):
 
     @property
     def steps(self) -> int | None:
-        """As of an `Update`."""
+        """As for an `Update`."""
         return None if self.update is None else self.update.steps
 
     def transform(self, grads: Iterable[Tensor | None], step: int | None = None) -> list[Tensor | None]:
-        """The updates of gradients, one per parameter, None where the gradient is None."""
+        """The updates of gradients, one per parameter, or None if the gradient is None."""
         if self.update is not None:
             return self.update.transform(grads, step)
         grads = listed(grads, "grads")
@@ -72,7 +72,7 @@ class ParameterUpdate(nn.Module):
         allow_unused: bool = False,
         allow_nograd: bool = False,
     ) -> list[Tensor | None]:
-        """The updates of `parameters`; arguments and errors as of `Update.forward`."""
+        """The updates of `parameters`; arguments and errors are those of `Update.forward`."""
         grads = gradients(
             loss,
             parameters,

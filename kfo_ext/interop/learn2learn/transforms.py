@@ -1,4 +1,4 @@
-"""learn2learn's transforms for our kernels: from a parameter's gradient to its update."""
+"""learn2learn's transforms on our kernels: from a parameter's gradient to its update."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ Named = tuple[str, Tensor]
 
 
 class GradientTransform(nn.Module):
-    """An update of one parameter, from gradient to update: what learn2learn calls for each parameter.
+    """An update of one parameter, as learn2learn calls it for each parameter.
 
     Args:
-        update: made for one parameter.
+        update: an update of one parameter.
+
+    Raises:
+        TypeError: `update` is no Update.
+        ValueError: it was made for several parameters.
     """
 
     def __init__(self, update: Update) -> None:
@@ -41,7 +45,7 @@ class GradientTransform(nn.Module):
 
 
 class Transform:
-    """Makes the update of one parameter (by a call, as learn2learn has it), or one update of all of them.
+    """Makes the update of one parameter (when called, as in learn2learn), or one update of all of them.
 
     Args:
         make: an update's class, or a partial of it.
@@ -57,18 +61,21 @@ class Transform:
         return GradientTransform(self._make([parameter]))
 
     def together(self, parameters: Iterable[Tensor | Named]) -> Update:
-        """One update of all parameters, which our `ParameterUpdate` takes in place of one per parameter."""
+        """One update of all parameters, which our `ParameterUpdate` uses instead of one per parameter."""
         return self._make(list(parameters))
 
 
 def gradient_transform(update: Callable[..., Update] = KFO, /, **options: Any) -> Transform:
-    """Return what makes our update wherever learn2learn takes a transform.
+    """Make a transform of learn2learn from the class of an update.
 
     `LearnableOptimizer(model, gradient_transform())`, `GBML(model, gradient_transform(KFO, hidden_layers=2))`.
 
     Args:
         update: KFO, MetaSGD, MetaCurvature or another update's class.
-        options: those of the update.
+        **options: options of the update.
+
+    Returns:
+        An argument `transform` of learn2learn's classes.
     """
     return Transform(partial(update, **options))
 
@@ -79,10 +86,10 @@ class KroneckerTransform(Transform):
     Args:
         kronecker_cls: KroneckerLinear, ours or learn2learn's.
         bias: learn a (p, q) term per parameter.
-        psd: take R^T R and L^T L in place of R and L.
+        psd: use R^T R and L^T L instead of R and L.
 
     Raises:
-        TypeError: another class. learn2learn's own KroneckerTransform takes any, and our GBML takes that.
+        TypeError: another class. learn2learn's own KroneckerTransform accepts any, and our GBML accepts that.
     """
 
     def __init__(self, kronecker_cls: Callable[..., nn.Module], bias: bool = False, psd: bool = True) -> None:
@@ -98,14 +105,14 @@ class KroneckerTransform(Transform):
 class KroneckerLinear(nn.Module):
     """learn2learn's KroneckerLinear: left X right (+ bias), or with psd left^T left X right^T right (+ bias).
 
-    It starts as the identity. Its state is that of learn2learn's.
+    It starts as the identity. Its state dict has learn2learn's keys.
 
     Args:
         n: the size of left.
         m: the size of right.
         bias: learn an (n, m) term, which starts at 0.
-        psd: take left^T left and right^T right.
-        device: of the parameters.
+        psd: use left^T left and right^T right.
+        device: the device of the parameters.
     """
 
     def __init__(
@@ -119,10 +126,16 @@ class KroneckerLinear(nn.Module):
         self.problems = Problems([(1, n, m)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map of matrices (..., n, m), or of the columns of one after the other, (n * m,).
+        """Map matrices.
+
+        Args:
+            x: (..., n, m), or the columns of a matrix one after the other, (n * m,).
+
+        Returns:
+            A tensor of the same shape.
 
         Raises:
-            ValueError: another shape.
+            ValueError: x has another shape.
         """
         _, n, m = self.problems.shapes[0]
         if x.dim() == 1 and len(x) == n * m:
@@ -146,12 +159,15 @@ class KroneckerNetwork(nn.Module):
     Args:
         n: the size of left.
         m: the size of right.
-        bias: of every layer; KFO has one by default.
-        psd: of the hidden layers.
-        hidden_layers: at least 1.
+        bias: whether every layer has a bias; KFO has one by default.
+        psd: whether the hidden layers use left^T left and right^T right.
+        hidden_layers: number of hidden layers, at least 1.
         activation: as for KFO.
         scale: s.
         layer: KroneckerLinear, ours or learn2learn's.
+
+    Raises:
+        ValueError: there is no hidden layer; and as KFO.
     """
 
     def __init__(
@@ -167,7 +183,7 @@ class KroneckerNetwork(nn.Module):
         layer: Callable[..., nn.Module] = KroneckerLinear,
     ) -> None:
         super().__init__()
-        # What KFO refuses, refused with its words.
+        # KFO checks the options.
         options: dict[str, Any] = {"hidden_layers": hidden_layers, "activation": activation, "scale": scale}
         KFO([torch.empty(1)], bias=bias, psd=psd, **options)
         if hidden_layers < 1:
@@ -191,7 +207,7 @@ class MetaCurvatureTransform(GradientTransform):
 
     Args:
         param: the parameter.
-        lr: a fixed factor.
+        lr: a fixed factor of the update.
     """
 
     def __init__(self, param: Tensor, lr: float = 1.0) -> None:
@@ -209,7 +225,7 @@ class MetaCurvatureTransform(GradientTransform):
 
 
 def ours(made: Any) -> Any:
-    """Our transform in place of learn2learn's own, where it is KFO or MetaCurvature; any other as it is."""
+    """Our transform for learn2learn's own if it is KFO or MetaCurvature; any other unchanged."""
     if made is _theirs("optim", "MetaCurvatureTransform"):
         return MetaCurvatureTransform
     if type(made) is _theirs("optim", "KroneckerTransform") and made.kronecker_cls is _theirs("nn", "KroneckerLinear"):
@@ -218,5 +234,5 @@ def ours(made: Any) -> Any:
 
 
 def _theirs(module: str, name: str) -> Any:
-    """learn2learn's class, or what nothing is where it is not imported."""
+    """learn2learn's class, or a value that equals nothing else if it is not imported."""
     return getattr(sys.modules.get(f"learn2learn.{module}"), name, _theirs)
