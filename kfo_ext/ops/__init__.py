@@ -1,1 +1,1 @@
-"""The operators: one folder each, and what they share: loading, registration, checks, and the choice of a backend."""
+"""The operators, one folder each, and their shared code: loading, registration, checks, and dispatch to a backend."""

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs a call, and in which dtype: one rule for all operators."""
+"""Dispatch of a call to an implementation and a dtype: one rule for all operators."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Operator:
     """The implementations of one operator.
 
     Args:
-        operands: their names, in the order of `run`'s; the first gives dtype and device.
-        families: the registered overloads by backend: native, triton or both; None where they could not be loaded.
-        devices: types of device that the compiled kernels exist for.
+        operands: the operands' names, in the order of `run`'s; the first determines dtype and device.
+        families: the registered overloads by backend: native, triton or both; None if they could not be loaded.
+        devices: the types of device with compiled kernels.
     """
 
     def __init__(self, operands: tuple[str, ...], families: Mapping[str, Any], devices: tuple[str, ...]) -> None:
@@ -33,15 +33,22 @@ class Operator:
         self.backends = tuple(name for name in BACKENDS if name in ("auto", "reference") or name in families)
 
     def resolve(self, backend: str, device: torch.device) -> str:
-        """The implementation that `backend` means on `device`: native, triton or reference.
+        """Return the implementation of a backend on a device.
 
-        "auto" is native where its kernels are loaded; else on CUDA triton where the operator has it and it is
-        installed; else reference. On CUDA that last step warns for an operator with CUDA kernels, with both reasons; on
-        CPU importing kfo_ext has warned already. On CPU it is never triton, whose interpreter there is for tests.
+        "auto" means native if its kernels are loaded; else, on CUDA, triton if the operator has it and it is installed;
+        else reference. On CUDA, falling back to reference warns with both reasons if the operator has Triton kernels;
+        on the CPU, importing kfo_ext has warned. On the CPU it never means triton, whose interpreter is for tests.
+
+        Args:
+            backend: "auto", "native", "triton" or "reference".
+            device: the operands' device.
+
+        Returns:
+            "native", "triton" or "reference".
 
         Raises:
-            ValueError: an unknown backend.
-            RuntimeError: a named backend that does not run here, with the reason.
+            ValueError: the backend is unknown.
+            RuntimeError: a named backend does not run here; the message gives the reason.
         """
         if backend not in self.backends:
             raise ValueError(f"backend: expected one of {', '.join(self.backends)}, got {backend!r}")
@@ -66,10 +73,17 @@ class Operator:
         return library.why_not(device_type)
 
     def check(self, given: tuple[Tensor, ...]) -> bool:
-        """Whether it is the usual call, which `run` computes as it is; see `kfo_ext.ops.operands.ready`.
+        """Check operands.
+
+        Args:
+            given: the operands, in order.
+
+        Returns:
+            Whether `run` may compute without conversions; see `kfo_ext.ops.operands.ready`.
 
         Raises:
-            TypeError, ValueError: operands that are no dense floating-point tensors on one device.
+            TypeError: an operand is no dense floating-point tensor.
+            ValueError: operands are on several devices.
         """
         usual = ready(given)
         if not usual:
@@ -77,11 +91,18 @@ class Operator:
         return usual
 
     def run(self, compute: Callable[..., Tensor], given: tuple[Tensor, ...], backend: str, usual: bool) -> Tensor:
-        """compute(family, *given) on the implementation that `backend` means; family None is plain torch.
+        """Compute a call on the implementation of a backend.
 
-        It is plain torch too under the transforms that operators have no rules for; see `without_rules`.
+        Under transforms for which operators have no rules it runs plain torch; see `without_rules`.
 
-        usual: what `check` said of `given`.
+        Args:
+            compute: maps (family, *given) to the result; family None means plain torch.
+            given: the operands, in order.
+            backend: as for `resolve`.
+            usual: the result of `check`.
+
+        Returns:
+            The result of `compute`.
         """
         name = self.resolve(backend, given[0].device)
         family = None if name == "reference" or without_rules() else self.families[name]
@@ -91,7 +112,7 @@ class Operator:
 
 
 def _warn_plain_torch() -> None:
-    # A compiled graph is traced once and cannot warn.
+    # A compiled graph is traced once, so it cannot warn.
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"kfo_ext: backend='auto' runs plain torch on cuda: native: {library.why_not('cuda')}; "

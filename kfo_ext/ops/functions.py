@@ -1,4 +1,4 @@
-"""The functions of torch that our operators can stand for, and how their arguments are read."""
+"""The functions of torch that our operators implement, and how their arguments are read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ KINDS: dict[Callable, str] = {
 
 
 def single(value: Any) -> Any:
-    """The number that both axes have in common, or else the value itself."""
+    """The number common to both axes, or the value itself."""
     if isinstance(value, (tuple, list)) and len(value) in (1, 2) and len(set(value)) == 1:
         return value[0]
     return value
 
 
 def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, those in tuples and lists included."""
+    """The tensors among arguments, also those in tuples and lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -1,7 +1,7 @@
 """torch's convolution and batch norm of one task outside torch.func, on our operators.
 
-Images keep torch's order of dimensions, (images, channels, height, width), and lie in memory channels last. They are no
-views: what changes them in place costs and means what it does for torch's own.
+Images keep torch's order of dimensions, (images, channels, height, width), in channels-last memory. They are no views,
+so in-place changes have the cost and meaning that they have for torch's own.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def _rows(X: Tensor) -> Tensor:
 
 
 def _own(Y: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
-    """The tensor itself as (n, c, h, w), channels last: in place, where a permutation would be a view."""
+    """The tensor itself as (n, c, h, w), channels last: changed in place, since a permutation would be a view."""
     shape = images, channels, height, width
     return Y.as_strided_(shape, (height * width * channels, 1, width * channels, channels))
 
 
 def _as(X: Tensor, pixels: Tensor) -> Tensor:
-    """(n, h, w, c) -> (n, c, h, w), in X's memory format: a gradient that torch could give."""
+    """(n, h, w, c) -> (n, c, h, w), in X's memory format, as for torch's own gradient."""
     images = pixels.permute(0, 3, 1, 2)
     return images.contiguous() if X.is_contiguous() else images
 
@@ -68,7 +68,7 @@ class _Conv2d(Function):
 
 
 def _norm_gradients(saved: Sequence[Tensor], dy: Tensor, relu: bool, needed: Sequence[bool]) -> list[Tensor | None]:
-    """Those by x, weight and bias; saved: x, weight, bias, mean, rstd."""
+    """The gradients with respect to x, weight and bias; saved: x, weight, bias, mean, rstd."""
     x, weight, bias, mean, rstd = saved
     need = list(needed)
     assert BATCH_NORM is not None
@@ -98,7 +98,7 @@ class _BatchNorm(Function):
 
 
 class _NormRelu(Function):
-    """relu(z) of a z that `_BatchNorm` made: its derivatives are by x, weight and bias, past z, or by z alone."""
+    """relu(z) of a z that `_BatchNorm` made, with derivatives with respect to x, weight and bias, or to z alone."""
 
     @staticmethod
     def forward(ctx, z, x, weight, bias, mean, rstd, eps, in_place, unseen):
@@ -117,7 +117,7 @@ class _NormRelu(Function):
         saved = ctx.saved_tensors
         if ctx.unseen():
             return None, *_norm_gradients(saved, dy, True, ctx.needs_input_grad[1:4]), *(None,) * 5
-        # Somebody may differentiate by z, or hook into it. z itself is not kept, as torch keeps none.
+        # z may be differentiated or have a hook. z itself is not saved, as torch saves none.
         with torch.no_grad():
             x, weight, bias, _, _ = saved
             z = BATCH_NORM.forward(_rows(x), weight.unsqueeze(0), bias.unsqueeze(0), ctx.eps, False)[0]
@@ -126,13 +126,13 @@ class _NormRelu(Function):
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """The cross-correlation of images, differentiable to any order.
+    """Return the cross-correlation of images, differentiable to any order.
 
     Args:
         x: (images, in_channels, height, width).
         weight: (out_channels, in_channels, kernel_height, kernel_width).
         bias: (out_channels,).
-        stride: of both axes.
+        stride: stride of both axes.
         padding: zeros on each side of both axes.
 
     Returns:
@@ -142,7 +142,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Batch norm by the statistics of the batch, differentiable to any order.
+    """Return the batch norm by batch statistics, differentiable to any order.
 
     Args:
         x: (images, channels, height, width).
@@ -151,30 +151,33 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         eps: added to the variance.
 
     Returns:
-        z: as x.
+        z: the shape of x.
     """
     weight = x.new_ones(x.shape[1]) if weight is None else weight
-    # A copy: torch keeps no bias for its derivatives, so it may change before they are asked for.
+    # A copy: torch saves no bias for its derivatives, so it may change before the backward pass.
     bias = x.new_zeros(x.shape[1]) if bias is None else bias.clone()
     return _BatchNorm.apply(x, weight, bias, eps)
 
 
 @torch.no_grad()
 def follow(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
-    """Brings running statistics up to date, as torch's batch norm of x does."""
-    # In this format torch's kernel is ten times as fast.
+    """Update running statistics as torch's batch norm of x does."""
+    # torch's kernel is ten times as fast in this format.
     torch.batch_norm_update_stats(
         x.detach().contiguous(memory_format=torch.channels_last), running_mean, running_var, momentum
     )
 
 
 def norm_relu(z: Tensor, in_place: bool, unseen: Callable[[], bool]) -> Tensor | None:
-    """relu(z), whose derivatives go past z at once; None if z is not what `batch_norm` made.
+    """Return relu(z) with the fused derivative of batch norm + ReLU.
 
     Args:
-        z: (images, channels, height, width), with the values that it was made with.
-        in_place: whether z becomes the result; its values before are then out of reach.
-        unseen: asked in each backward pass, whether nothing else can ask for, or hook into, the derivative by z.
+        z: (images, channels, height, width), the unchanged result of `batch_norm`.
+        in_place: whether to overwrite z with the result.
+        unseen: called in each backward pass: whether nothing else can use, or hook into, the derivative by z.
+
+    Returns:
+        The result, or None if z was not made by `batch_norm` or its graph was freed.
     """
     node: Any = z.grad_fn
     if getattr(type(node), "_forward_cls", None) is not _BatchNorm:
@@ -182,6 +185,6 @@ def norm_relu(z: Tensor, in_place: bool, unseen: Callable[[], bool]) -> Tensor |
     try:
         saved = node.saved_tensors
     except RuntimeError:
-        # Freed, or changed since: the backward pass says so, as torch's does.
+        # Freed or changed: the backward pass raises, as torch's does.
         return None
     return _NormRelu.apply(z, *saved, node.eps, in_place, unseen)

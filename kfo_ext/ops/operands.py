@@ -1,4 +1,4 @@
-"""Requirements of the layers on their operands, and the dtype they compute in: the same rules for all of them."""
+"""Requirements on operands, and the dtype to compute in: the same rules for all operators."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# The dtypes that kernels have; the half types are converted around them.
+# The dtypes of the kernels; half types are converted.
 KERNEL_DTYPES = (torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
 _STRIDED = torch.strided
-# Devices with native kernels; torch.compile before 2.12 cannot trace the question which devices know autocast.
+# Devices with native kernels; torch.compile before 2.12 cannot trace a query for the devices with autocast.
 AUTOCAST = ("cpu", "cuda")
 
 
@@ -21,9 +21,13 @@ def autocasts(device: torch.device) -> bool:
 
 
 def ready(operands: Sequence[object]) -> bool:
-    """Whether all are tensors of one dtype that kernels have, on one device, outside autocast.
+    """Check quickly for the usual call, for which `check_tensors` and `in_one_dtype` have nothing to do.
 
-    That is the usual call, which `check_tensors` and `in_one_dtype` would leave as it is: this asks for less time.
+    Args:
+        operands: the operands.
+
+    Returns:
+        Whether all are dense tensors of one dtype of the kernels, on one device, outside autocast.
     """
     first = operands[0]
     if not isinstance(first, Tensor):
@@ -32,7 +36,7 @@ def ready(operands: Sequence[object]) -> bool:
     if dtype not in KERNEL_DTYPES or autocasts(device):
         return False
     for operand in operands:
-        # As is_dense, without the call.
+        # is_dense, inlined.
         if not isinstance(operand, Tensor) or operand.layout is not _STRIDED or operand.is_nested:
             return False
         if operand.dtype != dtype or operand.device != device:
@@ -41,12 +45,12 @@ def ready(operands: Sequence[object]) -> bool:
 
 
 def is_dense(operand: Tensor) -> bool:
-    """Whether the elements lie in memory at the operand's strides: not sparse, mkldnn's or nested."""
+    """Whether the operand is strided: not sparse, mkldnn's or nested."""
     return operand.layout is _STRIDED and not operand.is_nested
 
 
 def check_dense(name: str, operand: Tensor) -> None:
-    """Raises TypeError for a tensor of another layout than torch's usual one."""
+    """Raises TypeError for a tensor that is not dense: nested, sparse or quantized."""
     if operand.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one: call torch.stack or to_padded_tensor")
     if operand.layout is not _STRIDED:
@@ -56,7 +60,7 @@ def check_dense(name: str, operand: Tensor) -> None:
 
 
 def check_tensors(operands: dict[str, Tensor]) -> None:
-    """Raises TypeError or ValueError for what is no dense floating-point tensor on the device of the first."""
+    """Raises TypeError or ValueError unless all are dense floating-point tensors on the device of the first."""
     first, like = next(iter(operands.items()))
     for name, operand in operands.items():
         if not isinstance(operand, Tensor):
@@ -78,10 +82,17 @@ def check_dimensions(name: str, operand: Tensor, layout: Sequence[str]) -> None:
 
 
 def in_one_dtype(compute: Callable[..., Tensor], operands: dict[str, Tensor]) -> Tensor:
-    """compute(*operands), in float32 under autocast and, converted around it, for half types.
+    """Return compute(*operands), in float32 under autocast and for half types.
+
+    Args:
+        compute: the function.
+        operands: its arguments by name.
+
+    Returns:
+        The result, converted back for half types.
 
     Raises:
-        TypeError: operands of several dtypes outside autocast.
+        TypeError: operands have several dtypes outside autocast.
     """
     first, like = next(iter(operands.items()))
     if autocasts(like.device):

@@ -1,4 +1,4 @@
-"""What of this package `fast_layers` need not see: it calls no layer, and reads hundreds of shapes and dtypes."""
+"""Functions of this package that `fast_layers` does not intercept: they call no layer, but read hundreds of shapes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LayerMode(TorchFunctionMode):
-    """A mode that replaces layers, and has nothing to do within functions of this package."""
+    """A mode that replaces layers; functions of this package suspend it."""
 
 
 def own_code(function: F) -> F:
-    """A function that runs unseen by a `LayerMode` around it; it takes tensors however they lie in memory.
+    """Decorate a function to suspend an enclosing `LayerMode`; other modes still intercept its calls.
 
-    Any other mode sees what is called.
+    Args:
+        function: a function that accepts tensors of any memory format.
+
+    Returns:
+        The decorated function.
     """
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        # A compiler follows only what stands before.
+        # A compiler traces nothing beyond this test.
         if torch.compiler.is_compiling() or not function_modes():
             return function(*args, **kwargs)
         if not isinstance(function_mode(), LayerMode):

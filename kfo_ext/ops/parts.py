@@ -1,4 +1,4 @@
-"""Columns of packed rows that go different ways: taken apart, and put together again in their order."""
+"""Partition of the columns of packed rows: split into parts, and joined again in order."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kfo_ext.ops.torch_private import transformed
 
 
 def plain() -> bool:
-    """Whether torch's own operations are the better way: nothing to differentiate, or by rules that they alone have."""
+    """Whether to use torch's own operations: without gradients, or under transforms for which only they have rules."""
     return not torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling()
 
 
 class Parts:
-    """Which part each block of columns belongs to.
+    """A partition of blocks of columns into parts.
 
-    Neighbours of one part are one run, and a single part is the packed tensor itself: what need not be moved is not.
+    Adjacent blocks of one part form one run, and a single part is the packed tensor itself: nothing is copied in vain.
 
     Args:
         labels: the part of each block, in order.
@@ -36,17 +36,17 @@ class Parts:
             runs.append((label, size))
         self.labels = tuple(dict.fromkeys(label for label, _ in runs))
         self._runs = [size for _, size in runs]
-        # Of each part, the positions of its runs.
+        # The positions of each part's runs.
         self._of = [[i for i, (label, _) in enumerate(runs) if label == mine] for mine in self.labels]
 
     def apart(self, packed: Tensor) -> dict[Hashable, Tensor]:
-        """Each part's columns of (rows, n)."""
+        """The columns of each part of (rows, n)."""
         if len(self.labels) == 1:
             return {self.labels[0]: packed}
         return dict(zip(self.labels, self.pieces(packed) if plain() else Apart.apply(self, packed)))
 
     def together(self, parts: Mapping[Hashable, Tensor]) -> Tensor:
-        """(rows, n) of the columns of all parts: undoes `apart`."""
+        """The columns of all parts joined to (rows, n); the inverse of `apart`."""
         tensors = [parts[label] for label in self.labels]
         if len(tensors) == 1:
             return tensors[0]
@@ -65,7 +65,7 @@ class Parts:
         return torch.cat([runs[i] for i in range(len(runs))], dim=1)
 
     def filled(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """The parts with zeros for those that are None; not all are."""
+        """The parts, with zeros for None; at least one is not None."""
         like = next(tensor for tensor in tensors if tensor is not None)
         return [
             like.new_zeros((like.shape[0], sum(self._runs[i] for i in of))) if tensor is None else tensor
@@ -73,18 +73,20 @@ class Parts:
         ]
 
 
-# In torch's own the second derivative of a split is a row of zeros for each run; these are each other's derivative.
+# The second derivative of torch's split is a row of zeros for each run; these two are each other's derivative.
 class Apart(Function):
     """One packed tensor to its parts; see `Parts.apart`."""
 
     @staticmethod
     def forward(ctx: Any, parts: Parts, packed: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the packed tensor."""
         ctx.set_materialize_grads(False)
         ctx.parts = parts
         return parts.pieces(packed)
 
     @staticmethod
     def backward(ctx: Any, *dtensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of the packed tensor."""
         if all(dtensor is None for dtensor in dtensors):
             return None, None
         filled = ctx.parts.filled(dtensors)
@@ -96,12 +98,14 @@ class Together(Function):
 
     @staticmethod
     def forward(ctx: Any, parts: Parts, *tensors: Tensor) -> Tensor:
+        """The packed tensor."""
         ctx.set_materialize_grads(False)
         ctx.parts = parts
         return parts.joined(tensors)
 
     @staticmethod
     def backward(ctx: Any, dpacked: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the parts."""
         if dpacked is None:
             return (None,) * (1 + len(ctx.parts.labels))
         dtensors = ctx.parts.apart(dpacked).values()

@@ -1,7 +1,7 @@
 """torch's convolution and batch norm of one task, which under torch.func.vmap compute all tasks with our operators.
 
-Activations keep torch's order of dimensions, (images, channels, height, width), and lie in memory channels last: a
-layer reads what the one before has written, without a copy.
+Activations keep torch's order of dimensions, (images, channels, height, width), in channels-last memory: a layer reads
+the previous layer's output without a copy.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from kfo_ext.ops.torch_private import add_batch_dim, unwrap_batched
 
 
 def _all_tasks(function: Callable, *operands: Any) -> Tensor:
-    """What `function` computes of all tasks' operands, as one task's result: the innermost vmap maps over tasks.
+    """Apply a function to all tasks' operands under the innermost vmap, which maps over tasks.
 
-    function: of the number of tasks, and the operands with their dimension of tasks, None where they have none.
+    Args:
+        function: takes the number of tasks, and for each operand the pair of the tensor and its task dimension or None.
+        *operands: the operands, as vmap passes them.
+
+    Returns:
+        The result, mapped over tasks.
+
+    Raises:
+        RuntimeError: the innermost transform is not vmap.
     """
-    # As torch does for the vmap rule of an autograd.Function, without making one for each call.
+    # As torch applies the vmap rule of an autograd.Function, without making a Function for each call.
     interpreter = retrieve_current_functorch_interpreter()
     if not isinstance(interpreter, VmapInterpreter):
         raise RuntimeError("per_task: expected to be called under torch.func.vmap, innermost")
@@ -35,21 +43,21 @@ def _all_tasks(function: Callable, *operands: Any) -> Tensor:
 
 
 class Statistics:
-    """What running statistics are to follow once a forward is done: each task's own, of every call."""
+    """The statistics of all tasks and calls of a forward, to update running statistics with after it."""
 
     def __init__(self) -> None:
-        # By the identity of a running mean.
+        # By the id of a running mean.
         self._calls: dict[int, list[tuple[Running, Tensor, Tensor]]] = {}
 
     @torch.no_grad()
     def note(self, running: Running, rows: Tensor, shift: Tensor | float) -> None:
-        """One call of all tasks: rows (tasks, n, channels), and what each of them lacks."""
+        """Record one call of all tasks: rows (tasks, n, channels), and the bias that they lack."""
         variances, means = torch.var_mean(rows, 1)
         self._calls.setdefault(id(running.mean), []).append((running, means + shift, variances))
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Takes them in, task by task, as so many calls of torch's batch norm would."""
+        """Update running statistics task by task, as the same number of calls of torch's batch norm would."""
         for calls in self._calls.values():
             runnings, means, variances = zip(*calls)
             running = runnings[0]
@@ -57,12 +65,19 @@ class Statistics:
                 rows = torch.stack(values, 1).flatten(0, 1)
                 kept = 1 - running.momentum
                 ages = torch.arange(len(rows) - 1, -1, -1, dtype=rows.dtype, device=rows.device)
-                # By `data`: a graph may hold them, and torch's own batch norm leaves their version as it is.
+                # Through `data`: a graph may hold them, and torch's own batch norm does not change their version.
                 statistic.data.mul_(kept ** len(rows)).add_((running.momentum * kept**ages) @ rows)
 
 
 class Running(NamedTuple):
-    """The running statistics of a batch norm, (channels,) each, how fast they follow, and where that is noted."""
+    """The running statistics of a batch norm.
+
+    Attributes:
+        statistics: the record of calls.
+        mean: (channels,).
+        variance: (channels,).
+        momentum: as for torch's batch norm.
+    """
 
     statistics: Statistics
     mean: Tensor
@@ -74,17 +89,17 @@ def _tasks(pair: tuple[Tensor, int | None], tasks: int) -> Tensor:
     X, dim = pair
     if dim is None:
         return X.expand(tasks, *X.shape)
-    # A view that changes nothing would still be a step of every derivative.
+    # An identity view would add a node to every derivative.
     return X if dim == 0 else X.movedim(dim, 0)
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, channels_last: bool = False) -> Tensor:
-    """The cross-correlation of a task's images; x is mapped over.
+    """Return the cross-correlation of a task's images, under vmap over x.
 
     Args:
         x: (images, in_channels, height, width).
         weight: (out_channels, in_channels, kernel_height, kernel_width).
-        stride: of both axes.
+        stride: stride of both axes.
         padding: zeros on each side of both axes.
         channels_last: see `kfo_ext.functional.conv2d`.
 
@@ -109,19 +124,19 @@ def batch_norm(
     running: Running | None = None,
     left_out: Tensor | None = None,
 ) -> Tensor:
-    """Batch norm by the statistics of a task's own batch, then ReLU if `relu`; x is mapped over.
+    """Return the batch norm by the statistics of a task's batch, then ReLU if `relu`, under vmap over x.
 
     Args:
         x: (n, channels, ...).
         weight: (channels,).
         bias: (channels,).
         eps: added to the variance.
-        relu: whether negative values become zero.
-        running: the statistics to bring up to date.
-        left_out: (channels,), what x lacks in every row: it changes the running mean alone; its gradient is zero.
+        relu: whether to apply ReLU.
+        running: the running statistics to update.
+        left_out: (channels,), a bias that x lacks in every row: it changes only the running mean; its gradient is zero.
 
     Returns:
-        y: as x.
+        y: the shape of x.
     """
 
     def compute(tasks: int, x: Any, weight: Any, bias: Any, left_out: Any) -> Tensor:

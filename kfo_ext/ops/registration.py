@@ -21,38 +21,47 @@ from kfo_ext.ops.torch_private import (
 
 
 def pick(needed: bool, gradient: Tensor | None) -> Tensor | None:
+    """The gradient if it is needed, else None."""
     return gradient if needed else None
 
 
 def mark_not_needed(ctx: FunctionCtx, outputs: Sequence[Tensor], need: Sequence[bool]) -> None:
-    """Tells autograd that the empty tensors in the place of outputs that are not needed have no derivative."""
+    """Tell autograd that the empty tensors for outputs that are not needed have no derivative."""
     if False in need:
         ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, need) if not needed))
 
 
 def below_autograd(overload: torch._ops.OpOverload, below: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    """What the forward of an operator's Function computes; below: the keyset that its kernel has been given."""
+    """The forward of an operator's Function; below: the keyset of its kernel."""
     if not in_functorch():
         return overload.redispatch(below, *arguments)
-    # A Function turns grad mode off; the transforms further out have their own derivative to take.
+    # A Function turns grad mode off, but outer transforms differentiate, too.
     with torch.enable_grad():
         return overload.redispatch(below, *arguments)
 
 
 def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: str) -> Callable:
-    """The kernel under the Autograd key: differentiates by `function`, and refuses what it has no rule for.
+    """Make the kernel for the Autograd key, which differentiates by `function` and refuses transforms without a rule.
 
-    For torch.func's grad and vjp it is called once on each of their levels, as the derivatives of torch's own
-    operators are, with that level's tensors: `redispatch` reaches the next one.
+    For torch.func's grad and vjp it is called once on each level, with that level's tensors, like the derivatives of
+    torch's own operators: `redispatch` reaches the next level.
+
+    Args:
+        overload: the operator.
+        function: its derivative.
+        public: the function that messages name.
+
+    Returns:
+        The kernel.
     """
     schema = overload._schema.arguments
     defaults = (None,) * len(schema)
     tensors = [i for i, argument in enumerate(schema) if "Tensor" in str(argument.type)]
-    # Function.apply itself would start anew from the innermost transform, where the dispatcher has come from already.
-    apply = super(Function, function).apply  # type: ignore[misc]  # of torch's C++ base class
+    # Function.apply itself would restart from the innermost transform, which the dispatcher has passed.
+    apply = super(Function, function).apply  # type: ignore[misc]  # torch's C++ base class
 
     def kernel(keyset, *arguments):
-        # The dispatcher leaves out trailing arguments that have their default, here always None.
+        # The dispatcher omits trailing arguments that have their default, here always None.
         arguments += defaults[len(arguments) :]
         levels = in_functorch()
         if levels and without_rules():
@@ -76,7 +85,7 @@ def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: s
                             return apply(*arguments, below)
             return overload.redispatch(below, *arguments)
         except RuntimeError as error:
-            # The allocator's own error does not pass torch's stable ABI: what arrives names a call that failed.
+            # torch's stable ABI replaces the allocator's error by one that names the failed call.
             if "aten::new_empty" not in str(error):
                 raise
             device = arguments[0].device
@@ -100,17 +109,17 @@ def register_operator(
     rule: Rule,
     public: str,
 ) -> None:
-    """Registers fake, autograd, vmap and autocast of one operator, whose schema and kernels exist already.
+    """Register fake, autograd, vmap and autocast of one operator, whose schema and kernels exist already.
 
-    Must run at import, before any call: a late registration leaves stale dispatch behind.
+    It must run at import, before any call: a late registration leaves stale dispatch.
 
     Args:
-        fragment: where the registrations belong.
+        fragment: the library of the registrations.
         overload: the operator.
-        function: its derivative; takes the operator's arguments, and last what `below_autograd` needs.
+        function: its derivative; takes the operator's arguments, and then the keyset for `below_autograd`.
         fake: its outputs without data.
-        rule: what it does under torch.func.vmap; see `kfo_ext.ops.mapping`.
-        public: the function that messages name, for what the operator has no rule for.
+        rule: its rule for torch.func.vmap; see `kfo_ext.ops.mapping`.
+        public: the function that messages name, for transforms without a rule.
     """
     name = overload.name()
     torch.library.register_fake(name, fake, lib=fragment)

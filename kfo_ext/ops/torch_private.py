@@ -1,4 +1,4 @@
-"""What torch keeps private and this package needs; where a torch lacks it, the import says so."""
+"""The private names of torch that this package uses; the import fails if torch lacks one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.autograd import forward_ad
 
 
 def _private(owner: object, name: str) -> Any:
-    """A name of torch that is not public; where a torch lacks it, the import fails: a guess could lose a derivative."""
+    """A private name of torch; raises ImportError without it, since a guess could lose a derivative."""
     try:
         return getattr(owner, name)
     except AttributeError:
-        raise ImportError(f"kfo_ext: torch {torch.__version__} has no {name}, which kfo_ext needs") from None
+        raise ImportError(f"kfo_ext: torch {torch.__version__} has no {name}, which kfo_ext requires") from None
 
 
 in_functorch = _private(torch._C, "_are_functorch_transforms_active")
@@ -28,12 +28,12 @@ jit_trace = _private(torch._C, "_get_tracing_state")
 saved_tensor_hooks = partial(_private(torch._C._autograd, "_top_saved_tensors_default_hooks"), True)
 _private(forward_ad, "_current_level")
 
-# How many modes see each function of torch, the innermost of them, and a context in which it sees none.
+# The number of function modes, the innermost one, and a context that suspends it.
 function_modes = _private(overrides, "_len_torch_function_stack")
 function_mode = _private(overrides, "_get_current_function_mode")
 without_function_mode = _private(overrides, "_pop_mode_temporarily")
 
-# One level of torch.func: its tensors, and what a kernel under its dispatch key needs to reach the next level.
+# One level of torch.func: its tensors, and how a kernel under its dispatch key reaches the next level.
 add_batch_dim = _private(torch._C._functorch, "_add_batch_dim")
 unwrap_batched = _private(torch._C._functorch, "_unwrap_batched")
 innermost_level = _private(torch._C._functorch, "peek_interpreter_stack")
@@ -47,25 +47,28 @@ _OF_VMAP = DispatchKeySet(DispatchKey.FuncTorchBatched)
 
 
 def below_vmap() -> Any:
-    """A context for the batching rule of an operator: operators called in it run on the next level of torch.func."""
+    """The context of an operator's batching rule: operators called in it run on the next level of torch.func."""
     return _exclude(_OF_VMAP)
 
 
 def in_forward_mode() -> bool:
-    """Whether a level of forward-mode AD is open."""
+    """Whether a level of forward-mode AD is active."""
     return forward_ad._current_level >= 0
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is under way."""
+    """Whether a torch.func transform or forward-mode AD is active."""
     return in_functorch() or in_forward_mode()
 
 
 def without_rules() -> bool:
-    """Whether a transform is under way for which only plain torch has every rule.
+    """Return whether a transform is active for which only plain torch has every rule.
 
-    Those are forward-mode AD, `jvp` and what is made of it, `functionalize`, and any transform that torch.compile
-    traces: for grad, vjp and vmap, nested in any order, operators have rules of their own.
+    Operators have rules for grad, vjp and vmap, nested in any order.
+
+    Returns:
+        True for forward-mode AD, `jvp` and functions based on it, `functionalize`, and any transform that torch.compile
+        traces.
     """
     if in_forward_mode():
         return True
@@ -73,5 +76,5 @@ def without_rules() -> bool:
 
 
 def only_derivatives_and_vmap() -> bool:
-    """Whether each torch.func transform under way is grad, vjp or vmap."""
+    """Whether each active torch.func transform is grad, vjp or vmap."""
     return all(level.key() in _DERIVATIVES_AND_VMAP for level in _all_levels() or ())

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run here, and why not; this imports neither triton nor a driver."""
+"""Whether Triton's kernels run here, or the reason why not; imports neither triton nor a driver."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-# As triton reads it, and at one moment: its own functions are made for the interpreter or the compiler at import.
+# Read once, as triton reads it: at import, its functions are made for the interpreter or the compiler.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -19,7 +19,7 @@ def available(device: torch.device) -> bool:
 
 
 def reason(device_type: str) -> str:
-    """Why `available` is false for tensors of that device, or what runs."""
+    """The reason why `available` is false for a device, or the version that runs."""
     if not _INSTALLED:
         return "triton is not installed (pip install triton)"
     if device_type == "cpu" and not INTERPRETED:
@@ -34,7 +34,7 @@ def reason(device_type: str) -> str:
 
 
 def status() -> tuple[bool, str]:
-    """Whether triton runs on this machine, and the reason or the detail; asks the driver."""
+    """Whether triton runs on this machine, and the reason or the version; queries the driver."""
     if _INSTALLED and not INTERPRETED and not torch.cuda.is_available():
         return False, f"{reason('cuda')}, but torch sees no CUDA device, and {reason('cpu')}"
     return _INSTALLED, reason("cuda")

@@ -24,7 +24,7 @@ from kfo_ext.ops.transform.vmap import rules
 
 
 class Family(NamedTuple):
-    """The overloads of the three orders that one backend registers."""
+    """The overloads of the three orders registered by one backend."""
 
     transform: torch._ops.OpOverload
     backward: torch._ops.OpOverload
@@ -39,7 +39,7 @@ SLOTS = 4
 def form_gradients(
     family: Family, shapes: list[int], terms: Sequence[Term], wanted: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradient of sum_terms F(R, G, L, Y) by each wanted operand (compared by identity), None where it is zero."""
+    """The gradients of sum_terms F(R, G, L, Y) by the wanted operands (compared by identity), or None for zero."""
     gradients: list[Tensor | None] = [None] * len(wanted)
 
     def add(slot_value: Tensor, gradient: Tensor) -> None:
@@ -64,7 +64,7 @@ def form_gradients(
 
 
 def distinct(*operands: Tensor | None) -> list[Tensor | None]:
-    """Aliases, so that one tensor in two slots stays two operands for `form_gradients`."""
+    """Aliases of the operands, so that `form_gradients` distinguishes a tensor in two slots."""
     return [None if operand is None else operand.view_as(operand) for operand in operands]
 
 
@@ -109,7 +109,7 @@ def _functions(family: Family) -> tuple[type[Function], type[Function], type[Fun
             R, G, L, dY = ctx.saved_tensors
             need = list(ctx.needs_input_grad[:SLOTS])
             if ddR is None and ddL is None and torch.is_grad_enabled():
-                # With ddG alone, F(R, ddG, L, dY) is the first order's form: one order less to differentiate again.
+                # With only ddG, F(R, ddG, L, dY) is the form of the first order: one order less to differentiate again.
                 R, L, dY = distinct(R, L, dY)
                 wanted = [operand if needed else None for operand, needed in zip((R, None, L, dY), need)]
                 gradients = form_gradients(family, ctx.shapes, [(R, ddG, L, dY)], wanted)
@@ -162,7 +162,7 @@ def _fakes() -> tuple[Callable, Callable, Callable]:
 
 
 def register(fragment: torch.library.Library, suffix: str = "") -> Family:
-    """Registers the three orders `kfo_ext::transform*<suffix>`; see `register_operator`."""
+    """Register the three orders `kfo_ext::transform*<suffix>` and return them; see `register_operator`."""
     names = [f"transform{suffix}", f"transform_backward{suffix}", f"transform_double_backward{suffix}"]
     family = Family(*(getattr(torch.ops.kfo_ext, name).default for name in names))
     for overload, function, fake, rule in zip(family, _functions(family), _fakes(), rules(family)):

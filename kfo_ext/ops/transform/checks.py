@@ -1,4 +1,4 @@
-"""Checks of the operands of the three operators in Python, as `csrc/check_transform.h` makes them in C++."""
+"""Operand checks of the three operators in Python; same messages as `csrc/check_transform.h`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kfo_ext.ops.operands import KERNEL_DTYPES
 
 
 class Columns(NamedTuple):
-    """Elements of one packed row of each operand of a group."""
+    """The number of elements of one packed row of each operand of a group."""
 
     shapes: tuple[tuple[int, int, int], ...]
     R: int
@@ -26,15 +26,15 @@ def _name(dtype: torch.dtype) -> str:
 
 
 class Operands:
-    """Checks operands against their group; messages name the op, the operand, what was expected and what came.
+    """Checks operands against their group; messages name the op, the operand, the expected and the received value.
 
     Args:
-        op: named first in every message.
-        columns: the group's.
-        G: (tasks, sum B*p*q), the operand that fixes tasks, dtype and device.
+        op: the name of the op, for messages.
+        columns: the columns of the group.
+        G: (tasks, sum B*p*q), the operand that determines tasks, dtype and device.
 
     Raises:
-        ValueError: as every method, when an operand does not fit.
+        ValueError: an operand does not fit; every method raises it.
     """
 
     def __init__(self, op: str, columns: Columns, G: Tensor) -> None:
@@ -47,26 +47,26 @@ class Operands:
         self.tasks = G.shape[0]
 
     def factor(self, name: str, X: Tensor, columns: int) -> None:
-        """X: (tasks or 1, columns)."""
+        """Check X, (tasks or 1, columns)."""
         self._alike(name, X)
         self._columns(name, X, columns)
         if X.shape[0] not in (1, self.tasks):
             self._fail(f"{name} has {X.shape[0]} rows, but G has {self.tasks} tasks: expected 1 or that many")
 
     def matrices(self, name: str, X: Tensor) -> None:
-        """X: (tasks, sum B*p*q)."""
+        """Check X, (tasks, sum B*p*q)."""
         self._alike(name, X)
         self._columns(name, X, self.group.G)
         self._rows(name, X, self.tasks, "G")
 
     def like(self, name: str, X: Tensor, other_name: str, other: Tensor) -> None:
-        """X: the shape of `other`, which is checked already."""
+        """Check that X has the shape of `other`, which was checked before."""
         self._alike(name, X)
         self._columns(name, X, other.shape[1])
         self._rows(name, X, other.shape[0], other_name)
 
     def need(self, flags: Sequence[bool], expected: int) -> None:
-        """One flag per output."""
+        """Check that there is one flag per output."""
         if len(flags) != expected:
             self._fail(f"need has {len(flags)} flags, expected {expected}")
 
@@ -104,12 +104,26 @@ def check(
     ddL: Tensor | None = None,
     need: tuple[Sequence[bool], int] | None = None,
 ) -> int:
-    """The number of tasks, after a check of every operand given.
+    """Check every operand that is not None.
 
-    op: named first in every message. need: the flags, and how many there should be.
+    Args:
+        op: the name of the op, for messages.
+        columns: the columns of the group.
+        R: (tasks or 1, sum p*p).
+        G: (tasks, sum B*p*q).
+        L: (tasks or 1, sum q*q).
+        bias: (tasks or 1, sum p*q).
+        dY: the shape of G.
+        ddR: the shape of R.
+        ddG: the shape of G.
+        ddL: the shape of L.
+        need: the flags, and their expected number.
+
+    Returns:
+        The number of tasks.
 
     Raises:
-        ValueError: an operand that does not fit.
+        ValueError: an operand does not fit.
     """
     operands = Operands(op, columns, G)
     operands.factor("R", R, columns.R)

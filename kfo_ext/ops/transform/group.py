@@ -1,4 +1,4 @@
-"""The shapes of a ragged group of Kronecker problems, the factors they have, and the sizes of its packed rows."""
+"""The shapes of a ragged group of Kronecker problems, their factors, and the sizes of packed rows."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def _triple(i: int, shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 class Group:
-    """(B, p, q) of every problem, and the elements of one packed row of each operand.
+    """A ragged group of problems: (B, p, q) of each, and the number of elements of each operand's packed row.
 
     Args:
         shapes: (B, p, q) triples: B matrices of shape (p, q) that share factors R (p, p) and L (q, q).
-        names: of the problems, for messages; by default their positions.
+        names: names of the problems, for messages; by default their positions.
         sides: the factors that each problem has, "RL", "R" or "L"; by default both. An absent factor has no columns in
-            a packed row, and counts as the identity.
+            a packed row, and is the identity.
 
     Raises:
         TypeError: a shape is not three integers.
-        ValueError: B, p or q is less than 1, a packed row would have 2**63 elements or more, or other sides.
+        ValueError: B, p or q is less than 1, a packed row would have 2**63 elements or more, or a side is unknown.
     """
 
     def __init__(
@@ -42,22 +42,22 @@ class Group:
             raise ValueError(f"sides: expected {' or '.join(SIDES)} for each of {len(self.shapes)}, got {self.sides}")
         self.flat = [size for shape in self.shapes for size in shape]
         self.columns = Columns(self.shapes, *self._sums(names))
-        # None: all have both factors, the usual call.
+        # None if all problems have both factors, the usual case.
         self.one_sided = None if set(self.sides) <= {BOTH} else OneSided(self.shapes, self.sides)
 
     def _sums(self, names: Sequence[str] | None) -> tuple[int, int, int, int]:
-        """Elements of a row of R, G, L and the bias."""
+        """The number of elements of a row of R, G, L and the bias."""
         sums = {"R": 0, "G": 0, "L": 0, "bias": 0}
         for i, ((B, p, q), side) in enumerate(zip(self.shapes, self.sides)):
             size_R, size_L = 0 if side == ONLY_L else p * p, 0 if side == ONLY_R else q * q
             for operand, size in (("R", size_R), ("G", B * p * q), ("L", size_L), ("bias", p * q)):
                 sums[operand] += size
-                # More than torch counts.
+                # torch's limit.
                 if sums[operand] >= 2**63:
                     raise ValueError(
                         f"{f'shapes[{i}]' if names is None else f'parameter {names[i]!r}'}: "
                         f"expected rows of fewer than 2**63 elements, "
-                        f"but with (B, p, q) = {(B, p, q)} that of {operand} has {sums[operand]}: leave it out"
+                        f"but with (B, p, q) = {(B, p, q)} that of {operand} has {sums[operand]}: remove it"
                     )
         return sums["R"], sums["G"], sums["L"], sums["bias"]
 

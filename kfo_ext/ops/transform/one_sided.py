@@ -1,9 +1,9 @@
-"""Groups of which some problems lack a factor: nothing of that factor's size is stored or multiplied.
+"""Groups with problems that lack a factor: nothing of that factor's size is stored or multiplied.
 
     without L   Y = R^T G          without R   Y = G L
 
-The problems that have both factors are one call of the operator. A problem that lacks one is a product of two operands,
-for which torch has the derivatives of every order. Its bits may depend on the number of threads, as torch's do.
+The problems with both factors are one call of the operator. A problem that lacks one is a product of two operands, for
+which torch has the derivatives of every order. Its bits may depend on the number of threads, as torch's do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from kfo_ext.ops.parts import Parts
 
 Shape = tuple[int, int, int]
-# Of operands R, G, L and flat (B, p, q) triples of problems that have both factors.
+# A function of operands R, G, L and flat (B, p, q) triples of problems that have both factors.
 Product = Callable[[Tensor, Tensor, Tensor, list[int]], Tensor]
 
 BOTH, ONLY_R, ONLY_L = SIDES = ("RL", "R", "L")
@@ -25,11 +25,11 @@ _WHOLE = -1
 
 
 class OneSided:
-    """How packed rows of such a group are computed.
+    """Computes packed rows of such a group.
 
     Args:
         shapes: (B, p, q) of every problem.
-        sides: the factors that each has: "RL", "R" or "L".
+        sides: the factors of every problem: "RL", "R" or "L".
     """
 
     def __init__(self, shapes: Sequence[Shape], sides: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ class OneSided:
         self.R, self.L = (Parts([label for label, _ in has], [size for _, size in has]) for has in (with_R, with_L))
 
     def compute(self, product: Product, R: Tensor, G: Tensor, L: Tensor, *, adjoint: bool) -> Tensor:
-        """R^T G L of every problem, with `adjoint` R G L^T; a factor that is absent counts as the identity."""
+        """R^T G L of every problem, or with `adjoint` R G L^T; an absent factor is the identity."""
         Rs, Gs, Ls = self.R.apart(R) if self.R.labels else {}, self.G.apart(G), self.L.apart(L) if self.L.labels else {}
         done: dict[Hashable, Tensor]
         done = {_WHOLE: product(Rs[_WHOLE], Gs[_WHOLE], Ls[_WHOLE], self.flat)} if self.flat else {}

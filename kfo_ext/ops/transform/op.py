@@ -24,9 +24,9 @@ def _register_triton(fragment: torch.library.Library) -> Family:
     return autograd.register(fragment, "_triton")
 
 
-# The compiled operators; None where the CPU library, which holds their schemas, is not there.
+# The compiled operators; None without the CPU library, which holds their schemas.
 NATIVE = library.once("transform", autograd.register) if library.status()["cpu"][0] else None
-# Defined in Python, so there without the CPU library, and without triton, which the first call asks for.
+# Defined in Python: it exists without the CPU library, and without triton, which the first call imports.
 TRITON = library.once("triton", _register_triton)
 OPERATOR = Operator(("G", "R", "L", "bias"), {"native": NATIVE, "triton": TRITON}, ("cpu", "cuda"))
 
@@ -35,37 +35,38 @@ OPERATOR = Operator(("G", "R", "L", "bias"), {"native": NATIVE, "triton": TRITON
 def transform(
     R: Tensor, G: Tensor, L: Tensor, problems: Group, *, bias: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Y = R^T G L (+ bias), differentiable to any order by every operand.
+    """Return Y = R^T G L (+ bias), differentiable to any order with respect to every operand.
 
-    Before a call is captured in a CUDA graph, make it once with the same problems and tasks.
+    Before capturing a call in a CUDA graph, make it once with the same problems and tasks.
 
     Args:
         R: (tasks or 1, problems.R.numel), packed left factors.
         G: (tasks, problems.packing.numel), packed matrices.
         L: (tasks or 1, problems.L.numel), packed right factors.
-        problems: the group; its `sides` say which factors are absent.
+        problems: the group; its `sides` define which factors are absent.
         bias: (tasks or 1, problems.bias.numel), added to each of the B matrices of a problem.
         backend: "auto" (see `kfo_ext.ops.dispatch.Operator.resolve`), "native" (compiled), "triton" (compiled at the
-            first call) or "reference" (plain torch). Under torch.func's grad, vjp and vmap, nested in any order, each
-            runs as it does without; in forward mode (`jvp`, `hessian`), under `functionalize`, and where torch.compile
-            traces a torch.func transform, every backend runs plain torch.
+            first call) or "reference" (plain torch). torch.func's grad, vjp and vmap, nested in any order, keep the
+            backend; in forward mode (`jvp`, `hessian`), under `functionalize`, and if torch.compile traces a torch.func
+            transform, every backend runs plain torch.
 
     Returns:
-        Y: (tasks, problems.packing.numel), of G's dtype. Half types, and everything under autocast, compute in float32.
+        Y: (tasks, problems.packing.numel), of G's dtype. Half types, and all types under autocast, compute in float32.
 
     Raises:
-        ValueError: sizes, rows or devices that do not fit, or an unknown backend.
-        TypeError: operands that are no dense floating-point tensors or, outside autocast, of several dtypes.
-        RuntimeError: the backend asked for does not run here.
+        ValueError: sizes, rows or devices do not fit, or the backend is unknown.
+        TypeError: operands are no dense floating-point tensors or, outside autocast, have several dtypes.
+        RuntimeError: the named backend does not run here.
 
-    Source: paper, appendix C.1 (W = R^T (x) L, the factorised weight of equation 21).
+    Source:
+        paper, appendix C.1 (W = R^T (x) L, the factorised weight of equation 21).
     """
     given = (G, R, L) if bias is None else (G, R, L, bias)
     usual = _check(problems, given)
 
     def compute(family: Family | None, G: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
         one_sided = problems.one_sided
-        # The compiled operator checks its operands itself, but under vmap it has those of all examples.
+        # The compiled operator checks its operands itself, but under vmap they hold all examples.
         if family is None or one_sided is not None or in_functorch():
             check("transform", problems.columns, R, G, L, bias=bias)
         if one_sided is not None:
@@ -80,9 +81,19 @@ def transform(
 
 @own_code
 def adjoint(R: Tensor, G: Tensor, L: Tensor, problems: Group, *, backend: str = "auto") -> Tensor:
-    """R G L^T, the adjoint of `transform`: <transform(R, X, L), G> = <X, adjoint(R, G, L)>; no factor is transposed.
+    """Return R G L^T, the adjoint of `transform` as a map of its matrices.
 
-    Args, Returns, Raises: as `transform`.
+    <transform(R, X, L), G> = <X, adjoint(R, G, L)>. No factor is transposed in memory. Errors are those of `transform`.
+
+    Args:
+        R: (tasks or 1, problems.R.numel), packed left factors.
+        G: (tasks, problems.packing.numel), packed matrices.
+        L: (tasks or 1, problems.L.numel), packed right factors.
+        problems: as for `transform`.
+        backend: as for `transform`.
+
+    Returns:
+        (tasks, problems.packing.numel), of G's dtype.
     """
     usual = _check(problems, (G, R, L))
 
@@ -103,12 +114,12 @@ def _product(family: Family | None, R: Tensor, G: Tensor, L: Tensor, flat: list[
 def _adjoint_product(family: Family | None, R: Tensor, G: Tensor, L: Tensor, flat: list[int]) -> Tensor:
     if family is None:
         return reference.adjoint(R, G, L, flat)
-    # The transform's own derivative by its matrices, which are not read for it: what stands there is of no account.
+    # The transform's derivative by its matrices, which does not read them: any tensor of that shape serves.
     return family.backward(R, G.detach(), L, G, flat, [False, True, False])[1]
 
 
 def _check(problems: Group, given: tuple[Tensor, ...]) -> bool:
-    """Whether it is the usual call; see `Operator.check`."""
+    """Check problems and operands; the result is that of `Operator.check`."""
     if not isinstance(problems, Group):
         raise TypeError(f"problems: expected Problems, got {type(problems).__name__}")
     usual = OPERATOR.check(given)

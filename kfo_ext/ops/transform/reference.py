@@ -1,6 +1,6 @@
-"""The transform in plain torch: short, right to any order, the ground truth of every kernel.
+"""The transform in plain torch: short, correct to any order, the ground truth of every kernel.
 
-It is also what `transform` runs in forward mode, and under the other transforms that operators have no rules for.
+`transform` also runs it in forward mode, and under the other transforms for which operators have no rules.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _sizes(shapes: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tensor | None = None) -> Tensor:
-    """Y = R^T G L (+ bias) for every problem of every task.
+    """Return Y = R^T G L (+ bias) for every problem of every task.
 
     Args:
         R: (tasks or 1, sum p*p).
@@ -33,7 +33,7 @@ def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tens
 
 
 def adjoint(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int]) -> Tensor:
-    """R G L^T for every problem of every task; operands as `transform`."""
+    """R G L^T for every problem of every task; operands as for `transform`."""
     return _products("tik,tbkl,tjl->tbij", R, G, L, shapes)
 
 
@@ -60,7 +60,7 @@ def _products(equation: str, R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[i
 
 
 def expand_bias(bias: Tensor, shapes: Sequence[int]) -> Tensor:
-    """(rows, sum p*q) -> (rows, sum B*p*q): each problem's term repeated over B."""
+    """(rows, sum p*q) -> (rows, sum B*p*q): each problem's bias repeated over B."""
     sizes = _sizes(shapes)
     pieces = bias.split([p * q for _, p, q in sizes], dim=1)
     return torch.cat([piece.repeat(1, B) for (B, _, _), piece in zip(sizes, pieces)], dim=1)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def rules(family: Family) -> tuple[Rule, Rule, Rule]:
-    """Those of `family`, in its order."""
+    """The rules of the operators of `family`, in its order."""
 
     def transform(
         examples: int, R: Operand, G: Operand, L: Operand, shapes: list[int], bias: Operand | None = None
