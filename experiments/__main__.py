@@ -1,4 +1,4 @@
-"""`python -m experiments`: list the entries, run what is missing of them, write the report."""
+"""`python -m experiments`: list the entries, compute missing results, write the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA_VARIABLE = "KFO_DATA"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; its exit status."""
+    """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    listing = commands.add_parser("list", help="the entries, and what is computed of each")
+    listing = commands.add_parser("list", help="list the entries and their state")
     listing.add_argument("--budget", choices=BUDGETS, default="cpu")
     listing.set_defaults(command=_list)
     run = commands.add_parser("run", help="compute what is missing, from where the last call was stopped")
@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
             sys.stdout.write(f"{entry.name}: not run at this budget: {entry.why_not}\n")
         else:
             entries.append(entry)
-    # Two meta-iterations show that an entry runs; nobody keeps what they give.
+    # Two meta-iterations show that an entry runs; their results are not kept.
     results = options.results or (options.runs / "ci-results" if options.budget == "ci" else RESULTS)
     return 0 if Runner(entries, options.budget, roots, options.runs, results, options.jobs, ENTRIES).run() else 1
 
@@ -92,7 +92,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _roots(data: Path | None) -> dict[str, Path]:
-    """Where each data set lies, of those that are there."""
+    """The folder of each data set that exists."""
     folder = data or Path(os.environ.get(DATA_VARIABLE, "data"))
     if data is not None and not data.is_dir():
         raise ValueError(f"--data: expected a folder, got {data}")

@@ -1,4 +1,4 @@
-"""The upper line of Figure 3: softmax regression that is trained on all the images that the classes of a task have."""
+"""The upper line of Figure 3: softmax regression trained on all available images of a task's classes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from torch.nn.functional import cross_entropy
 
 from kfo_ext.tasks import TaskFamily
 
-# Penalties of the squared weights, of which validation tasks choose one.
+# Candidate penalties of the squared weights; validation tasks choose one.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 STEPS = 200
 
 
 def accuracies(family: TaskFamily, tasks: int, penalty: float) -> list[float]:
-    """The query accuracy on each of tasks 0 .. tasks - 1 of softmax regression trained to its optimum on the support.
+    """Train softmax regression to its optimum on the support of each task.
 
-    family: of classification, with as many shots as the classes have images to spare.
-    penalty: of half the squared weights, relative to the mean loss; the biases have none.
+    Args:
+        family: a classification family, with as many shots as the classes have images to spare.
+        tasks: number of tasks, 0 .. tasks - 1.
+        penalty: weight of half the squared weights, relative to the mean loss; biases are not penalized.
+
+    Returns:
+        The query accuracy on each task.
 
     Raises:
-        ValueError: fewer than one task, or a penalty that is not above 0.
+        ValueError: there is no task, or the penalty is not above 0.
     """
     if tasks < 1:
         raise ValueError(f"tasks: expected at least 1, got {tasks}")

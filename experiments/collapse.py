@@ -9,13 +9,18 @@ from kfo_ext.updates import GradientDescent
 
 
 def collapsed(learner: MAML) -> MAML:
-    """The same learner of the collapsed network: a copy, with the same rate, steps, loss and metric.
+    """Return a copy of a learner for the collapsed network, with the same rate, steps, loss and metric.
 
-    learner: of a network with `collapse()`, as `kfo_ext.networks.LinNet`, all of which adapts by gradient descent.
+    Args:
+        learner: learner of a network with `collapse()`, as `kfo_ext.networks.LinNet`, that adapts all parameters by
+            gradient descent.
+
+    Returns:
+        The copy.
 
     Raises:
-        TypeError: a learner that is no MAML, such as ANIL, or a network that does not collapse.
-        ValueError: a learned update, which is of the stack's parameters, or a network that adapts only in part.
+        TypeError: the learner is no MAML, such as ANIL, or its network has no `collapse()`.
+        ValueError: the learner has a learned update, which belongs to the stack's parameters, or adapts only a part.
     """
     if type(learner) is not MAML:
         raise TypeError(f"learner: expected a MAML, which adapts the whole network, got {type(learner).__name__}")
@@ -25,8 +30,8 @@ def collapsed(learner: MAML) -> MAML:
         )
     if type(learner.update) is not GradientDescent or learner.update.phi:
         raise ValueError(
-            "learner: expected plain gradient descent, got a learned update, which is of the stack's parameters and "
-            f"fits no other network: {type(learner.update).__name__}"
+            "learner: expected plain gradient descent, got a learned update, which belongs to the stack's parameters "
+            f"and fits no other network: {type(learner.update).__name__}"
         )
     names = [name for name, _ in learner.model.named_parameters()]
     if set(learner.adapted) != set(names):
@@ -34,7 +39,7 @@ def collapsed(learner: MAML) -> MAML:
     copied = MAML(
         collapse(),
         lr=learner.lr,
-        # A learner has steps to train with; none are for an evaluation.
+        # The constructor requires a step; an evaluation may have none.
         steps=max(learner.steps, 1),
         first_order=learner.first_order,
         loss=learner.loss,
@@ -47,10 +52,14 @@ def collapsed(learner: MAML) -> MAML:
 
 
 def collapsed_scores(learner: MAML, family: TaskFamily, tasks: int) -> list[float]:
-    """The scores of `kfo_ext.trainer.evaluate`, task by task in its order, of the network collapsed before it adapts.
+    """Evaluate a learner whose network is collapsed before adaptation.
 
-    learner: such as `kfo_ext.trainer.load_learner` returns of a run with method linnet; see `collapsed`.
-    family: the tasks of the split to evaluate on.
-    tasks: length of the list.
+    Args:
+        learner: a learner as `kfo_ext.trainer.load_learner` returns for a run with method linnet; see `collapsed`.
+        family: the tasks of the split to evaluate on.
+        tasks: number of tasks.
+
+    Returns:
+        The scores of `kfo_ext.trainer.evaluate`, in its order of tasks.
     """
     return evaluate(collapsed(learner), family, tasks=tasks).scores.tolist()

@@ -1,4 +1,4 @@
-"""What functions compute for the registry, as plain values."""
+"""Functions that the registry names; they return plain values."""
 
 from __future__ import annotations
 
@@ -37,13 +37,21 @@ def floors(
     every: int,
     validation_tasks: int,
 ) -> dict[str, Any]:
-    """Nearest class means of pixels, and prototypical networks with the features of CNN(2).
+    """Evaluate nearest class means of pixels, and prototypical networks with the features of CNN(2).
 
-    data: the name of the data set's folder.
-    options: of its task family, `family` among them.
-    tasks: of the test.
-    seeds: how many networks; 0 for none.
-    iterations, every, validation_tasks: see `train_prototypical`.
+    Args:
+        roots: the folder of each data set.
+        folder: folder of the training states.
+        data: the name of the data set's folder.
+        options: options of its task family, including `family`.
+        tasks: number of test tasks.
+        seeds: number of networks; 0 for none.
+        iterations: see `train_prototypical`.
+        every: see `train_prototypical`.
+        validation_tasks: see `train_prototypical`.
+
+    Returns:
+        Scores of `nearest_centroid`, and of each seed's network under `prototypical`.
     """
     test = _family(roots, data, options, "test", EVALUATION_SEED)
     value: dict[str, Any] = {"nearest_centroid": _scored(nearest_centroid(test, tasks)), "prototypical": []}
@@ -91,9 +99,18 @@ def landscape(*, roots: Roots, folder: Path, iterations: int) -> dict[str, Any]:
 def upper_line(
     *, roots: Roots, folder: Path, data: str, options: Mapping[str, Any], tasks: int, validation_tasks: int
 ) -> dict[str, Any]:
-    """Softmax regression trained on all images that the classes of a task can spare.
+    """Evaluate softmax regression trained on all images that the classes of a task can spare.
 
-    options: as of `floors`, with the numbers of shots and queries.
+    Args:
+        roots: the folder of each data set.
+        folder: not used.
+        data: the name of the data set's folder.
+        options: as for `floors`, with the numbers of shots and queries.
+        tasks: number of test tasks.
+        validation_tasks: number of tasks that choose the penalty.
+
+    Returns:
+        The penalty, the number of tasks, the mean accuracy and its interval.
     """
     del folder
     penalty = chosen_penalty(_family(roots, data, options, "validation", EVALUATION_SEED), validation_tasks)

@@ -24,9 +24,9 @@ from kfo_ext.trainer.recipe import build_learner, build_optimizer
 from kfo_ext.trainer.schedules import meta_rate
 from kfo_ext.updates import KFO
 
-# What the loops here leave out.
+# Options that these loops do not support, with the only value allowed.
 OF_OURS = {"accumulate": 1, "precision": "ieee", "cuda_graph": False, "device": "cpu", "meta_lr_update": None}
-# What learn2learn computes, as its own scripts call it; an option that a configuration does not have is not asked for.
+# The options that learn2learn supports, as its own scripts set them; options absent in a configuration are not checked.
 OF_LEARN2LEARN = {
     "network": "omniglot_cnn",
     "method": "maml",
@@ -50,7 +50,13 @@ class Contestant(Protocol):
     """A learner with its meta-training."""
 
     def iterate(self, batch: TaskBatch) -> float:
-        """Take one meta-iteration; returns its mean query loss.
+        """Take one meta-iteration.
+
+        Args:
+            batch: the meta-batch.
+
+        Returns:
+            The mean query loss.
 
         Raises:
             FloatingPointError: a loss or a meta-gradient is not finite.
@@ -58,7 +64,15 @@ class Contestant(Protocol):
         ...
 
     def accuracy(self, family: TaskFamily, tasks: int, stop: Stop) -> float:
-        """The mean query accuracy on tasks 0 .. tasks - 1.
+        """Evaluate on tasks 0 .. tasks - 1.
+
+        Args:
+            family: the tasks.
+            tasks: number of tasks.
+            stop: read between tasks; whether to cancel.
+
+        Returns:
+            The mean query accuracy.
 
         Raises:
             Cancelled: `stop` was true.
@@ -69,10 +83,11 @@ class Contestant(Protocol):
 class Ours:
     """The steps of `kfo train`.
 
-    config: of the run, its seed among it.
+    Args:
+        config: configuration of the run, including its seed.
 
     Raises:
-        ValueError: an option that these steps leave out.
+        ValueError: these steps do not support an option.
     """
 
     def __init__(self, config: Config) -> None:
@@ -99,14 +114,15 @@ class Ours:
 
 
 class Learn2Learn:
-    """learn2learn's MAML, or its GBML with KroneckerTransform, from our start, with our outer optimizer.
+    """learn2learn's MAML, or its GBML with KroneckerTransform, with our initialization and outer optimizer.
 
-    config: of the run, its seed among it.
-    first: a meta-batch of the run.
+    Args:
+        config: configuration of the run, including its seed.
+        first: a meta-batch of the run.
 
     Raises:
-        ValueError: a configuration that learn2learn does not have.
-        ImportError: it is not installed.
+        ValueError: learn2learn does not support the configuration.
+        ImportError: learn2learn is not installed.
     """
 
     def __init__(self, config: Config, first: TaskBatch) -> None:
@@ -127,7 +143,7 @@ class Learn2Learn:
         return loss
 
     def accuracy(self, family: TaskFamily, tasks: int, stop: Stop) -> float:
-        """See `Contestant`; by learn2learn's own adaptation."""
+        """See `Contestant`; uses learn2learn's own adaptation."""
         meta: Any = self.loop.module
         right = 0.0
         for index in range(tasks):
@@ -143,16 +159,21 @@ class Learn2Learn:
 
 
 def check_peer(config: Config) -> None:
-    """Raise ValueError for a configuration that learn2learn does not have."""
+    """Raise ValueError for a configuration that learn2learn does not support."""
     if config.update not in UPDATES:
         raise ValueError(f"peers: expected a method with an update of {', '.join(UPDATES)}, got {config.update!r}")
     _check("peers", config, {**OF_OURS, **OF_LEARN2LEARN})
 
 
 def apart(config: Config, first: TaskBatch) -> float:
-    """How far learn2learn's first loss and meta-gradients are from ours in float64: the larger relative distance.
+    """Compare learn2learn's first loss and meta-gradients with ours, in float64.
 
-    config, first: see `Learn2Learn`.
+    Args:
+        config: see `Learn2Learn`.
+        first: see `Learn2Learn`.
+
+    Returns:
+        The larger relative distance of the two.
     """
     exact, batch = config.changed(dtype="float64"), first.to(dtype=torch.float64)
     learner = build_learner(exact)
@@ -163,12 +184,12 @@ def apart(config: Config, first: TaskBatch) -> float:
     other = theirs.run()
     found = flat(theirs.gradients())
     distances = [(found - ours).norm() / ours.norm(), (other - loss.detach()).abs() / loss.detach().abs()]
-    # Not max(): it may drop a NaN.
+    # torch's max, as Python's may drop a NaN.
     return torch.stack(distances).max().item()
 
 
 def _case(config: Config, learner: MAML, batch: TaskBatch) -> MetaCase:
-    """What the contenders of the benchmarks are made of."""
+    """The case from which the benchmarks' contenders are built."""
     ways = config.data_set.outputs(config.options_of(config.data_set))
     network = replace(NETWORKS["omniglot_cnn2"], layers=config.layers, hidden=config.hidden, ways=ways)
     factors: Any = learner.update.factors() if isinstance(learner.update, KFO) else None

@@ -1,4 +1,4 @@
-"""What the registry holds: a row of a table or a curve of a figure, what was published, and what we compute for it."""
+"""The entries of the registry: a row of a table or a curve of a figure, its published numbers, and our computation."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ CERTAIN, INFERRED, UNKNOWN = "certain", "inferred", "unknown"
 class Published:
     """A number of the paper.
 
-    where: table or figure, row and column.
-    value: accuracy in %, or a learning rate; None where no copy that we have shows it.
-    certainty: whether it is legible, follows from its position or the prose, or is unknown.
+    Attributes:
+        where: table or figure, row and column.
+        value: accuracy in %, or a learning rate; None if no available copy shows it.
+        certainty: whether the number is legible, inferred from its position or the prose, or unknown.
     """
 
     where: str
@@ -36,29 +37,31 @@ class Published:
 class Rates:
     """Learning rates of the paper's tables D.5 to D.7.
 
-    inner: of the adaptation.
-    outer: of meta-training.
+    Attributes:
+        inner: inner learning rate.
+        outer: outer learning rate.
     """
 
     inner: Published
     outer: Published
 
 
-# What a report shows of a value: Markdown, in which pictures lie in `paper/`, and these pictures (SVG) by file name.
+# A value in the report: Markdown that refers to pictures in `paper/`, and these pictures (SVG) by file name.
 Shown = tuple[str, Mapping[str, bytes]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Computed:
-    """What a function computes as a whole.
+    """A result computed by one function.
 
-    function: of `roots` (data set to folder) and `folder` (for what it keeps between two calls), and `options`; gives
-        plain values.
-    version: to be raised when it computes something else.
-    options: its other keywords.
-    shown: what the report shows of its value; none shows nothing.
-    of: entries whose winners it needs: `settings` is then another keyword, name to settings without the seed. A value
-        that has them under `settings` is computed anew once there are other winners.
+    Attributes:
+        function: takes `roots` (data set to folder), `folder` (for its state between two calls) and `options`; returns
+            plain values.
+        options: its other keywords.
+        version: to be increased when the function computes something else.
+        shown: the value in the report; None shows nothing.
+        of: entries whose winners it needs: it then gets a keyword `settings`, name to settings without the seed. A
+            value with `settings` is computed again when the winners change.
     """
 
     function: Callable[..., dict[str, Any]]
@@ -75,17 +78,19 @@ Work = Halving | Fixed | StartOf | Following | Computed
 class Entry:
     """A row of a table or a curve of a figure.
 
-    name: on the command line.
-    title: in the report.
-    group: the entries that the report shows together.
-    published: the paper's numbers.
-    rates: the paper's learning rates.
-    baseline: the entry that it is compared with, task by task.
-    works: budget to what is computed; a budget that is not there is not run, and `why_not` says why.
-    data: the data sets that it reads from a folder.
-    choices: where the paper is silent, what we chose, and why.
-    tried: where the result is off the paper's, what was tried.
-    alone: no other job of a `run` is computed beside its jobs, as they measure time.
+    Attributes:
+        name: name on the command line.
+        title: title in the report.
+        group: the group of entries that the report shows together.
+        works: the work of each budget; an absent budget is not run, for the reason in `why_not`.
+        published: the paper's numbers.
+        rates: the paper's learning rates.
+        baseline: the entry to compare with, task by task.
+        data: the data sets that it reads from a folder.
+        choices: our choices where the paper states nothing, with reasons.
+        tried: experiments on a deviation from the paper's result.
+        alone: whether no other job of a `run` may run at the same time, since its jobs measure time.
+        why_not: the reason for absent budgets.
     """
 
     name: str
@@ -108,12 +113,12 @@ class Entry:
             raise ValueError(f"{self.name}: says neither what is computed nor why nothing is")
 
     def key(self, budget: str) -> str:
-        """The name of what is computed: other settings or numerics have another one."""
+        """The key of a result; other settings or numerics have another one."""
         return digest(specification(self.works[budget]))
 
 
 def specification(work: Work) -> dict[str, Any]:
-    """All that decides the result of a work, as plain values."""
+    """Everything that determines the result of a work, as plain values."""
     if isinstance(work, Computed):
         name = f"{work.function.__module__}.{work.function.__qualname__}"
         followed = {"of": list(work.of)} if work.of else {}

@@ -1,4 +1,4 @@
-"""Floors beside the paper's numbers: what is reached on the same tasks without an inner loop.
+"""Floors for the paper's numbers: accuracies on the same tasks without an inner loop.
 
     nearest_centroid        the class whose mean of raw pixels is nearest; nothing is learned
     train_prototypical      a prototypical network: the class whose mean of learned features is nearest
@@ -26,48 +26,65 @@ from kfo_ext.tasks import Examples, TaskBatch, TaskFamily
 from kfo_ext.tasks.checks import check_count, check_number
 from kfo_ext.trainer.evaluation import Cancelled, fingerprint
 
-# Of a meta-batch, support and query with (T, n, d) features in place of the inputs.
+# Maps a meta-batch to one with (T, n, d) features instead of inputs.
 Embed = Callable[[TaskBatch], TaskBatch]
 
 
 def nearest_centroid(family: TaskFamily, tasks: int) -> list[float]:
-    """The accuracy on each of tasks 0 .. tasks - 1 of the class whose mean of raw inputs is nearest (Euclidean).
+    """Classify by the nearest class mean of raw inputs (Euclidean).
+
+    Args:
+        family: a classification family.
+        tasks: number of tasks, 0 .. tasks - 1.
+
+    Returns:
+        The accuracy on each task.
 
     Raises:
-        ValueError: fewer than one task, or tasks that are no classification.
-        TypeError: a number of tasks that is no integer.
-        FloatingPointError: a distance that is not finite.
+        ValueError: there is no task, or tasks are no classification.
+        TypeError: the number of tasks is no integer.
+        FloatingPointError: a distance is not finite.
     """
     return _accuracies(_raw, family, tasks)
 
 
 def evaluate_prototypical(network: nn.Module, family: TaskFamily, tasks: int) -> list[float]:
-    """The accuracy on each of tasks 0 .. tasks - 1 of the class whose mean of the network's features is nearest.
+    """Classify by the nearest class mean of the network's features.
 
-    Each task is one forward of its own, so that the list depends on nothing else.
+    Each task is a separate forward, so that a task's accuracy does not depend on the others.
+
+    Args:
+        network: as for `prototypical_loss`.
+        family: a classification family.
+        tasks: number of tasks, 0 .. tasks - 1.
+
+    Returns:
+        The accuracy on each task.
 
     Raises:
         ValueError: as `nearest_centroid` and `prototypical_loss`.
-        TypeError: as they.
-        FloatingPointError: a distance that is not finite.
+        TypeError: as `nearest_centroid` and `prototypical_loss`.
+        FloatingPointError: a distance is not finite.
     """
     return _accuracies(partial(_embedded, network), family, tasks)
 
 
 def prototypical_loss(network: nn.Module, batch: TaskBatch) -> Tensor:
-    """The mean over tasks and queries of the cross-entropy with minus squared distances as logits.
+    """Return the mean over tasks and queries of the cross-entropy with minus squared distances as logits.
 
-    The forward is one torch.func.vmap over the tasks: batch norm sees the support and query of one task together, as in
-    ANIL, and never those of another task.
+    The forward is one torch.func.vmap over the tasks: batch statistics are over the support and query examples of one
+    task together, as in ANIL, and never mix tasks.
 
     Args:
-        network: a module with features(x), such as the package's CNN, and batch norm by batch statistics alone; its
-            head is not used.
+        network: a module with features(x), such as the package's CNN, without running statistics; its head is not used.
         batch: classes 0 to ways - 1, each with at least one support example in every task.
 
+    Returns:
+        The loss, ().
+
     Raises:
-        ValueError: a network with running statistics, or tasks that are no such classification.
-        TypeError: a network without features.
+        ValueError: the network has running statistics, or tasks are no such classification.
+        TypeError: the network has no features.
     """
     distances, y = _distances(_embedded(network, batch))
     return cross_entropy(-distances.flatten(0, 1), y.flatten())
@@ -86,30 +103,30 @@ def train_prototypical(
     validation_tasks: int = 300,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[int, float]:
-    """Train a network's features episodically with Adam, and leave in it the values that were best on validation.
+    """Train a network's features episodically with Adam, and load the values that were best on validation.
 
-    Nothing is drawn here: the network's start and the families' seeds decide every number. A run that was stopped goes
-    on from its folder, given the network with its start again, and ends as one that was not stopped.
+    Nothing is drawn here: the network's initialization and the families' seeds determine every number. A stopped run
+    resumes from its folder, given the network with its initialization again, and gives the same result.
 
     Args:
         network: as for `prototypical_loss`.
         family: iteration i trains on its meta-batch i - 1.
-        validation: of other classes.
-        folder: of the run's state, `prototypical.pt`, which is replaced atomically.
-        iterations: in all, a multiple of `every`; a finished run can go on to more.
-        lr: of Adam, constant.
-        batch: tasks of an iteration.
-        every: iterations between two validations, each of which saves the state.
-        validation_tasks: of each validation, tasks 0 .. validation_tasks - 1.
+        validation: tasks of other classes.
+        folder: folder of the run's state, `prototypical.pt`, which is replaced atomically.
+        iterations: the total, a multiple of `every`; a finished run can be extended.
+        lr: learning rate of Adam, constant.
+        batch: tasks per iteration.
+        every: iterations between validations; each validation saves the state.
+        validation_tasks: number of tasks per validation, 0 .. validation_tasks - 1.
         cancelled: read before each iteration; once true, the state is saved and the training ends.
 
     Returns:
-        The mean accuracy of each validation by its iteration; the network has the values of the first of the highest.
+        The mean accuracy of each validation by its iteration; the network has the values of the first highest one.
 
     Raises:
-        ValueError: an argument out of range, or a folder that holds another run or one that went further.
-        TypeError: an argument of another type.
-        FloatingPointError: a loss or a distance that is not finite.
+        ValueError: an argument is out of range, or the folder holds another run or a longer one.
+        TypeError: an argument has another type.
+        FloatingPointError: a loss or a distance is not finite.
         Cancelled: `cancelled` was true.
     """
     for name, value in (("batch", batch), ("every", every), ("validation_tasks", validation_tasks)):
@@ -127,7 +144,7 @@ def train_prototypical(
         "every": every,
         "validation_tasks": validation_tasks,
     }
-    # The head has no gradient, and stays as it is.
+    # The head has no gradient, so it does not change.
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "prototypical.pt"
@@ -171,7 +188,7 @@ def train_prototypical(
 def _restored(
     path: Path, made_for: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict[int, float], dict[str, Tensor]]:
-    """The iteration that a saved run had done, its scores and its best values; network and optimizer take its last."""
+    """The iteration, scores and best values of a saved run; loads its last values into network and optimizer."""
     state = checkpoint.load(path)
     for name, value in made_for.items():
         other = state["config"].get(name)
@@ -196,7 +213,7 @@ def _accuracies(embed: Embed, family: TaskFamily, tasks: int) -> list[float]:
 
 
 def _raw(batch: TaskBatch) -> TaskBatch:
-    # In float64: rounding in float32 could exchange two classes that are almost equally far.
+    # In float64: rounding in float32 could exchange two classes at nearly equal distances.
     return TaskBatch(*(Examples(part.x.flatten(2).double(), part.y) for part in batch))
 
 
@@ -225,14 +242,14 @@ def _distances(embedded: TaskBatch) -> tuple[Tensor, Tensor]:
 
 
 def _members(y: Tensor, target: Tensor) -> Tensor:
-    """(T, n, ways): whether each support example is of each class, once both labels are found to be classes."""
+    """(T, n, ways): whether each support example is of each class; raises ValueError for labels that are no classes."""
     for name, labels in (("support", y), ("query", target)):
         if labels.is_floating_point() or labels.dim() != 2:
             raise ValueError(f"{name}.y: expected classes (T, n), got {tuple(labels.shape)} {labels.dtype}")
         if labels.numel() == 0 or labels.min() < 0:
             raise ValueError(f"{name}.y: expected examples of classes 0 to ways - 1, got {labels.tolist()}")
     ways = int(max(y.max(), target.max())) + 1
-    # Compared first, as class numbers of a whole data set would make a huge tensor.
+    # Compared first, since class numbers of a whole data set would allocate a huge tensor.
     members = one_hot(y.long(), ways) if ways <= y.shape[1] else None
     if members is None or bool((members.sum(1) == 0).any()):
         raise ValueError(f"support.y: expected an example of each class, 0 to {ways - 1}, in every task; some has none")
@@ -240,7 +257,7 @@ def _members(y: Tensor, target: Tensor) -> Tensor:
 
 
 def _digest(network: nn.Module) -> str:
-    """Of the names and values of a network's state."""
+    """A hash of the names and values of a network's state."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in network.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

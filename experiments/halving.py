@@ -1,12 +1,12 @@
-"""Successive halving, one rule for every method, as a function from what is known to the runs that are missing.
+"""Successive halving, one rule for every method, as a function from known results to missing runs.
 
-1. Every inner rate with every start, to the first rung. Where the best rate is the smallest or the largest, the grid
-   gets one more beyond it, up to `WIDENINGS` times.
-2. The best `keep` of them to the second rung; the best of those again with each other outer rate.
-3. Of all these, `keep` of each further rung; the one that is left is trained with every seed, and tested.
+1. Train every inner rate with every initialization to the first rung. If the best rate is the smallest or the largest,
+   extend the grid by one rate beyond it, up to `WIDENINGS` times.
+2. Train the best `keep` of them to the second rung, and the best of those again with each other outer rate.
+3. Keep `keep` runs at each further rung. Train the last setting with every seed, and test it.
 
-A run that ends early, as its loss is not finite, makes room for the next best one, and comes after all that go on.
-All runs of a comparison see the same stream of tasks. Scores are the best validation so far, on validation classes.
+A run that ends early because its loss is not finite is replaced by the next best one, and ranks after all others.
+All runs of a comparison have the same stream of tasks. Scores are the best validation so far, on validation classes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .jobs import Job, Record, Settings, Test
 
 WIDENINGS = 3
 Records = Mapping[str, Record]
-# Yields the jobs of each stage, and returns what comes out of them.
+# Yields the jobs of each stage, and returns their outcome.
 Stages = Generator[list[Job], None, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """How far runs are trained, and how many of those of the rung before are."""
+    """A rung: the iterations to train to, and the number of runs kept from the previous rung."""
 
     iterations: int
     keep: int
@@ -33,16 +33,17 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Halving:
-    """A method that is tuned.
+    """A method to be tuned.
 
-    base: the options that all runs share.
-    rates: inner rates, in ascending order.
-    inits: starts of the network; none for networks that have one start.
-    meta_lrs: outer rates; the first rung uses `base`'s.
-    first: iterations of the first rung.
-    rungs: the second and further ones; the last keeps one.
-    seeds: of the final runs; the first one is that of the tuning.
-    tests: of the final runs.
+    Attributes:
+        base: the options that all runs share.
+        rates: inner rates, in ascending order.
+        inits: initializations of the network; empty for networks with a single one.
+        meta_lrs: outer rates; the first rung uses that of `base`.
+        first: iterations of the first rung.
+        rungs: the second and further rungs; the last keeps one run.
+        seeds: seeds of the final runs; tuning uses the first.
+        tests: tests of the final runs.
     """
 
     base: Settings
@@ -61,14 +62,20 @@ class Halving:
             raise ValueError(f"rungs: expected the last one to keep one run, got {self.rungs}")
 
     def missing(self, records: Records) -> list[Job]:
-        """The runs that can be computed now; none when all is done."""
+        """The runs that can be computed now; empty when all are done."""
         for stage in self._stages(records):
             if jobs := [job for job in stage if not job.done_in(records)]:
                 return jobs
         return []
 
     def finals(self, records: Records) -> list[Job]:
-        """The final runs, one for each seed.
+        """Return the final runs.
+
+        Args:
+            records: the known results.
+
+        Returns:
+            One run for each seed.
 
         Raises:
             LookupError: the tuning is not done.
@@ -83,7 +90,7 @@ class Halving:
                 raise LookupError("the tuning is not done")
 
     def tuning(self, records: Records) -> list[Job]:
-        """The runs of the tuning as far as they are known, each rung's after those of the one before."""
+        """The known runs of the tuning, rung after rung."""
         found: list[Job] = []
         for stage in self._tuning(records):
             found += [job for job in stage if job not in found]
@@ -92,7 +99,7 @@ class Halving:
         return found
 
     def _stages(self, records: Records) -> Stages:
-        """The jobs of one stage after the other; each follows from the results of those before it."""
+        """The jobs of each stage; a stage follows from the results of those before it."""
         winner = yield from self._tuning(records)
         yield self._finals(winner)
 
@@ -101,7 +108,7 @@ class Halving:
         return [Job(settings={**winner, "seed": seed}, iterations=last, tests=self.tests) for seed in self.seeds]
 
     def _tuning(self, records: Records) -> Stages:
-        """The stages before the final runs; returns the setting that wins."""
+        """The stages before the final runs; returns the best setting."""
         grid = yield from self._widened(records)
         kept: list[Settings] = []
         for number, rung in enumerate(self.rungs):
@@ -132,10 +139,14 @@ class Halving:
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Runs whose settings are given: the paper's own, and controls that change one of them at a time.
+    """Runs with fixed settings: the paper's own, and controls that change one setting at a time.
 
-    base: the options that all runs share.
-    variants: label to the options that differ.
+    Attributes:
+        base: the options that all runs share.
+        variants: the options that differ, by label.
+        iterations: meta-iterations of each run.
+        seeds: seeds of each variant.
+        tests: tests of each run.
     """
 
     base: Settings
@@ -161,17 +172,18 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True)
 class StartOf:
-    """A method that is tuned over inner and outer rates alone, from the start of the network that another entry found.
+    """A method tuned only over inner and outer rates, with the initialization that another entry found.
 
-    of: the name of that entry.
-    work: whose `inits` are replaced.
+    Attributes:
+        of: the name of that entry.
+        work: the tuning, whose `inits` are replaced.
     """
 
     of: str
     work: Halving
 
     def resolved(self, finals: Sequence[Job]) -> Halving:
-        """The work, from the final runs of the other entry."""
+        """The tuning, given the final runs of the other entry."""
         return replace(self.work, inits=(finals[0].settings["init"],))
 
 
@@ -179,10 +191,13 @@ class StartOf:
 class Following:
     """Runs at the setting that another entry found, with other options.
 
-    of: the name of that entry.
-    variants: label to the options that differ.
-    without: options of the other entry that these runs do not have.
-    iterations, seeds, tests: as of `Fixed`.
+    Attributes:
+        of: the name of that entry.
+        variants: the options that differ, by label.
+        without: options of the other entry that these runs do not have.
+        iterations: as for `Fixed`.
+        seeds: as for `Fixed`.
+        tests: as for `Fixed`.
     """
 
     of: str
@@ -193,13 +208,13 @@ class Following:
     tests: tuple[Test, ...]
 
     def resolved(self, finals: Sequence[Job]) -> Fixed:
-        """The runs, from the final runs of the other entry."""
+        """The runs, given the final runs of the other entry."""
         base = {name: value for name, value in finals[0].settings.items() if name not in (*self.without, "seed")}
         return Fixed(base=base, variants=self.variants, iterations=self.iterations, seeds=self.seeds, tests=self.tests)
 
 
 def _taken(candidates: list[Any], records: Records, rung: Rung) -> Stages:
-    """The runs of a rung: as many as it keeps, and one more for each that ends, as long as there are candidates."""
+    """The runs of a rung: as many as it keeps, and one more for each that ends early, while there are candidates."""
     taken = candidates[: rung.keep]
     while True:
         yield [Job(settings=each, iterations=rung.iterations) for each in taken]
@@ -210,7 +225,7 @@ def _taken(candidates: list[Any], records: Records, rung: Rung) -> Stages:
 
 
 def _best(settings: list[Any], records: Records, iterations: int) -> list[Any]:
-    """Settings by their score, the best first, those that have ended last; equal ones in the order of the grid."""
+    """Settings by score, the best first and those that ended early last; ties in the order of the grid."""
 
     def rank(each: Any) -> tuple[bool, float]:
         return _ended(each, records, iterations), -_record(each, records, iterations).best(iterations)

@@ -1,4 +1,4 @@
-"""95 % intervals from Student's t, and what they say of a claim."""
+"""95 % intervals from Student's t, and the verdict on a claim."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from torch import Tensor
 
 LEVEL = 0.95
 REPRODUCED, REVERSED, UNDECIDED = "reproduced", "reversed", "undecided"
-# Two ends; both belong to it.
+# A closed interval.
 Range = tuple[float, float]
 
 
 def half_width(values: Tensor) -> float | None:
-    """Half the width of the 95 % interval of a mean; None for a single value, of which no interval can be stated.
+    """Return half the width of the 95 % interval of a mean.
 
-    values: (n,) independent values.
+    Args:
+        values: (n,) independent values.
 
-    Raises: ValueError for another shape, for no value, or for one that is not finite.
+    Returns:
+        The half width, or None for a single value, which has no interval.
+
+    Raises:
+        ValueError: the shape differs, there is no value, or a value is not finite.
     """
     values = values.double()
     if values.dim() != 1 or len(values) == 0 or not bool(values.isfinite().all()):
@@ -37,16 +42,19 @@ def _student(freedom: int) -> float:
     def outside(t: mpmath.mpf) -> mpmath.mpf:
         return mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - (1 - LEVEL)
 
-    # One degree of freedom needs 12.7, more of them less.
+    # 12.7 for one degree of freedom, less for more.
     return float(mpmath.findroot(outside, (1.5, 13), solver="anderson"))
 
 
 def verdict(intervals: Iterable[Range], claimed: Range) -> str:
-    """What intervals say of a claim that what they are about lies in a range.
+    """Decide a claim that values lie in a range, from their intervals.
 
-    intervals: lower and upper end of each; none leaves the claim undecided.
-    claimed: the range.
-    out: "reproduced" if all intervals lie in it, "reversed" if all lie outside, else "undecided".
+    Args:
+        intervals: lower and upper end of each; without any, the claim is undecided.
+        claimed: the range.
+
+    Returns:
+        "reproduced" if all intervals lie in the range, "reversed" if all lie outside, else "undecided".
     """
     lowest, highest = claimed
     found = [

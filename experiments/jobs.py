@@ -1,4 +1,4 @@
-"""What a process computes at a time: meta-training of one configuration up to an iteration, and scores after it."""
+"""The unit of work of a process: meta-training of one configuration up to an iteration, and scores after it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-# Part of what a result belongs to; to be raised when the same configuration gives other numbers than before.
+# Part of a result's key; to be increased when the same configuration gives other numbers.
 NUMERICS = 1
 
 Settings = Mapping[str, Any]
 
 
 def digest(value: Any) -> str:
-    """A short name of plain values: equal ones have the same."""
+    """A short name of plain values, the same for equal values."""
     text = json.dumps([NUMERICS, value], sort_keys=True, default=dict, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -24,10 +24,11 @@ def digest(value: Any) -> str:
 class Test:
     """Scores of a checkpoint on a seeded list of tasks of unseen classes.
 
-    tasks: length of the list.
-    checkpoint: best (on validation classes) or last.
-    changes: options otherwise than in training, such as steps.
-    split: whose classes.
+    Attributes:
+        tasks: number of tasks.
+        checkpoint: best (on validation classes) or last.
+        changes: options that differ from training, such as steps.
+        split: the split of the classes.
     """
 
     tasks: int
@@ -38,12 +39,13 @@ class Test:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run, to be taken up to `iterations`.
+    """One run, to be trained up to `iterations`.
 
-    settings: options of `kfo_ext.trainer.Config`, those of the machine and `iterations` left out; `inner_lr` is
-        `fast_lr` here.
-    iterations: meta-iterations from the start of the run.
-    tests: what is scored then.
+    Attributes:
+        settings: options of `kfo_ext.trainer.Config`, without those of the machine and `iterations`; `inner_lr` is
+            `fast_lr` here.
+        iterations: meta-iterations from the start of the run.
+        tests: the tests after it.
     """
 
     settings: Settings
@@ -52,11 +54,11 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The name of the run, whatever its length."""
+        """The name of the run, which does not depend on its length."""
         return digest(self.settings)
 
     def done_in(self, records: Mapping[str, Record]) -> bool:
-        """Whether a record holds all of it."""
+        """Whether a record holds all results of the job."""
         record = records.get(self.key)
         if record is None or not record.reached(self.iterations):
             return False
@@ -66,17 +68,20 @@ class Job:
 
 @dataclass(kw_only=True)
 class Record:
-    """What a run has given.
+    """The results of a run.
 
-    settings: as of the job.
-    iterations: how far it came.
-    ended: why it could not go on, such as a loss that is not finite; "" if it could.
-    at, accuracy, interval: the validations: iteration, mean, half of the 95 % interval over tasks.
-    training: the mean training accuracy of the meta-iterations since the validation before.
-    seconds: of meta-training, validations included, on one thread.
-    environments: numbers of the environments in the result file.
-    tests: fields of `Test`, iteration of the checkpoint, mean, interval, and `correct`: see `encoded`;
-        `failure` says why there are none, such as a loss that is not finite.
+    Attributes:
+        settings: the job's settings.
+        iterations: the number of iterations done.
+        ended: the reason why it ended early, such as a loss that is not finite; "" if it did not.
+        at: the iteration of each validation.
+        accuracy: the mean accuracy of each validation.
+        interval: half of its 95 % interval over tasks.
+        training: the mean training accuracy of the meta-iterations since the previous validation.
+        seconds: seconds of meta-training, including validations, on one thread.
+        environments: indices of the environments in the result file.
+        tests: fields of `Test`, iteration of the checkpoint, mean, interval, and `correct`, see `encoded`; `failure`
+            holds the reason if there are none, such as a loss that is not finite.
     """
 
     settings: Settings
@@ -91,7 +96,7 @@ class Record:
     tests: list[dict[str, Any]] = field(default_factory=list)
 
     def reached(self, iterations: int) -> bool:
-        """Whether it came so far, or as far as it can."""
+        """Whether the run has done so many iterations, or ended early."""
         return self.iterations >= iterations or bool(self.ended)
 
     def best(self, iterations: int) -> float:
@@ -99,14 +104,20 @@ class Record:
         return max((score for at, score in zip(self.at, self.accuracy) if at <= iterations), default=0.0)
 
     def has(self, test: Test) -> bool:
-        """Whether a test has been made."""
+        """Whether the record has a test's result."""
         return any(_is(found, test) for found in self.tests)
 
     def test(self, test: Test) -> dict[str, Any]:
-        """What a test has given.
+        """Look up the result of a test.
+
+        Args:
+            test: the test.
+
+        Returns:
+            Its result.
 
         Raises:
-            KeyError: it has not been made.
+            KeyError: the record does not have it.
         """
         for found in self.tests:
             if _is(found, test):
@@ -115,7 +126,7 @@ class Record:
 
 
 def identity(found: Mapping[str, Any]) -> Test:
-    """The test that has given this."""
+    """The test of a result."""
     return Test(**{part.name: found[part.name] for part in fields(Test)})
 
 
@@ -127,12 +138,19 @@ FIRST = ord("A")
 
 
 def encoded(scores: Sequence[float], queries: int) -> str:
-    """Accuracies, task by task, as one letter each: A is none of the queries right, B one, and so on.
+    """Encode accuracies as one letter per task: A is no query right, B one, and so on.
 
-    Paired differences of any two results need them, and a letter is what they hold.
+    Result files store them for paired differences of any two results.
+
+    Args:
+        scores: the accuracies.
+        queries: the number of queries per task.
+
+    Returns:
+        The letters.
 
     Raises:
-        ValueError: more queries than there are letters, or an accuracy that is not a number of queries.
+        ValueError: there are more queries than letters, or an accuracy is no fraction of queries.
     """
     if queries > 57:
         raise ValueError(f"queries: expected at most 57 of a task, got {queries}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 NONE = ""
-# Of the pictures, beside the page.
+# The folder of the pictures, beside the page.
 FOLDER = "paper"
 
 
 def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left, the others to the right; nothing without a body."""
+    """A Markdown table with the first column aligned left, the others right; "" without a body."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     if len(lines) == 2:
         return ""
@@ -18,12 +18,12 @@ def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def percent(value: float | None, sign: bool = False) -> str:
-    """A share in %; nothing for None."""
+    """A fraction in %; "" for None."""
     return NONE if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
 
 
 def half(value: float | None) -> str:
-    """Half an interval, in %; nothing for None."""
+    """Half an interval, in %; "" for None."""
     return NONE if value is None else f"± {100 * value:.2f}"
 
 

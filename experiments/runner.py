@@ -1,9 +1,9 @@
-"""Computes what is missing of entries: two one-thread jobs side by side, resumable at any moment.
+"""Computes the missing results of entries: two one-thread jobs side by side, resumable at any moment.
 
-Each entry is computed by one `run` at a time; a second one takes the next entry. The jobs of an entry come from its
-results, and where they leave a worker without work it takes one of a later entry. A job of an entry that runs alone
-waits until no other job of this `run` is at work, and meanwhile none begins. Whatever else the machine does is not seen
-here: the user keeps other processes away, another `run` among them.
+Each entry is computed by one `run` at a time; a second `run` takes the next entry. The jobs of an entry follow from its
+results; a worker without a job takes one of a later entry. A job of an entry that runs alone waits until no other job
+of this `run` is running, and meanwhile none starts. This code does not see other processes: the user must keep them
+away, including another `run`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ PATIENCE = 55.0
 class Runner:
     """Computes entries at one budget.
 
-    entries: in the order in which they are wanted.
-    budget: whose works.
-    roots: where each data set lies, by its name.
-    runs: folder of the run folders, of what functions keep, and of locks.
-    results: folder of the result files.
-    jobs: processes.
-    others: all entries, by name: one may follow another.
+    Args:
+        entries: the entries, in order of priority.
+        budget: the budget of their works.
+        roots: the folder of each data set.
+        runs: folder of the run folders, of the functions' states, and of locks.
+        results: folder of the result files.
+        jobs: number of processes.
+        others: all entries by name, since an entry may follow another.
     """
 
     def __init__(
@@ -59,17 +60,17 @@ class Runner:
         self.failed: dict[str, str] = {}
         self._locks = ExitStack()
         self._ours: set[str] = set()
-        # With the lock of the run: entries may share one, and other processes may be at theirs.
+        # With the lock of the run: entries may share a run, and other processes may run it.
         self._busy: dict[Worker, tuple[Results, str, IO[str]]] = {}
         self._stopping = False
-        # Whether a worker whose parent was killed has still to end.
+        # Whether a worker whose parent was killed is still running.
         self._orphaned = False
 
     def run(self) -> bool:
-        """Compute until nothing is missing that can be computed here, or a signal asks to stop.
+        """Compute until nothing is missing that can be computed here, or a signal requests a stop.
 
         Returns:
-            Whether nothing has failed or was stopped.
+            Whether nothing failed or was stopped.
         """
         self.runs.mkdir(parents=True, exist_ok=True)
         idle: list[Worker] = []
@@ -100,7 +101,7 @@ class Runner:
         return not self._stopping and not self.failed
 
     def _next(self) -> tuple[Results, str, IO[str], Task] | None:
-        """The first job that nobody does, and that may run beside those at work."""
+        """The first job that no process runs, and that may run beside the running ones."""
         self._orphaned = False
         if any(each.entry.alone for each, *_ in self._busy.values()):
             return None
@@ -125,7 +126,7 @@ class Runner:
         return folder
 
     def _lock(self, each: Results) -> bool:
-        """Whether the entry is ours; the system gives it back when this process ends."""
+        """Whether this process holds the entry's lock; the system releases it when the process ends."""
         name = f"{each.entry.name}-{each.path.stem}"
         if name in self._ours:
             return True
@@ -134,7 +135,7 @@ class Runner:
             return False
         self._locks.enter_context(file)
         self._ours.add(name)
-        # Another process may have written it since.
+        # Another process may have written the file.
         each.load()
         return True
 
@@ -144,7 +145,7 @@ class Runner:
         worker.start(task)
 
     def _take(self, worker: Worker) -> list[Worker]:
-        """Store what a worker sends; the worker, if it can go on."""
+        """Store the result of a worker; returns the worker if it can continue."""
         each, key, lock = self._busy.pop(worker)
         with lock:
             result = worker.result()
@@ -167,7 +168,7 @@ class Runner:
 
 
 def _missing(each: Results) -> list[tuple[str, str, Job | Computed]]:
-    """What can be computed now: name of its folder, key of its result, work."""
+    """The works that can be computed now: name of the folder, key of the result, work."""
     work = each.work
     if isinstance(work, Computed):
         key = each.entry.key(each.budget)
@@ -176,10 +177,16 @@ def _missing(each: Results) -> list[tuple[str, str, Job | Computed]]:
 
 
 def pause(runs: Path) -> int:
-    """Ask every `run` on these run folders to save and stop, and wait for it.
+    """Stop every `run` on these run folders after it has saved, and wait for it.
+
+    Args:
+        runs: folder of the run folders.
 
     Returns:
-        How many there were.
+        The number of stopped processes.
+
+    Raises:
+        TimeoutError: a process has not stopped within a minute.
     """
     files = [path for path in runs.glob("*.pid") if _held(path)]
     for path in files:
@@ -209,7 +216,7 @@ def _held(path: Path) -> bool:
 
 @contextmanager
 def _registered(runs: Path) -> Iterator[None]:
-    """Meanwhile `pause` finds this process."""
+    """Register this process for `pause` in the block."""
     path = runs / f"{os.getpid()}.pid"
     file = _locked(path)
     assert file is not None

@@ -1,4 +1,4 @@
-"""What the report shows of values that functions compute: Markdown, and the pictures that it shows by name."""
+"""Computed values in the report: Markdown, and its pictures by name."""
 
 from __future__ import annotations
 

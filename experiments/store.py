@@ -1,4 +1,4 @@
-"""Result files: one for each entry and each specification of it; a file of another specification stays as it is."""
+"""Result files: one for each entry and specification; files of other specifications are not touched."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ RESULTS = Path(__file__).parent / "results"
 class Results:
     """The result of one entry at one budget.
 
-    entry: what is computed.
-    budget: whose work.
-    folder: of all result files.
-    others: all entries, by name: one may follow another.
+    Args:
+        entry: the entry.
+        budget: the budget of its work.
+        folder: folder of all result files.
+        others: all entries by name, since an entry may follow another.
 
     Attributes:
-        path: of the file.
-        records: the runs so far, by their keys.
-        value: what a function has computed; None before.
+        path: the result file.
+        records: the runs so far, by key.
+        value: the value of a function; None until it is computed.
         environments: machine, versions and commit of the sessions that computed it.
     """
 
@@ -41,7 +42,7 @@ class Results:
         self.load()
 
     def load(self) -> None:
-        """Read the file as it is now."""
+        """Read the file."""
         self.records: dict[str, Record] = {}
         self.value: dict[str, Any] | None = None
         self.environments: list[dict[str, Any]] = []
@@ -53,7 +54,7 @@ class Results:
 
     @property
     def work(self) -> Halving | Fixed | Computed | None:
-        """What is to be computed; None while it waits for the results of another entry."""
+        """The work to compute; None while it waits for the results of another entry."""
         work = self.entry.works[self.budget]
         if isinstance(work, Computed):
             return self._followed(work) if work.of else work
@@ -73,7 +74,7 @@ class Results:
             return None
 
     def _followed(self, work: Computed) -> Computed | None:
-        """A work with the settings that others have found; None while one of them is not known."""
+        """A work with the settings found by other entries; None while one of them is not known."""
         found: dict[str, Any] = {}
         for name in work.of:
             if (finals := self._finals_of(name)) is None:
@@ -95,7 +96,7 @@ class Results:
         return self.value.get("settings", found) == found
 
     def add(self, key: str, record: Record, environments: list[dict[str, Any]]) -> None:
-        """Take in a run, and write the file."""
+        """Add a run, and write the file."""
         record.environments = self._numbers(environments)
         if (old := self.records.get(key)) is not None:
             record.tests = record.tests + [test for test in old.tests if not record.has(identity(test))]
@@ -103,7 +104,7 @@ class Results:
         self._write()
 
     def set(self, value: dict[str, Any], environments: list[dict[str, Any]]) -> None:
-        """Take in what a function has computed, and write the file."""
+        """Store the value of a function, and write the file."""
         self._numbers(environments)
         self.value = value
         self._write()

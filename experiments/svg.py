@@ -1,4 +1,4 @@
-"""Pictures as SVG: the same to the byte with the same matplotlib, whose version the file names."""
+"""Pictures as SVG: the same bytes with the same version of matplotlib, which the file names."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ GRID = {"axes.grid": True, "grid.alpha": 0.3}
 
 @contextmanager
 def styled(**settings: Any) -> Iterator[None]:
-    """Within it figures are made and written; the reader's own settings do not count.
+    """Make and write figures in the block, independently of the user's own settings.
 
-    settings: of matplotlib's rcParams, dots included: styled(**GRID).
+    Args:
+        **settings: matplotlib's rcParams, whose names have dots: styled(**GRID).
+
+    Yields:
+        Nothing; the style holds in the block.
     """
     from matplotlib import style
 
-    # Identifiers follow from the salt, and texts stay texts.
+    # The salt determines identifiers; texts are stored as text.
     with style.context(["default", {"svg.hashsalt": "kfo", "svg.fonttype": "none", **settings}]):
         yield
 
 
 def svg(figure: Any) -> bytes:
-    """The file of a figure, without a date; to be called within `styled`."""
+    """The file of a figure, without a date; call it within `styled`."""
     whole = BytesIO()
     figure.savefig(whole, format="svg", metadata={"Date": None})
     return whole.getvalue()

@@ -30,11 +30,11 @@ from .intervals import UNDECIDED, Range, half_width, verdict
 DIMENSION, INNER_RATE, STEPS, META_BATCH = 2, 0.9, 1, 32
 # Not in the paper; the figures are drawn for both supports.
 SUPPORTS, QUERIES = (10, 100), 100
-# Of the last: what no classifier exceeds. theta^T x has Laplace's distribution, so it is E sigma(|theta^T x|) = ln 2.
+# The best possible accuracy. theta^T x has Laplace's distribution, so the last one is E sigma(|theta^T x|) = ln 2.
 BEST = {"separable": 1.0, "bernoulli": math.log(2)}
-# The most that a curve has after its start.
+# The number of points of a curve after its start.
 POINTS = 30
-# Every run is judged on the same unseen tasks.
+# Every run is evaluated on the same unseen tasks.
 TEST_SEED = 0
 TRAINING, UNSEEN, COLLAPSED = "training tasks", "unseen tasks", "collapsed first, unseen tasks"
 
@@ -42,8 +42,9 @@ TRAINING, UNSEEN, COLLAPSED = "training tasks", "unseen tasks", "collapsed first
 class Model(NamedTuple):
     """A row of table D.5.
 
-    widths: of the LinNet's layers in between; none is the one layer of logistic regression.
-    rate: the meta rate, of SGD.
+    Attributes:
+        widths: widths of the LinNet's hidden layers; empty for the single layer of logistic regression.
+        rate: the outer rate of SGD.
     """
 
     widths: tuple[int, ...]
@@ -55,12 +56,12 @@ LINNETS = ("LinNet(2)", "LinNet(3)")
 
 
 def sign_accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """(..., n, 1) of both to (...), the fraction of predictions 1[logit > 0] that are right."""
+    """(..., n, 1) each to (...), the fraction of right predictions 1[logit > 0]."""
     return ((logits > 0) == (y > 0.5)).double().mean((-2, -1))
 
 
 def sampled_accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """(..., n, 1) of both to (...), the expected fraction of right predictions that are drawn from sigma(logit)."""
+    """(..., n, 1) each to (...), the expected fraction of right predictions drawn from sigma(logit)."""
     return torch.where(y > 0.5, logits, -logits).double().sigmoid().mean((-2, -1))
 
 
@@ -79,28 +80,30 @@ def make_learner(model: str, seed: int) -> MAML:
 
 @torch.no_grad()
 def accuracies(learner: MAML, batch: TaskBatch) -> dict[str, Tensor]:
-    """By metric, (tasks,): all tasks of the batch adapt at once, and one forward of their queries gives both."""
+    """The accuracies (tasks,) by metric; all tasks adapt at once, and one forward of their queries gives both."""
     logits = learner.adapt(batch.support).predict(batch.query.x)
     return {name: metric(logits, batch.query.y) for name, metric in METRICS.items()}
 
 
 def logistic(seeds: Sequence[int], iterations: int, tasks: int) -> dict[str, Any]:
-    """Meta-trains every model for both kinds of labels and both supports; a summary that JSON holds.
+    """Meta-train every model for both kinds of labels and both supports.
 
-    seeds: of the networks and the training tasks, each once; the unseen tasks are the same for all.
-    iterations: meta-iterations.
-    tasks: unseen tasks, and training tasks that accuracies are of.
+    Args:
+        seeds: seeds of the networks and the training tasks, each once; the unseen tasks are the same for all.
+        iterations: meta-iterations.
+        tasks: number of unseen tasks, and of training tasks, to evaluate on.
 
     Returns:
-        settings: all of it; iterations: where the curves have their points, from the start to the end.
-        panels: one for each kind of labels, support and metric, with
-            curves: by name, `mean` over seeds at each point, and of the end `seeds`, one value each, and the half
-                widths `over_tasks` and `over_seeds` of its 95 % intervals; the latter is None for a single seed.
-            differences: "A - B" of two curves at the end, paired by task and seed: alike, with `mean` a number.
+        A summary that JSON can hold: `settings`; `iterations`, those of the curves' points from start to end; and
+        `panels`, one for each kind of labels, support and metric. A panel has `curves` by name: `mean` over seeds at
+        each point and, for the end, `seeds`, one value each, and the half widths `over_tasks` and `over_seeds` of the
+        95 % intervals; the latter is None for a single seed. It has `differences` "A - B" of two curves at the end,
+        paired by task and seed, in the same form, with `mean` a number.
 
     Raises:
-        ValueError or TypeError: a number out of range, no seed or the same one twice, more tasks than were trained on.
-        FloatingPointError: a loss that is not finite.
+        ValueError: a number is out of range, there is no seed or one twice, or more tasks than were trained on.
+        TypeError: a number is no integer.
+        FloatingPointError: a loss is not finite.
     """
     check_count("iterations", iterations, 1)
     check_count("tasks", tasks, 2)
@@ -145,7 +148,7 @@ def _settings(seeds: Sequence[int], iterations: int, tasks: int) -> dict[str, An
     }
 
 
-# By a curve's part of a name, and a metric: (points, tasks).
+# Accuracies (points, tasks) by the part of a curve's name and the metric.
 History = dict[tuple[str, str], Tensor]
 
 
@@ -203,7 +206,7 @@ def _panel(runs: dict[str, list[History]], metric: str) -> dict[str, Any]:
 
 
 def _end(values: Tensor) -> dict[str, Any]:
-    """Of (seeds, tasks): the means of the seeds, and both intervals."""
+    """The means over tasks of each seed, and both half widths, of values (seeds, tasks)."""
     means = values.mean(1)
     return {
         "seeds": _rounded(means),
@@ -218,11 +221,12 @@ def _rounded(values: Tensor) -> Any:
 
 
 class Claim(NamedTuple):
-    """What the paper prints, as a range that values lie in.
+    """A claim of the paper, as a range that values lie in.
 
-    text: of the claim, and the range in words.
-    of: names of curves, or pairs of them for differences.
-    claimed: the range.
+    Attributes:
+        text: the claim, and the range in words.
+        of: names of curves, or pairs of them for differences.
+        claimed: the range.
     """
 
     text: str
@@ -230,7 +234,7 @@ class Claim(NamedTuple):
     claimed: Range
 
 
-# Without 0 itself, which ranges with their ends would hold.
+# Without 0 itself, which closed ranges would include.
 ABOVE_ZERO, BELOW_ZERO = (math.ulp(0.0), math.inf), (-math.inf, -math.ulp(0.0))
 CLAIMS = (
     Claim("Figures 1, B.1: logistic regression is at chance (within 0.1 of 0.5)", (f"LR, {UNSEEN}",), (0.4, 0.6)),
@@ -263,12 +267,16 @@ CLAIMS = (
 
 
 def claims(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The verdict on each claim of the paper, in each panel of a result of `logistic`.
+    """Decide each claim of the paper in each panel.
 
-    A claim is reproduced where both intervals, over tasks and over seeds, of all that it is about lie in its range, and
-    reversed where all lie outside; else, and with a single seed, it is undecided.
+    A claim is reproduced if both intervals, over tasks and over seeds, of all its values lie in its range, and reversed
+    if all lie outside; otherwise, and with a single seed, it is undecided.
 
-    Returns: claim, labels, support, metric, verdict, and `ours`: the numbers with both intervals.
+    Args:
+        result: the result of `logistic`.
+
+    Returns:
+        For each: claim, labels, support, metric, verdict, and `ours`, the numbers with both intervals.
     """
     return [
         {

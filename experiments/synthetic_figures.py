@@ -1,4 +1,4 @@
-"""Drawings of what `experiments.synthetic.logistic` returns: Figure 1 right, Figures B.1 and B.3, as SVG."""
+"""Figures of the result of `experiments.synthetic.logistic`: Figure 1 right, Figures B.1 and B.3, as SVG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .synthetic import COLLAPSED, LINNETS, MODELS, TRAINING, UNSEEN
 
 AFTER = {"sign": "sign of the logit", "sampled": "sampled predictions"}
 LABELS = {"separable": "labels 1[theta^T x > 0]", "bernoulli": "labels drawn from sigma(theta^T x)"}
-# Of names that draw their own curve; each has a marker and a dash pattern, so that they are apart without colours.
+# The style of each curve; markers and dash patterns distinguish them without colours.
 STYLES: Mapping[str, Mapping[str, Any]] = {
     "LR": {"color": "black", "linestyle": "-", "marker": "o"},
     "LinNet(2)": {"color": PALETTE[0], "linestyle": "--", "marker": "s"},
@@ -20,12 +20,12 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "LinNet(2), collapsed first": {"color": PALETTE[2], "linestyle": ":", "marker": "s", "markerfacecolor": "white"},
     "LinNet(3), collapsed first": {"color": PALETTE[3], "linestyle": ":", "marker": "^", "markerfacecolor": "white"},
 }
-# Points of a curve between two of its markers.
+# The number of points between two markers of a curve.
 APART = 6
 
 
 class Column(NamedTuple):
-    """What the panels of a column show: the title, the metric, and names of curves."""
+    """The panels of a column: the title, the metric, and names of curves."""
 
     title: str
     metric: str
@@ -51,13 +51,13 @@ def figure_b1(result: Mapping[str, Any], metric: str) -> bytes:
 
 
 def figure_b3(result: Mapping[str, Any], labels: str) -> bytes:
-    """LinNets as they are and collapsed before they adapt, on unseen tasks by either metric; a row for each support."""
+    """LinNets, and LinNets collapsed before adaptation, on unseen tasks by either metric; a row for each support."""
     curves = [f"{name}, {UNSEEN}" for name in MODELS] + [f"{name}, {COLLAPSED}" for name in LINNETS]
     return _grid(result, labels, [Column(f"unseen tasks, {AFTER[metric]}", metric, curves) for metric in AFTER])
 
 
 def drawings(result: Mapping[str, Any]) -> dict[str, bytes]:
-    """All of them, by the name of the file."""
+    """All figures, by file name."""
     return {
         **{f"figure-1-right-{labels}.svg": figure_1_right(result, labels) for labels in LABELS},
         **{f"figure-b1-{metric}.svg": figure_b1(result, metric) for metric in AFTER},
@@ -66,7 +66,7 @@ def drawings(result: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _grid(result: Mapping[str, Any], labels: str, columns: Sequence[Column]) -> bytes:
-    """A row of panels for each support, as SVG that is the same to the byte whenever it is drawn."""
+    """A row of panels for each support, as reproducible SVG."""
     from matplotlib.figure import Figure
 
     settings = result["settings"]
@@ -99,7 +99,7 @@ def _draw(axes: Any, iterations: Sequence[int], curves: Mapping[str, Sequence[fl
             iterations,
             [100 * value for value in mean],
             label=label,
-            # Not all at one iteration, where they would hide each other.
+            # Shifted, so that markers do not hide each other.
             markevery=(number % APART, APART),
             markersize=4.5,
             linewidth=1.3,

@@ -1,4 +1,4 @@
-"""One job: meta-training in a run folder, from where an earlier process has left it, and the scores after it."""
+"""One job: meta-training in a run folder, resumed if it exists, and the scores after it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from .jobs import Job, Record, Test, encoded
 
 # Results are named by their settings, in which the inner learning rate has the name on the left.
 OPTIONS = {"fast_lr": "inner_lr"}
-# What differs between two sessions of one environment.
+# The fields that differ between sessions of one environment.
 OF_A_SESSION = ("started", "command")
 
 
 class Interrupted(Exception):
-    """A signal has asked to stop; the run can go on from where it is."""
+    """A signal has requested a stop; the run can be resumed."""
 
 
 def configuration(job: Job, root: Path | None) -> Config:
-    """The configuration of a job.
+    """Make the configuration of a job.
 
-    root: where its data lies; None for data that is drawn.
+    Args:
+        job: the job.
+        root: folder of its data; None for procedural data.
+
+    Returns:
+        The configuration, with one thread.
     """
     place: dict[str, Any] = {} if root is None else {"data_root": str(root)}
     options = {OPTIONS.get(name, name): value for name, value in job.settings.items()}
@@ -34,17 +39,19 @@ def configuration(job: Job, root: Path | None) -> Config:
 
 
 def carry_out(job: Job, folder: Path, root: Path | None) -> tuple[Record, list[dict[str, Any]]]:
-    """Do what is missing of a job.
+    """Compute the missing part of a job.
 
-    folder: of the run; one that holds an earlier part of it goes on from there.
-    root: see `configuration`.
+    Args:
+        job: the job.
+        folder: folder of the run; a run that exists is resumed.
+        root: see `configuration`.
 
     Returns:
-        The record, and the environments of the sessions that it took.
+        The record, and the environments of its sessions.
 
     Raises:
-        Interrupted: a signal has come.
-        ValueError: the data is not there, or another process is at this run.
+        Interrupted: a signal has requested a stop.
+        ValueError: the data does not exist, or another process runs this run.
     """
     config = configuration(job, root)
     run = RunFolder(folder)
@@ -53,7 +60,7 @@ def carry_out(job: Job, folder: Path, root: Path | None) -> tuple[Record, list[d
         place: dict[str, Any] = {} if root is None else {"data_root": str(root)}
         trainer = Trainer.resume(folder, iterations=job.iterations, **place)
         if job.tests and trainer.progress.iteration > job.iterations:
-            # Another entry has trained it for longer, and its checkpoints are of that.
+            # Another entry has trained the run for longer, so its checkpoints belong to that.
             return carry_out(job, folder.with_name(f"{folder.name}-{job.iterations}"), root)
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)

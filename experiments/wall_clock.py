@@ -1,8 +1,8 @@
 """Seconds of meta-training until a method reaches an accuracy, ours and learn2learn's, one after the other.
 
-The clock counts meta-iterations, sampling of their tasks included, and stands still during validations. The target is
-reached at the first validation whose mean accuracy is not below it: every method is granted the same number of tries,
-and seconds are known to the distance of two validations.
+The clock counts meta-iterations, including the sampling of their tasks, but not validations. The target is reached at
+the first validation whose mean accuracy is not below it: every method has the same number of tries, and the resolution
+is the distance of two validations.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .entry import Roots
 from .jobs import Job, Settings, digest
 from .training import configuration
 
-# Relative distance of first losses and meta-gradients in float64; the same computation in another order stays below.
+# Largest relative distance of first losses and meta-gradients in float64; rounding stays below.
 ALLOWED = 1e-8
 PEER = "learn2learn"
 
 
 class Race(NamedTuple):
-    """What all measurements have in common: see `wall_clock`."""
+    """The settings common to all measurements: see `wall_clock`."""
 
     target: float
     validate_every: int
@@ -61,27 +61,30 @@ def wall_clock(
 ) -> dict[str, Any]:
     """Measure every method with every seed: all methods with the first seed, then all with the second, and so on.
 
-    roots: where the data set of the methods lies; none for data that is drawn.
-    folder: takes a file for each measurement, by all that decides it, so that a later call repeats none.
-    settings: method to its options of `kfo_ext.trainer.Config`; data, ways, shots and meta-batch should be common.
-    target: mean accuracy on validation tasks 0 .. validation_tasks - 1 of unseen classes.
-    validate_every: meta-iterations between two validations.
-    most_iterations: where a method that has not reached the target ends.
-    seeds: of the network's start and of the training tasks.
-    threads: of torch, here; afterwards it has as many as before.
-    peers: methods that learn2learn meta-trains too, from the same start by the same Adam on the same tasks.
+    Args:
+        roots: the folder of the methods' data set; empty for procedural data.
+        folder: receives a file for each measurement, named by everything that determines it, so that a later call
+            repeats none.
+        settings: each method's options of `kfo_ext.trainer.Config`; data, ways, shots and meta-batch should be common.
+        target: mean accuracy on validation tasks 0 .. validation_tasks - 1 of unseen classes.
+        validate_every: meta-iterations between two validations.
+        validation_tasks: number of validation tasks.
+        most_iterations: the limit for a method that does not reach the target.
+        seeds: seeds of the network's initialization and of the training tasks.
+        threads: torch's threads during the measurement; they are restored afterwards.
+        peers: methods that learn2learn meta-trains too, with the same initialization, Adam and tasks.
 
     Returns:
         The arguments; `apart`, for each peer the relative distance of its first loss and meta-gradients from ours; and
-        `runs`, method to its measurements by seed: `seconds` and `iterations` to the target (None where it was not
-        reached), `ended` (why it could not go on, or ""), `curve`, rows of seconds, iteration and accuracy, and `load`,
-        the machine's in the last minute: above `threads` where other programs ran beside it.
+        `runs`, for each method its measurements by seed: `seconds` and `iterations` to the target (None if it was not
+        reached), `ended` (the reason for an early end, or ""), `curve`, rows of seconds, iteration and accuracy, and
+        `load`, the machine's in the last minute: above `threads` if other programs ran at the same time.
 
     Raises:
-        ValueError: an argument out of range; a peer without learn2learn, of a configuration that it does not have, or
-            whose first meta-gradients differ from ours.
-        TypeError: an argument of another type.
-        Cancelled: a signal asked to stop; what was measured is kept.
+        ValueError: an argument is out of range; or there is a peer without learn2learn, with an unsupported
+            configuration, or with other first meta-gradients than ours.
+        TypeError: an argument has another type.
+        Cancelled: a signal requested a stop; finished measurements are kept.
     """
     race = Race(target, validate_every, validation_tasks, most_iterations, threads)
     _check(race, settings, seeds, peers)
@@ -154,7 +157,7 @@ def _measured(folder: Path, label: str, config: Config, peer: bool, race: Race, 
     """One measurement, from its file if there is one."""
     here = environment()
     machine = {name: here[name] for name in ("processor", "cores", "torch")}
-    # Where the data lies and how many threads the trainer would take change nothing here.
+    # The data's folder and the trainer's threads do not affect the measurement.
     options = {name: value for name, value in config.values.items() if name not in ("data_root", "threads")}
     name = digest({"label": label, "options": options, **race._asdict(), "machine": machine})
     path = folder / f"{label.replace(' ', '-')}-{config.seed}-{name}.json"
@@ -171,7 +174,7 @@ def _measure(config: Config, peer: bool, race: Race, stop: Stop) -> dict[str, An
     family = build_family(config, "train", seed=config.seed)
     validation = build_family(config, "validation", seed=EVALUATION_SEED)
     first = family.sample(0, config.meta_batch)
-    # One that is thrown away: a first call loads what later ones of any method find.
+    # A warm-up: a first call loads code that later calls of any method share.
     _made(config, peer, first).iterate(first)
     contestant = _made(config, peer, first)
     seconds, curve, reached, ended = 0.0, [], False, ""

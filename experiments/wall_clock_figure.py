@@ -1,4 +1,4 @@
-"""The picture of what `experiments.wall_clock` returns, as SVG: accuracy against seconds, and seconds to the target."""
+"""The picture of a result of `experiments.wall_clock`, as SVG: accuracy against seconds, and seconds to the target."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .markdown import picture, table
 from .svg import GRID, styled, svg
 from .wall_clock import PEER
 
-# What methods are called; others by their own names.
+# Titles of methods; others have their own names.
 TITLES = {
     "omniglot-cnn2-kfo": "META-KFO",
     "omniglot-cnn2-kfo-fixed": "META-KFO, fixed factors",
@@ -32,7 +32,7 @@ Run = Mapping[str, Any]
 
 
 def shown(value: Mapping[str, Any]) -> Shown:
-    """What the report shows: the picture with its caption, and the seconds of every seed."""
+    """The part of the report: the picture with its caption, and the seconds of every seed."""
     goal = f"{100 * value['target']:g} %"
     caption = (
         f"Accuracy on validation classes against seconds of meta-training, and seconds to {goal}: {_setting(value)}. "
@@ -59,15 +59,22 @@ def shown(value: Mapping[str, Any]) -> Shown:
 
 
 def _seconds_of_one(runs: Sequence[Run]) -> float:
-    """Of a meta-iteration, over all seeds."""
+    """The mean seconds of a meta-iteration over all seeds."""
     return sum(_spent(run) for run in runs) / max(1, sum(run["curve"][-1][1] for run in runs if run["curve"]))
 
 
 def drawing(value: Mapping[str, Any]) -> bytes:
-    """Two panels, the same to the byte with the same matplotlib.
+    """Draw two panels, with the same bytes for the same matplotlib.
 
-    Left the curve of each method's median seed, by seconds to the target; right those seconds, with a mark for each
-    seed, or hatched the seconds after which the target was not reached. learn2learn's are dashed and pale.
+    The left panel shows the curve of each method's median seed, by seconds to the target. The right panel shows these
+    seconds with a mark for each seed, or hatched the seconds after which the target was not reached. learn2learn's are
+    dashed and pale.
+
+    Args:
+        value: the result of `experiments.wall_clock`.
+
+    Returns:
+        The SVG file.
     """
     from matplotlib.figure import Figure
 
@@ -84,12 +91,12 @@ def drawing(value: Mapping[str, Any]) -> bytes:
 
 
 def median(runs: Sequence[Run]) -> Run:
-    """The run in the middle by seconds to the target; one that has not reached it takes longer than all that have."""
+    """The median run by seconds to the target; runs that have not reached it rank last."""
     return sorted(runs, key=lambda run: math.inf if run["seconds"] is None else run["seconds"])[len(runs) // 2]
 
 
 def title(label: str) -> str:
-    """What a method is called."""
+    """The title of a method."""
     name = label.removeprefix(f"{PEER} ")
     return f"{PEER}: {TITLES.get(name, name)}" if _is_peer(label) else TITLES.get(name, name)
 
@@ -99,7 +106,7 @@ def _is_peer(label: str) -> bool:
 
 
 def _looks() -> Iterator[dict[str, Any]]:
-    """A colour and a marker, which stay apart in grey."""
+    """Colours and markers that can be distinguished in grey."""
     for colour, marker in zip(cycle((*PALETTE, "black", "0.5")), cycle(MARKERS)):
         yield {"color": colour, "marker": marker}
 
@@ -124,7 +131,7 @@ def _bars(
     looks: Mapping[str, Any],
     target: float,
 ) -> None:
-    # The fastest on top; those that have not reached it below, the most accurate first.
+    # The fastest on top, then those that have not reached the target, the most accurate first.
     order = sorted(medians, key=lambda label: (_rank(medians[label]), label))
     for place, label in enumerate(order):
         run, peer = medians[label], _is_peer(label)
@@ -153,7 +160,7 @@ def _bars(
     axes.set_yticks(range(len(order)), [title(label) for label in order], fontsize=8)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    # Room for what stands beside the longest bar.
+    # Room for the label of the longest bar.
     axes.set_xlim(0, 1.75 * max([1e-3, *(_spent(run) for found in runs.values() for run in found)]))
     axes.set_xlabel(f"seconds of meta-training to {100 * target:g} %")
 
@@ -177,7 +184,7 @@ def _failure(run: Run) -> str:
 
 
 def _setting(value: Mapping[str, Any]) -> str:
-    """What holds for all of them."""
+    """The settings common to all methods."""
     count = len(value["seeds"])
     seeds = "one seed" if count == 1 else f"the median of {count} seeds"
     threads = "one thread" if value["threads"] == 1 else f"{value['threads']} threads"

@@ -1,4 +1,4 @@
-"""Processes that do one task at a time, each on one thread, and stop when they are asked to."""
+"""Worker processes that do one task at a time, each on one thread, and can be stopped."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from typing import Any
 from .entry import Computed
 from .jobs import Job
 
-# Of what waits for it, such as an editor or another measurement.
+# Leaves the processor to other programs, such as an editor or another measurement.
 NICENESS = 10
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker does: a job, or a function.
+    """The task of a worker: a job, or a function.
 
-    work: the one or the other.
-    folder: for what it keeps.
-    roots: where each data set of the entry lies; a job reads the first.
+    Attributes:
+        work: the job or the function.
+        folder: folder of its state.
+        roots: the folder of each data set of the entry; a job reads the first.
     """
 
     work: Job | Computed
@@ -36,7 +37,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a worker sends back: a record or a value with its environments, or why there is none."""
+    """The result of a worker: a record or a value with its environments, or the reason why there is none."""
 
     value: Any = None
     environments: tuple[dict[str, Any], ...] = ()
@@ -45,7 +46,7 @@ class Result:
 
 
 class Worker:
-    """A process of its own. It starts at once, and ends with this one."""
+    """A worker process. It starts at once, and ends with this process."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -72,16 +73,16 @@ class Worker:
         return self._process.is_alive()
 
     def dismiss(self) -> None:
-        """Let it end, as it has nothing to do."""
+        """End the idle process."""
         self.connection.close()
 
     def stop(self) -> None:
-        """Ask it to save and to end; a training run ends after its meta-iteration."""
+        """Make the process save and end; a training run ends after its meta-iteration."""
         if self._process.is_alive():
             self._process.terminate()
 
     def join(self, seconds: float) -> None:
-        """Wait for its end; after so many seconds, end it."""
+        """Wait for the process to end; kill it after so many seconds."""
         self._process.join(seconds)
         if self._process.is_alive():
             self._process.kill()
@@ -91,7 +92,7 @@ class Worker:
 def _serve(connection: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.nice(NICENESS)
-    # Ctrl-C goes to the whole group; the parent tells the workers.
+    # Ctrl-C signals the whole group; the parent stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
@@ -106,7 +107,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """Save and end when the parent is gone: a killed one could not say so, and the next `run` needs the run folder."""
+    """Save and end when the parent has ended: it may have been killed, and the next `run` needs the run folder."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -114,7 +115,7 @@ def _end_with_parent() -> None:
 
 
 def _done(task: Task) -> Result:
-    # Here, so that a process that only waits has not loaded it.
+    # Imported here, so that an idle process does not load torch.
     import torch
 
     from kfo_ext.machine import environment

@@ -21,13 +21,17 @@ BUDGET = "cpu"
 
 
 def files(path: Path = PAGE, results: Path = RESULTS) -> dict[Path, bytes]:
-    """The content of the page and of its pictures.
+    """Make the content of the page and of its pictures.
 
-    path: of the page; links and pictures are relative to it.
-    results: folder of the result files.
+    Args:
+        path: path of the page; links and pictures are relative to it.
+        results: folder of the result files.
+
+    Returns:
+        The content of each file.
 
     Raises:
-        ValueError: an entry whose group has no section; a result file that is damaged.
+        ValueError: the group of an entry has no section, or a result file is damaged.
     """
     book = Book.read(ENTRIES, BUDGET, results)
     made = page(book, path, groups=GROUPS, claims=CLAIMS, headline=HEADLINE, collapse=COLLAPSE)
@@ -36,7 +40,7 @@ def files(path: Path = PAGE, results: Path = RESULTS) -> dict[Path, bytes]:
 
 
 def write(path: Path = PAGE, results: Path = RESULTS) -> Mapping[Path, bytes]:
-    """Write the page and its pictures, and remove pictures that it does not show."""
+    """Write the page and its pictures, remove other pictures, and return the content of each file."""
     found = files(path, results)
     folder = path.parent / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the results say of the paper's statements."""
+"""Verdicts on the paper's statements from the results."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .outcomes import Book, Row, paired
 from .statistics import Summary, summary
 
 NOT_RUN = "not run"
-# With fewer, the interval over seeds says too little.
+# With fewer seeds, the interval over seeds is too uncertain.
 LEAST_SEEDS = 3
 
 
 class Judged(NamedTuple):
-    """A claim, the paired difference by which it is judged, and the verdict."""
+    """A claim, the paired difference that decides it, and the verdict."""
 
     claim: Claim
     difference: Summary | None
@@ -23,9 +23,13 @@ class Judged(NamedTuple):
 
 
 def verdict(difference: Summary | None) -> str:
-    """What a paired difference says of the claim that it is above 0.
+    """Decide the claim that a paired difference is above 0.
 
-    difference: None without results.
+    Args:
+        difference: None without results.
+
+    Returns:
+        The verdict.
     """
     if difference is None:
         return NOT_RUN
@@ -44,9 +48,10 @@ def judged(claim: Claim, book: Book) -> Judged:
 class Off(NamedTuple):
     """A published number outside the interval of ours.
 
-    row: ours.
-    where: the paper's stands.
-    points: ours less the paper's, percentage points.
+    Attributes:
+        row: our row.
+        where: the place of the paper's number.
+        points: ours minus the paper's, in percentage points.
     """
 
     row: Row

@@ -1,4 +1,4 @@
-"""What the results of an entry amount to: a row for each setting, with its final runs or the reason why it has none."""
+"""The outcome of an entry: a row for each setting, with its final runs or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..jobs import Job, Record, Settings, Test, decoded
 from ..store import Results
 from .statistics import Scores, Summary, difference, summary
 
-# What two rows have in common where their tasks are the same.
+# The settings that are equal for two rows with the same tasks.
 TASKS = ("dataset", "ways", "shots", "queries", "rotations", "side", "colour")
 
 
@@ -23,13 +23,14 @@ TASKS = ("dataset", "ways", "shots", "queries", "rotations", "side", "colour")
 class Row:
     """One setting of an entry.
 
-    entry: it belongs to.
-    variant: its label, where the entry has several; "" otherwise.
-    work: what is computed; None where nothing is, or it waits for another entry.
-    jobs: the final runs, one for each seed; none while the setting is not found.
-    records: of the final runs that are done, by seed.
-    reason: why there is no score; "" if there is one.
-    tried: the inner rates of the tuning; none of a setting that is given.
+    Attributes:
+        entry: the entry of the row.
+        variant: its label if the entry has several; "" otherwise.
+        work: the work; None if there is none, or if it waits for another entry.
+        jobs: the final runs, one for each seed; empty until the setting is found.
+        records: results of the finished final runs, by seed.
+        reason: the reason why there is no score; "" if there is one.
+        tried: the inner rates of the tuning; empty for a fixed setting.
     """
 
     entry: Entry
@@ -42,39 +43,39 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As claims call it."""
+        """The name in claims."""
         return f"{self.entry.name}/{self.variant}" if self.variant else self.entry.name
 
     @property
     def title(self) -> str:
-        """As the report calls it."""
+        """The title in the report."""
         return f"{self.entry.title}: {self.variant}" if self.variant else self.entry.title
 
     @property
     def settings(self) -> Settings:
-        """Of the runs; while they are not found, what all runs of the tuning share."""
+        """The settings of the runs; until they are found, those that all runs of the tuning share."""
         return self.jobs[0].settings if self.jobs else self.work.base if self.work else {}
 
     @property
     def iterations(self) -> int:
-        """Of the final runs."""
+        """The iterations of the final runs."""
         if isinstance(self.work, Halving):
             return self.work.rungs[-1].iterations
         return self.work.iterations if self.work else 0
 
     @property
     def tuned(self) -> bool:
-        """Whether the setting was searched for."""
+        """Whether the setting was tuned."""
         return bool(self.tried)
 
     @property
     def label(self) -> str:
-        """The title, and whether the setting was searched for."""
+        """The title, and whether the setting was tuned."""
         return f"{self.title}, tuned" if self.tuned else self.title
 
     @property
     def edge(self) -> str:
-        """Where the best inner rate is the smallest or the largest that was tried: which of the two."""
+        """Whether the best inner rate is the "smallest" or the "largest" of those tried; "" if neither."""
         if len(self.tried) < 2 or not self.jobs:
             return ""
         rate = self.settings["fast_lr"]
@@ -82,18 +83,18 @@ class Row:
 
     @property
     def tests(self) -> tuple[Test, ...]:
-        """What was to be scored."""
+        """The tests of the row."""
         return self.work.tests if self.work else ()
 
     def test(self, checkpoint: str) -> Test | None:
-        """The test of a checkpoint on test classes, with nothing changed."""
+        """The test of a checkpoint on test classes, with the options of training."""
         plain = (
             test for test in self.tests if test.checkpoint == checkpoint and test.split == "test" and not test.changes
         )
         return next(plain, None)
 
     def scores(self, test: Test | None) -> Scores:
-        """Accuracies by seed, of the runs that have them."""
+        """The accuracies by seed, for runs that have them."""
         if test is None:
             return {}
         found = {seed: record.test(test) for seed, record in self.records.items() if record.has(test)}
@@ -104,12 +105,12 @@ class Row:
         }
 
     def accuracy(self, test: Test | None = None) -> Summary | None:
-        """The accuracy on a test, by default of the best checkpoints; None without a score."""
+        """The accuracy on a test, by default that of the best checkpoints; None without a score."""
         scores = self.scores(self.test("best") if test is None else test)
         return summary(scores) if scores else None
 
     def remarks(self) -> list[str]:
-        """What became of seeds that have no score, or ended early."""
+        """Remarks on seeds that have no score, or ended early."""
         found = []
         scores = self.scores(self.test("best"))
         for job in self.jobs:
@@ -126,9 +127,14 @@ class Row:
 
 
 def rows(results: Results | None, entry: Entry) -> list[Row]:
-    """The rows of an entry; none of what a function computes.
+    """Make the rows of an entry.
 
-    results: None where nothing is computed at this budget.
+    Args:
+        results: its results; None if nothing is computed at this budget.
+        entry: the entry.
+
+    Returns:
+        The rows; none for a result of a function.
     """
     if results is None:
         return [Row(entry=entry, reason=entry.why_not or "not run at this budget")]
@@ -149,7 +155,7 @@ def rows(results: Results | None, entry: Entry) -> list[Row]:
 
 
 def _row(entry: Entry, work: Halving | Fixed, records: Mapping[str, Record], jobs: list[Job], **facts: Any) -> Row:
-    # A record that is not whole belongs to a run that is still going on.
+    # An incomplete record belongs to a run that is still running.
     done = {job.settings["seed"]: records[job.key] for job in jobs if job.done_in(records)}
     row = Row(entry=entry, work=work, jobs=tuple(jobs), records=done, **facts)
     if row.scores(row.test("best")):
@@ -158,10 +164,17 @@ def _row(entry: Entry, work: Halving | Fixed, records: Mapping[str, Record], job
 
 
 def paired(better: list[Row], worse: list[Row]) -> Scores:
-    """The sum of the better rows' scores less that of the worse ones', by common seed, task by task; may be empty.
+    """Subtract the sum of the worse rows' scores from that of the better ones, task by task.
+
+    Args:
+        better: the rows with a plus sign.
+        worse: the rows with a minus sign.
+
+    Returns:
+        The differences by common seed; may be empty.
 
     Raises:
-        ValueError: their tasks are not the same.
+        ValueError: the rows' tasks differ.
     """
     every = [*better, *worse]
     if not all(row.scores(row.test("best")) for row in every):
@@ -174,11 +187,12 @@ def paired(better: list[Row], worse: list[Row]) -> Scores:
 
 @dataclass(frozen=True)
 class Book:
-    """All that the report is made of.
+    """The contents of the report.
 
-    entries: by name.
-    results: of those that are computed at the budget, by name.
-    rows: of every entry, in their order.
+    Attributes:
+        entries: the entries by name.
+        results: results of the entries with this budget, by name.
+        rows: the rows of every entry, in order.
     """
 
     entries: Mapping[str, Entry]
@@ -194,7 +208,13 @@ class Book:
         return cls(entries, results, tuple(row for e in entries.values() for row in rows(results.get(e.name), e)))
 
     def row(self, name: str) -> Row:
-        """The row that a claim calls so.
+        """Find a row by its name in claims.
+
+        Args:
+            name: the name of an entry, or entry/variant.
+
+        Returns:
+            The row.
 
         Raises:
             ValueError: there is none.
@@ -202,7 +222,7 @@ class Book:
         for row in self.rows:
             if row.name == name:
                 return row
-        # The variants of an entry that is not run are not known.
+        # The variants of an entry are unknown until it is run.
         if (entry := self.entries.get(name.partition("/")[0])) is None or "/" not in name:
             raise ValueError(f"{name}: expected an entry or a variant of one; `python -m experiments list` shows them")
         return Row(entry=entry, reason="not run yet")

@@ -1,4 +1,4 @@
-"""The pictures of the report as SVG, the same to the byte with the same matplotlib."""
+"""The pictures of the report as SVG, with the same bytes for the same matplotlib."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ COLUMNS = 2
 class Line(NamedTuple):
     """A curve.
 
-    x: iterations.
-    y: accuracies.
-    low, high: a band around it.
+    Attributes:
+        x: iterations.
+        y: accuracies.
+        low: the lower end of a band around it.
+        high: the upper end of the band.
     """
 
     x: Sequence[float]
@@ -77,7 +79,7 @@ def single_runs(panels: Mapping[str, Mapping[int, Record]]) -> bytes:
 
 
 def tuning(panels: Mapping[str, Results]) -> bytes:
-    """Accuracy at the first rung against the inner rate: a panel for each entry, a line for each start."""
+    """Accuracy at the first rung against the inner rate: a panel per entry, a line per initialization."""
     with _figure(len(panels)) as (figure, grid, whole):
         for axes, (title, results) in zip(grid, panels.items()):
             looks, found = _looks(), _first_rung(results)
@@ -121,7 +123,7 @@ def against(series: Mapping[str, Mapping[float, Summary]], unit: str) -> bytes:
 
 
 def _ticks(axes: Any, values: Iterable[float]) -> None:
-    """A tick at each value and nowhere else."""
+    """Put ticks only at these values."""
     ordered = sorted(values)
     axes.set_xticks(ordered, [f"{value:g}" for value in ordered], fontsize=8)
     axes.set_xticks([], minor=True)
@@ -132,7 +134,7 @@ def _percents(values: Sequence[float]) -> list[float]:
 
 
 def _looks() -> Iterator[dict[str, Any]]:
-    """Colours, dashes and markers that stay apart in grey."""
+    """Colours, dashes and markers that can be distinguished in grey."""
     for number, (colour, dashes, marker) in enumerate(zip(cycle(PALETTE), cycle(DASHES), cycle(MARKERS))):
         face = "white" if number % 2 else colour
         yield {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4, "markerfacecolor": face}
@@ -140,7 +142,7 @@ def _looks() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _figure(panels: int) -> Iterator[tuple[Any, list[Any], BytesIO]]:
-    """A figure, the axes of its panels, and the file that holds the SVG once the block has ended."""
+    """A figure, the axes of its panels, and the file that receives the SVG at the end of the block."""
     from matplotlib.figure import Figure
 
     columns = min(panels, COLUMNS)

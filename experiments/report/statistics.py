@@ -10,17 +10,18 @@ from torch import Tensor
 
 from ..intervals import half_width
 
-# Seed to the accuracies (n,) on the common list of tasks, float64.
+# The accuracies (n,) on the common list of tasks by seed, float64.
 Scores = Mapping[int, Tensor]
 
 
 class Summary(NamedTuple):
     """A mean over seeds and tasks.
 
-    mean: of all.
-    seeds: half the 95 % interval over seeds, of the means over tasks; None for fewer than two seeds.
-    tasks: half the 95 % interval over tasks, of the means over seeds; None for fewer than two tasks.
-    n: number of seeds.
+    Attributes:
+        mean: mean over all.
+        seeds: half the 95 % interval over seeds of the means over tasks; None for fewer than two seeds.
+        tasks: half the 95 % interval over tasks of the means over seeds; None for fewer than two tasks.
+        n: number of seeds.
     """
 
     mean: float
@@ -30,15 +31,21 @@ class Summary(NamedTuple):
 
     @property
     def larger(self) -> float:
-        """Half of the larger of its intervals; 0 where there is none."""
+        """Half of the larger interval; 0 without any."""
         return max(self.seeds or 0.0, self.tasks or 0.0)
 
 
 def summary(scores: Scores) -> Summary:
-    """The mean of scores, and its intervals.
+    """Summarize scores.
+
+    Args:
+        scores: accuracies by seed.
+
+    Returns:
+        Their mean and its intervals.
 
     Raises:
-        ValueError: no seed, or seeds with other numbers of tasks.
+        ValueError: there is no seed, or numbers of tasks differ.
     """
     if not scores or len({len(values) for values in scores.values()}) != 1:
         raise ValueError(f"scores: expected seeds with one number of tasks, got {[len(v) for v in scores.values()]}")
@@ -47,10 +54,17 @@ def summary(scores: Scores) -> Summary:
 
 
 def difference(better: Sequence[Scores], worse: Sequence[Scores]) -> Scores:
-    """The sum of the better scores less that of the worse ones, task by task, of the seeds that all have.
+    """Subtract the sum of the worse scores from that of the better ones, task by task.
+
+    Args:
+        better: the scores with a plus sign.
+        worse: the scores with a minus sign.
+
+    Returns:
+        The differences for the seeds that all have.
 
     Raises:
-        ValueError: they do not have as many tasks.
+        ValueError: numbers of tasks differ.
     """
     seeds = set.intersection(*(set(scores) for scores in (*better, *worse)))
     lengths = {len(scores[seed]) for scores in (*better, *worse) for seed in seeds}

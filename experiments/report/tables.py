@@ -21,7 +21,7 @@ from .statistics import Summary, summary
 
 
 def number(published: Published | None) -> str:
-    """A number of the paper; nothing where it is unknown."""
+    """A number of the paper; "" if it is unknown."""
     if published is None or published.value is None:
         return NONE
     return f"{published.value:g}{' (inferred)' if published.certainty == INFERRED else ''}"
@@ -74,7 +74,7 @@ def _from_baseline(row: Row, book: Book) -> Summary | None:
 
 
 def settings(rows: Sequence[Row]) -> str:
-    """Learning rates and start beside the paper's rates."""
+    """Learning rates and initialization, with the paper's rates."""
     header = ("", "inner rate", "paper's", "outer rate", "paper's", "start", "inner rates tried")
     return table(header, [_settings(row) for row in rows if row.jobs or row.entry.rates])
 
@@ -93,7 +93,7 @@ def _settings(row: Row) -> list[str]:
 
 
 def protocols(rows: Sequence[Row]) -> str:
-    """How tasks are made and adapted to, in training and test."""
+    """The sizes of tasks and the adaptation, in training and test."""
     header = ("", "ways", "shots", "queries", "inner steps", "test classes", "rotation of classes")
     body = [_protocol(row) for row in rows if row.work]
     if len(body) > 1 and len({tuple(cells[1:]) for cells in body}) == 1:
@@ -114,7 +114,7 @@ def _rotation(found: Settings) -> str:
 
 
 def checkpoints(rows: Sequence[Row]) -> str:
-    """The best checkpoint on validation classes beside the last one: a collapse is the difference."""
+    """The best checkpoint on validation classes and the last one: their difference shows a collapse."""
     header = ["", "best checkpoint", "of iterations", "last checkpoint", "last less best", "training tasks, at the end"]
     if any(test.split == "train" for row in rows for test in row.tests):
         header.append("best checkpoint, training classes")
@@ -162,7 +162,7 @@ def single_runs(rows: Sequence[Row]) -> str:
 
 
 def changes(rows: Sequence[Row]) -> str:
-    """The tests at other options than in training, such as steps; nothing where there is none."""
+    """The tests with other options than in training, such as steps; "" without any."""
     changed: list[Test] = []
     for row in rows:
         changed += [test for test in row.tests if test.changes and test not in changed]
@@ -211,7 +211,7 @@ def _tried(row: Row) -> list[str]:
 
 
 def tuning(results: Results) -> str:
-    """Every run of the tuning of an entry; nothing where there is none."""
+    """Every run of the tuning of an entry; "" without any."""
     work = results.work
     if not isinstance(work, Halving) or not results.records:
         return ""
@@ -238,7 +238,7 @@ def _iterations(work: Halving) -> list[int]:
 
 
 def _rungs(job: Job, work: Halving, results: Results) -> str:
-    """The best validation by each rung that the run came to."""
+    """The best validation by each rung that the run reached."""
     record = results.records.get(job.key)
     if record is None:
         return "missing"
@@ -247,12 +247,12 @@ def _rungs(job: Job, work: Halving, results: Results) -> str:
 
 
 def link(results: Results, page: Path) -> str:
-    """The result file, from the page."""
+    """A link from the page to the result file."""
     return f"[{results.path.name}]({Path(relpath(results.path, page.parent)).as_posix()})"
 
 
 def sources(group: Sequence[str], results: Mapping[str, Results], page: Path) -> str:
-    """The result files of entries."""
+    """Links to the result files of entries."""
     files = [
         f"{name}: {link(results[name], page)}" for name in group if name in results and results[name].path.exists()
     ]

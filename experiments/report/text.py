@@ -48,10 +48,11 @@ result files, with no other input. Do not edit it.
 
 
 class Page:
-    """Collects the parts of the page and the pictures that they show.
+    """Collects the parts of the page and their pictures.
 
-    book: the results.
-    path: of the page.
+    Args:
+        book: the results.
+        path: path of the page.
     """
 
     def __init__(self, book: Book, path: Path) -> None:
@@ -60,7 +61,7 @@ class Page:
         self.pictures: dict[str, bytes] = {}
 
     def add(self, *parts: str) -> None:
-        """Append parts; empty ones leave no trace."""
+        """Append parts, except empty ones."""
         self.parts += [part.strip("\n") + "\n" for part in parts if part]
 
     def picture(self, name: str, drawn: bytes, caption: str) -> None:
@@ -69,10 +70,13 @@ class Page:
         self.add(picture(f"{name}.svg", caption))
 
     def text(self) -> str:
-        """All of it.
+        """Return the whole text.
+
+        Returns:
+            The Markdown.
 
         Raises:
-            ValueError: a picture that the text does not show, or the other way round.
+            ValueError: the text and the pictures do not match.
         """
         whole = "\n".join(self.parts)
         shown = set(re.findall(rf"\]\({FOLDER}/([^)]+\.svg)\)", whole))
@@ -92,16 +96,22 @@ def page(
     headline: Mapping[str, str],
     collapse: Sequence[str],
 ) -> Page:
-    """The page on all results.
+    """Make the page on all results.
 
-    path: where it will lie.
-    groups: its sections.
-    claims: the paper's statements.
-    headline: label to the entry whose validations the first picture shows; the difference of the first two is stated.
-    collapse: entries whose single runs are shown.
+    Args:
+        book: the results.
+        path: path of the page.
+        groups: its sections.
+        claims: the paper's statements.
+        headline: the entries whose validations the first picture shows, by label; the text states the difference of the
+            first two.
+        collapse: entries whose single runs are shown.
+
+    Returns:
+        The page.
 
     Raises:
-        ValueError: an entry whose group has no section, or whose title another one of its group has.
+        ValueError: the group of an entry has no section, or two entries of a group have the same title.
     """
     _check(book.entries.values(), groups)
     made = Page(book, path)

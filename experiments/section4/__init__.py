@@ -1,1 +1,1 @@
-"""Section 4 of the paper by machine: its formulas derived and checked, its figures computed."""
+"""Section 4 of the paper by computer algebra: its formulas derived and checked, its figures computed."""

@@ -1,4 +1,4 @@
-"""The statements of section 4 and appendix A that are no formulas, each with an exact check."""
+"""The statements of section 4 and appendix A that are not formulas, each with an exact check."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEP_SIZE = A * (1 - ALPHA * A**2) ** 2
 
 
 def minimizer_is_zero() -> bool:
-    """Whether c = 0 is the one minimizer of SHALLOW's loss, and the loss convex."""
+    """Whether c = 0 is the only minimizer of SHALLOW's loss, and the loss is convex."""
     loss = maml_loss(SHALLOW)
     curvature = sp.factor(sp.diff(loss, C, 2))
     return sp.solve(sp.diff(loss, C), C) == [0] and compare(curvature, (1 - ALPHA) ** 2, exact=True).verdict == HOLDS
@@ -44,7 +44,7 @@ def eleven_follows_from_ten() -> bool:
 
 
 def one_step_is_exact_only_at_one() -> bool:
-    """Whether one step from c = 0 reaches every theta for alpha = 1 alone."""
+    """Whether one step from c = 0 reaches every theta only for alpha = 1."""
     return sp.solve(derived("SHALLOW: step from 0") - THETA, ALPHA) == [1]
 
 
@@ -78,7 +78,7 @@ def solutions_are_all_global_minima() -> bool:
     excess = expectation((f - THETA) ** 2, THETA) / 2
     if compare(maml_loss(DEEP) - NOISE_FLOOR, excess, exact=True).verdict != HOLDS:
         return False
-    # No excess: f - theta vanishes in every power of theta.
+    # Without excess, f - theta vanishes in every power of theta.
     places = sp.solve(sp.Poly(f - THETA, THETA).coeffs(), (A, B), dict=True)
     return {(place[A], place[B]) for place in places} == set(paper_points()[1:])
 
@@ -91,12 +91,12 @@ def step_grows_near_the_solution() -> bool:
 
 
 def step_shrinks_further_away() -> bool:
-    """Whether the step size turns once between the origin, where it is 0, and the solution."""
+    """Whether the step size has one extremum between the origin, where it is 0, and the solution."""
     return len(_turns()) == 1 and STEP_SIZE.subs(A, 0) == 0
 
 
 def _turns() -> list[sp.Expr]:
-    """Where the step size turns between 0 and the solution."""
+    """The extrema of the step size between 0 and the solution."""
     root = paper_points()[1][0]
     zeros = sp.solve(sp.diff(STEP_SIZE, A), A)
     return [zero for zero in zeros if zero.is_positive and sp.simplify(zero / root) < 1]
@@ -108,7 +108,7 @@ def adaptation_needs_no_rate() -> bool:
 
 
 def fixed_head_is_another_gradient() -> bool:
-    """Whether equation 17 is not the step of b for the loss of equation 40."""
+    """Whether equation 17 differs from the step of b for the loss of equation 40."""
     held, whole = (B - BETA * sp.diff(adapted_loss(model), B) for model in (DEEP_HEAD, DEEP))
     return compare(held, whole, (B,)).verdict == WRONG
 
@@ -169,7 +169,7 @@ def counted() -> str:
 
 
 def step_size_turns() -> str:
-    """Where the step size turns."""
+    """The sentence on the extremum of the step size."""
     (turn,) = _turns()
     return f"Inwards it grows down to $a = {sp.latex(turn)}$ only, and is 0 at $a = 0$."
 

@@ -74,7 +74,7 @@ def verdicts() -> tuple[tuple[Row, Relation], ...]:
 
 
 class _Printer(LatexPrinter):
-    """Negative terms last, as the paper has them: y - c x."""
+    """Prints negative terms last, as in the paper: y - c x."""
 
     def _as_ordered_terms(self, expression: sp.Expr, order: str | None = None) -> list[sp.Expr]:
         terms = super()._as_ordered_terms(expression, order=order)
@@ -85,14 +85,14 @@ PRINTER = _Printer({"symbol_names": {CONST: r"\text{CONST}"}, "long_frac_ratio":
 
 
 def latex(expression: Any) -> str:
-    """The formula for Markdown; a matrix as diag(...), a column in parentheses."""
+    """The formula for Markdown, with a matrix as diag(...) and a column in parentheses."""
     if isinstance(expression, sp.MatrixBase):
         if expression.shape[1] == 1:
             return rf"\left({', '.join(map(latex, expression))}\right)"
         assert expression.is_diagonal()
         return rf"\operatorname{{diag}}\left({', '.join(map(latex, expression.diagonal()))}\right)"
     text = PRINTER.doprint(expression)
-    # A table's cell ends at a bar, and Markdown would take a backslash from a double one.
+    # A bar ends a table's cell, and Markdown drops one of two backslashes.
     assert "|" not in text and r"\\" not in text, text
     return text
 
@@ -115,7 +115,7 @@ def _line(row: Row, found: Relation) -> str:
 
 
 def _symbols(text: str) -> str:
-    """The text with Greek letters as formulas, where they are not in one already."""
+    """The text with Greek letters outside formulas turned into formulas."""
     parts = text.split("$")
     parts[::2] = [re.sub(r"\b(alpha|theta|xi)\b", r"$\\\1$", part) for part in parts[::2]]
     return "$".join(parts)
@@ -142,7 +142,7 @@ def _claim(row: Claim, found: Relation) -> list[str]:
 
 
 def write(path: Path = PAGE) -> None:
-    """Writes the page."""
+    """Write the page."""
     with atomic_write(path) as file:
         file.write(page().encode())
 

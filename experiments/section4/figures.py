@@ -1,9 +1,8 @@
 """The numbers of Figure 1 (left) and Figure 2 of the paper.
 
-Figure 1 (left) meta-trains SHALLOW and DEEP on sampled tasks. Figure 2 needs the population loss. `population` is a
-meta-batch of six tasks of two points whose MAML loss is that, exactly: DEEP's error after one step is of the second
-degree in theta, so that the tasks need the first four moments of theta; a task needs those of x, and noise that is
-orthogonal to x.
+Figure 1 (left) meta-trains SHALLOW and DEEP on sampled tasks. Figure 2 requires the population loss. The MAML loss of
+`population`, a meta-batch of six tasks of two points, equals it exactly: DEEP's error after one step is quadratic in
+theta, so the tasks must have the first four moments of theta; a task must have those of x, and noise orthogonal to x.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from kfo_ext.updates import GradientDescent
 from .losses import ALPHA, DEEP, NOISE_FLOOR, SHALLOW, A, B, C, maml_loss, numeric, value
 
 Numbers = dict[str, Any]
-# Appendix D. Figure 2's settings are not given; these serve for both.
+# Appendix D. The paper does not state Figure 2's settings; these serve for both.
 INNER_RATE = 0.1
 META_RATE = 0.01
 MOMENTUM = 0.9
-# Not given in the paper. At 100 support points the best loss of sampled tasks is within 3 % of the population's.
+# Not stated in the paper. At 100 support points the best loss of sampled tasks is within 3 % of the population's.
 TASKS = 16
 SHOTS = 100
 QUERIES = 100
 TEST_TASKS = 2000
-# Points of a curve, and of a trajectory, at most.
+# The largest number of points of a curve, and of a trajectory.
 LONGEST = 40
 LONGEST_TRAJECTORY = 100
-# Decimal places that are kept.
+# Decimal places to store.
 DIGITS = 5
-# Figure 2: the plane, and where the four trajectories of meta-training start.
+# Figure 2: the plane, and the starts of the four trajectories of meta-training.
 SPAN = 4.5
 GRID = 51
 STARTS = ((1.2, 0.8), (-0.8, 1.2), (-1.2, -0.8), (0.8, -1.2))
@@ -66,10 +65,10 @@ def population() -> TaskBatch:
 
 
 def figure1_left(seeds: Sequence[int] = (0, 1, 2), iterations: int = 500) -> Numbers:
-    """Mean squared errors of SHALLOW and DEEP on test tasks after one inner step, over meta-training.
+    """Compute mean squared errors of SHALLOW and DEEP on test tasks after one inner step, over meta-training.
 
     Args:
-        seeds: of the start and of the tasks; a curve each.
+        seeds: seeds of the initialization and of the tasks; one curve each.
         iterations: meta-iterations.
 
     Returns:
@@ -77,7 +76,7 @@ def figure1_left(seeds: Sequence[int] = (0, 1, 2), iterations: int = 500) -> Num
         the population, `population_mse`; the least population errors as lines.
 
     Raises:
-        ValueError: no seed, or no iteration.
+        ValueError: there is no seed, or no iteration.
     """
     _check(iterations)
     if not seeds:
@@ -104,7 +103,7 @@ def figure1_left(seeds: Sequence[int] = (0, 1, 2), iterations: int = 500) -> Num
 
 
 def _meta_train(make: Callable[[], nn.Module], seed: int, iterations: int) -> Numbers:
-    """One curve: the error on the same test tasks before training and along it, and that of the population."""
+    """One curve: the errors on fixed test tasks and of the population, before and during training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         maml = learner(make())
@@ -130,18 +129,18 @@ def _meta_train(make: Callable[[], nn.Module], seed: int, iterations: int) -> Nu
 def figure2(
     rate: float = INNER_RATE, iterations: int = 2000, starts: Sequence[tuple[float, float]] = STARTS
 ) -> Numbers:
-    """DEEP's MAML loss over (a, b), and trajectories of meta-training on it.
+    """Compute DEEP's MAML loss over (a, b), and trajectories of meta-training on it.
 
     Args:
         rate: the inner rate.
         iterations: meta-iterations of a trajectory.
-        starts: (a, b) where they begin.
+        starts: the start (a, b) of each trajectory.
 
     Returns:
-        The settings; the loss on a grid, rows of equal b; the solutions; per start the places (a, b) along it.
+        The settings; the loss on a grid, rows of equal b; the solutions; per start the points (a, b) of its trajectory.
 
     Raises:
-        ValueError: no iteration.
+        ValueError: there is no iteration.
     """
     _check(iterations)
     axis = np.linspace(-SPAN, SPAN, GRID)
@@ -189,9 +188,14 @@ def _step(maml: MAML, optimizer: torch.optim.Optimizer, batch: TaskBatch) -> Non
 
 
 def thinned(iterations: int, points: int) -> set[int]:
-    """At most `points` of the iterations 0 to `iterations`, the first and last among them.
+    """Choose iterations to store, denser at the start, where curves change most.
 
-    They lie closer at the start, where curves change most.
+    Args:
+        iterations: the last iteration.
+        points: the largest number of iterations to choose.
+
+    Returns:
+        Iterations from 0 to `iterations`, including both.
     """
     if iterations < points:
         return set(range(iterations + 1))

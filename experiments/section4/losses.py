@@ -18,7 +18,7 @@ A, B, C = sp.symbols("a b c", real=True)
 
 
 class Model(NamedTuple):
-    """A model y = slope x, and which of its parameters the inner step adapts."""
+    """A model y = slope x, and the parameters that the inner step adapts."""
 
     slope: sp.Expr
     adapted: tuple[sp.Symbol, ...]
@@ -74,5 +74,5 @@ def numeric(expression: sp.Expr, *symbols: sp.Symbol) -> Callable[..., float]:
 
 
 def value(expression: sp.Expr, at: Mapping[sp.Symbol, float]) -> float:
-    """The number that the expression has at a point."""
+    """The value of the expression at a point."""
     return float(expression.subs(at))

@@ -13,10 +13,17 @@ TARGET = THETA * X + NOISE
 
 
 def expectation(expression: sp.Expr, *variables: sp.Symbol) -> sp.Expr:
-    """The mean over independent standard normal variables of a polynomial in them.
+    """Compute the mean of a polynomial over independent standard normal variables.
+
+    Args:
+        expression: a polynomial in the variables.
+        *variables: the variables to average over.
+
+    Returns:
+        The mean.
 
     Raises:
-        ValueError: no variable, or an expression that is no polynomial in the variables.
+        ValueError: there is no variable, or the expression is no polynomial in the variables.
     """
     if not variables:
         raise ValueError("variables: expected at least one symbol to average over, got none")
@@ -33,7 +40,7 @@ def _moment(power: int) -> sp.Expr:
 
 
 class TaskMean(sp.Function):
-    """E over x and the noise of one task, unevaluated; LaTeX prints it as the paper does."""
+    """E over x and the noise of one task, unevaluated; printed in LaTeX as in the paper."""
 
     nargs = 1
     averaged: tuple[sp.Symbol, ...] = (X, NOISE)

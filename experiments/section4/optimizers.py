@@ -1,6 +1,6 @@
 """The statements of appendix C.1 and Algorithm 1 on Kronecker-factored meta-optimizers, and that of B.1 on labels.
 
-Matrices are random, of small integers and rectangular, so that every comparison is exact.
+Matrices are random and rectangular, with small integers, so that every comparison is exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .rows import Claim
 
 # The sides of a parameter: R is (M, M), L is (N, N), G is (M, N).
 M, N = 3, 2
-# Accuracy that nobody would call less than very high.
+# The least accuracy to be called very high.
 VERY_HIGH = sp.Rational(9, 10)
 
 
@@ -29,7 +29,7 @@ def random_matrix(rows: int, columns: int, seed: int) -> sp.Matrix:
 
 
 def of_rank(rank: int, size: int, seed: int) -> sp.Matrix:
-    """A random square matrix of that rank."""
+    """A random square matrix of the given rank."""
     matrix = random_matrix(size, rank, seed) * random_matrix(rank, size, seed + 100)
     assert matrix.rank() == rank
     return matrix
@@ -69,7 +69,7 @@ def product_in_rows() -> bool:
 
 
 def product_is_not_the_transform() -> bool:
-    """Whether R^T (x) L is the map G -> R^T G L in neither order of vec."""
+    """Whether R^T (x) L differs from the map G -> R^T G L in both orders of vec."""
     R, G, L = _operands()
     W, Y = kron(R.T, L), R.T * G * L
     return all(W * vec(G) != vec(Y) for vec in (by_rows, by_columns))
@@ -99,7 +99,7 @@ def identity_is_a_product() -> bool:
 
 
 def cholesky_is_symmetric_and_positive() -> bool:
-    """Whether L L^T of r columns is symmetric, and no eigenvalue negative."""
+    """Whether L L^T of r columns is symmetric without negative eigenvalues."""
     return all(A.is_symmetric() and A.is_positive_semidefinite for A in (_cholesky(rank) for rank in range(1, M + 1)))
 
 
@@ -150,10 +150,14 @@ def every_step_updates_the_optimizer() -> bool:
 
 
 def bayes_accuracy() -> sp.Expr:
-    """The best accuracy on labels y ~ sigma(theta^T x), theta and x of two dimensions: log 2.
+    """Derive the best accuracy on labels y ~ sigma(theta^T x), with theta and x of two dimensions.
 
-    theta^T x has a standard Laplace distribution: given x it is normal of variance norm(x)^2, and half of that is a
-    standard exponential number, which gives its characteristic function. The best guess is right with sigma(abs(.)).
+    theta^T x has a standard Laplace distribution: given x it is normal with variance norm(x)^2, and half of that is a
+    standard exponential number, which gives its characteristic function. The best guess is right with probability
+    sigma(abs(.)).
+
+    Returns:
+        log 2.
     """
     t, r = sp.symbols("t r", positive=True)
     characteristic = sp.integrate(sp.exp(-r) * sp.exp(-(t**2) * r), (r, 0, sp.oo))

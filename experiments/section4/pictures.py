@@ -9,9 +9,9 @@ import numpy as np
 
 from ..svg import styled, svg
 
-# A hue and a dash each: the pictures read in grey too.
+# One hue and dash each, so that the pictures can be read in grey.
 STYLES = {"SHALLOW": ("#000000", "-"), "DEEP": ("#D55E00", "--")}
-# Of the landscape; the loss at a solution is 1/2.
+# Contour levels of the landscape; the loss at a solution is 1/2.
 LEVELS = (0.5, 0.55, 0.65, 0.8, 1.0, 1.3, 1.7, 3.0)
 
 
@@ -73,7 +73,7 @@ def _plane(axes: Any, numbers: Mapping[str, Any]) -> None:
 
 
 def _picture(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
-    """An SVG whose bytes depend on what is drawn alone."""
+    """An SVG whose bytes depend only on its content."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What section 4 and appendix A state formulas of, each derived here from its definition."""
+"""The quantities of section 4 and appendix A, each derived here from its definition."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .stationary import at, deep_gradient, deep_hessian, paper_points
 
 # Second moments of a task's support and query examples: of x, and of x with y.
 SXX, SXY, QXX, QXY = sp.symbols("S_xx S_xy Q_xx Q_xy", real=True)
-# Of a linear meta-optimizer of one parameter, U(g) = xi g.
+# The parameter of a linear meta-optimizer, U(g) = xi g.
 XI = sp.Symbol("xi", real=True)
 ORIGIN, ON_A, _, ON_B, _ = paper_points()
 
@@ -52,9 +52,12 @@ def _head_step() -> sp.Expr:
 
 
 def _sampled_gradient() -> sp.Expr:
-    """The gradient in b of a query loss after one step of b on support examples, at the solution on the a-axis.
+    """Derive the gradient in b of a query loss after one step of b on support examples.
 
-    Half a mean squared error is (S_xx k^2 - 2 S_xy k) / 2 in the slope k, up to what no parameter changes.
+    Half a mean squared error is (S_xx k^2 - 2 S_xy k) / 2 in the slope k, up to a constant in the parameters.
+
+    Returns:
+        The gradient at the solution on the a-axis.
     """
     step = ALPHA * A * (SXX * A * B - SXY)
     k = A * (B - step)
@@ -67,7 +70,7 @@ def _optimizer_loss() -> sp.Expr:
     return task_loss(SHALLOW).subs(C, C - step)
 
 
-# Name -> the right formula. Every entry has a check of its own in python_tests/test_section4.py.
+# The right formula by name. python_tests/test_section4.py checks every entry.
 QUANTITIES: dict[str, Callable[[], Any]] = {
     "SHALLOW: loss of a task": lambda: task_loss(SHALLOW),
     "SHALLOW: gradient": lambda: gradient(SHALLOW)[C],

@@ -1,4 +1,4 @@
-"""A row of the table of formulas: what is printed, what is right, and the verdict computed from the two."""
+"""A row of the table of formulas: the printed formula, the right one, and the verdict computed from both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .moments import TARGET, THETA, evaluated
 from .quantities import QUANTITIES
 from .verdicts import Relation, compare, judge
 
-# What the paper leaves open; it counts as 0, since a verdict compares up to a constant.
+# The paper's unspecified constant; it counts as 0, since a verdict compares up to a constant.
 CONST = sp.Symbol("CONST", real=True)
 # Names that the paper gives to longer expressions, y = theta x + n and those of equations 32, 41 and 49.
 Y, F, K, P1, P2, P3 = sp.symbols("y f k p1 p2 p3", real=True)
@@ -31,14 +31,15 @@ MEANING = {
 class Formula(NamedTuple):
     """A printed formula.
 
-    number: the equation, or the section of a formula in the text.
-    about: what it is a formula of.
-    of: the name of that in `QUANTITIES`, where it is derived.
-    printed: as the paper has it.
-    right: the same quantity in a form like the printed one; None: as printed.
-    constants: symbols that an additive constant may depend on.
-    exact: whether no constant is allowed.
-    note: what follows, in one sentence.
+    Attributes:
+        number: the equation, or the section of a formula in the text.
+        about: the quantity in words.
+        of: its name in `QUANTITIES`, where it is derived.
+        printed: the paper's formula.
+        right: the right formula in a form like the printed one; None: as derived.
+        constants: symbols that an additive constant may depend on.
+        exact: whether no constant is allowed.
+        note: the consequence, in one sentence.
     """
 
     number: str
@@ -52,14 +53,15 @@ class Formula(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A printed statement that is no formula.
+    """A printed statement that is not a formula.
 
-    number: the equation, section or line.
-    says: the statement.
-    check: whether it is true, by exact computation.
-    how: what the check computes.
-    right: what is true instead, or beside it; a function where that has computed numbers.
-    ours: whether the paper does not say it.
+    Attributes:
+        number: the equation, section or line.
+        says: the statement.
+        check: whether it is true, by exact computation.
+        how: the method of the check.
+        right: the true statement, or an addition; a function if it contains computed numbers.
+        ours: whether the statement is ours, not the paper's.
     """
 
     number: str
@@ -85,10 +87,16 @@ def derived(name: str) -> Any:
 
 
 def right_of(row: Formula) -> Any:
-    """The right formula in the form of the row, or as it was derived.
+    """Return the right formula in the form of the row, or as derived.
+
+    Args:
+        row: the row.
+
+    Returns:
+        The formula.
 
     Raises:
-        AssertionError: the row's form is not what was derived.
+        AssertionError: the row's form does not equal the derived formula.
     """
     if row.right is None:
         return derived(row.of)
@@ -98,7 +106,7 @@ def right_of(row: Formula) -> Any:
 
 
 def relation(row: Row) -> Relation:
-    """The verdict on a row, computed."""
+    """The computed verdict on a row."""
     if isinstance(row, Claim):
         return judge(row.check())
     return compare(resolved(row.printed), right_of(row), row.constants, exact=row.exact)

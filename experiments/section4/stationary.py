@@ -1,6 +1,6 @@
 """The stationary points of DEEP's MAML loss, exactly: the five of the paper, and all others.
 
-The loss depends on a and b through s = a^2 + b^2 and p = a b alone. Its gradient is
+The loss depends on a and b only through s = a^2 + b^2 and p = a b. Its gradient is
 2 a L_s + b L_p, 2 b L_s + a L_p, whose determinant is 4 (a^2 - b^2): a stationary point has L_s = L_p = 0, or abs(a) =
 abs(b). Either case leaves one polynomial in one unknown, whose real roots are isolated exactly.
 """
@@ -14,13 +14,13 @@ import sympy as sp
 
 from .losses import ALPHA, DEEP, A, B, maml_loss
 
-# The digits of a stationary point that is no closed formula.
+# The digits of a stationary point without a closed formula.
 DIGITS = 30
 P, S, U = sp.symbols("p s u", real=True)
 
 
 class Stationary(NamedTuple):
-    """A stationary point: where it is, what it is, and the loss there."""
+    """A stationary point: its place, kind and loss."""
 
     a: float
     b: float
@@ -64,10 +64,16 @@ def symmetric_loss() -> sp.Expr:
 
 @cache
 def stationary_points(alpha: sp.Rational) -> tuple[Stationary, ...]:
-    """Every stationary point at a rational inner rate, by kind and then place.
+    """Find every stationary point at a rational inner rate.
+
+    Args:
+        alpha: the inner rate.
+
+    Returns:
+        The points by kind and then place.
 
     Raises:
-        ValueError: a rate that is no positive rational number.
+        ValueError: the rate is no positive rational number.
     """
     alpha = sp.sympify(alpha)
     if not (isinstance(alpha, sp.Rational) and alpha > 0):
@@ -109,12 +115,12 @@ def critical_rate() -> sp.Expr:
 
 
 def _condition(loss: sp.Expr, sign: int) -> sp.Poly:
-    """What a^2 = u fulfils at a stationary point with b = sign * a other than the origin."""
+    """The equation of a^2 = u at a stationary point with b = sign * a other than the origin."""
     return sp.Poly(sp.diff(loss.subs({S: 2 * U, P: sign * U}, simultaneous=True), U), U)
 
 
 def _diagonal(loss: sp.Expr) -> set[tuple[sp.Expr, sp.Expr]]:
-    """The points with abs(a) = abs(b), the origin among them; a^2 = u."""
+    """The points with abs(a) = abs(b), including the origin; a^2 = u."""
     found = {(sp.Float(0, DIGITS), sp.Float(0, DIGITS))}
     for sign in (1, -1):
         for root in set(sp.real_roots(_condition(loss, sign))):

@@ -1,4 +1,4 @@
-"""The verdict on a formula, computed from what is printed and what is right."""
+"""The verdict on a formula, computed from the printed and the right one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WRONG = "does not hold"
 
 
 class Relation(NamedTuple):
-    """What was found: printed = factor * right + shift; a factor of None where there is no such relation."""
+    """A relation printed = factor * right + shift; factor is None if there is none."""
 
     verdict: str
     factor: sp.Expr | None = None
@@ -21,18 +21,22 @@ class Relation(NamedTuple):
 
 
 def compare(printed: Any, right: Any, constants: Iterable[sp.Symbol] = (), *, exact: bool = False) -> Relation:
-    """The relation of a printed formula to the right one.
+    """Find the relation of a printed formula to the right one.
 
     It holds if the difference simplifies to 0. It holds up to a constant if printed = factor * right + shift, where the
     factor is a positive number: minimizers and gradient directions are then the same.
 
     Args:
-        printed, right: expressions without expectations, or matrices of one shape.
-        constants: the symbols that the shift may depend on, as a loss's constant may on the inner rate.
-        exact: no factor or shift is allowed.
+        printed: an expression without expectations, or a matrix.
+        right: the right one, of the same shape.
+        constants: the symbols that the shift may depend on, as a loss's constant may depend on the inner rate.
+        exact: whether no factor or shift is allowed.
+
+    Returns:
+        The relation.
 
     Raises:
-        ValueError: matrices of different shapes.
+        ValueError: the shapes differ.
     """
     pairs = list(zip(*_entries(printed, right)))
     if all(_zero(p - r) for p, r in pairs):
@@ -40,7 +44,7 @@ def compare(printed: Any, right: Any, constants: Iterable[sp.Symbol] = (), *, ex
     if exact:
         return Relation(WRONG)
     place = _place(pairs, constants)
-    # Without a symbol to vary there is nothing but a ratio to compare.
+    # Without a symbol to vary, only a ratio can be compared.
     moved = [(p - p.subs(place), r - r.subs(place)) for p, r in pairs] if place else pairs
     varying = [(p, r) for p, r in moved if not _zero(r)]
     if not varying:
@@ -55,7 +59,7 @@ def compare(printed: Any, right: Any, constants: Iterable[sp.Symbol] = (), *, ex
 
 
 def judge(truth: bool) -> Relation:
-    """The verdict on a claim that is no formula."""
+    """The verdict on a claim that is not a formula."""
     return Relation(HOLDS if truth else WRONG)
 
 
