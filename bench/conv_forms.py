@@ -1,17 +1,17 @@
-"""The convolution of all tasks, each with weights of its own, in every formulation: ours, and those of torch.
+"""The convolution of all tasks, each with its own weights, in every formulation: ours, and those of torch.
 
     python bench/conv_forms.py --out conv_forms.json
 
-writes that file and the table beside it as Markdown. Each layer of a network, in the three orders that second-order
-meta-learning asks for:
+writes that file and a Markdown table beside it. It measures each layer of a network in the three orders of second-order
+meta-learning:
 
     forward            y
     backward           dx and dweight, with their graph, as in an inner step
     double_backward    their gradients by x, weight and dy
 
-The images need no gradient, so that the first layer has dweight alone, and its gradient by dy. Every contender gets its
-operands in the layout it likes, and is compared with float64 before it is timed; one that is wrong or fails is a row
-that says so. Tasks go in the groups of a meta-iteration (`kfo_ext.adapt.routes.tasks_at_once`): a call does them all.
+Images need no gradient, so the first layer has only dweight, and its gradient by dy. Every contender gets operands in
+its best layout, and is compared with float64 before it is timed; a wrong or failing one gets a row with the reason.
+Tasks are grouped as in a meta-iteration (`kfo_ext.adapt.routes.tasks_at_once`); a call computes the whole group.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from kfo_ext.ops import library
 from kfo_ext.testing import relative_error
 
 IMAGES = WAYS * SHOTS
-# Of every convolution of `kfo_ext.networks.CNN`.
+# For every convolution of `kfo_ext.networks.CNN`.
 KERNEL, PADDING = 3, 1
-# The orders, and the names of their outputs; those of a first layer.
+# The names of each order's outputs, and those of a first layer.
 OUTPUTS = {
     "forward": ("y",),
     "backward": ("dx", "dweight"),
@@ -72,10 +72,12 @@ class Layer(NamedTuple):
 
     @property
     def out_size(self) -> int:
+        """Height and width of the output."""
         return (self.size + 2 * PADDING - KERNEL) // self.stride + 1
 
     @property
     def outputs(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of each order's outputs."""
         return FIRST_OUTPUTS if self.first else OUTPUTS
 
     def __str__(self) -> str:
@@ -83,11 +85,7 @@ class Layer(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """ddx and ddweight are cotangents of dx and dweight.
-
-    images (x, dy, ddx): (tasks, n, h, w, channels)
-    weights: (tasks, out, in, 3, 3)
-    """
+    """Images x, dy, ddx: (tasks, n, h, w, channels); weights: (tasks, out, in, 3, 3); ddx, ddweight: cotangents."""
 
     x: Tensor
     weight: Tensor
@@ -97,7 +95,7 @@ class Operands(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """From images and weights as in `Operands` to a contender's own, and back, given the channels of a task."""
+    """Conversions of images and weights from `Operands` to a contender's layout, and back given a task's channels."""
 
     images: Callable[[Tensor], Tensor]
     weights: Callable[[Tensor], Tensor]
@@ -121,30 +119,31 @@ ONE_CONVOLUTION = Layout(
 
 
 def torch_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """torch's own, with as many groups of channels as x holds."""
+    """Convolve by torch's conv2d, with as many groups of channels as x holds."""
     return F.conv2d(x, weight, stride=stride, padding=PADDING, groups=x.shape[1] // weight.shape[1])
 
 
 def vmapped(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """torch's own under vmap; autograd differentiates what that runs."""
+    """Convolve by torch's conv2d under vmap, differentiated by autograd outside."""
     return torch.func.vmap(partial(torch_conv, stride=stride), in_dims=(1, 0), out_dims=1)(x, weight)
 
 
 def patches(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Every pixel's patch in memory, and one batched product."""
+    """Convolve by unfolding every pixel's patch, and one batched product."""
     columns = F.unfold(x.flatten(0, 1), KERNEL, padding=PADDING, stride=stride).unflatten(0, x.shape[:2])
     y = weight.flatten(2) @ columns
     return y.unflatten(-1, [(n + 2 * PADDING - KERNEL) // stride + 1 for n in x.shape[3:]])
 
 
 class Trilinear(Function):
-    """The gradient of <conv2d(x, weight), y> by operand `by` of x, weight, y, whose own value only tells the size.
+    """The gradient of <conv2d(x, weight), y> by operand `by` of x, weight, y, of which only the shape is used.
 
     Each is a call of torch's convolution or convolution_backward, and the gradients of each are the other two.
     """
 
     @staticmethod
     def forward(ctx, by, stride, x, weight, y):
+        """The gradient by one operand."""
         ctx.save_for_backward(x, weight, y)
         ctx.by, ctx.stride = by, stride
         if by == 2:
@@ -156,28 +155,31 @@ class Trilinear(Function):
 
     @staticmethod
     def backward(ctx, cotangent):
+        """The gradients by the other two."""
         operands = list(ctx.saved_tensors)
         operands[ctx.by] = cotangent
 
         def gradient(by: int) -> Tensor | None:
             if by == ctx.by or not ctx.needs_input_grad[2 + by]:
                 return None
-            # Without the graph of what only tells the size.
+            # Without the graph of the operand that gives only the shape.
             return Trilinear.apply(by, ctx.stride, *(X.detach() if i == by else X for i, X in enumerate(operands)))
 
         return None, None, *map(gradient, range(3))
 
 
 def closed(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """torch's own, every derivative by convolution_backward."""
+    """Convolve by torch's conv2d, with every derivative by convolution_backward."""
     return Trilinear.apply(2, stride, x, weight, None)
 
 
 class Form(NamedTuple):
     """A contender.
 
-    conv: (x, weight, stride=) -> y of the tasks of a call, in its layout
-    apart: a call for each task, with operands of its own
+    Attributes:
+        conv: (x, weight, stride=) -> y of the tasks of a call, in its layout.
+        layout: its layout.
+        apart: whether each task is a separate call.
     """
 
     conv: Callable[..., Tensor]
@@ -193,18 +195,18 @@ PEERS = {
     "vmap": Form(vmapped, CHANNELS_FIRST),
     "patches": Form(patches, CHANNELS_FIRST),
 }
-# What the others are compared with, in float64 on the CPU.
+# The reference of the others, in float64 on the CPU.
 TRUSTED = PEERS["loop"]
 
 
 def contenders(device: str) -> dict[str, Form]:
-    """Ours is compiled for the CPU alone: elsewhere it is the reference formulation, and named so."""
+    """The contenders by name; ours is compiled only for the CPU, and elsewhere the reference formulation."""
     name, backend = ("ours", "native") if device == "cpu" else ("ours_reference", "reference")
     return {name: Form(partial(conv2d, padding=PADDING, backend=backend), AS_THEY_ARE), **PEERS}
 
 
 def layers_of(network: Network) -> list[Layer]:
-    """Its convolutions, the first one first."""
+    """The convolutions of a network, in order."""
     layers, channels, size = [], network.in_channels, network.image_size
     for number in range(network.layers):
         layers.append(Layer(number == 0, channels, size, network.hidden, network.stride))
@@ -213,7 +215,7 @@ def layers_of(network: Network) -> list[Layer]:
 
 
 def group_size(network: Network, tasks: int, device: str) -> int:
-    """How many tasks a meta-iteration has in one graph: groups of about the same size, as `MAML` makes."""
+    """The number of tasks in one graph of a meta-iteration: groups of about the same size, as `MAML` forms."""
     if device == "cpu":
         largest = IMAGES * max(layer.out_size**2 * layer.out_channels for layer in layers_of(network)) * 4
         tasks_at_once = min(tasks, max(1, LARGEST_ACTIVATION // largest))
@@ -222,7 +224,7 @@ def group_size(network: Network, tasks: int, device: str) -> int:
 
 
 def random_operands(layer: Layer, tasks: int) -> Operands:
-    """In float64, on the CPU."""
+    """Random operands in float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
@@ -235,7 +237,7 @@ def random_operands(layer: Layer, tasks: int) -> Operands:
 
 
 def orders_of(form: Form, operands: Operands, layer: Layer, at_once: int) -> Orders:
-    """The three orders; the graphs below backward and double_backward are built here, and kept."""
+    """The three orders; the graphs for backward and double_backward are built here."""
 
     def pieces(X: Tensor, own: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return [own(group).detach() for group in X.split(1 if form.apart else at_once)]
@@ -274,24 +276,20 @@ def named(form: Form, layer: Layer, order: str, outputs: Sequence[Tensor]) -> di
 
 
 def error_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: float = TOLERANCE) -> float:
-    """The largest relative error of an order's outputs.
-
-    Raises:
-        AssertionError: WRONG, and which output is.
-    """
+    """The largest relative error of an order's outputs; raises AssertionError naming a WRONG output."""
     errors = []
     for name, right in expected.items():
         if actual[name].shape != right.shape:
             raise AssertionError(f"WRONG: {name} is {tuple(actual[name].shape)}, expected {tuple(right.shape)}")
         errors.append(relative_error(actual[name], right))
-        # Not `>`: a NaN is wrong.
+        # `not <=`, so that a NaN is wrong.
         if not errors[-1] <= allowed:
             raise AssertionError(f"WRONG: {name} is off by {errors[-1]:.1e}, allowed {allowed:.0e}")
     return max(errors)
 
 
 def measure(layer: Layer, tasks: int, at_once: int, device: str, repeats: int) -> list[Row]:
-    """One row per order and contender: error and seconds of all tasks, or why it has none."""
+    """One row per order and contender: error and seconds of all tasks, or the reason for none."""
     operands, forms = random_operands(layer, tasks), contenders(device)
     trusted = orders_of(TRUSTED, operands, layer, at_once)
     expected = {order: named(TRUSTED, layer, order, trusted[order]()) for order in OUTPUTS}
@@ -311,7 +309,7 @@ def measure(layer: Layer, tasks: int, at_once: int, device: str, repeats: int) -
                 call = orders(name)[order]
                 row["error"] = error_of(named(form, layer, order, call()), right)
                 functions[name] = call
-            except Exception as error:  # whatever it is, it is the finding
+            except Exception as error:  # any error is a finding
                 row["status"] = one_line(error)
         timings = interleaved(functions, repeats, sample=rested(finished)) if functions else {}
         for name, timing in timings.items():
@@ -321,7 +319,7 @@ def measure(layer: Layer, tasks: int, at_once: int, device: str, repeats: int) -
 
 
 def measure_network(name: str, options: argparse.Namespace) -> Row:
-    """The rows of all its layers."""
+    """The rows of all layers of a network."""
     network, rows = NETWORKS[name], []
     at_once = group_size(network, options.tasks, options.device)
     for number, layer in enumerate(layers_of(network), 1):
@@ -331,14 +329,14 @@ def measure_network(name: str, options: argparse.Namespace) -> Row:
 
 
 def cells(seconds: Sequence[float | None]) -> list[str]:
-    """Milliseconds, the fastest bold; a dash where there are none."""
+    """Milliseconds, the fastest bold; a dash for none."""
     fastest = min((value for value in seconds if value is not None), default=None)
     shown = ["-" if value is None else f"{1e3 * value:.2f}" for value in seconds]
     return [f"**{text}**" if value is not None and value == fastest else text for text, value in zip(shown, seconds)]
 
 
 def table(entry: Row) -> str:
-    """Markdown of one network: a line per layer and order, their sum, and what was not timed."""
+    """Markdown of one network: a line per layer and order, their sum, and the contenders that were not timed."""
     rows: list[Row] = entry["rows"]
     names = list(dict.fromkeys(row["contender"] for row in rows))
     refused = [row for row in rows if row["status"] != "ok"]
@@ -360,7 +358,7 @@ def table(entry: Row) -> str:
 
 
 def markdown(result: Row) -> str:
-    """Where the times come from, what the columns are, and a table for each network."""
+    """The origin of the times, the legend of the columns, and a table for each network."""
     settings = result["settings"]
     processor = result["device"] if settings["device"] == "cuda" else result["processor"]
     intro = (
@@ -372,7 +370,7 @@ def markdown(result: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """1 if ours is wrong somewhere, else 0."""
+    """Run the command line; returns 1 if ours is wrong anywhere, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--networks", nargs="+", choices=NETWORKS, default=["omniglot_cnn2", "omniglot_cnn4", "cifar_fs_cnn2"]
@@ -388,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
     for network in options.networks:
         entries.append(measure_network(network, options))
         print(table(entries[-1]), flush=True)
-        # After each network: what is measured is kept if a later one takes too long.
+        # After each network, so that an interrupted run keeps its results.
         if options.out:
             write_result(options.out, facts | {"networks": entries}, markdown)
     ours = [row for entry in entries for row in entry["rows"] if row["contender"].startswith("ours")]

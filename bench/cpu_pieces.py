@@ -1,12 +1,12 @@
-"""What each piece of a CPU kernel takes, against the multiply-adds of one core; or the kernels of two commits in turn.
+"""The time of each piece of a CPU kernel, relative to the multiply-adds of one core; or of two commits in turn.
 
     python bench/cpu_pieces.py --out cpu_pieces.json
     python bench/cpu_pieces.py --against COMMIT --out cpu_pieces_against.json
 
-compiles bench/cpu_pieces.cpp with csrc/cpu as it lies here, and as it lay at that commit. One thread; the pieces take
-turns, a piece and its twin of the other commit one after the other, and the least time of each counts: on a shared
-machine that is what it takes when nobody disturbs it. Operands lie in whatever cache the turns leave them in. A table
-goes beside the JSON file as Markdown.
+compiles bench/cpu_pieces.cpp with csrc/cpu of this tree, and with that of the commit. Measurements use one thread. The
+pieces run in turn, each followed by its twin of the other commit, and the least time of each counts: on a shared
+machine it is the undisturbed one. The turns decide which cache holds the operands. A Markdown table is written beside
+the JSON file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PEAK = "multiply-adds in registers"
 
 
 class Piece(NamedTuple):
-    """One thing to time: run(calls)."""
+    """A piece to time by run(calls)."""
 
     name: str
     multiply_adds: float  # of one call; 0: it only moves data
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 
 def numbers(count: int, what: str) -> Callable[[str], tuple[int, ...]]:
-    """A command line's argument of so many positive integers with commas between them."""
+    """A parser of a command line's argument: `count` positive integers separated by commas."""
 
     def parse(text: str) -> tuple[int, ...]:
         fields = text.split(",")
@@ -52,7 +52,7 @@ def numbers(count: int, what: str) -> Callable[[str], tuple[int, ...]]:
 
 
 def compiled(isa: str, csrc: Path, out: Path) -> ctypes.CDLL:
-    """The pieces of that csrc as a library, compiled as setup.py would."""
+    """The pieces of a csrc folder as a library, compiled as setup.py would."""
     cpu = csrc / "cpu"
     sources = [Path(__file__).with_suffix(".cpp"), *(cpu / name for name in SOURCES)]
     flags = f"{build.HOST} {build.ISAS[isa]} -DKFO_ISA={isa} -I{shlex.quote(str(cpu))} -I{shlex.quote(str(csrc))}"
@@ -73,14 +73,14 @@ def compiled(isa: str, csrc: Path, out: Path) -> ctypes.CDLL:
 
 
 def csrc_of(commit: str, folder: Path) -> Path:
-    """csrc as it lay at that commit, unpacked into the folder."""
+    """The csrc folder of a commit, unpacked into `folder`."""
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit, "csrc"], check=True, stdout=subprocess.PIPE)
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     return folder / "csrc"
 
 
 def full_name(commit: str) -> str:
-    """A command line's argument of a commit: its full name, whatever it was called."""
+    """The full name of a commit given on the command line."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--quiet", "--verify", f"{commit}^{{commit}}"]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if found.returncode:
@@ -103,12 +103,12 @@ def pieces_of(library: ctypes.CDLL, case: tuple[int, ...]) -> list[Piece]:
 
 
 def seconds(piece: Piece, calls: int) -> float:
-    """Seconds of one call, of so many in a row."""
+    """Seconds per call, of `calls` calls in a row."""
     return wall_clock(lambda: piece.run(calls), 1) / calls
 
 
 def measure(case: tuple[int, ...], libraries: list[ctypes.CDLL], rounds: int) -> Iterator[Row]:
-    """A row for each piece: microseconds, share of the peak, and how many times as long the other commit's takes."""
+    """A row for each piece: microseconds, share of the peak, and the ratio of its time to the other commit's."""
     here, *other = ({piece.name: piece for piece in pieces_of(library, case)} for library in libraries)
     turns = {(name, of is here): of[name] for name in here for of in (here, *other) if name in of}
     twins = {(name, False): (name, True) for name, ours in turns if not ours}
@@ -147,6 +147,7 @@ def markdown(result: dict[str, object]) -> str:
 
 
 def name_of(case: tuple[int, ...]) -> str:
+    """The title of a problem or layer."""
     if len(case) == 3:
         B, p, q = case
         return f"Transform, (B, p, q) = ({B}, {p}, {q})"
@@ -155,6 +156,7 @@ def name_of(case: tuple[int, ...]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     problem, layer = numbers(3, "B,p,q"), numbers(5, "images,size,channels,out channels,stride")
     parser.add_argument("--problems", nargs="*", type=problem, default=[(32, 32, 9), (1, 32, 1), (1, 5, 32)])

@@ -1,4 +1,4 @@
-"""The table of bench/cpu_targets.py: every target, what was measured, whether it holds, and what bounds it."""
+"""The table of bench/cpu_targets.py: every target, its measurement, whether it holds, and the bound."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kfo_ext.bench.result import provenance
 
 FLOOR_SHARE = {"forward": 0.5, "backward": 0.3, "double_backward": 0.3}
 ISA = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "the baseline"}
-# (best, other) -> the least rate of the other against it; a pair that is not here is for information.
+# (best, other) -> the least rate of the other relative to the best; other pairs are for information.
 RATE = {("avx512", "avx2"): 0.4}
 LISTS = {"gradient-lists": "factors packed as in KFO", "lists": "factors too"}
 HEAD = ("target", "where", "measured", "holds", "as glibc comes", "bound")
@@ -23,10 +23,15 @@ Numbers = list[float]
 
 
 class Line(NamedTuple):
-    """One target in one place: what was measured, whether that holds, and what bounds it.
+    """One target in one place.
 
-    holds: None where there is no target
-    as_glibc_comes: the same where freed memory is not kept
+    Attributes:
+        target: the target.
+        where: the order and network.
+        measured: the measurement.
+        holds: whether the target holds; None without a target.
+        as_glibc_comes: the measurement without keeping freed memory.
+        bound: the bound.
     """
 
     target: str
@@ -43,18 +48,18 @@ class Line(NamedTuple):
 
 
 def spread(numbers: Numbers, digits: int, unit: str = "") -> str:
-    """As in `6.7x (6.4..7.1)`: the median over the runs, the least and the most."""
+    """The median over the runs, the least and the most, as in `6.7x (6.4..7.1)`."""
     middle, least, most = (f"{number:.{digits}f}" for number in (median(numbers), min(numbers), max(numbers)))
     return f"{middle}{unit}" + (f" ({least}..{most})" if len(numbers) > 1 else "")
 
 
 def ratio(over: Numbers, under: Numbers) -> Numbers:
-    """Run by run: within one, both had the same machine."""
+    """The ratios run by run, since conditions are equal within a run."""
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
 def seconds_of(rows: Sequence[Row]) -> dict[str, Numbers]:
-    """By contender, its median in each run."""
+    """The medians of each run by contender."""
     return {row["contender"]: row["runs"] for row in rows if "runs" in row}
 
 
@@ -66,11 +71,18 @@ def best_of_torch(seconds: dict[str, Numbers]) -> str:
 def transform_lines(
     group: str, order: str, rows: Sequence[Row], as_glibc_comes: Sequence[Row], peaks: Numbers, isa: str
 ) -> Iterator[Line]:
-    """The targets of one order of one network.
+    """Make the targets of one order of one network.
 
-    rows, as_glibc_comes: its contenders
-    peaks: multiply-adds per second in each run, counted as two operations each, where rows do not time them
-    isa: the instruction set of our kernels
+    Args:
+        group: the network.
+        order: the order.
+        rows: rows of its contenders.
+        as_glibc_comes: the same without keeping freed memory.
+        peaks: multiply-adds per second in each run, counted as two operations each, if rows do not time them.
+        isa: the instruction set of our kernels.
+
+    Yields:
+        One line per target.
     """
     seconds, other = seconds_of(rows), seconds_of(as_glibc_comes)
     us = {name: 1e6 * median(numbers) for name, numbers in seconds.items()}
@@ -130,7 +142,7 @@ def meta_lines(rows: Sequence[Row]) -> Iterator[Line]:
             continue
         yield Line("a meta-iteration, against learn2learn: 3x", network, f"{ratio:.1f}x", ratio >= 3)
         ours = next(r for r in timed if r["network"] == network and r["over_ours"] == 1)
-        # In the place of a memory that could not be measured stands why.
+        # A memory that could not be measured is replaced by the reason.
         if isinstance(ours.get("memory"), dict) and isinstance(row.get("memory"), dict):
             share = ours["memory"]["working"] / row["tasks"] / row["memory"]["working"]
             target = "memory of a meta-iteration per task in flight, against learn2learn's: at most 1"
@@ -138,7 +150,7 @@ def meta_lines(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def target_lines(result: Row) -> list[Line]:
-    """Every target of the CPU, those of one kind together."""
+    """Every target of the CPU, grouped by kind."""
     peaks, lines = [1e9 * rate for rate in result["fma_gflop_per_s"]], []
     for group in NETWORKS:
         for order in ORDERS:

@@ -1,11 +1,11 @@
-"""One process's share of bench/cpu_targets.py: every contender of the transform's orders, and the host time of a call.
+"""One process of bench/cpu_targets.py: times every contender of the transform's orders, and the host time of a call.
 
     python bench/cpu_target_run.py --repeats 21
 
 prints one line of JSON. Every contender is compared with float64 before it is timed, and all are timed in turn; kernels
-of other instruction sets run in processes of their own, in the same rounds. The process keeps freed memory, for all
-contenders alike: otherwise what one of them frees decides whether another's outputs are new pages in every call. With
-`--as-glibc-comes` it does not, and times those alone whose ratios are targets.
+of other instruction sets run in separate processes, in the same rounds. The process keeps freed memory for all
+contenders: otherwise memory freed by one of them decides whether another's outputs are new pages in every call. With
+`--as-glibc-comes` it does not, and times only the contenders whose ratios are targets.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ NETWORKS = ("CNN(2)", "CNN(4)")
 PLAIN_TORCH = ("torch-matmul", "torch-einsum", "torch-formulas", "torch-compile", "torch-formulas-compile")
 TIMED = ("native", "gradient-lists", "lists", *PLAIN_TORCH, "learn2learn")
 EMPTY = "empty Function"
-# Beside the contenders, since neighbours on a shared machine slow both: the rate that the floor is reckoned with.
+# Timed with the contenders, since other programs on a shared machine slow both: the rate that defines the floor.
 FMA = "multiply-adds in registers"
 PACKING, LARGE, SMALL = "packing alone", "native, largest parameters alone", "native, other parameters alone"
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def on(isa: str) -> str:
-    """The contender that our kernels are on another instruction set."""
+    """The name of our kernels with another instruction set."""
     return f"native, {isa}"
 
 
 class OtherIsa:
-    """The packed orders in a process of their own, whose kernels are of another instruction set."""
+    """The packed orders in a separate process with kernels of another instruction set."""
 
     def __init__(self, isa: str, group: str) -> None:
         self.process = subprocess.Popen(
@@ -67,11 +67,12 @@ class OtherIsa:
             raise RuntimeError(f"the process for {isa} says {said!r}")
 
     def seconds(self, order: str, calls: int) -> float:
-        """Seconds of one call, of so many in a row."""
+        """Seconds per call, of `calls` calls in a row."""
         print(order, calls, file=self.process.stdin, flush=True)
         return float(self._line())
 
     def close(self) -> None:
+        """End the process."""
         self.process.communicate()
 
     def _line(self) -> str:
@@ -79,14 +80,14 @@ class OtherIsa:
 
 
 class Remote(NamedTuple):
-    """One order of another process, in the place of a function to time."""
+    """One order of another process, to be timed like a function."""
 
     isa: OtherIsa
     order: str
 
 
 def awake(function: Callable[[], object] | Remote, calls: int) -> float:
-    """Seconds of one call, of so many in a row, here or there, once some calls have woken threads and caches."""
+    """Seconds per call, of `calls` calls in a row, here or remote, after warm-up calls."""
     if isinstance(function, Remote):
         return function.isa.seconds(function.order, calls)
     for _ in range(1 + calls // 4):
@@ -95,7 +96,7 @@ def awake(function: Callable[[], object] | Remote, calls: int) -> float:
 
 
 def serve(group: str) -> None:
-    """Answers `ORDER CALLS` with the seconds of one call, after the instruction set in use."""
+    """Print the instruction set in use, then answer each line `ORDER CALLS` with the seconds per call."""
     keep_freed_memory()
     providers, case = {"native": PROVIDERS["native"]}, case_of(group)
     expected, made = truth(case), contenders(providers, providers, case)
@@ -112,31 +113,35 @@ def serve(group: str) -> None:
 
 
 def case_of(group: str) -> Case:
+    """The random case of a network."""
     return random_case(GROUPS[group], TASKS, torch.float32)
 
 
 class HandedOn(Empty):
-    """The same, whose backward hands on dY too: all of it can be differentiated again."""
+    """`Empty` with a backward that also returns dY, so that all of it can be differentiated again."""
 
     @staticmethod
     def backward(ctx, dY):
+        """Return the operands and dY."""
         return HandedBack.apply(*ctx.saved_tensors, dY)
 
 
 class HandedBack(Function):
-    """A differentiable backward without arithmetic: our op has none outside of its kernel, and a sum would be timed."""
+    """A differentiable backward without arithmetic: our op has none outside its kernel, and a sum would be timed."""
 
     @staticmethod
     def forward(ctx, R, G, L, dY):
+        """Return the operands."""
         return R.view_as(R), G.view_as(G), L.view_as(L)
 
     @staticmethod
     def backward(ctx, ddR, ddG, ddL):
+        """Return the cotangents."""
         return ddR, ddG, ddL, ddG
 
 
 def packing(case: Case) -> Orders:
-    """What the lists form does around the transform, which here hands on what it gets."""
+    """The work of the lists form around the transform, which is replaced by an identity."""
     problems = case.problems
 
     def layer(R: Form, G: Form, L: Form) -> Form:
@@ -147,7 +152,7 @@ def packing(case: Case) -> Orders:
 
 
 def parts(case: Case) -> dict[str, Orders]:
-    """The packed orders of the parameters with most of the operations alone, and of all others alone."""
+    """The packed orders of only the parameters with most operations, and of only the others."""
     p_q = [p * q for _, p, q in case.problems.shapes]
     pieces = {
         LARGE: [shape for shape, size in zip(case.problems.shapes, p_q, strict=True) if size == max(p_q)],
@@ -160,9 +165,15 @@ def parts(case: Case) -> dict[str, Orders]:
 
 
 def measure_group(group: str, repeats: int, ratios_alone: bool) -> list[Row]:
-    """One row per order and contender.
+    """Measure a network.
 
-    ratios_alone: leave out what is no target of its own, and other instruction sets
+    Args:
+        group: the network.
+        repeats: rounds of every order.
+        ratios_alone: omit measurements that are no target, and other instruction sets.
+
+    Returns:
+        One row per order and contender.
 
     Raises:
         AssertionError: a contender of ours is wrong.
@@ -202,11 +213,11 @@ def measure_host(repeats: int) -> list[Row]:
 
 
 def measure(repeats: int, as_glibc_comes: bool) -> Row:
-    """All that one process measures."""
+    """The measurements of one process."""
     kept = not as_glibc_comes and keep_freed_memory()
     threads = torch.get_num_threads()
     before = fma_rate(threads)
-    # First, as in a program of one's own: after torch.compile every call costs a microsecond or two more.
+    # First, as in an ordinary program: after torch.compile every call costs one or two microseconds more.
     host = [] if as_glibc_comes else measure_host(repeats)
     rows = [row for group in NETWORKS for row in measure_group(group, repeats, ratios_alone=as_glibc_comes)]
     return {
@@ -218,6 +229,7 @@ def measure(repeats: int, as_glibc_comes: bool) -> Row:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=21, help="rounds of every order")
     parser.add_argument("--as-glibc-comes", action="store_true", help="do not keep freed memory")

@@ -2,10 +2,10 @@
 
     python bench/cpu_targets.py --out bench/results/cpu_targets.json
 
-writes that file and the table beside it as Markdown, in which the rows of the meta-iteration are read from
-`--meta`, what bench/meta_peers.py wrote. Processes differ by more than the rounds within one: so all is measured by
-several, one after the other, and a target holds if the median over them does. `cpu_target_run.py` says what each does;
-after each comes one that leaves freed memory to glibc.
+writes that file and a Markdown table beside it, whose rows of the meta-iteration are read from `--meta`, files of
+bench/meta_peers.py. Processes differ by more than the rounds within one. Several processes therefore measure
+everything, one after the other, and a target holds if the median over them does. `cpu_target_run.py` describes a
+process; each is followed by one that leaves freed memory to glibc.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(repeats: int, *more: str) -> Row:
-    """What a fresh process measures.
+    """Measure in a new process.
+
+    Args:
+        repeats: rounds of every order.
+        *more: further arguments of bench/cpu_target_run.py.
+
+    Returns:
+        The result of bench/cpu_target_run.py.
 
     Raises:
-        subprocess.CalledProcessError: it failed, and its own words are on stderr.
+        subprocess.CalledProcessError: the process failed; its message is on stderr.
     """
     command = [sys.executable, "-m", "bench.cpu_target_run", "--repeats", str(repeats), *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
@@ -51,12 +58,12 @@ def over_runs(runs: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """By contender, so that rows of different runs meet: one that does not run somewhere stands elsewhere there."""
+    """The rows by contender, so that those of different runs match: their order differs if a contender fails."""
     return sorted(rows, key=lambda row: (row["group"], row["order"], row["contender"]))
 
 
 def meta_results(paths: Sequence[str]) -> Row:
-    """The rows of files of bench/meta_peers.py, each with its number of tasks, and where they come from."""
+    """The rows of files of bench/meta_peers.py, each with its number of tasks, and their origin."""
     files = [read_json(Path(path)) for path in paths]
     return {
         "meta": [row | {"tasks": file["settings"]["tasks"]} for file in files for row in file["rows"]],
@@ -68,10 +75,11 @@ def meta_results(paths: Sequence[str]) -> Row:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="processes that measure everything")
     parser.add_argument("--repeats", type=int, default=21, help="rounds of every order in each")
-    parser.add_argument("--meta", nargs="*", default=[], help="what bench/meta_peers.py wrote")
+    parser.add_argument("--meta", nargs="*", default=[], help="files of bench/meta_peers.py")
     parser.add_argument("--out", type=Path, help="JSON file to write; the table goes beside it")
     options = parser.parse_args(arguments)
     available, reason = library.status()["cpu"]

@@ -1,7 +1,7 @@
-"""What the compiled CUDA kernels need, read from the library itself: no driver, no GPU.
+"""Resources of the compiled CUDA kernels, read from the library itself without a driver or a GPU.
 
-Registers, stack and static shared memory are the compiler's own record; spills and 16-byte accesses are counted in the
-machine code. Triton's cuobjdump does the reading, as a toolkit may lack one.
+Registers, stack and static shared memory are recorded by the compiler; spills and 16-byte accesses are counted in the
+machine code. Triton's cuobjdump reads it, as a toolkit may lack one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from kfo_ext.ops.library import CUDA_LIBRARY
 
 ELEMENTS = {"f": "float32", "d": "float64"}
-# Static shared memory; what the kernels stage is dynamic, and in the table of launches.
+# Static shared memory; the kernels' dynamic shared memory is in the table of launches.
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
@@ -39,19 +39,25 @@ class Row(NamedTuple):
 
 
 def spills(row: dict[str, object]) -> bool:
-    """Whether a row, of CUDA or of Triton, says that registers spill."""
+    """Whether registers spill in a row of CUDA or Triton."""
     return any(row.get(name) for name in ("stack_bytes", "spill_instructions", "spill_bytes"))
 
 
 def cuobjdump() -> Path | None:
-    """The program, or None where triton is not installed."""
+    """The program, or None if triton is not installed."""
     spec = find_spec("triton")
     path = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec and spec.origin else None
     return path if path and path.exists() else None
 
 
 def rows(library: Path = CUDA_LIBRARY) -> list[Row]:
-    """A row per kernel, dtype and architecture of the library.
+    """Read the resources of a library.
+
+    Args:
+        library: the library.
+
+    Returns:
+        A row per kernel, dtype and architecture.
 
     Raises:
         FileNotFoundError: there is no library, or no program to read it with.

@@ -1,11 +1,11 @@
-"""What data preparation costs a meta-iteration, and how much of it threads that sample ahead hide.
+"""The cost of data preparation in a meta-iteration, and how much of it prefetching threads hide.
 
     python bench/data_cost.py --out data_cost.json
     python bench/data_cost.py --device cuda --out data_cost.json
 
-Times sampling one meta-batch, whole and in its halves (draw on the CPU, batch on the device); the meta-iteration on a
-batch that is there (loss and meta-gradients, MAML + linear KFO); and the iteration that takes its batch from the
-stream, per number of workers. The images are random, as many and as large as Omniglot's training split.
+It times the sampling of one meta-batch, whole and in its halves (draw on the CPU, batch on the device); the
+meta-iteration on a ready batch (loss and meta-gradients, MAML + linear KFO); and the iteration with a batch from the
+stream, per number of workers. The images are random, in the number and size of Omniglot's training split.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from kfo_ext.bench.timing import Timing, interleaved
 from kfo_ext.tasks import ImageClasses, TaskBatch, batches
 
 CLASSES, DRAWERS, SIDE = 1100, 20, 28
-# Omniglot's images: of these the network sees one channel.
+# Networks for Omniglot's images, which have one channel.
 OMNIGLOT = [name for name, network in NETWORKS.items() if network.in_channels == 1]
 
 
 def random_images(device: str, classes: int = CLASSES) -> ImageClasses:
-    """Tasks over random images of Omniglot's size, each class of a task turned."""
+    """Tasks over random images of Omniglot's size, with a rotation for each class of a task."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (classes * DRAWERS, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     offsets = torch.arange(classes + 1) * DRAWERS
@@ -38,7 +38,7 @@ def random_images(device: str, classes: int = CLASSES) -> ImageClasses:
 
 
 def measure(family: ImageClasses, ours: Ours, tasks: int, workers: Sequence[int], repeats: int) -> dict[str, Timing]:
-    """Times of the halves of sampling, of the iteration alone, and of one that takes its batch from each stream."""
+    """Times of the halves of sampling, of the iteration alone, and of the iteration with a batch from each stream."""
     drawn = family.draw(0, tasks)
     ours.batch = family.batch(drawn)
     streams = {count: batches(family, tasks, workers=count) for count in workers}
@@ -65,7 +65,7 @@ def measure(family: ImageClasses, ours: Ours, tasks: int, workers: Sequence[int]
 
 
 def show(timings: dict[str, Timing]) -> None:
-    """Prints a line per time, and what of the sampling each stream adds to the iteration."""
+    """Print a line per time, and the time that each stream adds to the iteration."""
     print(f"{'':20} {'median':>10} {'20 %':>10} {'80 %':>10}")
     alone = timings["iteration"].median
     for name, timing in timings.items():
@@ -75,6 +75,7 @@ def show(timings: dict[str, Timing]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=OMNIGLOT, default="omniglot_cnn2")
     parser.add_argument("--tasks", type=int, default=16)

@@ -1,8 +1,8 @@
-"""A table of what every compiled kernel needs, per architecture: registers, shared memory, spills. No GPU is needed.
+"""A table of every compiled kernel's resources per architecture: registers, shared memory, spills; without a GPU.
 
     python bench/kernel_resources.py --out bench/results/kernel_resources.json
 
-writes the JSON and, beside it, the same as a Markdown table.
+writes the JSON file and a Markdown table beside it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ORDERS = ("forward", "backward", "double_backward")
 
 
 class Gpu(NamedTuple):
-    """What the estimates assume of a GPU; the vendor's numbers for an H200, but for the last two."""
+    """A GPU as the estimates assume it: the vendor's numbers for an H200, except for the last two."""
 
     name: str = "H200"
     arch: str = "sm_90"
     multiprocessors: int = 132
     registers: int = 65536  # of a multiprocessor
-    shared_bytes: int = 228 * 1024  # ... of which each block costs 1 KiB more than it asks for
+    shared_bytes: int = 228 * 1024  # of a multiprocessor; each block takes 1 KiB more than it requests
     bytes_per_us: float = 4.8e6
     flops_per_us: float = 67e6  # float32, no tensor cores
     empty_launch_us: float = 2.0  # in a graph
@@ -37,9 +37,14 @@ class Gpu(NamedTuple):
 
 
 def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
-    """Per group and order: work, launches, residency and the time they suggest. Nothing here is measured.
+    """Estimate work, launches, residency and time; nothing here is measured.
 
-    registers: of a thread, by kernel.
+    Args:
+        registers: registers per thread, by kernel.
+        gpu: the GPU.
+
+    Returns:
+        One row per group and order.
     """
     out = []
     for name, shapes in GROUPS.items():
@@ -99,6 +104,7 @@ def markdown(result: dict) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table goes beside it as .md")
     options = parser.parse_args()

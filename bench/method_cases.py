@@ -1,4 +1,4 @@
-"""The methods whose iterations are compared, each as `kfo train` runs it, and the memory of one in this process."""
+"""The methods to compare, each as `kfo train` runs it; run as a program, it measures the memory of one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ BASE = "MAML"
 class Case(NamedTuple):
     """A method.
 
-    options: of `kfo train`
-    most: what its iteration may take, in those of MAML; None: no target
+    Attributes:
+        options: options of `kfo train`.
+        most: the target of its iteration's time, in iterations of MAML; None without a target.
     """
 
     options: dict[str, Any]
@@ -30,7 +31,7 @@ class Case(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The command line that trains by it."""
+        """The command line of its training."""
         flags = []
         for name, value in self.options.items():
             flag = name.replace("_", "-")
@@ -57,21 +58,26 @@ CASES = {
 
 
 def config_of(name: str, **settings: Any) -> Config:
-    """The configuration of a case, on tasks of Omniglot's size.
+    """Make the configuration of a case, on tasks of Omniglot's size.
 
-    settings: other options, such as steps
+    Args:
+        name: a key of `CASES`.
+        **settings: other options, such as steps.
+
+    Returns:
+        The configuration.
     """
     sizes = {"dataset": "glyphs", "network": "omniglot_cnn", "ways": WAYS, "shots": SHOTS, "queries": QUERIES}
     return Config(**{**sizes, **CASES[name].options, **settings})
 
 
 def elements(config: Config) -> int:
-    """How many numbers the outer loop learns."""
+    """The number of elements that the outer loop learns."""
     return sum(parameter.numel() for parameter in build_learner(config).parameters())
 
 
 class Iteration:
-    """A meta-iteration of `kfo train`, at an outer rate of 0: every run starts from the same parameters."""
+    """A meta-iteration of `kfo train` at an outer rate of 0, so that every run starts from the same parameters."""
 
     def __init__(self, config: Config) -> None:
         learner = build_learner(config)
@@ -79,10 +85,12 @@ class Iteration:
         self.batch = build_family(config, "train", seed=0).sample(0, config.meta_batch)
 
     def run(self) -> Tensor:
+        """The loss of one iteration."""
         return self.step(self.batch, 0.0).loss
 
 
 def main() -> None:
+    """Print the memory of the case in the first argument, as JSON."""
     what = json.loads(sys.argv[1])
     config = config_of(what.pop("name"), **what)
     print(json.dumps(measure(Iteration(config), torch.device(config.device))))

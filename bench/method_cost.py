@@ -2,9 +2,9 @@
 
     python bench/method_cost.py --out bench/results/method_cost.json
 
-An iteration is one of `kfo train` on a meta-batch that is there: inner loops, meta-gradients and Adam's step, here at
-an outer rate of 0. The methods run in turn, so that whatever the machine does hits all alike. `meta_memory.py` says
-what the memory is. A table goes beside the JSON file as Markdown; `python docs/make_methods.py` copies it into the
+An iteration is that of `kfo train` on a ready meta-batch: inner loops, meta-gradients and Adam's step, here at an outer
+rate of 0. The methods run in turn, so that disturbances of the machine affect all of them. `meta_memory.py` defines the
+memory. A Markdown table is written beside the JSON file; `python docs/make_methods.py` copies it into the
 documentation.
 """
 
@@ -24,7 +24,15 @@ from kfo_ext.machine import keep_freed_memory
 
 
 def measure_cases(names: list[str], settings: dict[str, Any], options: argparse.Namespace) -> list[Row]:
-    """One row per method; MAML is always measured too.
+    """Measure methods, and always MAML.
+
+    Args:
+        names: the methods.
+        settings: options of all methods.
+        options: the command line's options: repeats, memory.
+
+    Returns:
+        One row per method.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -54,12 +62,12 @@ def measure_cases(names: list[str], settings: dict[str, Any], options: argparse.
 
 
 def missed(rows: list[Row]) -> list[str]:
-    """The methods that take more than they may."""
+    """The methods that miss their target."""
     return [row["method"] for row in rows if row["most"] is not None and row["over_maml"] > row["most"]]
 
 
 def markdown(result: Row) -> str:
-    """Where the numbers come from, and a line per method."""
+    """The origin of the numbers, and a line per method."""
     settings, rows = result["settings"], result["rows"]
     late = missed(rows)
     memory = "freed memory kept" if result["keeps_freed_memory"] else "freed memory given back"
@@ -84,6 +92,7 @@ def markdown(result: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES), help="beside MAML")
     parser.add_argument("--tasks", type=int, default=16)

@@ -17,6 +17,7 @@ from kfo_ext.bench.providers import kfo_packed
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worst-of", type=Path, help="results.json of the axis tasks; absent, those below decide")
     parser.add_argument("--group", choices=GROUPS, default="CNN(4)")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """1 if there is no result to draw, else 0."""
+    """Run the command line; returns 1 if there is no result to draw, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of JSON files")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures", help="folder of the pictures")

@@ -1,11 +1,11 @@
-"""What the options of the network's convolutions cost in accuracy and save in time: a meta-iteration of CNN(2).
+"""The accuracy and time of a meta-iteration of CNN(2) under the options of the network's convolutions.
 
     python bench/precision.py --device cuda --out precision.json
     python bench/precision.py --quick        a small network: exercises the code
 
-Every option of `kfo train` that there is on the device (`--precision`, `--channels-last`), with and without KFO: the
+For every option of `kfo train` on the device (`--precision`, `--channels-last`), with and without KFO, it reports the
 relative errors of the loss and of all meta-gradients as one vector, against the same iteration in float64, and medians
-of interleaved runs. What has no effect on the device is a row that says so.
+of interleaved runs. An option without effect on the device gets a row with the reason.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ QUICK = Network(2, in_channels=1, image_size=12, stride=2, hidden=8)
 
 
 def measure(network: Network, method: str, options: argparse.Namespace) -> list[Row]:
-    """One row per option: errors and time, or why it is not there."""
+    """One row per option: errors and time, or the reason for none."""
     settings = {"tasks": options.tasks, "steps": options.steps, "lr": options.lr}
     truth = find_truth(network, method, **settings)
     case = make_case(network, method, device=options.device, **settings)
@@ -56,7 +56,7 @@ def measure(network: Network, method: str, options: argparse.Namespace) -> list[
 
 
 def show(rows: list[Row]) -> None:
-    """Prints one table."""
+    """Print one table."""
     print(f"{'method':6} {'option':20} {'gradients':>10} {'loss':>10} {'median':>10}")
     for row in rows:
         start = f"{row['method']:6} {row['option']:20}"
@@ -68,7 +68,7 @@ def show(rows: list[Row]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """1 if plain float32 is not as near to float64 as float32 is, else 0."""
+    """Run the command line; returns 1 if plain float32 is farther from float64 than rounding explains, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=NETWORKS, default="omniglot_cnn2")
     parser.add_argument("--tasks", type=int, default=16)
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     network = NETWORKS[options.network]
     if options.quick:
         network, options.tasks, options.steps, options.repeats = QUICK, 2, 2, 2
-    # The convolutions' own switch is what the options set.
+    # The options set the switch of the convolutions.
     torch.backends.cuda.matmul.allow_tf32 = False
     facts = facts_of(options) | {"backends": library.status()}
     rows = [row for method in METHODS for row in measure(network, method, options)]

@@ -1,9 +1,9 @@
-"""All orders of a small group on a device, for compute-sanitizer to watch; exits with 1 on a wrong number.
+"""All orders of a small group on a device, to run under compute-sanitizer; exits with 1 on a wrong number.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize_case.py
 
-Operands come from the host and truth stays there, so that little runs on the device but the kernels themselves. Without
-torch's cache every tensor is an allocation of its own, whose edges and uninitialised elements the sanitizer sees.
+Operands and truth are computed on the host, so that the device runs little besides the kernels. Without torch's cache
+every tensor is a separate allocation, whose bounds and uninitialised elements the sanitizer checks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kfo_ext.testing import (
     truth,
 )
 
-# The second group's factors fit in no block's shared memory.
+# The second group's factors exceed a block's shared memory.
 GROUPS = {"mixed": (CASES["mixed"] + CASES["primes"], 3), "large": ([(1, 5, 260), (2, 130, 9)], 2)}
 NEEDS = {
     "forward": [(True,) * 4],
@@ -36,7 +36,7 @@ NEEDS = {
 
 
 def wrong(backend: str, device: str, dtype: torch.dtype, shapes, tasks: int, rows) -> list[str]:
-    """The outputs of one case that are off, each as a line."""
+    """One line for each wrong output of a case."""
     family, flat = family_of(backend, device), Problems(shapes).flat
     there = random_operands(shapes, tasks, rows=rows, dtype=dtype)
     expected = truth(there, shapes)
@@ -52,6 +52,7 @@ def wrong(backend: str, device: str, dtype: torch.dtype, shapes, tasks: int, row
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backends", nargs="+", help="native and, on a CUDA device, triton where it is installed")

@@ -1,12 +1,12 @@
-"""Which stage of a meta-iteration an operation belongs to, by its name in torch's profiler."""
+"""The stage of a meta-iteration that an operation belongs to, by its name in torch's profiler."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 OTHER = "other torch operations"
-# The ops of each stage, and the nodes of the graph without the number that torch ends its own in. Convolutions of ours
-# are closed under differentiation: the gradients of conv2d are ops, and nodes of their own in turn.
+# The ops of each stage, and its nodes of the graph without the final number of torch's own. Our convolutions are closed
+# under differentiation: the gradients of conv2d are ops with nodes in turn.
 NAMES = {
     "convolution, forward": "aten::conv2d aten::convolution aten::_convolution kfo_ext::conv2d",
     "convolution, backward": "ConvolutionBackward aten::convolution_backward "
@@ -32,13 +32,17 @@ _STAGE = {name: stage for stage, names in NAMES.items() for name in names.split(
 
 
 def stage_of(names: Iterable[str]) -> str:
-    """The stage of an operation: that of the first of its names to have one.
+    """Return the stage of an operation: that of the first name that has one.
 
-    names: of the operation and those it runs within, the outermost first: within a backward node a convolution is part
-        of that node's order
+    Args:
+        names: the names of the operation and of those it runs within, the outermost first: within a backward node a
+            convolution is part of that node's order.
+
+    Returns:
+        One of `STAGES`.
     """
     for name in names:
-        # torch's engine opens a range of its own around each node.
+        # torch's engine opens another range around each node.
         name = name.rpartition(": ")[2]
         stage = _STAGE.get(name if "::" in name else name.rstrip("0123456789"))
         if stage:
@@ -47,9 +51,13 @@ def stage_of(names: Iterable[str]) -> str:
 
 
 def is_operation(names: Sequence[str]) -> bool:
-    """Whether a range of the profiler is an op: not a node of the graph, nor the engine's own work.
+    """Return whether a range of the profiler is an op, rather than a node of the graph or the engine's work.
 
-    names: as `stage_of`'s. The autograd Function within an op of ours is part of it: the kernel runs there.
+    Args:
+        names: as for `stage_of`.
+
+    Returns:
+        True also for the autograd Function within one of our ops, since the kernel runs there.
     """
     *within, name = names
     return ("::" in name and not name.startswith("autograd::")) or (bool(within) and within[-1].startswith("kfo_ext::"))

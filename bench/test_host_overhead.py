@@ -1,8 +1,8 @@
-"""What one call costs before any arithmetic: tiny operands that require gradients, for pytest-benchmark; medians count.
+"""The fixed cost of one call, with tiny operands that require gradients, for pytest-benchmark; medians count.
 
-operator              a call of the operator of each order: meant to stay below 12, 18 and 22 us
-through autograd      `transform()`, and `torch.autograd.grad` through it, engine included: for information
-empty Function        the least that torch asks for either, on the same machine at the same moment
+operator              a call of the operator of each order; targets are 12, 18 and 22 us
+through autograd      `transform()`, and `torch.autograd.grad` through it, including the engine: for information
+empty Function        torch's minimum for either, on the same machine at the same time
 """
 
 from __future__ import annotations

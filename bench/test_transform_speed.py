@@ -18,24 +18,24 @@ from kfo_ext.bench.points import GROUPS, TASKS, Point
 from kfo_ext.bench.providers import PROVIDERS
 from kfo_ext.bench.result import environment
 
-# What other libraries warn of, such as inductor of torch itself, ends no benchmark.
+# Warnings of other libraries, such as torch's inductor, end no benchmark.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 @cache
 def case_of(group: str):
-    """A case and the truth of it."""
+    """A case and its truth."""
     case = random_case(GROUPS[group], TASKS, torch.float32)
     return case, truth(case)
 
 
 @cache
 def orders_of(group: str, name: str):
-    """The orders of a provider, or why there are none."""
+    """The orders of a provider, or the reason for none."""
     try:
         PROVIDERS[name].check(torch.device("cpu"))
         return PROVIDERS[name].make(case_of(group)[0])
-    except Exception as error:  # whatever it is, it is the finding
+    except Exception as error:  # any error is a finding
         return one_line(error)
 
 

@@ -2,9 +2,9 @@
 
     python bench/torch_func.py --out torch_func.json
 
-Both are `bench/meta_torch_func.py`: functional_call and grad per task, vmap over tasks, grad of the mean query loss.
-Before either is timed, its loss and meta-gradients are compared with trusted ones, in float64 and in float32. Times are
-medians of interleaved runs.
+Both programs are in `bench/meta_torch_func.py`: functional_call and grad per task, vmap over tasks, grad of the mean
+query loss. Before timing, the loss and meta-gradients of each are compared with trusted ones in float64 and float32.
+Times are medians of interleaved runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CNNS = [name for name, network in NETWORKS.items() if network.form == "cnn"]
 
 
 def measure(network: str, method: str, options: argparse.Namespace) -> list[Row]:
-    """One row per program: errors and times; that of ours has the speed-up."""
+    """One row per program: errors and times; ours has the speed-up."""
     settings = {"tasks": options.tasks, "steps": options.steps, "lr": options.lr}
     truth = find_truth(NETWORKS[network], method, **settings)
     functions, rows = verified(NETWORKS[network], method, PROGRAMS, truth, **settings)
@@ -37,13 +37,13 @@ def measure(network: str, method: str, options: argparse.Namespace) -> list[Row]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """1 if a program gave a wrong loss or wrong meta-gradients, else 0."""
+    """Run the command line; returns 1 if a program gave a wrong loss or meta-gradient, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=CNNS, default=["omniglot_cnn2"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5, help="inner steps")
-    parser.add_argument("--lr", type=float, default=0.1, help="inner learning rate; bears on the checks alone")
+    parser.add_argument("--lr", type=float, default=0.1, help="inner learning rate; affects only the checks")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
-"""Registers, shared memory and spills of the Triton kernels, compiled ahead of time for GPUs that are not there.
+"""Registers, shared memory and spills of the Triton kernels, compiled ahead of time without a GPU.
 
-Triton compiles to a cubin with its own ptxas, and the cubin says what it needs: no driver, no GPU.
+Triton compiles to a cubin with its own ptxas, and the cubin records its resources: no driver and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kfo_ext.testing import model_case
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {torch.float32: "fp32", torch.float64: "fp64"}
-# The paper's groups: Omniglot's, and those of CIFAR-FS's and mini-ImageNet's widths.
+# The paper's groups: Omniglot's, and those with the widths of CIFAR-FS and mini-ImageNet.
 GROUPS: dict[str, list[tuple[int, int, int]]] = {
     "omniglot_cnn4": model_case(4),
     "cifar_fs_cnn4": [(32, 3, 9), (32, 32, 9), (1, 32, 1), (1, 5, 32), (1, 5, 1)],
@@ -33,7 +33,7 @@ PRODUCTS = {"head_G": (5, 1600), "head_R": (5, 5), "square": (784, 784)}
 
 
 class Row(NamedTuple):
-    """What one compiled kernel needs, per thread (registers, spill) and per block (shared)."""
+    """The resources of one compiled kernel, per thread (registers, spill) and per block (shared)."""
 
     kernel: str
     arch: str
@@ -48,7 +48,16 @@ def rows(
     architectures: Iterable[int] = ARCHITECTURES,
     dtypes: Iterable[torch.dtype] = tuple(DTYPES),
 ) -> Iterator[Row]:
-    """One row per kernel, dtype and architecture; a kernel that several groups share is compiled once.
+    """Compile the kernels; a kernel shared by several groups is compiled once.
+
+    Args:
+        groups: names of groups of `GROUPS`.
+        products: names of products of `PRODUCTS`.
+        architectures: compute capabilities.
+        dtypes: dtypes.
+
+    Yields:
+        One row per kernel, dtype and architecture.
 
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
@@ -68,7 +77,7 @@ def rows(
 def _configurations(
     groups: Iterable[str], products: Iterable[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, str, dict, dict]]:
-    """(label, kernel, constexprs, compiler options) with everything present and needed."""
+    """(label, kernel, constexprs, compiler options) with all operands present and all outputs needed."""
     for group in groups:
         classes = plan_of(Problems(GROUPS[group]).flat).classes
         double = launch.double_backward_terms([True] * 3, [True] * 4)
@@ -111,7 +120,7 @@ def _type(name: str, element: str) -> str:
 
 
 def _usage(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers per thread, and bytes stored and loaded for want of them, as triton's own ptxas counts."""
+    """Registers per thread, and bytes of spill stores and loads, as counted by triton's ptxas."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]

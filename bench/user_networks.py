@@ -1,4 +1,4 @@
-"""Networks as users write them, of torch.nn alone: a residual one with max pooling, and a dense one with layer norm."""
+"""Networks as users write them with torch.nn: a residual one with max pooling, and a dense one with layer norm."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Three 3x3 convolutions with batch norm beside a 1x1 convolution, then max pooling: a block of ResNet-12.
+    """Three 3x3 convolutions with batch norm, a 1x1 shortcut, then max pooling: a block of ResNet-12.
 
     (n, in_channels, h, w) -> (n, out_channels, h // 2, w // 2).
 
-    Source: Oreshkin, Rodriguez Lopez and Lacoste 2018 (TADAM).
+    Source:
+        Oreshkin, Rodriguez Lopez and Lacoste 2018 (TADAM).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -24,6 +25,7 @@ class ResidualBlock(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels, h, w) -> (n, out_channels, h // 2, w // 2)."""
         return self.pool(torch.relu(self.layers(x) + self.shortcut(x)))
 
 
@@ -37,6 +39,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(widths[-1], ways)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels, h, w) -> (n, ways) logits."""
         return self.head(self.blocks(x).mean((2, 3)))
 
 
