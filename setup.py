@@ -74,11 +74,15 @@ def make_links(work: Path, package: Path, torch: Path) -> None:
 
 
 def build_graph(version: str, torch: str, nvcc: tuple[str, str] | None) -> str:
-    """The text of build.ninja, whose folders are those of `make_links`.
+    """Make the text of build.ninja, whose folders are those of `make_links`.
 
-    version: the package's
-    torch: version of the torch to compile against
-    nvcc: its path and version, or None to leave the CUDA library out
+    Args:
+        version: the package's version.
+        torch: version of the torch to compile against.
+        nvcc: path and version of nvcc, or None to omit the CUDA library.
+
+    Returns:
+        The text.
     """
     cxx, compiler = toolchain.compiler()
     identity = define("KFO_BUILD_ID", toolchain.build_id(CSRC, version))

@@ -30,9 +30,12 @@ def _torch_places() -> Iterator[Path]:
 
 
 def torch_root() -> Path | None:
-    """The directory of an installed torch package with its headers, or None; torch is not imported.
+    """Find an installed torch package with its headers, without importing it.
 
-    Build isolation hides site-packages from sys.path, but not from a look at the file system.
+    Build isolation hides site-packages from sys.path, but not in the file system.
+
+    Returns:
+        Its directory, or None.
     """
     if override := os.environ.get("KFO_TORCH_ROOT"):
         return Path(override)

@@ -54,11 +54,16 @@ def find_torch() -> tuple[Path, str]:
 
 
 def find_nvcc(sources: Path) -> tuple[str, str] | None:
-    """The nvcc to use and its version, or None to build without CUDA.
+    """Find the nvcc to use.
 
-    sources: directory of what it will compile
+    Args:
+        sources: directory of the sources to compile.
 
-    Raises SetupError where KFO_CUDA forbids to build without CUDA, and where a shell would take a path apart.
+    Returns:
+        Its path and version, or None to build without CUDA.
+
+    Raises:
+        SetupError: KFO_CUDA requires CUDA and there is none, KFO_CUDA has another value, or a shell would split a path.
     """
     mode = os.environ.get("KFO_CUDA") or "auto"
     if mode not in ("auto", "0", "1"):
@@ -89,7 +94,7 @@ def _check_shell(what: str, path: str, broken: str, remedy: str) -> None:
 
 
 def check_pybind11() -> None:
-    """Raises SetupError where pybind11 is not there, as under --no-build-isolation."""
+    """Raises SetupError if pybind11 is missing, as it may be under --no-build-isolation."""
     if importlib.util.find_spec("pybind11") is None:
         raise SetupError("kfo_ext is compiled with pybind11: pip install pybind11, or leave out --no-build-isolation")
 
@@ -103,9 +108,13 @@ def find_ninja() -> str:
 
 
 def compiler() -> tuple[str, str]:
-    """The C++ compiler's command and the first line it says about itself.
+    """Find the C++ compiler.
 
-    Raises SetupError when there is none, and for a GCC before 12.
+    Returns:
+        Its command and the first line of its version.
+
+    Raises:
+        SetupError: there is no compiler, or it is a GCC before 12.
     """
     command = os.environ.get("CXX") or "g++"
     try:
@@ -123,10 +132,14 @@ def compiler() -> tuple[str, str]:
 
 
 def build_id(sources: Path, version: str) -> str:
-    """Hash of everything that is compiled: the same in every binary of one build.
+    """Hash everything that is compiled; every binary of one build has the same hash.
 
-    sources: directory whose files are hashed, names and contents
-    version: the package's
+    Args:
+        sources: directory of the files whose names and contents are hashed.
+        version: the package's version.
+
+    Returns:
+        16 hexadecimal digits.
     """
     digest = hashlib.sha256(version.encode())
     for path in sorted(path for path in sources.rglob("*") if path.is_file()):

@@ -20,9 +20,10 @@ MEASURE = "python bench/method_cost.py --out bench/results/method_cost.json"
 class Entry(NamedTuple):
     """A line of the index, beside its case.
 
-    page: the file that describes the method
-    learns: what the outer loop learns beside the network
-    adapts: what the inner loop adapts
+    Attributes:
+        page: the file that describes the method.
+        learns: the meta-parameters besides the network, in words.
+        adapts: the parameters that the inner loop adapts, in words.
     """
 
     page: str
