@@ -93,7 +93,7 @@ class CifarFs(ImageClasses):
 def _archive(root: Path) -> Path:
     found = [path for path in ([root / ZIP, root / PYTHON] if root.is_dir() else [root]) if path.is_file()]
     if not found:
-        state = "has none" if root.is_dir() else "is not there"
+        state = "has none" if root.is_dir() else "does not exist"
         raise FileNotFoundError(f"root: {root} {state}; expected {LAYOUT}")
     refuse_pickles(root, [found[0].name], LAYOUT)
     return found[0]
