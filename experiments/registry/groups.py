@@ -142,5 +142,5 @@ HEADLINE: Mapping[str, str] = {
 # Entries whose single runs the section on the collapse shows.
 COLLAPSE = tuple(
     f"omniglot-cnn2-{name}"
-    for name in ("kfo-paper", "maml-paper", "kfo-controls", "kfo", "maml", "kfo-clipped", "maml-clipped")
+    for name in ("kfo-paper", "maml-paper", "kfo-controls", "kfo", "maml", "kfo-clipped", "kfo-decayed", "maml-clipped")
 )
