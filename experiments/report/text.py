@@ -38,7 +38,7 @@ result files, with no other input. Do not edit it.
 - **Tuned** rows follow one rule, successive halving. All inner learning rates and starts of the network run to the
   first rung, and the best of them go on; the outer learning rate is then varied on the best one. Where the best inner
   rate is at the edge of its grid, the grid is widened; "the largest tried" marks a winner that is still at the edge.
-  Selection uses validation classes alone.
+  A run whose loss is not finite ends, and the next best takes its place. Selection uses validation classes alone.
 - **Data.** The classes are split once, the same way for every seed; learn2learn, which the paper uses, splits Omniglot
   anew for each seed of a run. Each class of an Omniglot task has a rotation of its own; in learn2learn all classes of a
   task get the rotation drawn last. The published tasks are therefore not exactly these.
