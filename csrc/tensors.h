@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "huge_pages.h"
 #include "packed_rows.h"
 
 namespace kfo {
@@ -59,7 +60,13 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
                                                          nullptr, nullptr, nullptr, 0, nullptr, &made);
   // The operators' kernel in Python knows by this name that memory ran out.
   if (error) throw std::runtime_error("aten::new_empty failed");
-  return Tensor(made);
+  Tensor tensor(made);
+  if (tensor.is_cpu()) {
+    size_t bytes = static_cast<size_t>(tensor.scalar_type() == ScalarType::Double ? 8 : 4);
+    for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+    advise_huge_pages(tensor.const_data_ptr(), bytes);
+  }
+  return tensor;
 }
 
 // The same, or one of shape (0,) where the output is not needed. Outputs have two dimensions or more.
