@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 import kfo_toolchain as toolchain  # noqa: E402  it lies in the directory of the in-tree backend
 
 ARCHITECTURES = [80, 90, 100, 120]
+PYTHON = sys.implementation.cache_tag  # names the folder of what is compiled for this Python alone
 HOST = "-O3 -g0 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off"  # of the C++ that runs on the CPU
 ISAS = {
     "avx512": "-mavx512f -mavx2 -mfma",
@@ -60,17 +61,25 @@ def make_links(work: Path, package: Path, torch: Path) -> None:
     """Gives every folder outside of `work` a plain name inside, which is all that the graph knows it by.
 
     nvcc and its host compiler break other names at commas, spaces, quotes and dollars, and no path of the build machine
-    gets into a binary. What was built with other inputs is deleted: ninja would keep it.
+    gets into a binary. What was built with other inputs is deleted: ninja would keep it. Only `_plan` is of one Python:
+    the next Python compiles that alone.
     """
     import pybind11
 
-    inputs = {"csrc": CSRC, "torch": torch, "pybind11": pybind11.get_include(), "python": sysconfig.get_path("include")}
-    if any((work / name).resolve() != Path(folder).resolve() for name, folder in inputs.items()):
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    for name, folder in {**inputs, "package": package}.items():
-        (work / name).unlink(missing_ok=True)
-        (work / name).symlink_to(folder)
+    _link(work, {"csrc": CSRC, "torch": torch})
+    _link(work / PYTHON, {"pybind11": pybind11.get_include(), "python": sysconfig.get_path("include")})
+    (work / "package").unlink(missing_ok=True)
+    (work / "package").symlink_to(package)
+
+
+def _link(folder: Path, inputs: dict[str, str | Path]) -> None:
+    """Makes `folder` hold links of these names to these inputs, and nothing that was built with others."""
+    if any((folder / name).resolve() != Path(source).resolve() for name, source in inputs.items()):
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in inputs.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(source)
 
 
 def build_graph(version: str, torch: str, nvcc: tuple[str, str] | None) -> str:
@@ -112,8 +121,9 @@ def build_graph(version: str, torch: str, nvcc: tuple[str, str] | None) -> str:
         "KFO_TORCH": torch,
     }
     told = " ".join([identity, *(define(name, text) for name, text in info.items())])
+    plan, headers = f"{PYTHON}/plan_module.cpp.o", f"-isystem {PYTHON}/python -isystem {PYTHON}/pybind11"
     objects = [
-        graph.compile("cxx", CSRC / "plan_module.cpp", "-isystem python -isystem pybind11"),
+        graph.build("cxx", plan, ["csrc/plan_module.cpp"], headers),
         graph.compile("cxx", CSRC / "build_info.cpp", told),
     ]
     graph.build("link", f"package/_plan{sysconfig.get_config_var('EXT_SUFFIX')}", objects)
@@ -140,6 +150,13 @@ def build_graph(version: str, torch: str, nvcc: tuple[str, str] | None) -> str:
 class BuildExt(build_ext):
     """Runs ninja; the binaries land where setuptools would put an extension module."""
 
+    def finalize_options(self) -> None:
+        if self.build_temp is None:
+            # One folder for all Pythons, kept after the build: what is compiled for none of them is compiled once.
+            base = self.get_finalized_command("build").build_base
+            self.build_temp = str(Path(base, f"temp.{sysconfig.get_platform()}"))
+        super().finalize_options()
+
     def run(self) -> None:
         toolchain.check_platform()
         toolchain.check_pybind11()
@@ -151,7 +168,9 @@ class BuildExt(build_ext):
         work = Path(self.build_temp).resolve()
         make_links(work, package, torch)
         (work / "build.ninja").write_text(build_graph(self.distribution.get_version(), torch_version, nvcc))
-        subprocess.run([toolchain.find_ninja(), "-C", str(work)], check=True)
+        ninja = toolchain.find_ninja()
+        toolchain.announce(nvcc)
+        subprocess.run([ninja, "-C", str(work)], check=True)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in sorted(Path(self.build_lib, "kfo_ext").glob("*.so"))]

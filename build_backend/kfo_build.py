@@ -10,9 +10,20 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  the hooks a frontend looks for
-from setuptools.errors import SetupError
+OLDEST_SETUPTOOLS = 77  # the first to read the licence of pyproject.toml
+NO_SETUPTOOLS = (
+    f"error: kfo_ext is built by setuptools {OLDEST_SETUPTOOLS} or later: "
+    f'pip install "setuptools>={OLDEST_SETUPTOOLS}" ninja pybind11, or leave out --no-build-isolation'
+)
+
+try:
+    import setuptools
+    from setuptools import build_meta
+    from setuptools.build_meta import *  # noqa: F403  the hooks a frontend looks for
+    from setuptools.errors import SetupError
+except ImportError:
+    # Not an ImportError: a frontend would say that it cannot import this backend.
+    raise SystemExit(NO_SETUPTOOLS) from None
 
 HEADER = Path("include/torch/csrc/stable/library.h")
 
@@ -46,21 +57,36 @@ def _torch() -> list[str]:
     return [] if torch_root() else ["torch>=2.10"]
 
 
-def _check_platform() -> None:
-    # Before a frontend looks for a torch, which there is none of on the platforms that are refused.
+def _check() -> None:
+    """Ends the build, with the way out, where it cannot succeed.
+
+    Before a frontend reads metadata or looks for a torch: its own messages would be about something else.
+    """
     import kfo_toolchain
 
     try:
         kfo_toolchain.check_platform()
     except SetupError as error:
         raise SystemExit(f"error: {error}") from None
+    if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(f"{NO_SETUPTOOLS}; this is {setuptools.__version__}")
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
-    _check_platform()
+    _check()
     return build_meta.get_requires_for_build_wheel(config_settings) + _torch()
 
 
 def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
-    _check_platform()
+    _check()
     return build_meta.get_requires_for_build_editable(config_settings) + _torch()
+
+
+def prepare_metadata_for_build_wheel(folder: str, config_settings: dict | None = None) -> str:
+    _check()
+    return build_meta.prepare_metadata_for_build_wheel(folder, config_settings)
+
+
+def prepare_metadata_for_build_editable(folder: str, config_settings: dict | None = None) -> str:
+    _check()
+    return build_meta.prepare_metadata_for_build_editable(folder, config_settings)

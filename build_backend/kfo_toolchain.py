@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -21,6 +22,8 @@ OLDEST_TORCH = (2, 10)
 OLDEST_NVCC = (12, 8)  # the first to know sm_120
 OLDEST_GCC = 12  # the first with __builtin_shufflevector
 OLDEST_PYTHON = (3, 10)
+CPU_TIME, CUDA_TIME = "half a minute", "two to three minutes"
+TERMINAL = Path("/dev/tty")
 _COMPILER = (
     f"install GCC {OLDEST_GCC} or later (apt-get install g++, dnf install gcc-c++) or clang, or set CXX to a command"
 )
@@ -84,8 +87,30 @@ def find_nvcc(sources: Path) -> tuple[str, str] | None:
         missing = f"{nvcc} is {version}, older than 12.8"
     if mode == "1":
         raise SetupError(f"KFO_CUDA=1: {missing}")
-    print(f"kfo_ext: building without CUDA: {missing}")
+    _say(f"kfo_ext: building without CUDA: {missing}")
     return None
+
+
+def announce(nvcc: tuple[str, str] | None) -> None:
+    """Say what is compiled and how long it takes.
+
+    nvcc: what `find_nvcc` returned
+    """
+    if nvcc:
+        _say(
+            f"kfo_ext: compiling for the CPU and, with nvcc {nvcc[1]}, for CUDA: {CUDA_TIME} on two cores; "
+            f"KFO_CUDA=0 leaves CUDA out: {CPU_TIME}"
+        )
+    else:
+        _say(f"kfo_ext: compiling for the CPU: {CPU_TIME} on two cores")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+    if not sys.stdout.isatty():
+        # pip shows what a build prints after an error alone; a person at a terminal would wait without a word.
+        with contextlib.suppress(OSError), TERMINAL.open("w") as terminal:
+            terminal.write(f"\n{line}\n")
 
 
 def _check_shell(what: str, path: str, broken: str, remedy: str) -> None:

@@ -82,3 +82,26 @@ def test_other_inputs_build_anew_and_another_package_folder_does_not(graph):
     setup.make_links(work, place / "elsewhere", place / "package")
     assert not (work / "a.o").exists()
     assert (work / "torch").resolve() == place / "package"
+
+
+def test_the_next_python_compiles_its_own_module_alone(graph, monkeypatch):
+    setup, place = graph
+    work, first = place / "work", setup.PYTHON
+    setup.make_links(work, place / "package", place / "torch")
+    kept = [work / "a.o", work / first / "plan.o"]
+    for path in kept:
+        path.touch()
+    monkeypatch.setattr(setup, "PYTHON", "cpython-399")
+    setup.make_links(work, place / "package", place / "torch")
+    assert all(path.exists() for path in kept)
+    of_one_python = [line for line in setup.build_graph("1.0", "2.13", None).splitlines() if "cpython-399" in line]
+    assert [line.split()[:2] for line in of_one_python] == [
+        ["build", "cpython-399/plan_module.cpp.o:"],
+        ["flags", "="],
+        ["build", f"package/_plan{EXT_SUFFIX}:"],
+    ]
+    # Another pybind11, as in every isolated build.
+    monkeypatch.setattr("pybind11.get_include", lambda: str(place / "package"))
+    monkeypatch.setattr(setup, "PYTHON", first)
+    setup.make_links(work, place / "package", place / "torch")
+    assert [path.exists() for path in kept] == [True, False]

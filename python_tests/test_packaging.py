@@ -45,6 +45,7 @@ def toolchain(setup, monkeypatch, tmp_path):
     for name in ("KFO_CUDA", "KFO_TORCH_ROOT", "CUDA_HOME", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(setup.toolchain, "TERMINAL", tmp_path / "terminal")
     return setup.toolchain
 
 
@@ -157,6 +158,17 @@ def test_without_nvcc_the_build_says_so_in_one_line(toolchain, capsys):
     assert capsys.readouterr().out == "kfo_ext: building without CUDA: no nvcc in CUDA_HOME or on PATH\n"
 
 
+@pytest.mark.parametrize("nvcc", [("nvcc", "13.0"), None], ids=["cuda", "cpu"])
+def test_the_build_says_what_it_compiles_and_how_long_it_takes(toolchain, capsys, tmp_path, nvcc):
+    toolchain.announce(nvcc)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert "half a minute" in line
+    assert (nvcc is not None) == ("with nvcc 13.0, for CUDA: two to three minutes" in line)
+    assert (nvcc is not None) == ("KFO_CUDA=0" in line)
+    assert (tmp_path / "terminal").read_text() == f"\n{line}", "pip keeps the output of a build to itself"
+
+
 def test_cuda_can_be_left_out_and_insisted_on(toolchain, monkeypatch, capsys):
     monkeypatch.setenv("KFO_CUDA", "0")
     assert toolchain.find_nvcc(ROOT) is None
@@ -218,11 +230,32 @@ def test_another_python_is_refused_before_torch_is_looked_for(toolchain, monkeyp
     monkeypatch.setattr("sys.version_info", (3, 9, 18, "final", 0))
     with pytest.raises(SetupError, match=r"needs Python 3.10 or later, .* as in python3.12 -m pip install"):
         toolchain.check_platform()
+    for hook in hooks(monkeypatch):
+        with pytest.raises(SystemExit, match=r"^error: kfo_ext needs Python 3.10 or later"):
+            hook("metadata")
+
+
+def hooks(monkeypatch) -> list:
+    """The backend's, of which each comes first under some frontend and options; none may look for a torch."""
     backend = sys.modules["kfo_build"]
     monkeypatch.setattr(backend, "_torch", lambda: pytest.fail("looks for a torch"))
-    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
-        with pytest.raises(SystemExit, match=r"^error: kfo_ext needs Python 3.10 or later"):
-            hook()
+    stages = ("get_requires_for_build", "prepare_metadata_for_build")
+    return [getattr(backend, f"{stage}_{kind}") for stage in stages for kind in ("wheel", "editable")]
+
+
+def test_an_old_setuptools_is_refused_before_it_reads_the_metadata(toolchain, monkeypatch):
+    monkeypatch.setattr("setuptools.__version__", "65.5.0")
+    for hook in hooks(monkeypatch):
+        with pytest.raises(SystemExit, match=r'"setuptools>=77" ninja pybind11, or leave out .*; this is 65\.5\.0$'):
+            hook("metadata")
+
+
+def test_without_setuptools_the_build_says_what_to_install():
+    code = "import sys; sys.modules['setuptools'] = None; import kfo_build"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "build_backend")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: kfo_ext is built by setuptools 77 or later: pip install "setuptools>=77"')
 
 
 def test_without_a_compiler_the_build_says_what_to_install(toolchain, monkeypatch, tmp_path):
@@ -314,37 +347,66 @@ def tree(tmp_path) -> Path:
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored))
 
 
-def test_an_installed_wheel_works_from_another_directory(tree, tmp_path):
-    """Built and installed without CUDA, and without looking for a torch on the network."""
+def versioned() -> list[Path]:
+    """Every file of this checkout but those for the repository alone, whose names or folders begin with a dot."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [Path(name) for name in done.stdout.split("\0") if name and not name.startswith(".")]
+
+
+@pytest.fixture
+def unpacked(tree, tmp_path) -> Path:
+    """The source distribution of this checkout, unpacked."""
+    (tree / "kfo_ext" / "_stale.so").touch()
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=tree, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        content.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    return folder
+
+
+def test_sdist_holds_everything_a_build_needs(unpacked):
+    for name in versioned():
+        assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes(), name
+    assert not [path for path in unpacked.rglob("*") if path.suffix in (".so", ".pyc")]
+
+
+def test_an_installed_wheel_works_from_another_directory(unpacked, setup, tmp_path):
+    """That of the source distribution, which is the tree's; without CUDA, and without a torch from the network."""
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
     environment = {**os.environ, "KFO_CUDA": "0", "PYTHONPATH": str(site)}
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", site, tree]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", site, unpacked]
     subprocess.run(command, check=True, env={**environment, "PYTHONPATH": ""}, timeout=seconds(400))
+
+    package = {path.relative_to(site) for path in site.glob("kfo_ext/**/*") if path.is_file() and path.suffix != ".pyc"}
+    binaries = {path for path in package if path.suffix == ".so"}
+    assert {path.name.partition(".")[0] for path in binaries} == {"_kfo_cpu", "_plan"}
+    assert package - binaries == {path for path in versioned() if path.parts[0] == "kfo_ext"}
+    for path in package - binaries:
+        assert (site / path).read_bytes() == (ROOT / path).read_bytes(), path
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    build = setup.toolchain.build_id(ROOT / "csrc", version).encode()
+    assert all(build in (site / path).read_bytes() for path in binaries), "compiled from other sources"
+
     where = "import kfo_ext; print(kfo_ext.__file__, kfo_ext.__version__)"
     done = subprocess.run(
         [sys.executable, "-c", where], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
     )
-    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert done.stdout.split() == [str(site / "kfo_ext" / "__init__.py"), version]
     command = [sys.executable, site / "bin" / "kfo", "--version"]
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == f"kfo {version}\n"
-    tests = ["-q", "-x", "-p", "no:cacheprovider", str(tree / "python_tests" / "test_transform.py")]
+    tests = ["-q", "-x", "-p", "no:cacheprovider", str(unpacked / "python_tests" / "test_transform.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *tests], cwd=elsewhere, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_sdist_holds_everything_a_build_needs(tree, tmp_path):
-    (tree / "kfo_ext" / "_stale.so").touch()
-    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=tree, check=True)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as content:
-        names = {name.partition("/")[2] for name in content.getnames()}
-    sources = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("python_tests/*.py"), *ROOT.glob("build_backend/*.py")]
-    assert {str(path.relative_to(ROOT)) for path in sources} <= names
-    assert {"pyproject.toml", "setup.py", "LICENSE", "README.md"} <= names
-    assert not {name for name in names if name.endswith((".so", ".pyc"))}
+def test_the_citation_is_of_this_version():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
