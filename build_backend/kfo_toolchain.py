@@ -22,7 +22,7 @@ OLDEST_TORCH = (2, 10)
 OLDEST_NVCC = (12, 8)  # the first to know sm_120
 OLDEST_GCC = 12  # the first with __builtin_shufflevector
 OLDEST_PYTHON = (3, 10)
-CPU_TIME, CUDA_TIME = "half a minute", "two to three minutes"
+CPU_TIME, CUDA_TIME = "half a minute", "about two minutes"
 TERMINAL = Path("/dev/tty")
 _COMPILER = (
     f"install GCC {OLDEST_GCC} or later (apt-get install g++, dnf install gcc-c++) or clang, or set CXX to a command"

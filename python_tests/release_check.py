@@ -83,7 +83,8 @@ def make_environment(python: str, folder: Path) -> Path:
 
 def make_sdist(work: Path) -> tuple[Path, Path]:
     """The source distribution, and the folder that it unpacks to."""
-    run("source distribution", sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", DIST)
+    options = ("--sdist", "--no-isolation", "-C--global-option=--quiet", "--outdir", DIST)
+    run("source distribution", sys.executable, "-m", "build", *options)
     (archive,) = DIST.glob("*.tar.gz")
     place = work / "a space, a comma"
     with tarfile.open(archive) as content:

@@ -164,7 +164,7 @@ def test_the_build_says_what_it_compiles_and_how_long_it_takes(toolchain, capsys
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert "half a minute" in line
-    assert (nvcc is not None) == ("with nvcc 13.0, for CUDA: two to three minutes" in line)
+    assert (nvcc is not None) == ("with nvcc 13.0, for CUDA: about two minutes" in line)
     assert (nvcc is not None) == ("KFO_CUDA=0" in line)
     assert (tmp_path / "terminal").read_text() == f"\n{line}", "pip keeps the output of a build to itself"
 
