@@ -410,3 +410,19 @@ def test_an_installed_wheel_works_from_another_directory(unpacked, setup, tmp_pa
 def test_the_citation_is_of_this_version():
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_workflows_cover_what_the_metadata_promises():
+    workflows = ROOT / ".github" / "workflows"
+    if not workflows.exists():
+        pytest.skip("not a git checkout")
+    project, ci, wheels = [
+        path.read_text() for path in (ROOT / "pyproject.toml", workflows / "ci.yml", workflows / "wheels.yml")
+    ]
+    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert pythons[0] == re.search(r'^requires-python = ">=(.+)"', project, re.MULTILINE)[1]
+    builds = " ".join("cp" + python.replace(".", "") + "-*" for python in pythons)
+    assert f'build = "{builds}"' in project
+    assert re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.+)\]", wheels)[1]) == pythons
+    oldest = re.search(r"torch>=([\d.]+)", project)[1]
+    assert f'torch: "{oldest}.0" }} # the oldest' in ci
