@@ -109,7 +109,7 @@ def make_wheel(python: Path, source: Path, work: Path) -> Path:
 def check_contents(wheel: Path, source: Path) -> None:
     """Raises SystemExit where a file of the package is missing, or there is one too many."""
     with zipfile.ZipFile(wheel) as content:
-        found = {name for name in content.namelist() if ".dist-info/" not in name}
+        found = {name for name in content.namelist() if ".dist-info/" not in name and not name.endswith("/")}
     expected = {str(path.relative_to(source)) for path in source.glob("kfo_ext/**/*.py")} | {"kfo_ext/py.typed"}
     binaries = {name for name in found - expected if re.fullmatch(r"kfo_ext/_(kfo_cpu|kfo_cuda|plan\..*)\.so", name)}
     if expected - found or found - expected - binaries:
