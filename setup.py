@@ -1,12 +1,14 @@
 """Compiles the package with ninja: two libraries of kernels on torch's stable ABI, and the pybind11 module _plan.
 
 KFO_CUDA=auto|0|1   build the CUDA library if there is an nvcc (the default), never, or fail without one
+KFO_CUDA_ARCHITECTURES="80 90"   compute capabilities to compile for, instead of all that a wheel has
 KFO_TORCH_ROOT=DIR  directory of the torch package to compile against, where it is not the installed one
 CXX, CUDA_HOME      the C++ compiler; the CUDA toolkit, where nvcc is not on PATH
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT / "build_backend"))
 import kfo_toolchain as toolchain  # noqa: E402  it lies in the directory of the in-tree backend
 
-ARCHITECTURES = [80, 90, 100, 120]
+ARCHITECTURES = [int(number) for number in (os.environ.get("KFO_CUDA_ARCHITECTURES") or "80 90 100 120").split()]
 PYTHON = sys.implementation.cache_tag  # names the folder of what is compiled for this Python alone
 HOST = "-O3 -g0 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off"  # of the C++ that runs on the CPU
 ISAS = {

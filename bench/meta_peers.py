@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.meta_case import METHODS, NETWORKS, full_float32
 from bench.meta_contenders import CONTENDERS
 from bench.meta_memory import peak_memory
-from bench.meta_truth import find_truth, verified
+from bench.meta_truth import kept_truth, verified
 from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.result import Row, facts_of, write_result
 from kfo_ext.bench.timing import interleaved, rested
@@ -29,7 +29,10 @@ def measure(network: str, method: str, names: Sequence[str], options: argparse.N
     """One row per contender: errors, times, the ratio to ours, memory."""
     settings = {"tasks": options.tasks, "steps": options.steps, "lr": options.lr}
     sizes = NETWORKS[network]
-    truth = find_truth(sizes, method, **settings)
+    truth = kept_truth(options.truths, sizes, method, **settings)
+    if options.only_truths:
+        print(f"{network} {method}: trusted gradients {truth.checked}", flush=True)
+        return []
     functions, rows = verified(sizes, method, names, truth, device=options.device, **settings)
     timings = interleaved(functions, options.repeats, sample=rested(finished)) if functions else {}
     ours = next((timings[name].median for name in timings if name.startswith("ours")), None)
@@ -89,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the processes for memory")
+    parser.add_argument("--truths", type=Path, help="folder that keeps trusted gradients, for this code and machine")
+    parser.add_argument("--only-truths", action="store_true", help="compute the trusted gradients alone")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     full_float32()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from bench.meta_contenders import CONTENDERS, trusted
 from bench.meta_task_loops import learn2learn
 from kfo_ext.bench.measure import one_line
 from kfo_ext.bench.result import Row, finite
+from kfo_ext.runs.files import atomic_write
 
 # Relative errors allowed. In float32 rounding takes some ReLU to the other side of its kink, here or there by chance: a
 # right contender errs by 1e-5 or by 1e-2.
@@ -57,6 +60,19 @@ def find_truth(network: Network, method: str, **settings) -> Truth:
     if not error <= ALLOWED[torch.float64]:
         raise AssertionError(f"the trusted meta-gradients differ from learn2learn's by {error:.1e}")
     return truth._replace(checked=f"against learn2learn: {error:.1e}")
+
+
+def kept_truth(folder: Path | None, network: Network, method: str, **settings) -> Truth:
+    """`find_truth`; or what it found before, where a folder keeps it: of the same code, versions and machine."""
+    if folder is None:
+        return find_truth(network, method, **settings)
+    digest = hashlib.sha256(repr((network, method, sorted(settings.items()))).encode()).hexdigest()[:16]
+    path = folder / f"{digest}.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            torch.save(find_truth(network, method, **settings)._asdict(), file)
+    return Truth(**torch.load(path, weights_only=True))
 
 
 def error_of(loss: float, gradients: Tensor, truth: Truth) -> float:

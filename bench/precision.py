@@ -19,7 +19,7 @@ import torch
 
 from bench.meta_case import METHODS, NETWORKS, Network, flat, make_case
 from bench.meta_ours import OursAtPrecision
-from bench.meta_truth import Row, find_truth
+from bench.meta_truth import Row, kept_truth
 from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.result import facts_of, finite, write_result
 from kfo_ext.bench.timing import interleaved
@@ -33,7 +33,7 @@ QUICK = Network(2, in_channels=1, image_size=12, stride=2, hidden=8)
 def measure(network: Network, method: str, options: argparse.Namespace) -> list[Row]:
     """One row per option: errors and time, or the reason for none."""
     settings = {"tasks": options.tasks, "steps": options.steps, "lr": options.lr}
-    truth = find_truth(network, method, **settings)
+    truth = kept_truth(options.truths, network, method, **settings)
     case = make_case(network, method, device=options.device, **settings)
     rows: dict[str, Row] = {}
     functions: dict[str, Callable[[], object]] = {}
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small network, few tasks, steps and repeats")
+    parser.add_argument("--truths", type=Path, help="folder that keeps trusted gradients, for this code and machine")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     network = NETWORKS[options.network]

@@ -25,7 +25,10 @@ LARGEST_MMAP_THRESHOLD = 32 << 20
 
 
 def environment() -> dict[str, Any]:
-    """Describe this process: machine, versions, git commit of the package if it lies in a checkout, command."""
+    """Describe this process: machine, versions, git commit of the package if it lies in a checkout, command.
+
+    The variable KFO_COMMIT names the commit of a copy without a git folder.
+    """
     # Imported here, since the command line imports this module before torch.
     import torch
 
@@ -65,7 +68,7 @@ def _commit() -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("KFO_COMMIT") or None
     return done.stdout.strip() or None
 
 

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.gpu
 
 GROUPS = {"CNN(4)": model_case(4), "head_5x1600": LARGE_CASES["head_5x1600"], "conv_64": LARGE_CASES["conv_64"]}
 TASKS = 4
+# Beside the outputs. Triton's, of one large problem: partial dR and dL, and four intermediates of a double backward.
+SCRATCH = {"native": 1, "triton": 6}
 # torch's allocator rounds every block up to a multiple of this.
 BLOCK = 512
 
@@ -24,7 +26,7 @@ def rounded(X: torch.Tensor) -> int:
 
 @orders
 @pytest.mark.parametrize("group", GROUPS)
-def test_a_call_allocates_its_outputs_and_one_scratch(family, cuda, group, order):
+def test_a_call_allocates_its_outputs_and_scratch(backend, family, cuda, group, order):
     shapes, flat = GROUPS[group], Problems(GROUPS[group]).flat
     operands = random_operands(shapes, TASKS, dtype=torch.float32, device=cuda)
     run_order(family, order, operands, flat)
@@ -35,7 +37,7 @@ def test_a_call_allocates_its_outputs_and_one_scratch(family, cuda, group, order
     after = torch.cuda.memory_stats()
 
     allocations = after["allocation.all.allocated"] - before["allocation.all.allocated"]
-    assert allocations <= len(outputs) + 1, "one scratch tensor beside the outputs"
+    assert allocations <= len(outputs) + SCRATCH[backend]
     kept = after["allocated_bytes.all.current"] - before["allocated_bytes.all.current"]
     # A block of the allocator may stay undivided when less than a megabyte of it is left over.
     assert sum(map(rounded, outputs)) <= kept <= sum(X.nbytes for X in outputs) + len(outputs) * 2**20
