@@ -43,7 +43,7 @@ def first_failure(lines: list[str]) -> str:
 
 def _failed_tests(lines: list[str]) -> Iterator[tuple[str, str | None]]:
     for line in lines:
-        if match := _TEST.match(line):
+        if match := _TEST.match(line.rstrip()):
             yield match[1] or match[3], match[2]
 
 

@@ -32,7 +32,7 @@ class Part(NamedTuple):
     """
 
     name: str
-    limit: int
+    limit: float
     command: Sequence[str]
     env: Mapping[str, str] = {}
     show: str = ""

@@ -8,6 +8,7 @@
 #   PARTS="smoke memcheck"     those parts alone, of gpu_parts.py
 #   BUDGET=480                 seconds for everything
 #   DEVICE=cuda                cpu: a rehearsal, with less work and without the tools of CUDA
+#   KFO_TEST_TIMEOUT_SCALE=1   by which budget and limits grow: for a rehearsal on a slow or busy machine
 #
 # Before it, where the code is: `bash bench/gpu_carry.sh`.
 set -u
