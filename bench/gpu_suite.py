@@ -147,7 +147,6 @@ class Suite:
     def _collect(self) -> None:
         for name, (process, start, _) in list(self.running.items()):
             if process.poll() is not None:
-                del self.running[name]
                 # What it has left running would disturb the next.
                 _kill(process)
                 self._ended(name, start, process.returncode)
@@ -159,6 +158,8 @@ class Suite:
         else:
             detail = f"{why or f'status {status}'}; first: {first_failure(lines)}; last: {last_line(lines)}"
             self.results[name] = Result("FAILED", seconds, detail)
+        # Not earlier: a signal that ends the suite kills what is in the table.
+        del self.running[name]
         print(self._line(name), flush=True)
 
     def _stop(self, names: list[str], why: str) -> None:
@@ -168,7 +169,7 @@ class Suite:
                 self.running[name].process.send_signal(signal.SIGINT)
         end = time.monotonic() + GRACE
         for name in names:
-            process, start, _ = self.running.pop(name)
+            process, start, _ = self.running[name]
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, end - time.monotonic()))
             _kill(process)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shutil
@@ -112,14 +113,14 @@ def test_a_part_that_hangs_is_killed_with_all_that_it_started(tmp_path, monkeypa
     assert not passed and results["next"] == results["next"]._replace(status="passed", detail="on")
     assert results["beside"].status == "passed"
     assert results["hangs"].status == "FAILED" and results["hangs"].detail.startswith("out of time after 3 s; first: ")
-    assert not Path("/proc", (tmp_path / "child").read_text().strip(), "cmdline").exists() or is_zombie(
-        tmp_path / "child"
-    )
+    assert gone(tmp_path / "child")
     assert "2 of 3 parts passed" in text
 
 
-def is_zombie(file: Path) -> bool:
-    return Path("/proc", file.read_text().strip(), "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+def gone(file: Path) -> bool:
+    """Whether the process whose id is in the file has ended."""
+    stat = Path("/proc", file.read_text().strip(), "stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_stage_has_what_those_before_it_left_and_takes_nothing_from_those_after(tmp_path, monkeypatch, capsys):
@@ -215,42 +216,54 @@ def test_the_tar_stays_under_its_limit(tmp_path, monkeypatch):
 
 
 KILLED = """
+import json
 import sys
 from pathlib import Path
 from bench.gpu_suite import Suite
 from bench.gpu_parts import Part
-folder = Path(sys.argv[1])
-long = ["sh", "-c", "echo begun; exec sleep 600"]
-parts = Part("done", 50, ["echo", "well"]), Part("long", 50, long), Part("last", 9, ["true"])
-Suite([[part] for part in parts], folder / "out", folder / "work").run()
+folder, parts = Path(sys.argv[1]), json.loads(sys.argv[2])
+Suite([[Part(*part)] for part in parts], folder / "out", folder / "work").run()
 """
+
+
+def kill(folder: Path, number: signal.Signals, *parts: Part, after: float = 0) -> str:
+    """The summary of a suite that gets a signal, so long after its part `long` has said that it has begun."""
+    command = [sys.executable, "-c", KILLED, str(folder), json.dumps([part[:3] for part in parts])]
+    log, summary, end = folder / "work" / "long.log", folder / "out" / "summary.txt", time.monotonic() + seconds(60)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as suite:
+        try:
+            while not (log.exists() and "begun" in log.read_text() and "running" in summary.read_text()):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            time.sleep(after)
+            suite.send_signal(number)
+            suite.wait(seconds(30))
+        finally:
+            suite.kill()
+    return summary_of(folder / "out")
+
+
+LONG = "echo $$ >{}/child; echo begun; while :; do sleep 1; done"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_summary_and_tar_are_there_when_the_suite_is_killed(number, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    suite = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        end = time.monotonic() + seconds(60)
-        log = tmp_path / "work" / "long.log"
-        while not (
-            log.exists() and "begun" in log.read_text() and "running" in (tmp_path / "out/summary.txt").read_text()
-        ):
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        suite.send_signal(number)
-        suite.wait(seconds(30))
-    finally:
-        for line in subprocess.run(
-            ["ps", "-o", "pid=", "-s", str(suite.pid)], capture_output=True, text=True
-        ).stdout.split():
-            os.kill(int(line), signal.SIGKILL)
-    text = summary_of(tmp_path / "out")
+    parts = shell("done", "echo well"), shell("long", LONG.format(tmp_path)), shell("last", "true")
+    text = kill(tmp_path, number, *parts)
     assert re.search(r"^passed +done .* well$", text, re.MULTILINE)
     if number == signal.SIGKILL:
         assert re.search("^running +long ", text, re.MULTILINE)
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
     else:
+        assert gone(tmp_path / "child")
         assert f"stopped by {number.name} after" in text and re.search("^left out +last ", text, re.MULTILINE)
+
+
+def test_a_suite_killed_while_it_waits_for_a_part_kills_that_too(tmp_path):
+    # Interrupted after a second, which it ignores, and would be killed after five.
+    text = kill(tmp_path, signal.SIGTERM, shell("long", f"trap '' INT; {LONG.format(tmp_path)}", 5), after=2)
+    assert gone(tmp_path / "child")
+    assert re.search("^FAILED +long .*(stopped by SIGTERM|out of time) after", text, re.MULTILINE)
 
 
 def test_named_parts_run_alone_and_after_the_libraries(tmp_path):
