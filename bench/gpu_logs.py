@@ -8,7 +8,8 @@ from pathlib import Path
 
 # Of a log that a broken program filled, the start and the end.
 MOST_READ = 2**21
-WIDTH = 150
+# Characters of what failed first, and of a quoted line.
+WIDTH, QUOTE = 150, 110
 _TEST = re.compile(r"(?:\[gw\d+\] \[ *\d+%\] )?(?:FAILED|ERROR) (\S+::.+?)(?: - (.*))?$|(\S+::.+?) (?:FAILED|ERROR)\b")
 # compute-sanitizer begins each of its lines so; of the rest, the lines of sanitize_case.py, and of any Python program.
 _FOUND = re.compile(r"={9} (?!COMPUTE-SANITIZER|Target|RACECHECK SUMMARY: 0|ERROR SUMMARY: 0)(.+)|(.* is off by .*)")
@@ -49,10 +50,10 @@ def _failed_tests(lines: list[str]) -> Iterator[tuple[str, str | None]]:
 
 def quoted(lines: list[str], show: str) -> list[str]:
     """Those that begin as `show` says."""
-    return [short(line) for line in lines if show and re.match(show, line)]
+    return [short(line, QUOTE) for line in lines if show and re.match(show, line)]
 
 
-def short(line: str) -> str:
-    """With single spaces, and cut to a line's length."""
+def short(line: str, width: int = WIDTH) -> str:
+    """With single spaces, and cut to a width."""
     text = re.sub(r"\s+", " ", line).strip(" =")
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 GPU_TESTS = "python_tests/gpu"
-# Captures and allocations of test processes side by side would disturb what these tests count: they run alone.
+# Its own part: it takes most of the device's memory.
 MEMORY_TESTS = f"{GPU_TESTS}/test_gpu_memory.py"
 # On a CPU those alone: the others take minutes there.
 QUICK_TESTS = [f"{GPU_TESTS}/test_gpu_{name}.py" for name in ("derivatives", "execution", "tasks")]
 # Of a table of `meta_peers.py`, a line for each network and contender.
 PEERS = r"\w+ kfo: |ours|learn2learn|jax"
+# Of those of `kfo bench`, our operators and what is compiled.
+TRANSFORM = r"tasks=|\* (native|triton)|  (torch-formulas-compile|jax)"
 
 
 class Part(NamedTuple):
@@ -68,7 +70,8 @@ class Table:
                 self.sanitizer("racecheck", 110),
                 self.tests("triton_tests", 110, "triton and not reduced_overhead", ignored=MEMORY_TESTS),
                 # On the CPU meanwhile: the timings need not wait for what they are compared with.
-                self.script("truths", 110, "meta_peers", *peers, "--networks", *networks, "--only-truths", threads=4),
+                self.script("truths", 110, "meta_peers", *peers, "--networks", *networks, "--only-truths",
+                            threads=4 if self.on_cuda else 1),
             ],
             [self.transform("transform", 40, "native,lists,gradients-on,torch-matmul,torch-formulas,learn2learn")],
             [self.timing("meta_omniglot", 60, "meta_peers", *ours, "--networks", *networks[:2], show=PEERS)],
@@ -79,7 +82,7 @@ class Table:
             ],
             [
                 self.timing("profile", 20, "meta_profile", *small, "--networks", networks[0], "--methods", "kfo",
-                            repeats=3, show=r"### |\| "),
+                            repeats=3, show=r"### |\| (stage|conv|batch|trans|Python)"),
             ],
             [self.profiled("ncu", 30)],
             [
@@ -116,7 +119,7 @@ class Table:
         command = [sys.executable, "-m", "kfo_ext", "bench", "--quick", "--device", self.device, "--axes", "tasks"]
         command += ["--tasks", tasks, "--groups", "CNN(2),CNN(4)", "--providers", providers, "--repeats", "15"]
         command += ["--budget", "2", "--limit", str(limit // 2), "--out", f"{self.work}/{name}"]
-        return Part(name, limit, command, show=r"tasks=|\* ", if_right=True)
+        return Part(name, limit, command, show=TRANSFORM, if_right=True)
 
     def tests(
         self, name: str, limit: int, chosen: str, files: Sequence[str] = (), *, ignored: str = "", processes: int = 5
@@ -143,7 +146,7 @@ class Table:
         """The kernels of one call of each operator, under ncu."""
         under = [program("ncu"), "--profile-from-start", "off", "--clock-control", "none", "--set", "full"]
         part = self.script(name, limit, "one_call", "--operators", "batch_norm", "conv2d", "--calls", "1")
-        show = r" *[\w<>, ]+\(.*Context|  *(Duration|DRAM Throughput|Registers Per Thread)  "
+        show = r" .*, Context \d|  +(Duration|DRAM Throughput|Registers Per Thread) "
         return part._replace(
             command=[*under, *part.command] if self.on_cuda else part.command, show=show, if_right=True
         )

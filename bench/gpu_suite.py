@@ -66,13 +66,13 @@ class Suite:
     """
 
     def __init__(self, stages: Stages, out: Path, work: Path, budget: float = BUDGET, commit: str = "") -> None:
-        self.stages, self.out, self.work, self.budget = stages, out, work, budget
+        self.stages, self.out, self.work, self.budget = stages, out, ROOT / work, budget
         self.commit = commit
         self.start = time.monotonic()
         self.results: dict[str, Result] = {}
         self.running: dict[str, Running] = {}
-        shutil.rmtree(work, ignore_errors=True)
-        for folder in (work, out):
+        shutil.rmtree(self.work, ignore_errors=True)
+        for folder in (self.work, out):
             folder.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> bool:
@@ -273,7 +273,8 @@ def commit() -> str:
 
 def main() -> int:
     """0 if every part passed, else 1."""
-    work = ROOT / "build" / "gpu_suite"
+    # From the root, where the parts run: results name it.
+    work = Path("build", "gpu_suite")
     out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu_suite_out")
     scale = float(os.environ.get("KFO_TEST_TIMEOUT_SCALE") or 1)
     budget = float(os.environ.get("BUDGET") or BUDGET)

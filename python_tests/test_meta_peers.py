@@ -169,7 +169,7 @@ def test_precision_writes_a_row_for_every_option(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(meta_case, "CNN", away_from_kinks(meta_case.CNN))
     out = tmp_path / "precision.json"
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    assert precision.main(["--quick", "--out", str(out)]) == 0
+    assert precision.main(["--quick", "--truths", str(tmp_path / "truths"), "--out", str(out)]) == 0
     assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
     result = json.loads(out.read_text())
     assert {"torch", "commit", "command", "settings"} <= set(result)
@@ -203,6 +203,18 @@ def test_the_trusted_one_is_itself_checked(network, monkeypatch):
     monkeypatch.setattr(meta_truth, "trusted", lambda case: meta_ours.Ours(case._replace(lr=0.11), plain=True))
     with pytest.raises(AssertionError, match="differ from learn2learn's"):
         meta_truth.find_truth(network, "kfo", **SMALL)
+
+
+def test_trusted_gradients_are_kept_for_the_same_settings_alone(network, tmp_path, monkeypatch):
+    truth = meta_truth.kept_truth(tmp_path / "truths", network, "maml", **SMALL)
+    monkeypatch.setattr(meta_truth, "find_truth", lambda *_, **settings: f"anew with {settings}")
+    again = meta_truth.kept_truth(tmp_path / "truths", network, "maml", **SMALL)
+    assert torch.equal(again.gradients, truth.gradients) and again.gradients.dtype == torch.float64
+    assert (again.loss, again.flops, again.checked) == (truth.loss, truth.flops, truth.checked)
+    assert meta_truth.kept_truth(None, network, "maml", **SMALL) == f"anew with {SMALL}"
+    for other in ((network, "kfo", SMALL), (network, "maml", SMALL | {"lr": 0.2})):
+        with pytest.raises(AttributeError, match="_asdict"):
+            meta_truth.kept_truth(tmp_path / "truths", *other[:2], **other[2])
 
 
 def test_the_plain_network_is_the_same(network):
@@ -239,7 +251,10 @@ def test_one_wrong_gradient_is_a_row_and_not_timed(network, monkeypatch, tmp_pat
     monkeypatch.setitem(meta_peers.NETWORKS, "small", network)
     out = tmp_path / "out" / "meta_peers.json"
     arguments = ["--networks", "small", "--methods", "maml", "--tasks", "2", "--steps", "2", "--repeats", "2"]
-    assert meta_peers.main([*arguments, "--contenders", *table, "--out", str(out)]) == 0
+    truths = ["--truths", str(tmp_path / "truths")]
+    assert meta_peers.main([*arguments, *truths, "--only-truths"]) == 0
+    assert len(list((tmp_path / "truths").iterdir())) == 1 and not out.exists()
+    assert meta_peers.main([*arguments, *truths, "--contenders", *table, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["settings"]["tasks"] == 2 and {"torch", "commit", "command", "torchopt"} <= set(result)
     rows = {row["contender"]: row for row in result["rows"]}

@@ -42,6 +42,14 @@ def test_the_options_decide(call):
     )
 
 
+def test_other_operators_may_be_called_too(call, monkeypatch):
+    printed, _ = call("--tasks", "1", "--operators", "batch_norm", "conv2d")
+    others = ["batch_norm, 1 tasks, double_backward", "conv2d, 1 tasks, double_backward"]
+    assert printed.splitlines()[1:] == others
+    monkeypatch.setattr(one_call.OTHERS["conv2d"][1], "devices", ("cuda",))
+    assert call("--tasks", "1", "--operators", "batch_norm", "conv2d")[0].splitlines()[1:] == others[:1]
+
+
 def test_the_worst_of_a_file_decides(call, tmp_path):
     file = tmp_path / "results.json"
     options = ("--worst-of", str(file), "--tasks", "2")

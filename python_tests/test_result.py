@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from kfo_ext import machine
 from kfo_ext.bench import result
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -28,6 +29,17 @@ def test_provenance(commit, name, warns, monkeypatch, capsys):
     assert result.provenance(facts) == name
     said = capsys.readouterr().err
     assert (name in said and said.startswith("WARNING")) is warns
+
+
+def test_a_copy_without_gits_folder_may_be_told_its_commit(monkeypatch):
+    def no_git(*_arguments, **_options):
+        raise OSError
+
+    monkeypatch.setattr(machine.subprocess, "run", no_git)
+    monkeypatch.delenv("KFO_COMMIT", raising=False)
+    assert machine.environment()["commit"] is None
+    monkeypatch.setenv("KFO_COMMIT", COMMIT)
+    assert machine.environment()["commit"] == COMMIT
 
 
 def test_a_result_is_written_before_its_table(tmp_path):

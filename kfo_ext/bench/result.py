@@ -55,8 +55,9 @@ def warn_unless_committed(facts: Mapping[str, Any]) -> None:
 
 
 def facts_of(options: argparse.Namespace) -> Facts:
-    """What a script knows before it measures: `environment` and its settings, `--out` aside."""
-    facts = environment() | {"settings": {name: value for name, value in vars(options).items() if name != "out"}}
+    """What a script knows before it measures: `environment` and its settings, but for where files lie."""
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "truths")}
+    facts = environment() | {"settings": settings}
     warn_unless_committed(facts)
     return facts
 
