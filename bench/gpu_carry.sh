@@ -10,13 +10,14 @@
 #
 #   PYTHON=.venv/bin/python    has torch, learn2learn and expecttest, and builds the libraries unless they are up to date
 #   THERE=3.12                 that machine's Python; without one here _plan is left out, and everything is built there
+#   CARRY=build/gpu_carry      where gpu_suite.sh looks
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 THERE=${THERE:-3.12}
 most=64 # MiB
-carry=build/gpu_carry
+carry=$(realpath -m "${CARRY:-build/gpu_carry}")
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 export PYTHONPATH="$PWD" PATH
 
@@ -44,7 +45,7 @@ if [ -z "$python_there" ]; then
     echo "no Python $THERE here: _plan is left out, and everything will be built there"
 else
     # Of the other Python's packages it takes what is the same for any: setuptools, pybind11, torch's headers.
-    PYTHONPATH="$PWD:$site" KFO_TORCH_ROOT="$site/torch" "$python_there" - "$PWD/$carry/kfo_ext" "$build" <<'PLAN'
+    PYTHONPATH="$PWD:$site" KFO_TORCH_ROOT="$site/torch" "$python_there" - "$carry/kfo_ext" "$build" <<'PLAN'
 import importlib.util
 import subprocess
 import sys
@@ -78,7 +79,7 @@ for package in learn2learn expecttest; do
     if [ -d "$site/$package" ]; then
         # Not what is compiled for this Python; with its version, which results name.
         (cd "$site" && find "$package" "$package"-*.dist-info \( -name '*.py' -o -name METADATA \) -print0 |
-            xargs -0 cp --parents -t "$OLDPWD/$carry/site")
+            xargs -0 cp --parents -t "$carry/site")
     else
         echo "$package is not installed here: what needs it will be a row that says so"
     fi

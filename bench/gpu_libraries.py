@@ -58,7 +58,7 @@ def said(command: Sequence[str]) -> tuple[bool, str]:
     """Whether a command ended well, and its last line."""
     try:
         done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=45
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, f"{type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -363,6 +364,38 @@ def test_where_the_carried_do_not_load_they_are_built_for_the_gpu_alone(tree, mo
     assert (tree / "built").read_text() == "90 setup.py build_ext --inplace\n"
     printed = capsys.readouterr().out
     assert "nvidia-smi: A Fake GPU, 580.1\n" in printed and printed.endswith("built here: loaded\n")
+
+
+def current(name: str) -> bool:
+    """Whether the library is there, and of these sources: others would be compiled anew, for minutes."""
+    library = ROOT / "kfo_ext" / name
+    return library.exists() and gpu_libraries.source_id().encode() in library.read_bytes()
+
+
+@pytest.mark.parametrize("there", ["3.12", "3.0"])
+def test_what_is_carried(there, tmp_path):
+    if not (current("_kfo_cpu.so") and current("_kfo_cuda.so")) or not (ROOT / ".git").exists():
+        pytest.skip("needs both libraries as they are built from these sources, in a checkout")
+    carry = tmp_path / "build" / "carry"
+    env = {**os.environ, "PYTHON": sys.executable, "THERE": there, "CARRY": str(carry)}
+    command = ["bash", str(BENCH / "gpu_carry.sh")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds(200))
+    assert done.returncode == 0, done.stdout + done.stderr
+    libraries = {path.name for path in (carry / "kfo_ext").iterdir()}
+    if f"no Python {there} here" in done.stdout:
+        assert libraries == {"_kfo_cpu.so", "_kfo_cuda.so"}
+    else:
+        assert "as both libraries of build" in done.stdout
+        assert libraries == {
+            "_kfo_cpu.so",
+            "_kfo_cuda.so",
+            f"_plan.cpython-{there.replace('.', '')}-x86_64-linux-gnu.so",
+        }
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?\n", (carry / "commit").read_text())
+    assert not list((carry / "site").rglob("*.so"))
+    for package in ("learn2learn", "expecttest"):
+        assert importlib.util.find_spec(package) is None or (carry / "site" / package / "__init__.py").exists()
+    assert re.search(r"MiB: \d+ MiB of 64$", done.stdout.strip())
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("", [80, 90, 100, 120]), ("90", [90]), ("80 90", [80, 90])])
