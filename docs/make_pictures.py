@@ -53,9 +53,13 @@ def meta_iteration() -> bytes:
 
 
 def readme(results: Path = RESULTS) -> bytes:
-    """Accuracy over meta-iterations beside the speed-ups.
+    """Accuracy over meta-iterations beside the speed-ups, as SVG.
 
-    results: folder of the experiments.
+    Args:
+        results: folder of the experiments.
+
+    Returns:
+        The bytes of the SVG file.
     """
     with styled(**STYLE):
         figure = _figure(4.4)

@@ -135,10 +135,14 @@ def orders() -> str:
 
 
 def _order(found: list[Row], peaks: list[float]) -> list[str]:
-    """The cells of an order of a network.
+    """The cells of one order of one network.
 
-    found: its contenders.
-    peaks: GFLOP/s of multiply-adds, where the rows do not have them.
+    Args:
+        found: the rows of its contenders.
+        peaks: peak rate of multiply-adds in GFLOP/s, one per round, used if the rows hold no measurement of it.
+
+    Returns:
+        One text per column of the table.
     """
     # A contender that could not run has a reason in place of its seconds.
     timed = [row for row in found if "seconds" in row]

@@ -22,10 +22,16 @@ IMPORT, START = "import sys", 'if __name__ == "__main__":\n    main(*map(int, sy
 
 
 def cells(source: str) -> tuple[str, list[str]]:
-    """The docstring of a script without its command line, and its code, in parts as a notebook shows them.
+    """Split a script into the cells of its notebook.
+
+    Args:
+        source: the text of the script.
+
+    Returns:
+        Its docstring without the command line, and its code: one cell per block, then a short run.
 
     Raises:
-        ValueError: it is no such script: it does not start as all of them do.
+        ValueError: the script has no docstring, no `import sys`, or does not end in the lines that run it.
     """
     tree = ast.parse(source)
     docstring = ast.get_docstring(tree)

@@ -8,11 +8,14 @@ from .learner import MAML
 
 
 def planned_route(learner: MAML, batch: TaskBatch) -> str:
-    """What `learner.route` will be for such batches, by a forward of one task that leaves no trace.
+    """Find the route of such batches by a forward of one task that leaves no trace.
 
     Args:
         learner: any learner; of ANIL, the route is that of the features.
         batch: one task at least.
+
+    Returns:
+        What `learner.route` will be.
 
     Raises:
         Exception: what the model's forward raises.

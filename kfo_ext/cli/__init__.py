@@ -1,4 +1,4 @@
-"""The command `kfo`: a file for each kind of command, `program` for what they share. No torch before a command runs."""
+"""The command `kfo`: one file per group of commands; `program` joins them. Importing it does not load torch."""
 
 from .program import app, main
 

@@ -58,7 +58,7 @@ def bench(
 ) -> None:
     """Time the transform and its updates against learn2learn, plain torch and JAX.
 
-    Each is compared with float64 before it is timed; a star marks ours. Exit code 1 if one of ours is wrong.
+    Each provider is compared with float64 before it is timed; a star marks kfo_ext. Exit code 1 if kfo_ext is wrong.
     """
     with interrupt_ends():
         from kfo_ext.bench.command import Settings, run

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how the values of any are checked."""
+"""Options that several commands share, and the checks of option values."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kfo_ext.trainer.config import PARTS, TABLES
 from kfo_ext.trainer.listing import listed
 from kfo_ext.trainer.options import Option
 
-# Options whose text is a path.
+# Options whose value is a path.
 PATHS = ("data_root", "cache", "splits")
 NO_DEFAULT: dict[str, Any] = {"show_default": False}
 
 
 def number(help: str, *, least: int | None = None, most: int = LARGEST_INTEGER, **settings: Any) -> Any:
-    """An option that takes a number, checked before any work begins; `most` bounds integers."""
+    """A typer option that takes a number, checked before any work begins; `most` bounds integers."""
 
     def check(value: float | None) -> float | None:
         if isinstance(value, float) and math.isnan(value):
@@ -38,7 +38,7 @@ def number(help: str, *, least: int | None = None, most: int = LARGEST_INTEGER, 
 
 
 def completed(values: list[str]) -> Any:
-    """What a shell offers where an option takes one of some values."""
+    """A shell completion for an option with a fixed set of values."""
 
     def offered(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]
@@ -58,7 +58,7 @@ Checkpoint = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document; messages go to stderr")]
 Run = Annotated[Path, typer.Argument(help="run folder")]
-# What an evaluation may set otherwise than the run: a score of its own, and a file of its own.
+# Settings in which an evaluation may differ from its run; each combination has its own score file.
 Steps = Annotated[int | None, number("inner steps, 0 for none, instead of the run's", least=0, **NO_DEFAULT)]
 Shots = Annotated[int | None, number("support examples of a class instead of the run's", least=1, **NO_DEFAULT)]
 Queries = Annotated[int | None, number("query examples of a class instead of the run's", least=1, **NO_DEFAULT)]
@@ -73,7 +73,7 @@ class Grouped(TyperCommand):
     """A command whose help lists its options under the headings of their panels."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write them group by group."""
+        """Write the options group by group."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if (record := param.get_help_record(ctx)) is not None:
@@ -84,7 +84,7 @@ class Grouped(TyperCommand):
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each of a configuration; those not on the command line are left out of `given`."""
+    """Add one option per configuration entry to a command; `given` receives those that are on the command line."""
     options = []
     for name, group, option, help in listed():
         kind: Any = Path if name in PATHS else option.kind
@@ -100,7 +100,7 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
 
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "given"] + options
-    # What typer reads in place of the function's own.
+    # typer reads this signature instead of the function's own.
     vars(wrapped)["__signature__"] = inspect.Signature(parameters)
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
@@ -113,19 +113,27 @@ def _offered(name: str, option: Option) -> Any:
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Those that were on the command line."""
+    """The options that were on the command line, by name."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def several(text: str | None) -> tuple[str, ...] | None:
-    """The items of a text, with commas between them."""
+    """Split a comma-separated text into its items; None stays None."""
     return None if text is None else tuple(item.strip() for item in text.split(","))
 
 
 def counts(option: str, text: str | None) -> tuple[int, ...] | None:
-    """Positive integers with commas between them.
+    """Parse comma-separated positive integers.
 
-    Raises: ValueError naming the option.
+    Args:
+        option: name of the option, for messages.
+        text: the option's value, None if it is not on the command line.
+
+    Returns:
+        The integers, or None if `text` is None.
+
+    Raises:
+        ValueError: an item is not a positive integer, or is too large.
     """
     items = several(text)
     if items is None:
@@ -136,5 +144,5 @@ def counts(option: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def new_folder(name: str) -> Path:
-    """runs/NAME-TIME."""
+    """The path runs/NAME-TIME."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -39,7 +39,7 @@ def plot(
         if not run.metrics.exists():
             raise ValueError(f"{path}: has no metrics.jsonl yet; train it first")
     names = [run.path.resolve().name for run in folders.values()]
-    # The name alone where it says which run it is.
+    # The name alone if it identifies the run.
     labels = names if len(set(names)) == len(names) else [str(path) for path in folders]
     plot_runs({label: run.metrics for label, run in zip(labels, folders.values())}, out)
     echo(f"written: {out}")

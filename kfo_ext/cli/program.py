@@ -1,4 +1,4 @@
-"""The program: its commands in the order of the help, and every expected error as one line and exit code 2."""
+"""The program: its commands in the order of the help. Every expected error becomes one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ app.command("eval")(evaluate)
 for _command in (compare, runs, plot, export, doctor, demo, bench):
     app.command()(_command)
 
-# What torch says where there is too little memory; MemoryError is Python's own.
+# torch's messages when memory runs out; Python raises MemoryError.
 NO_MEMORY = re.compile("(not enough|can't allocate|out of|no) memory|Storage size calculation overflowed|new thread")
 
 
@@ -61,14 +61,14 @@ def main() -> None:
     except (ArithmeticError, ImportError, OSError, ValueError) as error:
         _end(2, said(error))
     except SystemExit as ended:
-        # The parser's own end, after what a shell's completion asked for, or where nobody reads its help.
+        # The parser exits by itself after shell completion, or when the reader of its help has gone.
         broken = isinstance(ended.__context__, OSError)
         _end(2 if broken else int(ended.code or 0), "standard output: Broken pipe" if broken else "")
     except Exception as error:
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
             smaller = "--hidden, --layers, --hidden-layers, --meta-batch, --shots, --queries, --steps or --workers"
             _end(2, f"not enough memory for these options ({said(error)}): less of {smaller} needs less")
-        # A usage error of typer's own parser, whose class moved between its versions.
+        # A usage error of typer's parser; its class moved between typer versions.
         if hasattr(error, "format_message"):
             _end(2, error.format_message())
         raise
@@ -80,6 +80,6 @@ def _end(code: int, message: str = "") -> None:
         complain(f"kfo: {' '.join(message.split())}")
     settle()
     if of_several():
-        # Without Python's teardown, in which threads of a process group may abort; what was to be written is.
+        # Skips Python's teardown, in which threads of a process group may abort; all output is already written.
         os._exit(code)
     sys.exit(code)

@@ -64,7 +64,7 @@ def evaluate(
         apart = "".join(f", {name} {value} instead of the run's" for name, value in score.changes.items())
         what = f"{score.tasks} {split} tasks, {checkpoint} checkpoint (iteration {score.iteration}){apart}"
         echo(f"{score.measure} {score.interval}  (95 % interval, {what})")
-    # After the score, which a folder that cannot be written must not hide.
+    # After the score is printed: a folder that cannot be written must not hide it.
     score.save()
     (complain if json else echo)(f"written: {score.path}")
 
@@ -126,6 +126,6 @@ def export(
 
 
 def _content(run: Path, score: RunScore) -> dict[str, Any]:
-    """What the file of a score holds, without the score of each task; `current` is false if the checkpoint is newer."""
+    """The content of a score's file without the per-task scores; `current` is false if the checkpoint is newer."""
     content = {name: value for name, value in score.content.items() if name != "scores"}
     return {"run": str(run), **content, "current": score.current, "file": str(score.path)}

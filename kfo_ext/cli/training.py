@@ -38,7 +38,7 @@ def train(
         from kfo_ext.trainer.command import train as run_training
         from kfo_ext.trainer.ranks import joined
 
-        # First: what is not installed leaves no folder.
+        # First: a logger that is not installed must leave no folder.
         loggers = checked(several(log) or ())
     machine.keep_freed_memory()
     with joined() as group:
