@@ -1,4 +1,4 @@
-"""The activations between Kronecker layers, and the names by which saved ones are told apart."""
+"""The activations between Kronecker layers, and the names that identify an activation in a state_dict."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
-    """The name that means the same function in another process, such as "tanh", "torch.sin" or "my_module.act".
+    """Find the name of an activation that means the same function in another process.
 
-    None where there is none: a lambda, a closure, a partial, a bound method, a module that is not torch's own.
+    Args:
+        activation: a name, a function or a module.
+
+    Returns:
+        A name such as "tanh", "torch.sin" or "my_module.act"; None if there is none, as for a lambda, a closure, a
+        partial, a bound method, or a module that is not torch's own.
     """
     if isinstance(activation, str):
         return activation
     if isinstance(activation, nn.Module):
-        # torch's own activations print everything that they compute with.
+        # The repr of torch's own activations contains everything that they compute with.
         own = type(activation).__module__ == "torch.nn.modules.activation"
         return f"torch.nn.{type(activation).__name__}({activation.extra_repr()})" if own else None
     for name, function in ACTIVATIONS.items():

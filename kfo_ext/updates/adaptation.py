@@ -10,8 +10,8 @@ and since theta_t = theta_{t-1} - lr * U(phi_{t-1}, g_{t-1}),
 
     grad_phi loss(theta_t) = -lr * (VJP of U at (phi_{t-1}, g_{t-1}) applied to g_t)
 
-exactly, as long as the loss holds phi only through theta_t, nothing else moves theta, and all steps have one lr. The
-evaluation of U that has moved theta has that VJP.
+exactly, as long as the loss depends on phi only through theta_t, nothing else moves theta, and all steps share one lr.
+The evaluation of U that moved theta has that VJP.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kfo_ext.updates.base import Phi, Update
 
-# Of each task's loss, packed (tasks, n), and a mask where some parameters are unused.
+# The gradient of each task's loss, packed (tasks, n), and a mask (1, n) if some parameters are unused.
 Gradient = tuple[Tensor, Tensor | None]
 
 
 def updated(update: Update, phi: Phi, gradient: Gradient, number: int) -> Tensor:
-    """U of the gradient of that step, (tasks, n)."""
+    """U of the gradient of step `number`, (tasks, n)."""
     G, used = gradient
     U = update.rule_at(phi, G, number)
     # A gradient is zero already where a parameter is unused.
@@ -38,7 +38,17 @@ def updated(update: Update, phi: Phi, gradient: Gradient, number: int) -> Tensor
 
 
 def products(update: Update, learned: Iterable[Tensor], U: Tensor, G: Tensor, create_graph: bool) -> list[Tensor]:
-    """The VJP of U applied to G, by each of the meta-parameters that U was computed from.
+    """Compute the VJP of U applied to G, by each of the given meta-parameters.
+
+    Args:
+        update: the update, for messages.
+        learned: the meta-parameters that U was computed from, (tasks or 1, n_i) each.
+        U: (tasks, n), packed updates.
+        G: (tasks, n), the gradients that the VJP is applied to.
+        create_graph: keep the graph of the result.
+
+    Returns:
+        One tensor per meta-parameter, of its shape.
 
     Raises:
         ValueError: U does not depend on one of them.
@@ -53,10 +63,16 @@ def products(update: Update, learned: Iterable[Tensor], U: Tensor, G: Tensor, cr
 
 
 def adapted(phi: Phi, learned: Iterable[bool], products: Iterable[Tensor], lr: float) -> Phi:
-    """phi after its own step.
+    """Take the step of phi: add lr^2 times its VJP to each adapted row.
 
-    learned: which of phi are adapted; the others are frozen, in training as in evaluation.
-    products: one for each of those.
+    Args:
+        phi: the meta-parameters of the last step, (tasks or 1, n_i) each.
+        learned: whether each of phi is adapted; the others are frozen, in training as in evaluation.
+        products: the VJPs, one for each adapted row.
+        lr: the inner learning rate.
+
+    Returns:
+        The meta-parameters of this step.
     """
     rest = iter(products)
     # Minus lr times (minus lr times the VJP).

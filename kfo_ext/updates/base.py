@@ -1,4 +1,4 @@
-"""The one base class of learned updates: what a learner, and a loop of one's own, call."""
+"""The base class of learned updates, which a learner or a hand-written loop calls."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Phi = tuple[Tensor, ...]
 
 
 class Update(nn.Module, ABC):
-    """U(g): turns gradients into updates, by meta-parameters phi that may be learned, and adapted per task.
+    """U(g): turns gradients into updates by meta-parameters phi, which may be meta-learned and adapted per task.
 
     A subclass defines `phi` and `rule`; `MAML(model, update=...)` takes it. It should start as plain gradient descent,
-    U(g) = g, and must treat each task's row by itself.
+    U(g) = g, and must treat each task's row independently.
 
-    One whose inner steps differ sets `steps`, their number, and defines `rule(phi, G, step=None)`: the inner loop says
-    which step it is, 0 for the first.
+    An update whose inner steps differ sets `steps`, their number, and defines `rule(phi, G, step=None)`: the inner loop
+    passes the number of the step, 0 for the first.
 
-    Its state_dict says what the meta-parameters were made for (`_extra_state`, a tensor of bytes): names, shapes and
-    `options()`; it loads nowhere else. Meta-parameters alone load with strict=False: then their sizes are all that is
-    checked, and the rest is the caller's word.
+    Its state_dict records what the meta-parameters were made for (`_extra_state`, a tensor of bytes): names, shapes and
+    `options()`. It loads only into an update made for the same. Meta-parameters alone load with strict=False; then only
+    their sizes are checked, and the caller answers for the rest.
 
     Args:
-        parameters: the tensors that it updates, or (name, tensor) pairs such as `model.named_parameters()`; or how
-            they are packed.
+        parameters: the tensors that it updates, or (name, tensor) pairs such as `model.named_parameters()`; or their
+            packing.
     """
 
-    # How many inner steps it has meta-parameters for; None where all steps share them.
+    # The number of inner steps that have their own meta-parameters; None if all steps share them.
     steps: int | None = None
 
     def __init__(self, parameters: Iterable[Tensor | tuple[str, Tensor]] | Packing) -> None:
@@ -51,7 +51,7 @@ class Update(nn.Module, ABC):
 
     @abstractmethod
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
-        """U(g), a pure function of packed tensors, differentiable by both: of the phi that it is given, never of self.
+        """Compute U(g) as a pure function of packed tensors, differentiable by both; phi must not be read from self.
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n_i) rows.
@@ -62,17 +62,20 @@ class Update(nn.Module, ABC):
         """
 
     def rule_at(self, phi: Phi, G: Tensor, step: int | None) -> Tensor:
-        """`rule` in an inner step, which an update whose steps are all alike need not know.
+        """Compute `rule` in a given inner step, with its result checked.
 
         Args:
             phi: as for `rule`.
             G: as for `rule`.
-            step: 0 for the first; None only where all steps are alike.
+            step: 0 for the first; None only if all steps are alike.
+
+        Returns:
+            (tasks, n), packed updates.
 
         Raises:
-            ValueError: a step that this update has no meta-parameters for; a rule that gives another shape than G's,
+            ValueError: this update has no meta-parameters for the step, or the rule's result has another shape than G,
                 which torch would broadcast.
-            TypeError: a rule that gives no tensor.
+            TypeError: the rule's result is not a tensor.
         """
         if self.steps is None:
             U = self.rule(phi, G)
@@ -83,7 +86,7 @@ class Update(nn.Module, ABC):
         return U
 
     def options(self) -> dict[str, Any]:
-        """What else than names and shapes the meta-parameters were made for: values that JSON holds, by name."""
+        """What the meta-parameters were made for besides names and shapes: JSON values, by name."""
         return {}
 
     @overload
@@ -96,7 +99,7 @@ class Update(nn.Module, ABC):
     def transform(
         self, grads: Mapping[str, Tensor | None] | Iterable[Tensor | None], step: int | None = None
     ) -> dict[str, Tensor | None] | list[Tensor | None]:
-        """The updates of gradients, one per parameter, None where the gradient is None.
+        """Compute the updates of gradients, one per parameter, None where the gradient is None.
 
         Args:
             grads: tensors of the parameters' shapes, or all of them with one leading task dimension: a list in the
@@ -107,9 +110,9 @@ class Update(nn.Module, ABC):
             A list, or a dict in the order of the one given.
 
         Raises:
-            ValueError: another length, names that are missing or unknown, a dict for parameters without names; a shape,
-                task dimension or device that does not fit; a step as for `rule_at`.
-            TypeError: a dtype other than that of the meta-parameters.
+            ValueError: the number of gradients, a name, a shape, a task dimension or a device does not fit; a dict is
+                given for parameters without names; or the step is invalid, as for `rule_at`.
+            TypeError: a gradient has another dtype than the meta-parameters.
         """
         if isinstance(grads, Mapping):
             updates = self.transform(self.packing.in_order(grads, "grads"), step)
@@ -123,7 +126,16 @@ class Update(nn.Module, ABC):
         return self.transform_checked(grads, rows, step)
 
     def transform_checked(self, grads: list[Tensor | None], rows: int | None, step: int | None) -> list[Tensor | None]:
-        """`transform` of a list that has been checked; rows: its tasks, None without a task dimension."""
+        """Compute `transform` of a list that is already checked.
+
+        Args:
+            grads: the gradients, in the packing's order.
+            rows: the number of tasks, None without a task dimension.
+            step: the inner step, as for `rule_at`.
+
+        Returns:
+            One update per gradient, None where the gradient is None.
+        """
         packing = self.packing
         updates = packing.unpack(self.rule_at(self.phi, packing.join(grads, rows), step), batched=rows is not None)
         return [None if grad is None else update for grad, update in zip(grads, updates)]
@@ -163,7 +175,7 @@ class Update(nn.Module, ABC):
         allow_nograd: bool = False,
         step: int | None = None,
     ) -> dict[str, Tensor | None] | list[Tensor | None]:
-        """Differentiates `loss` by `parameters` and returns their updates, None where there is no gradient.
+        """Differentiate `loss` by `parameters` and return their updates, None where there is no gradient.
 
         Args:
             loss: (), the loss.
@@ -171,7 +183,7 @@ class Update(nn.Module, ABC):
                 order, such as dict(model.named_parameters()).
             create_graph: keep the graph of the gradients, for second-order meta-gradients.
             retain_graph: keep the loss's graph; as `create_graph` by default.
-            allow_unused: parameters the loss does not depend on get None.
+            allow_unused: parameters that the loss does not depend on get None.
             allow_nograd: parameters that do not require a gradient get None.
             step: the inner step, as for `rule_at`.
 
@@ -179,9 +191,9 @@ class Update(nn.Module, ABC):
             A list, or a dict in the order of the one given.
 
         Raises:
-            ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; names that are
-                missing or unknown, a dict for parameters without names; a frozen or unused parameter without its flag;
-                a step as for `rule_at`.
+            ValueError: the loss is not a scalar or has no graph; the number of parameters, a shape or a name does not
+                fit; a dict is given for parameters without names; a parameter is frozen or unused without its flag; or
+                the step is invalid, as for `rule_at`.
         """
         by_name = parameters if isinstance(parameters, Mapping) else None
         grads = gradients(
@@ -234,7 +246,7 @@ class Update(nn.Module, ABC):
         first_order: bool = False,
         allow_unused: bool = False,
     ) -> tuple[dict[str, Tensor] | list[Tensor], StepState]:
-        """One inner step of a loop of your own: `params - lr * U(phi, grad of loss)`. Changes nothing in place.
+        """Take one inner step of a hand-written loop: `params - lr * U(phi, grad of loss)`. Changes nothing in place.
 
             params, state = dict(model.named_parameters()), None
             for x, y in batches:
@@ -242,43 +254,43 @@ class Update(nn.Module, ABC):
                 params, state = kfo.step(loss, params, state, lr=0.1, adapt_update=True)
 
         With `adapt_update` the meta-parameters phi are adapted too, from the second step on: phi minus lr times the
-        gradient of the loss by phi, which costs no second backward pass (see `kfo_ext.updates.adaptation`). All is
-        differentiable: a backward pass from the last params reaches the first ones and this update's own phi.
+        gradient of the loss by phi, which costs no second backward pass (see `kfo_ext.updates.adaptation`). Everything
+        is differentiable: a backward pass from the last params reaches the first ones and this update's own phi.
 
-        Parameters with one leading task dimension, (tasks, *shape) each, are of so many tasks: each takes a step of its
-        own, and `loss` is one loss for each of them, of its parameters alone.
+        Parameters with one leading task dimension, (tasks, *shape) each, belong to that many tasks. Each task takes its
+        own step, and `loss` holds one loss per task, which depends on that task's parameters only.
 
-        Under torch.func pass gradients in place of the loss; they may have, or be mapped over, a task dimension:
+        Under torch.func pass gradients instead of the loss; they may have, or be mapped over, a task dimension:
 
             grads = torch.func.grad(loss_of)(params, x, y)
             params, state = kfo.step(grads, params, state, lr=0.1)
 
-        A transform that differentiates by phi calls a module that holds this update, whose forward is the loop:
+        To differentiate by phi under torch.func, call a module that holds this update and whose forward is the loop:
         functional_call(module, {...}).
 
-        An endless loop cuts its graph now and then: `params, state = state.detached(params)`.
+        An endless loop must cut its graph now and then: `params, state = state.detached(params)`.
 
         Args:
-            loss: (), or (tasks,) with a task dimension; or gradients of the parameters, as `params`, which the caller
-                answers for: that they are of a loss at `params` that holds phi through these alone.
+            loss: (), or (tasks,) with a task dimension; or gradients of the parameters, structured as `params`. The
+                caller answers for gradients: they belong to a loss at `params` that depends on phi only through these.
             params: tensors of the parameters' shapes, or all of them with one leading task dimension: a list in the
                 order given to the constructor, or a dict by name in any order.
             state: what the last step returned; None for the first one.
-            lr: of params, and of phi.
-            adapt_update: adapt phi, but for rows that are frozen (`requires_grad_(False)`).
-            first_order: gradients count as constants; phi keeps its gradient through U.
-            allow_unused: parameters that the loss does not depend on stay as they are.
+            lr: inner learning rate of params and of phi.
+            adapt_update: adapt phi, except rows that are frozen (`requires_grad_(False)`).
+            first_order: treat gradients as constants; phi keeps its gradient through U.
+            allow_unused: leave parameters unchanged that the loss does not depend on.
 
         Returns:
-            The parameters, a list or a dict in the order of the one given, and the state of the next step.
+            The parameters, a list or a dict in the order of the one given, and the state for the next step.
 
         Raises:
-            ValueError: what the gradient of phi does not allow: another lr or `adapt_update` than in the last step,
-                params that the last step has not returned or that were changed since, a loss that holds phi itself,
-                no graph to differentiate; a state of another update or transform; more steps than there are
-                meta-parameters for; a loss without a graph, of another shape, or of a parameter that it does not depend
-                on; names, lengths or shapes that do not fit.
-            TypeError: an argument of another type, a dtype other than that of the meta-parameters.
+            ValueError: the gradient of phi would be wrong: lr or `adapt_update` differs from the last step, params are
+                not those that the last step returned or were changed since, the loss depends on phi directly, or
+                gradients are disabled. The state belongs to another update or transform. There are more steps than
+                meta-parameters for them. The loss has no graph, has another shape, or does not depend on a parameter.
+                Names, lengths or shapes do not fit.
+            TypeError: an argument has another type, or another dtype than the meta-parameters.
         """
         return taken(self, loss, params, state, lr, adapt_update, first_order, allow_unused)
 
@@ -288,11 +300,11 @@ class Update(nn.Module, ABC):
         return {"update": type(self).__name__, "names": list(packing.names), "shapes": shapes, **self.options()}
 
     def get_extra_state(self) -> Tensor:
-        """What the meta-parameters were made for, kept in the state_dict: JSON, as a tensor of bytes."""
+        """What the meta-parameters were made for, as stored in the state_dict: JSON, in a tensor of bytes."""
         return state.encode(self._made_for())
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to restore: `check_state` has compared the state already."""
+        """Does nothing: `check_state` has compared the state already."""
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's."""
@@ -300,14 +312,14 @@ class Update(nn.Module, ABC):
             return super().load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # All that it is made of before anything is copied, so that a refused state leaves the module as it was.
+        # Checks every nested update before anything is copied, so that a refused state leaves the module unchanged.
         for name, module in self.named_modules():
             if isinstance(module, Update):
                 module.check_state(state_dict, f"{prefix}{name}." if name else prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Raises ValueError for a state_dict, whose keys have the prefix, that was made for something else."""
+        """Raise ValueError if a state_dict, whose keys have the prefix, was made for other parameters or options."""
         key = prefix + "_extra_state"
         if key in state_dict:
             state.compare(self._made_for(), state.decode(state_dict[key], key), key)

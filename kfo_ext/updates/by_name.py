@@ -1,4 +1,4 @@
-"""A choice of update by the names of the parameters."""
+"""Chooses an update for each parameter by its name."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from kfo_ext.updates.checks import named_alike
 from kfo_ext.updates.covered import matches
 from kfo_ext.updates.several import Several
 
-# Of (name, tensor) pairs, their update: a class, or a partial of one.
+# Makes the update of (name, tensor) pairs: a class, or a partial of one.
 Maker = Callable[[list[tuple[str, Tensor]]], Update]
 
 
 class ByName(Several):
     """An update for each block of parameters: `ByName(model.named_parameters(), {"head.*": MetaSGD, "*": KFO})`.
 
-    A parameter has the update of the first pattern that matches its name, and each pattern has at least one parameter.
-    Its inner steps are those that every update has meta-parameters for.
+    A parameter gets the update of the first pattern that matches its name; each pattern must get at least one
+    parameter. It takes as many inner steps as every update has meta-parameters for.
 
     Args:
         parameters: (name, tensor) pairs such as `model.named_parameters()`.
-        updates: by names or patterns such as "head.*" (fnmatch), what makes an update of its (name, tensor) pairs: an
-            update's class, or partial(KFO, psd=False) for options.
+        updates: for each name or pattern such as "head.*" (fnmatch), a callable that makes an update of its (name,
+            tensor) pairs: an update's class, or partial(KFO, psd=False) for options.
 
     Raises:
-        ValueError: no parameters, a parameter that no pattern matches, a pattern that matches none or none that an
-            earlier one left, mixed devices, or an update that was made for other parameters than its own.
-        TypeError: an argument of another type, parameters that are not floating point of one dtype, or what does not
+        ValueError: there are no parameters, no pattern matches a parameter, a pattern matches none or none that an
+            earlier one left, devices are mixed, or an update was made for other parameters than its own.
+        TypeError: an argument has another type, parameters are not floating point of one dtype, or a callable does not
             make an `Update`.
     """
 
@@ -63,16 +63,19 @@ class ByName(Several):
         self._parts = Parts(chosen, self.packing.sizes)
 
     def rule(self, phi: Phi, G: Tensor, step: int | None = None) -> Tensor:
-        """Each block's update of its columns.
+        """Apply each block's update to its columns.
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n) rows.
             G: (tasks, n), packed gradients.
-            step: the inner step, where one of the updates asks for it.
+            step: the inner step, required if one of the updates has meta-parameters per step.
+
+        Returns:
+            (tasks, n), packed updates.
 
         Raises:
-            ValueError: phi has another number of rows, or G another shape; a step that an update has no meta-parameters
-                for.
+            ValueError: phi has another number of rows, G another shape, or an update has no meta-parameters for the
+                step.
         """
         if G.dim() != 2 or G.shape[1] != self.packing.numel:
             raise ValueError(f"G: expected shape (tasks, {self.packing.numel}), got {tuple(G.shape)}")
@@ -83,7 +86,7 @@ class ByName(Several):
         return self._parts.together(done)
 
     def options(self) -> dict[str, Any]:
-        """Which update each parameter has, and the options of each."""
+        """The update of each parameter, and the options of each update."""
         return {"choice": self._chosen, **super().options()}
 
 

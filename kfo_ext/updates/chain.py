@@ -1,4 +1,4 @@
-"""One learned update after another."""
+"""A sequence of learned updates."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from kfo_ext.updates.several import Several
 class Chain(Several):
     """U(g) = U_k(... U_2(U_1(g))): `Chain(MetaSGD(named), KFO(named))` scales gradients, then transforms them.
 
-    Its inner steps are those that every update has meta-parameters for.
+    It takes as many inner steps as every update has meta-parameters for.
 
     Args:
         updates: at least one, in the order in which they are applied, all made for the same parameters.
 
     Raises:
-        ValueError: no update, meta-parameters that occur twice, or updates made for other parameters, dtypes or
-            devices.
-        TypeError: an argument that is no `Update`.
+        ValueError: there is no update, meta-parameters occur twice, or updates were made for different parameters,
+            dtypes or devices.
+        TypeError: an argument is not an `Update`.
     """
 
     def __init__(self, *updates: Update) -> None:
@@ -40,15 +40,18 @@ class Chain(Several):
         super().__init__(next((update.packing for update in updates if update.packing.named), first.packing), updates)
 
     def rule(self, phi: Phi, G: Tensor, step: int | None = None) -> Tensor:
-        """The updates one after the other.
+        """Apply the updates in order.
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n) rows.
             G: (tasks, n), packed gradients.
-            step: the inner step, where one of the updates asks for it.
+            step: the inner step, required if one of the updates has meta-parameters per step.
+
+        Returns:
+            (tasks, n), packed updates.
 
         Raises:
-            ValueError: phi has another number of rows; a step that an update has no meta-parameters for.
+            ValueError: phi has another number of rows, or an update has no meta-parameters for the step.
         """
         U = G
         for update, own in self.shares(phi):
@@ -57,7 +60,7 @@ class Chain(Several):
 
 
 def _check_alike(i: int, update: Update, first: Update) -> None:
-    """Raises ValueError unless the update was made for the parameters of the first one."""
+    """Raise ValueError unless the update was made for the parameters of the first one."""
     mine, theirs = update.packing, first.packing
     if len(mine) != len(theirs):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What an update is made of and called with, refused by name."""
+"""Checks of the arguments of updates; each error names the argument."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 
 
 def named_alike(parameters: Iterable[Any] | Packing) -> list[tuple[str, Tensor]]:
-    """(name, tensor) pairs of parameters that agree in dtype and device; the first gives those of meta-parameters.
+    """Check that parameters agree in dtype and device; meta-parameters take these from the first one.
+
+    Args:
+        parameters: tensors, or (name, tensor) pairs.
+
+    Returns:
+        (name, tensor) pairs.
 
     Raises:
-        ValueError: no parameters, a name that occurs twice, mixed devices.
-        TypeError: no iterable of tensors or pairs, or parameters that are not floating point of one dtype.
+        ValueError: there are no parameters, a name occurs twice, or devices are mixed.
+        TypeError: the argument is not an iterable of tensors or pairs, or parameters are not floating point of one
+            dtype.
     """
     if isinstance(parameters, Packing):
         raise TypeError(
@@ -51,13 +58,19 @@ def named_alike(parameters: Iterable[Any] | Packing) -> list[tuple[str, Tensor]]
 
 
 def check_count(argument: str, value: Any, meaning: str) -> int:
-    """An integer of at least 1.
+    """Check that a value is an integer of at least 1.
 
-    meaning: what it counts, for the message.
+    Args:
+        argument: name of the argument, for messages.
+        value: the value.
+        meaning: what it counts, for messages.
+
+    Returns:
+        The value.
 
     Raises:
-        TypeError: no integer.
-        ValueError: less than 1.
+        TypeError: the value is not an integer.
+        ValueError: the value is less than 1.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument}: expected {meaning}, an integer, got {value!r}")
@@ -67,11 +80,18 @@ def check_count(argument: str, value: Any, meaning: str) -> int:
 
 
 def check_step(step: int | None, steps: int) -> int:
-    """The inner step of an update that has meta-parameters for each of `steps`.
+    """Check the inner step of an update that has meta-parameters for each of `steps` steps.
+
+    Args:
+        step: the inner step, 0 for the first.
+        steps: the number of steps that have meta-parameters.
+
+    Returns:
+        The step.
 
     Raises:
-        TypeError: no integer.
-        ValueError: None, or a step that it has none for.
+        TypeError: the step is not an integer.
+        ValueError: the step is None, or has no meta-parameters.
     """
     if step is None:
         raise ValueError(
@@ -89,7 +109,7 @@ def check_step(step: int | None, steps: int) -> int:
 
 
 def check_rate(lr: Any) -> float:
-    """The inner learning rate as a float."""
+    """The inner learning rate as a float; raises TypeError or ValueError unless it is a finite number of at least 0."""
     if isinstance(lr, bool) or not isinstance(lr, Real):
         learned = (
             "; learned rates are those of an update, such as MetaSGD or GradientDescent(..., per_step=steps)"
@@ -104,7 +124,7 @@ def check_rate(lr: Any) -> float:
 
 
 def check_adapted(adapt_update: bool, update: Update) -> None:
-    """Raises ValueError for an update without meta-parameters that is to be adapted."""
+    """Raise ValueError if an update without meta-parameters is to be adapted."""
     if adapt_update and not update.phi:
         raise ValueError(
             f"adapt_update: expected an update to adapt, got {type(update).__name__}, which learns nothing"
@@ -112,7 +132,7 @@ def check_adapted(adapt_update: bool, update: Update) -> None:
 
 
 def check_like(phi: tuple[Tensor, ...], tensor: Tensor, argument: str) -> None:
-    """Raises TypeError or ValueError unless a tensor has the dtype and device of the meta-parameters."""
+    """Raise TypeError or ValueError unless a tensor has the dtype and device of the meta-parameters."""
     for row in phi[:1]:
         if tensor.dtype != row.dtype and not torch.is_autocast_enabled(tensor.device.type):
             raise TypeError(f"{argument}: expected {row.dtype} as the meta-parameters have, got {tensor.dtype}")
@@ -121,18 +141,18 @@ def check_like(phi: tuple[Tensor, ...], tensor: Tensor, argument: str) -> None:
 
 
 def check_packed(update: str, phi: tuple[Tensor, ...], own: tuple[Tensor, ...], G: Tensor, columns: int) -> None:
-    """Checks what a rule in torch's own operations is called with, which would broadcast what does not fit.
+    """Check the arguments of a rule in torch's own operations, which would broadcast shapes that do not fit.
 
     Args:
         update: its name, for messages.
-        phi: as given.
+        phi: the meta-parameters given.
         own: the update's own, (1, n) each.
-        G: as given.
-        columns: of G.
+        G: the gradients given.
+        columns: the number of columns that G must have.
 
     Raises:
-        ValueError: phi has another number of tensors; G or a tensor of phi another shape.
-        TypeError: several dtypes outside autocast.
+        ValueError: phi has another number of tensors; G or a tensor of phi has another shape.
+        TypeError: there are several dtypes outside autocast.
     """
     check_number(update, phi, len(own))
     if G.dim() != 2 or G.shape[1] != columns:
@@ -148,13 +168,13 @@ def check_packed(update: str, phi: tuple[Tensor, ...], own: tuple[Tensor, ...], 
 
 
 def check_number(update: str, phi: tuple[Tensor, ...], expected: int) -> None:
-    """Raises ValueError unless phi has that number of tensors."""
+    """Raise ValueError unless phi has the expected number of tensors."""
     if len(phi) != expected:
         raise ValueError(f"phi: expected {expected} tensors, as phi of this {update}, got {len(phi)}")
 
 
 def check_rule(update: str, U: Any, G: Tensor) -> None:
-    """Raises TypeError or ValueError unless U, of the rule of that update, is one update for each gradient of G."""
+    """Raise TypeError or ValueError unless U, the rule's result, holds one update for each gradient of G."""
     if not isinstance(U, Tensor):
         raise TypeError(f"rule: expected a tensor from the rule of {update}, got {type(U).__name__}")
     if U.shape != G.shape:

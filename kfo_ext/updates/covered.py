@@ -1,4 +1,4 @@
-"""Which parameters an update covers: the rest follows gradient descent."""
+"""Selects the parameters that an update covers; the others follow gradient descent."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def matching(names: Sequence[str], patterns: Iterable[str], argument: str) -> list[int]:
-    """The positions of the names that are, or match by fnmatch, at least one pattern.
+    """Find the names that equal, or match by fnmatch, at least one pattern.
+
+    Args:
+        names: of the parameters.
+        patterns: names or patterns such as "head.*".
+        argument: name of the argument that gave the patterns, for messages.
+
+    Returns:
+        The positions of the names, in order.
 
     Raises:
-        TypeError: `patterns` is no iterable of strings.
+        TypeError: `patterns` is not an iterable of strings.
         ValueError: there is no pattern, or one that no name matches.
     """
     given = type(patterns).__name__
@@ -50,7 +58,7 @@ class Covered:
 
     Args:
         packing: of all parameters.
-        indices: of those that are covered, in order.
+        indices: positions of the covered ones, in order.
     """
 
     def __init__(self, packing: Packing, indices: Sequence[int]) -> None:

@@ -16,16 +16,16 @@ from kfo_ext.updates.rates import StepRates
 class GradientDescent(Update):
     """U(g) = g: learns nothing, copies nothing, and adds nothing to a state_dict.
 
-    With `per_step` U(g) = r g, a learned rate for each parameter tensor and inner step. `adapt_update` changes nothing
-    then: the rates of a step are used in that step alone.
+    With `per_step` U(g) = r g, with a learned rate for each parameter tensor and inner step. `adapt_update` then has no
+    effect, since the rates of a step are used in that step only.
 
     Args:
         parameters: as for `Update`; no `Packing` with `per_step`.
-        per_step: the number of inner steps that have rates of their own, each 1 at the start; None for no rates.
+        per_step: the number of inner steps that have their own rates, each 1 at the start; None for no rates.
 
     Raises:
-        ValueError: `per_step` is less than 1; with it, no parameters or mixed devices.
-        TypeError: `per_step` is no integer; with it, parameters that are not floating point of one dtype.
+        ValueError: `per_step` is less than 1; with `per_step`, there are no parameters or devices are mixed.
+        TypeError: `per_step` is not an integer; with `per_step`, parameters are not floating point of one dtype.
     """
 
     def __init__(
@@ -41,25 +41,25 @@ class GradientDescent(Update):
 
     @property
     def phi(self) -> Phi:
-        """The rates, (1, per_step * parameters), or nothing."""
+        """The rates, (1, per_step * parameters), or ()."""
         return () if self.rates is None else (self.rates.row,)
 
     def rule(self, phi: Phi, G: Tensor, step: int | None = None) -> Tensor:
-        """G itself, or the step's rates times it."""
+        """G itself, or G times the step's rates; raises ValueError for a step that has no rates."""
         if self.rates is None:
             return G
         check_number("GradientDescent", phi, 1)
         return self.rates.rule(phi[0], G, step)
 
     def transform_checked(self, grads: list[Tensor | None], rows: int | None, step: int | None) -> list[Tensor | None]:
-        """The gradients themselves, or as `Update` has it."""
+        """The gradients themselves; with rates, as in `Update`."""
         return grads if self.rates is None else super().transform_checked(grads, rows, step)
 
     def options(self) -> dict[str, Any]:
-        """The steps that have rates."""
+        """The number of steps that have rates."""
         return {"per_step": self.steps}
 
-    # Without rates there is nothing to load, so nothing that a state could fail to fit.
+    # Without rates there is nothing to load, so every state fits.
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

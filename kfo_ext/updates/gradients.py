@@ -1,4 +1,4 @@
-"""The gradients of a loss by named parameters, with errors that say which parameter and which flag."""
+"""The gradients of a loss by named parameters, with errors that name the parameter and the flag."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gradients(
     allow_unused: bool = False,
     allow_nograd: bool = False,
 ) -> list[Tensor | None]:
-    """One gradient per parameter, None where there is none and its flag allows that.
+    """Differentiate a loss by each parameter of a packing.
 
     Args:
         loss: (), the loss.
@@ -31,14 +31,17 @@ def gradients(
         packing: names and shapes.
         create_graph: keep the graph of the gradients.
         retain_graph: keep the loss's graph; as `create_graph` by default.
-        allow_unused: a parameter the loss does not depend on has gradient None.
+        allow_unused: a parameter that the loss does not depend on has gradient None.
         allow_nograd: a parameter that does not require a gradient has gradient None.
 
+    Returns:
+        One gradient per parameter, None where there is none and its flag allows that.
+
     Raises:
-        ValueError: a loss that is no scalar or has no graph; a list of another length or shapes; a frozen or unused
-            parameter.
-        TypeError: a loss or parameter that is no tensor.
-    """
+        ValueError: the loss is not a scalar or has no graph; the number of parameters or a shape does not fit; or a
+            parameter is frozen or unused without its flag.
+        TypeError: the loss or a parameter is not a tensor.
+    """  # noqa: DOC501
     check_loss(loss, None)
     parameters = listed(parameters, "parameters")
     for i, parameter in enumerate(parameters):
@@ -69,7 +72,7 @@ def gradients(
 
 
 def check_loss(loss: Any, tasks: int | None) -> None:
-    """Raises TypeError or ValueError for what is no loss, (), or (tasks,) with a task dimension."""
+    """Raise TypeError or ValueError unless the loss has shape (), or (tasks,) with a task dimension."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}: pass the value of a loss, computed")
     if loss.is_complex():
@@ -92,9 +95,21 @@ def differentiated(
     retain_graph: bool | None = None,
     allow_unused: bool = False,
 ) -> list[Tensor | None]:
-    """The gradient of the sum of `loss` by each parameter; None where one requires none, or is unused and may be.
+    """Differentiate the sum of `loss` by each parameter.
 
-    argument: what the parameters are called in messages.
+    Args:
+        loss: (), or (tasks,).
+        parameters: tensors by name.
+        argument: what messages call the parameters.
+        create_graph: keep the graph of the gradients.
+        retain_graph: keep the loss's graph; as `create_graph` by default.
+        allow_unused: a parameter that the loss does not depend on has gradient None.
+
+    Returns:
+        One gradient per parameter, None for one that requires none, or that is unused where that is allowed.
+
+    Raises:
+        ValueError: the loss has no graph, or a parameter is unused without its flag.
     """
     wanted = [parameter for parameter in parameters.values() if parameter.requires_grad]
     if not wanted:
@@ -125,7 +140,7 @@ def differentiated(
 
 def _wrong_number(parameters: Sequence[Tensor], packing: Packing) -> ValueError:
     given = [tuple(parameter.shape) for parameter in parameters]
-    # By shape, in order: tensors alone have no names.
+    # Matched by shape, in order: tensors alone have no names.
     blocks = SequenceMatcher(
         None, [tuple(shape) for shape in packing.shapes], given, autojunk=False
     ).get_matching_blocks()

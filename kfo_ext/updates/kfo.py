@@ -1,4 +1,4 @@
-"""META-KFO: a learned update U(g) made of Kronecker-factored layers, one pair of factors per parameter."""
+"""KFO: a learned update U(g) made of Kronecker-factored layers, one pair of factors per parameter."""
 
 from __future__ import annotations
 
@@ -33,42 +33,43 @@ class KFO(Update):
 
     It meets the contract of learn2learn's ParameterUpdate: it can be the update of GBML, and be cloned by clone_module.
 
-    Its state loads only where names, shapes, options and the factors of each parameter are the same (see `Update`). An
-    activation is known by its qualified name; one that has none (a lambda, a partial) loads into this module and its
-    copies alone.
+    Its state loads only if names, shapes, options and the factors of each parameter are the same (see `Update`). An
+    activation is identified by its qualified name; one without a name (a lambda, a partial) loads only into this module
+    and its copies.
 
     Args:
-        parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`. Those that get
-            factors are biases, linear and convolution weights (1 to 5 dimensions). One of three dimensions that is no
+        parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`. Biases, linear
+            and convolution weights (1 to 5 dimensions) get factors. A parameter of three dimensions that is no
             convolution, such as (1, tokens, width), follows the same rule: its first dimension shares the factors of
             the other two; `only` leaves it out. Their order is the order of every list in this class.
         only: names of the parameters that get factors, or patterns such as "head.*" (fnmatch); the rest follows
             gradient descent, U(g) = g. None: all.
         max_factor: the longest side that gets a factor; on a longer one U is the identity, and nothing of its size is
             stored. A parameter with both sides longer follows gradient descent, without a bias term. None: any size.
-        psd: take R^T R and L^T L in place of R and L (both reference implementations do).
+        psd: use R^T R and L^T L instead of R and L (both reference implementations do).
         bias: add a learned term per parameter to each Kronecker layer, shared by the B matrices of a convolution; None:
-            with hidden layers alone, as the paper's non-linear update has it.
+            only with hidden layers, as in the paper's non-linear update.
         hidden_layers: Kronecker layers before the last one, with an activation after each.
         activation: between layers: tanh, relu, sigmoid, gelu, softplus or any elementwise function.
-        scale: s, a fixed number that the hidden layers see gradients multiplied by; what they add is divided by it. It
-            decides whether they are non-linear at all: tanh(x) is nearly x at the size that gradients have. Where the
-            activation is the identity, s cancels but for biases; with relu too, as relu(s x) = s relu(x).
-        per_step: the number of inner steps that have a learned rate of their own for each parameter tensor, whether it
-            has factors or not, in front of U; each is 1 at the start. None for none.
+        scale: s, a fixed number: gradients are multiplied by it before the hidden layers, whose output is divided by
+            it. It decides whether they are non-linear at all: tanh(x) is nearly x at the size that gradients have. If
+            the activation is the identity, s cancels except for biases; with relu too, since relu(s x) = s relu(x).
+        per_step: the number of inner steps that have their own learned rate for each parameter tensor, with or without
+            factors, in front of U; each is 1 at the start. None for none.
         backend: see `kfo_ext.transform`.
 
     Raises:
-        ValueError: no parameters, an unsupported shape, mixed devices, a negative depth, an unknown activation or
-            backend, a `scale` that is not above 0, that the parameters' dtype cannot hold, or that has no effect
-            because there are no hidden layers, `per_step` less than 1, a pattern that matches no parameter, a
-            `max_factor` that leaves no factor, or factors that need more than a quarter of the memory that the device
-            has left (p^2 + q^2 elements per parameter and layer).
-        TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or an option of
-            another type.
+        ValueError: there are no parameters; a shape, an activation or a backend is not supported; devices are mixed;
+            the depth is negative; `scale` is not above 0, does not fit the parameters' dtype, or has no effect because
+            there are no hidden layers; `per_step` is less than 1; a pattern matches no parameter; `max_factor` leaves
+            no factor; or the factors need more than a quarter of the memory that the device has left (p^2 + q^2
+            elements per parameter and layer).
+        TypeError: an entry is not a tensor, parameters are not floating point of one dtype, or an option has another
+            type.
 
-    Source: paper, equations 21, 22 and 26, appendix C. The residual form, tanh and the start are this package's choice:
-    the paper gives none.
+    Source:
+        paper, equations 21, 22 and 26, appendix C. The residual form, tanh and the start are this package's choice: the
+        paper gives none.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class KFO(Update):
         return layers if self.rates is None else (*layers, self.rates.row)
 
     def rule(self, phi: Phi, G: Tensor, step: int | None = None) -> Tensor:
-        """U(g), a pure function of packed tensors: differentiate it by either argument.
+        """Compute U(g) as a pure function of packed tensors, differentiable by both arguments.
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n) rows.
@@ -144,10 +145,10 @@ class KFO(Update):
             (tasks, n), packed updates.
 
         Raises:
-            ValueError: phi has another number of rows than `self.phi`; a step that has no rates.
+            ValueError: phi has another number of rows than `self.phi`, or the step has no rates.
         """
         problems = self.problems
-        # R, L and the bias of each layer, those of them that there are.
+        # The number of rows of each layer: R, L and the bias, as far as it has them.
         rows = (problems.R.numel > 0) + (problems.L.numel > 0) + self.has_bias
         layers = rows * len(self.layers)
         check_number("KFO", phi, layers + (self.rates is not None))
@@ -171,13 +172,16 @@ class KFO(Update):
         return cast("list[KroneckerLayer]", list(self.layers))
 
     def factors(self, layer: int = 0) -> list[Pair]:
-        """One (R (p, p), L (q, q)) pair of views per parameter, read from the module as it is now.
+        """The factors of one Kronecker layer, as views of the module's present meta-parameters.
 
         None stands for a factor that a parameter does not have, and counts as the identity: a side longer than
         `max_factor`, or both sides of a parameter that follows gradient descent.
 
         Args:
             layer: which Kronecker layer, 0 is the one next to the gradient.
+
+        Returns:
+            One (R (p, p), L (q, q)) pair per parameter.
 
         Raises:
             ValueError: there is no such layer.
@@ -190,7 +194,7 @@ class KFO(Update):
         return pairs
 
     def options(self) -> dict[str, Any]:
-        """The options that the factors were made with, and which factors each parameter has."""
+        """The options of the factors, and the sides that have a factor, per parameter."""
         factors = [""] * len(self.packing)
         for i, side in zip(self.covered.indices, self.problems.sides):
             factors[i] = side
@@ -205,13 +209,14 @@ class KFO(Update):
         }
 
     def _unnamed_activation(self) -> str:
-        # Kept beside the function that it stands for, so that copies of this module share it and another function not.
+        # Stored with the function, so that copies of this module share the identity, and another function does not.
         known = self._unnamed
         if known is None or known[0] is not self.activation:
             known = self._unnamed = (self.activation, f"{state.UNNAMED}{uuid.uuid4().hex}")
         return known[1]
 
     def extra_repr(self) -> str:
+        """The number of parameters that have factors, and the options."""
         count = len(self.packing)
         covered = count if self.covered.all else f"{len(self.covered.indices)} of {count}"
         return f"parameters={covered}, psd={self.psd}, bias={self.has_bias}"
@@ -221,7 +226,7 @@ def _checked_scale(scale: float, hidden_layers: int, dtype: torch.dtype) -> floa
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale: expected a number, got {scale!r}")
     least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-    # A number outside would make zeros or infinities of all gradients.
+    # A number outside this range would turn all gradients into zeros or infinities.
     if not least <= scale <= most:
         raise ValueError(
             f"scale: expected a finite number above 0, in {dtype} from {least:.3g} to {most:.3g}, got {scale}"
@@ -234,7 +239,7 @@ def _checked_scale(scale: float, hidden_layers: int, dtype: torch.dtype) -> floa
 
 
 def _covered_problems(packing: Packing, only: Iterable[str] | None, max_factor: int | None) -> tuple[Covered, Problems]:
-    """The parameters that get at least one factor, and their problems."""
+    """The parameters that get a factor, and their problems; raises TypeError or ValueError for bad options."""
     if max_factor is not None and (isinstance(max_factor, bool) or not isinstance(max_factor, int)):
         raise TypeError(f"max_factor: expected an integer or None, got {max_factor!r}")
     if max_factor is not None and max_factor < 1:

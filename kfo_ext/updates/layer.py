@@ -1,4 +1,4 @@
-"""One Kronecker layer: packed factors for a whole group of parameters, and the map they make of packed gradients."""
+"""A Kronecker layer: packed factors for a group of parameters, and the map that they define on packed gradients."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ class KroneckerLayer(nn.Module):
     """K(g) = R^T g L (+ bias), or with psd R^T R g L^T L (+ bias), for every parameter of a group.
 
     Args:
-        problems: the group; its sides say which factors there are.
-        psd: take R^T R and L^T L in place of R and L, so that the map is symmetric positive semi-definite.
+        problems: the group; its sides determine which factors there are.
+        psd: use R^T R and L^T L instead of R and L, so that the map is symmetric positive semi-definite.
         bias: learn a (p, q) term per parameter, broadcast over B; it starts at 0.
-        zero: start R, or L where there is no R, at 0 in place of the identity: the zero map, which still learns because
-            the other factor is the identity.
+        zero: start R, or L if there is no R, at 0 instead of the identity: the zero map, which still learns because the
+            other factor is the identity.
         like: a tensor that gives dtype and device.
         backend: see `kfo_ext.transform`.
 
-    Source: paper, appendix C.1; learn2learn's KroneckerTransform is psd by default.
+    Source:
+        paper, appendix C.1; learn2learn's KroneckerTransform is psd by default.
     """
 
     def __init__(self, problems: Problems, *, psd: bool, bias: bool, zero: bool, like: Tensor, backend: str) -> None:
@@ -38,18 +39,26 @@ class KroneckerLayer(nn.Module):
         self.bias = _row(problems.bias.numel, like) if bias else None
         with torch.no_grad():
             for R, L in self.factors():
-                # The one factor that a problem has is the whole map.
+                # If a problem has only one factor, that factor is the whole map.
                 for start, factor in ((0 if zero else 1, R), (0 if zero and R is None else 1, L)):
                     if factor is not None:
                         factor.fill_diagonal_(start)
 
     @property
     def phi(self) -> Phi:
-        """The layer's packed meta-parameters, one row each: R, L and the bias, those of them that it has."""
+        """The layer's packed meta-parameters, one row each: R, L and the bias, as far as it has them."""
         return tuple(row for row in (self.R, self.L, self.bias) if row is not None)
 
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
-        """K(g) with the given meta-parameters, (tasks or 1, n) each, in place of the layer's own; G: (tasks, n)."""
+        """Compute K(g) with the given meta-parameters instead of the layer's own.
+
+        Args:
+            phi: as `self.phi`, (tasks or 1, n_i) each.
+            G: (tasks, n), packed gradients.
+
+        Returns:
+            (tasks, n), packed updates.
+        """
         rows = list(phi)
         for i, packing in enumerate((self.problems.R, self.problems.L)):
             if not packing.numel:
@@ -63,9 +72,10 @@ class KroneckerLayer(nn.Module):
         return transform(R, H, L, self.problems, bias=bias[0] if bias else None, backend=self.backend)
 
     def factors(self) -> list[Pair]:
-        """One (R (p, p), L (q, q)) pair of views per parameter, None for a factor that it does not have.
+        """The factors of each parameter, as views: in-place changes under no_grad change the layer.
 
-        In-place changes under no_grad show in the layer.
+        Returns:
+            One (R (p, p), L (q, q)) pair per parameter, None for a factor that it does not have.
         """
         Rs, Ls = views(self.R, self.problems.R), views(self.L, self.problems.L)
         return list(zip(Rs, Ls))
@@ -76,11 +86,11 @@ def _row(numel: int, like: Tensor) -> nn.Parameter | None:
 
 
 def views(row: Tensor | None, packing: Packing) -> list[Tensor | None]:
-    """The tensors of a module's own packed row, (1, n); None where there is no row or a tensor has no elements."""
+    """The tensors of a module's own packed row, (1, n); None if there is no row or a tensor has no elements."""
     found: list[Tensor | None] = []
     offset = 0
     for shape, size in zip(packing.shapes, packing.sizes):
-        # Views one by one: torch forbids in-place changes of what split returns.
+        # One view at a time: torch forbids in-place changes of the views that split returns.
         found.append(None if row is None or not size else row[0].narrow(0, offset, size).view(shape))
         offset += size
     return found

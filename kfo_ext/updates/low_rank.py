@@ -1,4 +1,4 @@
-"""The low-rank Cholesky update: a learned A of few columns in place of a full matrix."""
+"""The low-rank Cholesky update: a learned A of few columns instead of a full matrix."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from kfo_ext.updates.covered import Covered, matching
 
 
 class Elements(NamedTuple):
-    """How many elements the maps of some parameters have.
+    """The number of elements in the maps of some parameters.
 
-    learned: of A, which is meta-learned.
-    stored: with the frozen start of A.
-    kronecker: of R and L, which a KFO of one layer has in its place: p^2 + q^2 for each parameter.
-    full: of the full matrix, n^2 for a parameter of n elements.
+    Attributes:
+        learned: elements of A, which is meta-learned.
+        stored: including the frozen start of A.
+        kronecker: of R and L of a one-layer KFO for the same parameters: p^2 + q^2 each.
+        full: of the full matrix, n^2 for a parameter of n elements.
     """
 
     learned: int
@@ -32,30 +33,31 @@ class Elements(NamedTuple):
 
 
 class LowRank(Update):
-    """U(g) = g + A A^T g - A0 A0^T g, with a learned A (n, rank) and A0, its frozen random start: U(g) = g there.
+    """U(g) = g + A A^T g - A0 A0^T g, with a learned A (n, rank) and A0, its frozen random start, where U(g) = g.
 
-    By default each side has an A of its own: U(G) = S_R G S_L, where G is B matrices (p, q) as for `KFO` and
+    By default each side has its own A: U(G) = S_R G S_L, where G is B matrices (p, q) as for `KFO` and
     S = I + A A^T - A0 A0^T of size p or q. A side of length 1 has none. With `whole_layer` A has a row for each element
     of a parameter: n = B p q.
 
     The columns of A start as random vectors of about unit length. A0 is a buffer: without it A means nothing, so a
-    state that holds one of them alone is refused.
+    state that holds only one of them is refused.
 
     Args:
         parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`.
         rank: columns of A; no more than the shortest side.
-        whole_layer: one A for all elements of a parameter, in place of one for each side.
+        whole_layer: one A for all elements of a parameter, instead of one for each side.
         only: names of the parameters that get an A, or patterns such as "head.*" (fnmatch); the rest follows gradient
             descent, U(g) = g. None: all.
 
     Raises:
-        ValueError: no parameters, an unsupported shape, mixed devices, a pattern that matches no parameter, a rank less
-            than 1 or greater than a side, or no side that is longer than 1.
-        TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or an option of
-            another type.
+        ValueError: there are no parameters, a shape is not supported, devices are mixed, a pattern matches no
+            parameter, the rank is less than 1 or greater than a side, or no side is longer than 1.
+        TypeError: an entry is not a tensor, parameters are not floating point of one dtype, or an option has another
+            type.
 
-    Source: paper, appendix C.1 (the low-rank Cholesky factorization). Its A A^T cannot be the identity where rank < n:
-    the difference from the start is this package's choice.
+    Source:
+        paper, appendix C.1 (the low-rank Cholesky factorization). Its A A^T cannot be the identity if rank < n: the
+        difference from the start is this package's choice.
     """
 
     start: Tensor
@@ -80,7 +82,7 @@ class LowRank(Update):
         shapes = [problem_shape(packing.shapes[i], packing.names[i]) for i in wanted]
         if whole_layer:
             shapes = [(1, B * p * q, 1) for B, p, q in shapes]
-        # (parameter, axis, side): axis 2 for p, 3 for q of (tasks, B, p, q).
+        # (parameter, axis, length of the side): axis 2 for p, 3 for q of (tasks, B, p, q).
         sides = [
             (i, axis, shape[axis - 1]) for i, shape in zip(wanted, shapes) for axis in (2, 3) if shape[axis - 1] > 1
         ]
@@ -96,7 +98,7 @@ class LowRank(Update):
         triples = dict(zip(wanted, shapes))
         self.covered = Covered(packing, sorted({i for i, _, _ in sides}))
         self._shapes = [triples[i] for i in self.covered.indices]
-        # Where each A lies in a packed row, and the axes of each covered parameter.
+        # The position of each A in a packed row, and the axes of each covered parameter.
         self._A = Packing([packing.names[i] for i, _, _ in sides], [torch.Size((side, rank)) for _, _, side in sides])
         self._axes = [[axis for j, axis, _ in sides if j == i] for i in self.covered.indices]
         pieces = [torch.randn(side, rank, dtype=like.dtype, device=like.device) / side**0.5 for _, _, side in sides]
@@ -110,15 +112,18 @@ class LowRank(Update):
         return (self.A,)
 
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
-        """U(g).
+        """Compute U(g).
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n) rows.
             G: (tasks, n), packed gradients.
 
+        Returns:
+            (tasks, n), packed updates.
+
         Raises:
-            ValueError: phi or G of other shapes.
-            TypeError: several dtypes outside autocast.
+            ValueError: phi or G has another shape.
+            TypeError: there are several dtypes outside autocast.
         """
         check_packed("LowRank", phi, self.phi, G, self.packing.numel)
         operands = {"G": G, "phi": phi[0], "start": self.start}
@@ -132,13 +137,13 @@ class LowRank(Update):
         for X, (B, p, q), shape, axes in zip(packing.unpack(G), self._shapes, packing.shapes, self._axes):
             U = X.reshape(len(G), B, p, q)
             for axis in axes:
-                # The difference first: at the start it is zero exactly.
+                # The difference first: at the start it is exactly zero.
                 U = U + (_project(next(As), U, axis) - _project(next(A0s), U, axis))
             updates.append(U.reshape(len(G), *shape))
         return packing.join(updates, len(G))
 
     def memory(self) -> Elements:
-        """What the covered parameters' maps take, beside a Kronecker and a full one."""
+        """The size of the covered parameters' maps, and of Kronecker and full maps in comparison."""
         numels = [shape.numel() for shape in self.covered.packing.shapes]
         sides = [problem_shape(shape)[1:] for shape in self.covered.packing.shapes]
         return Elements(
@@ -146,12 +151,12 @@ class LowRank(Update):
         )
 
     def options(self) -> dict[str, Any]:
-        """The options that A was made with, and which parameters have one."""
+        """The options of A, and which parameters have one."""
         covered = [i in self.covered.indices for i in range(len(self.packing))]
         return {"covered": covered, "rank": self.rank, "whole_layer": self.whole_layer}
 
     def check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """As `Update` has it; raises ValueError for A without its start, or the start alone."""
+        """As in `Update`; also raises ValueError for A without its start, or the start alone."""
         if (prefix + "A" in state_dict) != (prefix + "start" in state_dict):
             lacks, has = ("start", "A") if prefix + "A" in state_dict else ("A", "start")
             raise ValueError(
@@ -161,12 +166,13 @@ class LowRank(Update):
         super().check_state(state_dict, prefix)
 
     def extra_repr(self) -> str:
+        """The number of parameters that have an A, and the rank."""
         return f"parameters={len(self.covered.indices)} of {len(self.packing)}, rank={self.rank}"
 
 
 def _project(A: Tensor, X: Tensor, axis: int) -> Tensor:
     """A A^T X along an axis of X (tasks, B, p, q); A: (tasks or 1, side, rank)."""
-    # einsum does not copy shared factors to each task, which matmul does.
+    # einsum does not copy shared factors to each task; matmul does.
     if axis == 2:
         return torch.einsum("tkr,tbrq->tbkq", A, torch.einsum("tkr,tbkq->tbrq", A, X))
     return torch.einsum("tkr,tbpr->tbpk", A, torch.einsum("tkr,tbpk->tbpr", A, X))

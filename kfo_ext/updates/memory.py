@@ -1,7 +1,7 @@
-"""The memory of factors: p^2 + q^2 elements for each parameter and layer, compared with what is left beforehand.
+"""The memory of factors: p^2 + q^2 elements per parameter and layer, checked against the free memory in advance.
 
-An embedding of n words has n^2 elements in R alone. Linux grants more than there is and kills the process when it is
-used, so the allocator is not the one to ask.
+An embedding of n words has n^2 elements in R alone. Linux grants more memory than there is and kills the process when
+it uses it, so the allocator cannot be relied on.
 """
 
 from __future__ import annotations
@@ -24,13 +24,22 @@ _MOST = 2**63 - 1
 def room_for_factors(
     problems: Problems, layers: int, bias: bool, like: Tensor, remedy: str | None = None
 ) -> Iterator[None]:
-    """Makes the factors inside; names the largest parameter where they would take too much.
+    """Check that the factors made in the block fit into memory; the error names the largest parameter.
 
-    remedy: what to do then; by default KFO's.
+    Args:
+        problems: the parameters that get factors.
+        layers: the number of Kronecker layers.
+        bias: whether each layer has a bias.
+        like: a tensor that gives dtype and device.
+        remedy: the remedy in the message; by default KFO's.
+
+    Yields:
+        Nothing; the block allocates the factors.
 
     Raises:
-        ValueError: they need more than a quarter of what the device has left, or its allocator failed.
-    """
+        ValueError: they need more than a quarter of the memory that the device has left, or its allocator failed.
+        RuntimeError: an error of the block that is not about memory.
+    """  # noqa: DOC501
     elements = problems.R.numel + problems.L.numel + (problems.bias.numel if bias else 0)
     needed = layers * elements * like.element_size()
     left = available_bytes(like.device)

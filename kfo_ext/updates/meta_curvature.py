@@ -30,19 +30,20 @@ class MetaCurvature(Update):
         linear (out, in)                 U = M_o g M_i
         convolution (out, in, *kernel)   U[o, i, f] = sum of M_o[o, o'] M_i[i', i] M_f[f, f'] g[o', i', f']
 
-    The sum is over o', i' and f'; f runs over all positions of a kernel of one, two or three dimensions. On 1, 2 and 4
-    dimensions that is learn2learn's MetaCurvatureTransform; `kfo_ext.interop.learn2learn` converts its matrices.
+    The sum is over o', i' and f'; f runs over all positions of a kernel of one, two or three dimensions. In 1, 2 and 4
+    dimensions this equals learn2learn's MetaCurvatureTransform; `kfo_ext.interop.learn2learn` converts its matrices.
 
     Args:
         parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`.
         backend: see `kfo_ext.transform`.
 
     Raises:
-        ValueError: no parameters, one of no or of more than five dimensions, mixed devices, or matrices that need more
-            than a quarter of the memory that the device has left.
-        TypeError: an entry that is no tensor, or parameters that are not floating point of one dtype.
+        ValueError: there are no parameters, a parameter has no or more than five dimensions, devices are mixed, or the
+            matrices need more than a quarter of the memory that the device has left.
+        TypeError: an entry is not a tensor, or parameters are not floating point of one dtype.
 
-    Source: Park and Oliva 2019, Meta-Curvature.
+    Source:
+        Park and Oliva 2019, Meta-Curvature.
     """
 
     def __init__(self, parameters: Iterable[Tensor | tuple[str, Tensor]], *, backend: str = "auto") -> None:
@@ -74,21 +75,24 @@ class MetaCurvature(Update):
 
     @property
     def phi(self) -> Phi:
-        """m of all vectors; R and L of all matrices, as the transform has them; R of all convolutions' outputs."""
+        """The m of all vectors; R and L of all matrices, as in the transform; R of all convolutions' outputs."""
         layers = [layer for layer in (self.axes, self.outputs) if layer is not None]
         rows = [] if self.m is None else [self.m]
         return (*rows, *(row for layer in layers for row in layer.phi))
 
     def rule(self, phi: Phi, G: Tensor) -> Tensor:
-        """U(g) of all axes.
+        """Compute U(g) along all axes.
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n) rows.
             G: (tasks, n), packed gradients.
 
+        Returns:
+            (tasks, n), packed updates.
+
         Raises:
-            ValueError: phi or G of other shapes.
-            TypeError: several dtypes outside autocast.
+            ValueError: phi or G has another shape.
+            TypeError: there are several dtypes outside autocast.
         """
         check_packed("MetaCurvature", phi, self.phi, G, self.packing.numel)
         rows = list(phi)
@@ -103,9 +107,10 @@ class MetaCurvature(Update):
         return self._parts.together(done)
 
     def matrices(self) -> list[tuple[Tensor, ...]]:
-        """Per parameter (m,), (M_o, M_i) or (M_o, M_i, M_f), as views.
+        """The matrices of each parameter, as views: in-place changes under no_grad change the module.
 
-        In-place changes under no_grad show in the module.
+        Returns:
+            Per parameter (m,), (M_o, M_i) or (M_o, M_i, M_f).
         """
         vectors = iter(views(self.m, self._vectors))
         axes = iter([] if self.axes is None else self.axes.factors())
@@ -117,7 +122,7 @@ class MetaCurvature(Update):
                 continue
             R, L = next(axes)
             found.append((_transposed(R), L) if len(shape) == 2 else (_transposed(next(outputs)[0]), R, _transposed(L)))
-        # Every parameter has all of its own.
+        # No matrix is None: every parameter has all of its matrices.
         return cast("list[tuple[Tensor, ...]]", found)
 
 

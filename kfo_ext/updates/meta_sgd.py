@@ -21,15 +21,16 @@ class MetaSGD(Update):
 
     Args:
         parameters: the tensors to update, or (name, tensor) pairs such as `model.named_parameters()`.
-        per_step: the number of inner steps that have a rate of their own for each parameter tensor, in front of a; each
-            is 1 at the start. None for none.
+        per_step: the number of inner steps that have their own rate for each parameter tensor, in front of a; each is 1
+            at the start. None for none.
 
     Raises:
-        ValueError: no parameters, mixed devices, or `per_step` less than 1.
-        TypeError: an entry that is no tensor, parameters that are not floating point of one dtype, or `per_step` that
-            is no integer.
+        ValueError: there are no parameters, devices are mixed, or `per_step` is less than 1.
+        TypeError: an entry is not a tensor, parameters are not floating point of one dtype, or `per_step` is not an
+            integer.
 
-    Source: Li et al. 2017, Meta-SGD; its rates are a times the learner's lr.
+    Source:
+        Li et al. 2017, Meta-SGD; its rates are a times the learner's lr.
     """
 
     def __init__(self, parameters: Iterable[Tensor | tuple[str, Tensor]], *, per_step: int | None = None) -> None:
@@ -42,24 +43,27 @@ class MetaSGD(Update):
 
     @property
     def phi(self) -> Phi:
-        """a, (1, n), and the rates of the steps where there are some."""
+        """The learned a, (1, n), and the rates of the steps if there are any."""
         return (self.a,) if self.rates is None else (self.a, self.rates.row)
 
     def rule(self, phi: Phi, G: Tensor, step: int | None = None) -> Tensor:
-        """a g, times the rates of the step.
+        """Compute a g, times the rates of the step.
 
         Args:
             phi: as `self.phi`, with (tasks or 1, n) rows.
             G: (tasks, n), packed gradients.
             step: the inner step, with `per_step`.
 
+        Returns:
+            (tasks, n), packed updates.
+
         Raises:
-            ValueError: phi has another number of rows, or rows of another length; a step that has no rates.
+            ValueError: phi has another number of rows, or rows of another length; or the step has no rates.
         """
         check_packed("MetaSGD", phi, self.phi, G, self.packing.numel)
         U = phi[0] * G
         return U if self.rates is None else self.rates.rule(phi[1], U, step)
 
     def options(self) -> dict[str, Any]:
-        """The steps that have rates."""
+        """The number of steps that have rates."""
         return {"per_step": self.steps}

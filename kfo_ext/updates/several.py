@@ -1,4 +1,4 @@
-"""What updates made of several others share: their meta-parameters, their steps and what they were made for."""
+"""The base class of updates made of several others: their meta-parameters, steps and options."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kfo_ext.updates.checks import check_number
 
 
 class Several(Update):
-    """An update made of others, whose meta-parameters follow one another.
+    """An update made of others; its meta-parameters are theirs, one after the other.
 
     Args:
         parameters: as for `Update`.
-        updates: those that it is made of, at least one.
+        updates: the updates that it is made of, at least one.
     """
 
     def __init__(self, parameters: Iterable[Tensor | tuple[str, Tensor]] | Packing, updates: Sequence[Update]) -> None:
@@ -36,10 +36,16 @@ class Several(Update):
         return tuple(row for update in self._updates for row in update.phi)
 
     def shares(self, phi: Phi) -> list[tuple[Update, Phi]]:
-        """Each update with its own meta-parameters.
+        """Split phi into the meta-parameters of each update.
+
+        Args:
+            phi: as `self.phi`.
+
+        Returns:
+            Each update with its own meta-parameters.
 
         Raises:
-            ValueError: another number of rows than `self.phi` has.
+            ValueError: phi has another number of rows than `self.phi`.
         """
         check_number(type(self).__name__, phi, sum(self._counts))
         shares, start = [], 0

@@ -11,26 +11,29 @@ import torch
 from torch import Tensor
 
 VERSION = 1
-# Stands before the identity of an activation that has no name.
+# Prefix of the identity of an activation that has no name.
 UNNAMED = "without a name, "
 
 
 def encode(made_for: dict[str, Any]) -> Tensor:
-    """(n,), uint8."""
+    """The JSON text of `made_for` and the format's version, as a tensor of bytes: (n,), uint8."""
     text = json.dumps({"version": VERSION, **made_for})
-    # The device is given: one that a context sets could be meta, which holds no bytes.
+    # An explicit device: a default set by a context could be meta, which holds no bytes.
     return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
 
 
 def decode(state: object, key: str) -> dict[str, Any]:
-    """What `encode` was given.
+    """Read the dict that `encode` was given.
 
     Args:
-        state: a tensor of bytes; another dtype or device will do, as tools that convert a whole state_dict leave it.
+        state: a tensor of bytes; another dtype or device is accepted, since tools may convert a whole state_dict.
         key: of the state in its state_dict, for messages.
 
+    Returns:
+        The dict, with the format's version.
+
     Raises:
-        ValueError: anything else, or another version.
+        ValueError: the state is anything else, or of another version.
     """
     made_for, got = _read(state)
     if isinstance(made_for, dict) and made_for.get("version") != VERSION:
@@ -58,7 +61,7 @@ def _list_of(kind: type, values: object) -> bool:
 
 
 def _read(state: object) -> tuple[Any, str | None]:
-    """What the JSON holds, and None or what is there instead of an object."""
+    """The content of the JSON, and None or a description of what there is instead of an object."""
     if isinstance(state, dict):
         return None, f"a dict with {', '.join(map(str, state)) or 'no keys'}"
     if not isinstance(state, Tensor):
@@ -74,9 +77,15 @@ def _read(state: object) -> tuple[Any, str | None]:
 
 
 def compare(mine: dict[str, Any], theirs: dict[str, Any], key: str) -> None:
-    """Raises ValueError unless meta-parameters made for `theirs` fit an update made for `mine`.
+    """Check that meta-parameters made for `theirs` fit an update made for `mine`.
 
-    key: of the state in its state_dict, for messages.
+    Args:
+        mine: what the update was made for.
+        theirs: what the state was made for, as `decode` returns it.
+        key: of the state in its state_dict, for messages.
+
+    Raises:
+        ValueError: names, shapes or options differ.
     """
     if len(theirs["names"]) != len(mine["names"]):
         raise ValueError(
@@ -108,11 +117,18 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any], key: str) -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Says in torch's error what a state_dict lacks that has meta-parameters without a state."""
+    """Extend torch's error if a state_dict has meta-parameters without the state that says what they were made for.
+
+    Yields:
+        Nothing; the block loads the state_dict.
+
+    Raises:
+        RuntimeError: torch's error in the block, explained if a state is missing.
+    """
     try:
         yield
     except RuntimeError as error:
-        # torch tells no hook whether loading is strict.
+        # No hook of torch reveals whether loading is strict.
         missing = next((line for line in str(error).splitlines() if "Missing key" in line), "")
         if '_extra_state"' not in missing:
             raise

@@ -1,4 +1,4 @@
-"""One inner step, for a loop of the user's own; `Update.step` is its interface."""
+"""One inner step of a hand-written loop; `Update.step` is its interface."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ Params = TypeVar("Params", bound=Mapping[str, Tensor] | Iterable[Tensor])
 class Last(NamedTuple):
     """The last step of an update that is adapted.
 
-    phi: that U was evaluated at, (tasks or 1, n) each.
-    learned: which of phi are adapted.
-    gradient: that U was evaluated at.
-    pull: from the gradient that follows, the VJP of U applied to it, by each of phi that is adapted.
-    params: that it has returned, in the packing's order.
-    versions: theirs, which count changes in place.
-    level: of the torch.func transform that it was taken in.
+    Attributes:
+        phi: the meta-parameters that U was evaluated at, (tasks or 1, n) each.
+        learned: which of phi are adapted.
+        gradient: the gradient that U was evaluated at.
+        pull: maps the next gradient to the VJP of U applied to it, by each of phi that is adapted.
+        params: the parameters that the step returned, in the packing's order.
+        versions: their version counters, which count in-place changes.
+        level: the torch.func transform level at which the step was taken.
     """
 
     phi: Phi
@@ -43,13 +44,13 @@ class Last(NamedTuple):
 
 
 class StepState(NamedTuple):
-    """What a step hands to the next one, to be passed on as it is.
+    """The state that a step returns for the next one, to be passed on unchanged.
 
     Attributes:
-        update: whose step it was.
-        number: of the steps that were taken.
-        lr: of the last of them.
-        last: what adapting phi needs; None where phi is not adapted.
+        update: the update that took the step.
+        number: the number of steps taken.
+        lr: the inner learning rate of the last step.
+        last: what adapting phi requires; None if phi is not adapted.
     """
 
     update: Update
@@ -58,14 +59,20 @@ class StepState(NamedTuple):
     last: Last | None
 
     def detached(self, params: Params) -> tuple[Params, StepState]:
-        """The parameters that the last step returned, and its state, without the graph of the steps so far.
+        """Cut the graph of the steps taken so far.
 
-        The steps go on with the same numbers; a backward pass reaches the returned parameters, which are leaves, and
-        no further. An adapted phi keeps its values, and is cut off from the update's own meta-parameters: begin with
-        state=None to take these up again. U is evaluated once more where phi is adapted.
+        The steps continue with the same numbers; a backward pass reaches the returned parameters, which are leaves, and
+        no further. An adapted phi keeps its values but is detached from the update's own meta-parameters: start with
+        state=None to use these again. If phi is adapted, U is evaluated once more.
+
+        Args:
+            params: the parameters that the last step returned.
+
+        Returns:
+            The parameters and the state, without the graph.
 
         Raises:
-            ValueError: phi is adapted, and the params are others than the last step returned, or were changed since.
+            ValueError: phi is adapted, and the params are not those that the last step returned, or were changed since.
         """
         packing, last = self.update.packing, self.last
         given = in_order(packing, params)
@@ -82,7 +89,7 @@ class StepState(NamedTuple):
         return cut, self._replace(last=kept)
 
     def check(self, params: list[Tensor], lr: float, adapt_update: bool) -> None:
-        """Raises ValueError unless a step with these arguments may follow."""
+        """Raise ValueError unless a step with these arguments may follow."""
         if adapt_update != (self.last is not None):
             raise ValueError(
                 f"adapt_update: expected {not adapt_update} as in the last step, got {adapt_update}: begin anew with "
@@ -121,7 +128,25 @@ def taken(
     first_order: bool,
     allow_unused: bool,
 ) -> tuple[Any, StepState]:
-    """`Update.step`."""
+    """Take the inner step that `Update.step` documents.
+
+    Args:
+        update: as `self` there.
+        loss: as there.
+        params: as there.
+        state: as there.
+        lr: as there.
+        adapt_update: as there.
+        first_order: as there.
+        allow_unused: as there.
+
+    Returns:
+        As `Update.step`.
+
+    Raises:
+        ValueError: as `Update.step`.
+        TypeError: as `Update.step`.
+    """
     packing, lr = update.packing, check_rate(lr)
     given = in_order(packing, params)
     tasks = packing.tasks(given, "params")
@@ -152,7 +177,7 @@ def taken(
     if last is None:
         phi = update.phi
         if adapt_update:
-            # Each task adapts meta-parameters of its own: a copy, which an optimizer of the update does not move.
+            # Each task adapts its own copy of the meta-parameters, which an optimizer of the update does not move.
             phi = tuple(row.clone().expand(tasks or 1, -1) for row in phi)
         learned = tuple(adapt_update and _is_learned(row) for row in update.phi)
     else:
@@ -168,7 +193,7 @@ def taken(
 
 
 def in_order(packing: Packing, params: Any) -> list[Tensor]:
-    """The params as a list in the packing's order; raises TypeError or ValueError for what is none."""
+    """The params as a list in the packing's order; raises TypeError or ValueError if they do not fit it."""
     given = packing.in_order(params, "params") if isinstance(params, Mapping) else listed(params, "params")
     for i, param in enumerate(given):
         if not isinstance(param, Tensor):
@@ -180,7 +205,7 @@ def in_order(packing: Packing, params: Any) -> list[Tensor]:
 def evaluated(
     update: Update, phi: Phi, learned: tuple[bool, ...], gradient: Gradient, number: int
 ) -> tuple[Tensor, Callable[[Tensor], Iterable[Tensor]]]:
-    """U of the gradient of that step, and its VJP by those of phi that are adapted."""
+    """U of the gradient of step `number`, and its VJP by those of phi that are adapted."""
     mine = [row for row, is_learned in zip(phi, learned) if is_learned]
     if not mine or not in_functorch():
         U = updated(update, phi, gradient, number)
@@ -197,7 +222,7 @@ def evaluated(
 
 
 def _number(update: Update, state: Any) -> int:
-    """Of this step; raises TypeError or ValueError for what is no state of a step before."""
+    """The number of this step; raises TypeError or ValueError if `state` does not belong to a step before it."""
     if state is not None and not isinstance(state, StepState):
         raise TypeError(f"state: expected what the last step returned, or None, got {type(state).__name__}")
     if state is not None and state.update is not update:
@@ -236,7 +261,7 @@ def _of_loss(
 def _given(
     packing: Packing, grads: Any, params: list[Tensor], tasks: int | None, first_order: bool, allow_unused: bool
 ) -> list[Tensor | None]:
-    """Gradients that the caller has computed, in the packing's order."""
+    """The caller's gradients in the packing's order; raises TypeError or ValueError if they do not fit."""
     grads = packing.in_order(grads, "grads") if isinstance(grads, Mapping) else listed(grads, "loss or grads")
     rows = packing.tasks(grads, "grads")
     present = [grad for grad in grads if grad is not None]
@@ -279,12 +304,12 @@ def _packed(packing: Packing, grads: list[Tensor | None], tasks: int | None) -> 
 
 
 def _is_learned(own: Tensor) -> bool:
-    # In a torch.func transform a tensor that is no parameter may be one of another level, which seems to require none.
+    # In a torch.func transform, a tensor of another level that is no parameter seems to require no gradient.
     return own.requires_grad or (in_functorch() and not isinstance(own, nn.Parameter))
 
 
 def _leaf(X: Tensor, requires_grad: bool) -> Tensor:
-    # In a transform, which differentiates by what it is told to, torch has no leaves.
+    # torch.func differentiates by explicit arguments, so a transform has no leaves.
     return X.detach() if in_functorch() else X.detach().requires_grad_(requires_grad)
 
 
@@ -297,7 +322,7 @@ def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
 
 
 def _check_direct(loss: Tensor, params: Iterable[Tensor], phi: Iterable[Tensor]) -> None:
-    """Raises ValueError if the graph of a loss reaches phi on a way that does not lead through params."""
+    """Raise ValueError if the graph of a loss reaches phi on a path that does not lead through params."""
     seen, wanted = _nodes(params), _nodes(phi)
     nodes = [loss.grad_fn]
     while nodes:
