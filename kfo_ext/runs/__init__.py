@@ -1,4 +1,4 @@
-"""The files of a run: configuration, metrics, checkpoints, scores and curves, each written as a whole."""
+"""The files of a run: configuration, metrics, checkpoints, scores and curves, each replaced atomically."""
 
 from typing import TYPE_CHECKING
 

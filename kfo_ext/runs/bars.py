@@ -10,20 +10,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# Without tqdm's own time left, which is that of all iterations.
+# Without tqdm's own estimate of the time left, which covers all iterations.
 FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> tqdm:
-    """A bar of tqdm: a widget in a notebook, text where stderr is a terminal, and nothing elsewhere.
+    """Make a bar of tqdm: a widget in a notebook, text if stderr is a terminal, and nothing elsewhere.
 
-    arguments, options: as tqdm's.
-    shown: false shows nothing anywhere.
+    Args:
+        arguments: as tqdm's.
+        shown: false shows nothing anywhere.
+        options: as tqdm's.
+
+    Returns:
+        The bar.
     """
-    # Not on top: tqdm chooses when it is imported, which may come before the notebook.
+    # Imported late: tqdm chooses the kind of bar at import, which may come before the notebook.
     from tqdm.auto import tqdm
 
-    # A notebook's output is no terminal, of which alone tqdm thinks.
+    # tqdm disables bars without a terminal, but a notebook's output is none.
     widget = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
     return tqdm(*arguments, disable=(False if widget else None) if shown else True, **options)
 
@@ -33,9 +38,11 @@ class TrainingBar:
 
     The time left is that of the remaining iterations, or of the time budget if that ends earlier.
 
-    total, done: meta-iterations of the run, and those done before.
-    deadline: when the time budget ends, on the clock of time.monotonic; infinity without one.
-    shown: as of `progress_bar`.
+    Args:
+        total: meta-iterations of the run.
+        done: meta-iterations done before.
+        deadline: when the time budget ends, on the clock of time.monotonic; infinity without one.
+        shown: as in `progress_bar`.
     """
 
     def __init__(self, total: int, done: int, *, deadline: float = math.inf, shown: bool = True) -> None:
@@ -63,5 +70,5 @@ class TrainingBar:
         self._bar.update()
 
     def describe(self, text: str = "") -> None:
-        """Say what is done besides iterations; "" takes it away."""
+        """Show what is done besides iterations; "" removes it."""
         self._bar.set_description(text or None)

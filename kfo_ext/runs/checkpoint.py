@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, loaded without running any code, and checked before anything is taken from them.
+"""Checkpoints: written atomically, loaded without executing code, and checked before any content is used.
 
 A file is one line of text and a payload:
 
@@ -6,9 +6,8 @@ A file is one line of text and a payload:
     payload
 
 VERSION is that of the format, DIGEST the payload's SHA-256 in hexadecimal, LENGTH its size in bytes. The payload is
-what `torch.save` makes of a dictionary of the sections config, progress, learner, optimizer and rng. The reader builds
-the line anew from the payload and compares: no flipped bit passes. The digest detects damage; it is no signature.
-
+what `torch.save` writes for a dictionary of the sections config, progress, learner, optimizer and rng. The reader
+rebuilds the line from the payload and compares: no flipped bit passes. The digest detects damage; it is no signature.
 Version 2 is that of kfo_ext 0.1.0. Every later kfo_ext reads it; python_tests/fixtures/run-0.1.0 is a run of it.
 """
 
@@ -25,22 +24,28 @@ from torch import Tensor, nn
 
 from .files import atomic_write
 
-# Written. The digest of a later version must count its number too: one flipped bit makes a 2 of a 3.
+# The version written. The digest of a later version must cover its number too: one flipped bit turns a 3 into a 2.
 VERSION = 2
-# Read, with all between them.
+# The oldest version read.
 OLDEST = 2
 _MAGIC = b"kfo_ext checkpoint "
-# Longer than any first line: of a foreign file, no more is read.
+# Longer than any first line: no more of a foreign file is read.
 _LINE = 256
 _SECTIONS = {"config": dict, "progress": dict, "learner": Mapping, "optimizer": dict, "rng": dict}
 
 
 def save(path: Path, state: Mapping[str, Any]) -> str:
-    """Write a checkpoint so that `path` always holds a whole one.
+    """Write a checkpoint such that `path` always holds a complete one.
 
-    state: config, progress, learner, optimizer, rng; tensors, numbers and strings only.
-    out: the digest of the file.
-    Raises: OSError naming the file if it cannot be written.
+    Args:
+        path: the file to write or replace.
+        state: config, progress, learner, optimizer, rng; tensors, numbers and strings only.
+
+    Returns:
+        The digest of the file.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -52,14 +57,22 @@ def save(path: Path, state: Mapping[str, Any]) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to CPU memory, never executing what it contains.
+    """Read a checkpoint to CPU memory, never executing its content.
 
-    Raises: ValueError naming the file and what is wrong with it, such as a format newer than this kfo_ext's.
+    Args:
+        path: the file to read.
+
+    Returns:
+        The dictionary that `save` was given.
+
+    Raises:
+        ValueError: the file is missing, damaged, foreign or of a newer format than this kfo_ext's; the message names
+            it.
     """
     payload = _payload(path)
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader stumbles on, the file is at fault
+    except Exception as error:  # whatever error the reader raises, the file is at fault
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: not a checkpoint of plain tensors and numbers ({reason[0]})") from None
     for name, kind in _SECTIONS.items():
@@ -69,9 +82,16 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def digest(path: Path) -> str:
-    """The digest of a checkpoint, which tells it from any other.
+    """Compute the digest of a checkpoint, which distinguishes it from any other.
 
-    Raises: ValueError naming the file and what is wrong with it.
+    Args:
+        path: the file to read.
+
+    Returns:
+        The SHA-256 of its payload, in hexadecimal.
+
+    Raises:
+        ValueError: the file is missing, damaged or foreign; the message names it.
     """
     return _sha256(_payload(path))
 
@@ -99,7 +119,7 @@ def _payload(path: Path) -> bytes:
 
 
 def _unread(version: str) -> str:
-    """Why a file of this format is not read."""
+    """The reason why a file of this format version is not read."""
     read = f"{VERSION}" if OLDEST == VERSION else f"{OLDEST} to {VERSION}"
     reason = f"checkpoint version {version!r}, this kfo_ext reads {read}"
     if version.isdecimal() and int(version) > VERSION:
@@ -118,7 +138,13 @@ def _sha256(payload: bytes | memoryview) -> str:
 def restore_learner(path: Path, learner: nn.Module, values: Mapping[str, Any]) -> None:
     """Load the parameters of a learner.
 
-    Raises: ValueError naming the file and the first parameter that does not fit.
+    Args:
+        path: the checkpoint, for messages.
+        learner: takes the values.
+        values: its state_dict.
+
+    Raises:
+        ValueError: a parameter does not fit; the message names the file and the first such parameter.
     """
     expected = learner.state_dict()
     missing, foreign = (
@@ -128,7 +154,7 @@ def restore_learner(path: Path, learner: nn.Module, values: Mapping[str, Any]) -
         kind, name = ("lacks", missing[0]) if missing else ("has a foreign", foreign[0])
         raise ValueError(f"{path}: the checkpoint {kind} parameter {name!r}")
     for name, ours in expected.items():
-        # A module's extra state is its own to compare.
+        # A module compares its extra state itself.
         if isinstance(ours, Tensor) and not name.endswith("_extra_state"):
             _check_tensor(path, name, ours, values[name])
     try:
@@ -138,17 +164,24 @@ def restore_learner(path: Path, learner: nn.Module, values: Mapping[str, Any]) -
 
 
 def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer with its learning rates as numbers: on a CUDA device they are tensors there."""
+    """The state of an optimizer with its learning rates as numbers; on a CUDA device they are tensors."""
     values = optimizer.state_dict()
     return {**values, "param_groups": [{**group, "lr": float(group["lr"])} for group in values["param_groups"]]}
 
 
 def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
-    """Load the state of an optimizer, whose own loader checks the number of parameters but no shape.
+    """Load the state of an optimizer; its own loader checks the number of parameters but no shape.
 
-    How it computes, and where its counters and its rate lie, stays as it is: the file may be of another device.
+    Implementation options, and the device of counters and rates, stay as they are: the file may come from another
+    device.
 
-    Raises: ValueError naming the file and the first state that does not fit.
+    Args:
+        path: the checkpoint, for messages.
+        optimizer: takes the values.
+        values: as `optimizer_values` returns them.
+
+    Raises:
+        ValueError: a state does not fit; the message names the file and the first such state.
     """
     try:
         pairs = zip(values["param_groups"], optimizer.param_groups, strict=True)
@@ -167,7 +200,7 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, values: Mapp
 
 
 def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an optimizer holds of each parameter of a group, by the options that ask for it."""
+    """The tensors that an optimizer stores per parameter of a group, which its options determine."""
     if "betas" in group:
         return ("exp_avg", "exp_avg_sq", "step")
     return ("momentum_buffer",) if group.get("momentum") else ()

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of each; JSON; folders that are new."""
+"""Files that are replaced atomically, JSON files, and new folders."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ _TOKEN = 8
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file that takes the place of `path` only when the block ends without an error.
+    """Open a binary file that replaces `path` only if the block ends without an error.
 
     The content goes to `.NAME.TOKEN.partial` first. The token is random: writers of one file never share it.
 
-    path: the file to write or replace; its folder must exist.
-    Raises: OSError naming `path` if it cannot be written.
-    """
+    Args:
+        path: the file to write or replace; its folder must exist.
+
+    Yields:
+        The open file.
+
+    Raises:
+        OSError: the file cannot be written; the message names `path`.
+    """  # noqa: DOC501  `unwritable` makes an OSError; others are the block's
     partial = path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN)}.partial")
     try:
         with open(partial, "xb") as file:
@@ -41,12 +47,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def unwritable(path: Path, error: OSError) -> OSError:
-    """The error to raise for a failed write: the system's own names no file when a disk is full."""
+    """The error to raise for a failed write; the system's own error names no file when a disk is full."""
     return OSError(f"{path}: cannot be written ({error.strerror or error})")
 
 
 def partials(paths: Iterable[Path]) -> list[Path]:
-    """Unfinished writes to these files, of writers that are at work or were killed."""
+    """Unfinished writes to these files, of writers that are running or were killed."""
     token = "[0-9a-f]" * (2 * _TOKEN)
     return [partial for path in paths for partial in path.parent.glob(f".{path.name}.{token}.partial")]
 
@@ -54,7 +60,13 @@ def partials(paths: Iterable[Path]) -> list[Path]:
 def new_folder(path: Path) -> Path:
     """Make a folder that did not exist: `path`, or the first possible one of path-2, path-3, ...
 
-    Of several processes that ask for the same path, each gets a folder of its own.
+    If several processes use the same path, each gets its own folder.
+
+    Args:
+        path: the preferred path.
+
+    Returns:
+        The folder's path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
@@ -68,7 +80,13 @@ def new_folder(path: Path) -> Path:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically.
 
-    Raises: ValueError naming the file if a number is not finite, OSError naming it if it cannot be written.
+    Args:
+        path: the file to write or replace.
+        content: anything that JSON can hold.
+
+    Raises:
+        ValueError: a number is not finite; the message names the file.
+        OSError: the file cannot be written; the message names it.
     """
     try:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -81,7 +99,14 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read one JSON file.
 
-    Raises: ValueError naming the file when it is absent or is not JSON.
+    Args:
+        path: the file to read.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: the file is absent or is not JSON; the message names it.
     """
     try:
         return parse_json(path.read_text(encoding="utf-8"))
@@ -92,9 +117,16 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON as the standard has it: without NaN and Infinity, which Python's parser accepts.
+    """Parse standard JSON, without NaN and Infinity, which Python's parser accepts.
 
-    Raises: ValueError for anything else, nesting too deep to parse included.
+    Args:
+        text: the JSON text.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: the text is anything else, or is nested too deeply to parse.
     """
     try:
         return json.loads(text, parse_constant=_refuse)
@@ -103,14 +135,14 @@ def parse_json(text: str) -> Any:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite number; a boolean is none."""
-    # Compared, not converted: an integer may be too large for a float.
+    """Whether a value is a finite number; a boolean is not."""
+    # A comparison, not a conversion: an integer may be too large for a float.
     largest = sys.float_info.max
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def is_count(value: Any, least: int = 0) -> TypeGuard[int]:
-    """Whether a value is an integer of at least `least`; a boolean is none."""
+    """Whether a value is an integer of at least `least`; a boolean is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

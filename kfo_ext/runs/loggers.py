@@ -1,6 +1,6 @@
-"""Adapters that show a run's records elsewhere than in metrics.jsonl: TensorBoard, Weights & Biases.
+"""Adapters that log a run's records besides metrics.jsonl: to TensorBoard or Weights & Biases.
 
-Nothing is imported before an adapter is asked for by its name. A logger of one's own is a function of one record.
+A package is imported only if its adapter is selected by name. A custom logger is a function of one record.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from .run_folder import RunFolder
 class Adapter:
     """A row of `LOGGERS`.
 
-    help: what it is, in a few words.
-    package: what must be installed.
-    load: imports it; what it returns is the first argument of `opened`.
-    opened: a logger, from that, the run folder, the values of the configuration, and the meta-iterations done.
+    Attributes:
+        help: what it is, in a few words.
+        package: the package that must be installed.
+        load: imports it and returns the first argument of `opened`.
+        opened: opens a logger, given that, the run folder, the values of the configuration, and the meta-iterations
+            done.
     """
 
     help: str
@@ -33,10 +35,18 @@ class Adapter:
 
 
 def checked(loggers: Iterable[str | Logger]) -> list[str | Logger]:
-    """The same, if each can be used here.
+    """Check that each logger can be used here.
 
-    Raises: ValueError for an unknown name, TypeError for what is neither a name nor a function, ImportError saying what
-    to install.
+    Args:
+        loggers: names of `LOGGERS`, and functions of one record.
+
+    Returns:
+        The loggers as a list.
+
+    Raises:
+        ValueError: a name is unknown, or occurs twice.
+        TypeError: a logger is neither a name nor a function.
+        ImportError: a package is missing; the message says what to install.
     """
     if isinstance(loggers, str):
         raise TypeError(f"loggers: expected a list of names and functions, got {loggers!r}")
@@ -58,12 +68,21 @@ def checked(loggers: Iterable[str | Logger]) -> list[str | Logger]:
 def opened(
     loggers: Iterable[str | Logger], run: RunFolder, config: Mapping[str, Any], iteration: int
 ) -> Iterator[list[Logger]]:
-    """Functions of one record, until the block ends.
+    """Open loggers for the duration of a block.
 
-    loggers: names of `LOGGERS`, and functions, which stay as they are.
-    run, config: what is logged.
-    iteration: meta-iterations done; records of later ones, which a killed process logged, count no more.
-    Raises: as `checked`.
+    Args:
+        loggers: names of `LOGGERS`, and functions, which are passed through.
+        run: the run folder.
+        config: the values of the configuration.
+        iteration: meta-iterations done; later records, which a killed process logged, are superseded.
+
+    Yields:
+        Functions of one record.
+
+    Raises:
+        ValueError: as `checked`.
+        TypeError: as `checked`.
+        ImportError: as `checked`.
     """
     with ExitStack() as stack:
         yield [
@@ -86,7 +105,7 @@ def _loaded(name: str) -> Any:
 
 
 def _named(record: Record) -> dict[str, float]:
-    """The numbers of a record as training/loss, validation/accuracy, ..."""
+    """The numbers of a record under names such as training/loss and validation/accuracy."""
     part = "validation" if is_validation(record) else "training"
     return {f"{part}/{name.removeprefix('validation_')}": v for name, v in record.items() if name != "iteration"}
 
@@ -114,7 +133,7 @@ def _tensorboard(writer_class: Any, run: RunFolder, config: Mapping[str, Any], i
 def _load_wandb() -> Any:
     import wandb
 
-    # A folder of this name, such as one that it made itself, can be imported too.
+    # A folder of this name, such as the one that wandb creates, can be imported too.
     if not hasattr(wandb, "init"):
         raise ImportError("what is imported is not the package")
     return wandb
@@ -122,7 +141,7 @@ def _load_wandb() -> Any:
 
 @contextmanager
 def _wandb(wandb: Any, run: RunFolder, config: Mapping[str, Any], iteration: int) -> Iterator[Logger]:
-    """A run of Weights & Biases, which a resumed run goes on with; its own settings come from WANDB_... variables."""
+    """A run of Weights & Biases, continued by a resumed run; WANDB_... variables hold its own settings."""
     del iteration
     path = run.path / "wandb-id"
     if not path.exists():
@@ -130,7 +149,7 @@ def _wandb(wandb: Any, run: RunFolder, config: Mapping[str, Any], iteration: int
             file.write(secrets.token_hex(8).encode())
     identity = path.read_text().strip()
     with wandb.init(dir=str(run.path), name=run.path.name, id=identity, resume="allow", config=dict(config)) as session:
-        # Of validation and training there are records of one iteration each: it is an axis, not their count.
+        # A validation and a training record share an iteration, so the x axis is the iteration, not their count.
         session.define_metric("*", step_metric="iteration")
 
         def log(record: Record) -> None:

@@ -16,16 +16,23 @@ from .progress import Progress
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-# What takes a copy of each record once it is in the file.
+# A function that receives each record once it is in the file.
 Logger = Callable[[Record], object]
 
 _REMEDY = "mend the file, or move it away to go on without its records"
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Read the records in order; a last line that a killed process left unfinished is ignored.
+    """Read the records in order; an unfinished last line, left by a killed process, is ignored.
 
-    Raises: ValueError naming the file and the line that is not a record, or that is not in order.
+    Args:
+        path: metrics.jsonl.
+
+    Returns:
+        The records; none if the file is absent.
+
+    Raises:
+        ValueError: a line is not a record, or is out of order; the message names the file and the line.
     """
     if not path.exists():
         return []
@@ -49,16 +56,20 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def is_validation(record: Record) -> bool:
-    """Whether a record is of a validation, not of a meta-iteration."""
+    """Whether a record belongs to a validation, not to a meta-iteration."""
     return "validation_loss" in record
 
 
 def lost_records(records: list[Record], progress: Progress, validation_every: int) -> str:
-    """Describe the records that a run must have written and that are not there; '' if there are none.
+    """Describe the records that a run must have written but that are missing.
 
-    records: of metrics.jsonl.
-    progress: of the last checkpoint.
-    validation_every: of the run's configuration.
+    Args:
+        records: of metrics.jsonl.
+        progress: of the last checkpoint.
+        validation_every: of the run's configuration.
+
+    Returns:
+        The description; '' if no record is missing.
     """
     trained = set(range(1, progress.iteration + 1))
     validated = set(range(validation_every, progress.validated + 1, validation_every)) | {progress.validated} - {0}
@@ -73,15 +84,19 @@ def lost_records(records: list[Record], progress: Progress, validation_every: in
 
 
 class Metrics:
-    """Appends records to a file, after dropping those that lie behind the checkpoint one resumes from.
+    """Appends records to a file, after dropping those later than the checkpoint that the run resumes from.
 
-    Lost records do not end a run, whose checkpoints have all it needs: a warning names them, and the curve has a gap.
+    Missing records do not end a run, since its checkpoints suffice: a warning names them, and the curve has a gap.
 
-    path: the file, made if absent.
-    progress: of the checkpoint, whose records are kept.
-    validation_every: of the run's configuration.
-    loggers: each gets every record that is appended, after the file.
-    Raises: ValueError naming the file if it holds anything but records, OSError naming it if it cannot be written.
+    Args:
+        path: the file, created if absent.
+        progress: of the checkpoint, whose records are kept.
+        validation_every: of the run's configuration.
+        loggers: each gets every record that is appended, after the file.
+
+    Raises:
+        ValueError: the file holds anything but records; the message names it.
+        OSError: the file cannot be written; the message names it.
     """
 
     def __init__(self, path: Path, progress: Progress, validation_every: int, loggers: Iterable[Logger] = ()) -> None:
@@ -94,11 +109,11 @@ class Metrics:
             logger.warning("%s: lost records: %s; the run goes on without them", path, lost)
         with atomic_write(path) as file:
             file.writelines(_line(record) for record in kept)
-        # Unbuffered: a line that does not fit on the disk is not tried again when the file is closed.
+        # Unbuffered: a line that does not fit on the disk is not written again when the file is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
 
     def append(self, record: Record) -> None:
-        """Write one line, at once."""
+        """Write one line immediately."""
         line = _line(record)
         try:
             while line:
@@ -109,7 +124,7 @@ class Metrics:
             log(dict(record))
 
     def sync(self) -> None:
-        """Bring the lines to the disk: before a checkpoint that counts on them."""
+        """Flush the lines to the disk, before a checkpoint that relies on them."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -123,16 +138,16 @@ class Metrics:
 
 
 class Unwritten(Metrics):
-    """Takes records and writes none: for the ranks of a training that do not write."""
+    """Accepts records and writes none: for ranks of a training that do not write."""
 
     def __init__(self) -> None:
         pass
 
     def append(self, record: Record) -> None:
-        """Leave it to the rank that writes."""
+        """Does nothing: the first rank writes."""
 
     def sync(self) -> None:
-        """There is nothing to bring to the disk."""
+        """Does nothing: there is nothing to flush."""
 
     def __exit__(self, *exc: object) -> None:
         pass
@@ -159,6 +174,6 @@ def _has_accuracy(record: Record) -> bool:
 
 
 def _line(record: Record) -> bytes:
-    # JSON has no NaN: a measure that is not a number is null.
+    # JSON has no NaN: a measure that is not finite becomes null.
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return (json.dumps(plain, allow_nan=False) + "\n").encode()

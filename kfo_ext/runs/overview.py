@@ -1,4 +1,4 @@
-"""What the runs below a folder are, and how good: for `kfo runs`. No torch."""
+"""Summaries of the runs below a folder, for `kfo runs`. No torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from .scores import fault
 
 HEAD = ("run", "data", "method", "update", "iterations", "validation", "test")
 Cells = dict[str, str]
-# In config.json, of which no more is read here: whoever uses a run checks all of it.
+# The only keys of config.json that are read here; code that uses a run checks all of it.
 _SHOWN = ("dataset", "method", "update")
 
 
 class Summary(NamedTuple):
     """One run.
 
-    cells: texts for HEAD.
-    faults: what of its files cannot be read.
+    Attributes:
+        cells: texts for HEAD.
+        faults: which of its files cannot be read, and why.
     """
 
     cells: tuple[str, ...]
@@ -30,9 +31,16 @@ class Summary(NamedTuple):
 
 
 def found_runs(folder: Path) -> list[Path]:
-    """The folder itself and those below it that hold a run, in the order of their names.
+    """Find the run folders at and below a folder.
 
-    Raises: ValueError if there is no such folder.
+    Args:
+        folder: where to search.
+
+    Returns:
+        Their paths, sorted by name.
+
+    Raises:
+        ValueError: there is no such folder.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
@@ -43,13 +51,13 @@ def _below(folder: Path) -> Iterator[Path]:
     for path, below, files in os.walk(folder):
         # An export has a config.json too.
         if "config.json" in files and "model.safetensors" not in files:
-            # A run holds no run.
+            # Runs are not nested.
             below.clear()
             yield Path(path)
 
 
 def summary(path: Path) -> Summary:
-    """One run folder in a line: the best validation, and the score of the best checkpoint on test tasks."""
+    """Summarize one run folder: the best validation, and the score of the best checkpoint on test tasks."""
     run = RunFolder(path)
     parts = [_readable(part, run) for part in (_configured, _progress, _tested)]
     cells = dict.fromkeys(HEAD, "") | {"run": str(path)}
@@ -59,7 +67,7 @@ def summary(path: Path) -> Summary:
 
 
 def _readable(part: Callable[[RunFolder], Cells], run: RunFolder) -> tuple[Cells, str]:
-    """Cells, or why their file cannot be read."""
+    """The cells, or the reason why their file cannot be read."""
     try:
         return part(run), ""
     except (OSError, ValueError) as error:
@@ -67,16 +75,23 @@ def _readable(part: Callable[[RunFolder], Cells], run: RunFolder) -> tuple[Cells
 
 
 def table(summaries: list[Summary]) -> list[str]:
-    """The lines of a table, columns as wide as they need to be."""
+    """The lines of a table; each column is as wide as its longest cell."""
     rows = [HEAD, *(each.cells for each in summaries)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def trained(run: RunFolder) -> int | None:
-    """The meta-iterations that a run has recorded; None without records.
+    """Count the meta-iterations that a run has recorded.
 
-    Raises: ValueError naming the file if it cannot be read.
+    Args:
+        run: the run folder.
+
+    Returns:
+        The number of the last one; None without records.
+
+    Raises:
+        ValueError: the file of records cannot be read; the message names it.
     """
     return max((record["iteration"] for record in read_metrics(run.metrics) if not is_validation(record)), default=None)
 
@@ -118,7 +133,7 @@ def _tested(run: RunFolder) -> Cells:
 
 
 def _is_of(checkpoint: Path, digest: str) -> bool:
-    """Whether a digest is that on the first line of a checkpoint, or there is no checkpoint."""
+    """Whether a digest matches the first line of a checkpoint, or there is no checkpoint."""
     if not checkpoint.exists():
         return True
     with open(checkpoint, "rb") as file:

@@ -14,24 +14,27 @@ from .metrics import Record, is_validation, read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, apart for every common form of colour blindness; black and yellow left out.
+# Okabe and Ito's colours, distinguishable under every common form of colour blindness, without black and yellow.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-# Runs stay apart in grey too.
+# Line styles distinguish runs in grey too.
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 FORMATS = (".png", ".svg", ".pdf")
 SMOOTHING = 20
 LONGEST_LABEL = 60
-# What matplotlib drew, and the name to show for it.
+# A drawn artist of matplotlib, and its label.
 Curve = tuple[Any, str]
 
 
 def plot_runs(runs: Mapping[str, Path], picture: Path) -> None:
     """Draw the training curve (running mean) and the validations with their 95 % intervals of each run.
 
-    runs: label to metrics.jsonl.
-    picture: PNG, SVG or PDF file to write or replace.
-    Raises: ValueError if a metrics file cannot be read, if runs have different measures, or for another kind of file.
+    Args:
+        runs: label to metrics.jsonl.
+        picture: PNG, SVG or PDF file to write or replace.
+
+    Raises:
+        ValueError: a metrics file cannot be read, runs have different measures, or the picture is another kind of file.
     """
     if picture.suffix not in FORMATS:
         raise ValueError(f"{picture}: expected the name of a picture, which ends in {', '.join(FORMATS)}")
@@ -54,13 +57,13 @@ def plot_runs(runs: Mapping[str, Path], picture: Path) -> None:
     if drawn:
         _legend(axes, drawn)
     with atomic_write(picture) as file, warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes.
+        # A name in a script that the font lacks is drawn as boxes, without a warning.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(file, format=picture.suffix[1:], dpi=150)
 
 
 def _measure(records: Mapping[str, list[Record]]) -> str:
-    """What all runs have: accuracy, or of regression the loss."""
+    """The measure that all runs have: accuracy, or for regression the loss."""
     kinds = {label: "accuracy" in r for label, rs in records.items() for r in rs if not is_validation(r)}
     if len(set(kinds.values())) > 1:
         one, other = (next(label for label, kind in kinds.items() if kind == wanted) for wanted in (True, False))
@@ -69,20 +72,20 @@ def _measure(records: Mapping[str, list[Record]]) -> str:
 
 
 def _legend(axes: Axes, drawn: list[Curve]) -> None:
-    # The names come after the legend is made, which leaves out those that begin with an underscore.
+    # Labels are set after the legend is made, which would omit those that begin with an underscore.
     numbers = [str(number) for number in range(len(drawn))]
     title = f"training: mean of {SMOOTHING} iterations; validation: 95 % intervals"
     legend = axes.legend(
         [artist for artist, _ in drawn], numbers, frameon=False, title=title, title_fontsize="small", fontsize="small"
     )
     for text, (_, label) in zip(legend.get_texts(), drawn):
-        # matplotlib would read a dollar as the begin of a formula.
+        # matplotlib would parse text between dollar signs as a formula.
         text.set_parse_math(False)
         text.set_text(_printable(label))
 
 
 def _printable(label: str) -> str:
-    """The end of a label on one line: the name of a folder need not decode, and may be longer than the picture."""
+    """The end of a label on one line: a folder's name need not decode, and may be longer than the picture."""
     line = " ".join(label.encode(errors="backslashreplace").decode().split())
     return line if len(line) <= LONGEST_LABEL else f"...{line[-LONGEST_LABEL:]}"
 

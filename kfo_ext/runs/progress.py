@@ -1,4 +1,4 @@
-"""How far a run is: the part of its state that is plain numbers."""
+"""The progress of a run: the part of its state that consists of plain numbers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from .files import is_count, is_number
 class Progress:
     """Counters of a run.
 
-    iteration: meta-iterations done, which is also the index of the next one's meta-batches.
-    validated: iteration of the last validation.
-    elapsed: seconds of training and validation, over all parts of the run.
-    best_iteration, best_score: of the best validation, by accuracy, or by minus the loss for regression; 0 is none.
-    stale: validations since the best one, those between two due ones not counted.
-    data: a digest of the run's data, which tells it apart from other data of the same options.
+    Attributes:
+        iteration: meta-iterations done, which is also the index of the next one's meta-batches.
+        validated: iteration of the last validation.
+        elapsed: seconds of training and validation, over all parts of the run.
+        best_iteration: iteration of the best validation; 0 if there is none.
+        best_score: its accuracy, or minus its loss for regression; minus infinity if there is none.
+        stale: validations since the best one; only those that were due count.
+        data: a digest of the run's data, which distinguishes it from other data with the same options.
     """
 
     iteration: int = 0
@@ -31,9 +33,14 @@ class Progress:
     data: str = ""
 
     def record(self, score: float, *, due: bool = True) -> bool:
-        """Count a validation; true if it is the best so far.
+        """Count a validation of the present iteration.
 
-        due: false for one that only the end of a call brought about: it does not try the patience.
+        Args:
+            score: accuracy, or minus the loss.
+            due: false for a validation that only the end of a call caused; it does not count against the patience.
+
+        Returns:
+            Whether it is the best so far.
         """
         self.validated = self.iteration
         if not score > self.best_score:
@@ -43,14 +50,22 @@ class Progress:
         return True
 
     def forget_best(self) -> None:
-        """Let the next validation be the best so far."""
+        """Make the next validation the best so far."""
         self.best_iteration, self.best_score, self.stale = 0, -math.inf, 0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> Progress:
-        """Build it from what a checkpoint holds.
+        """Build the counters from a checkpoint's section.
 
-        Raises: ValueError naming the source if it is not whole, or its numbers are of no run.
+        Args:
+            values: the section.
+            source: the file, for messages.
+
+        Returns:
+            The counters.
+
+        Raises:
+            ValueError: a counter is missing, or the numbers are not those of a run; the message names the source.
         """
         wrong = ValueError(f"{source}: the checkpoint's progress is not valid")
         if not isinstance(values, Mapping) or set(values) != {item.name for item in fields(cls)}:
@@ -63,7 +78,7 @@ class Progress:
             raise wrong
         if not is_number(progress.elapsed) or progress.elapsed < 0:
             raise wrong
-        # A best score belongs to a best validation, and minus infinity to none.
+        # There is a finite best score exactly if there is a best validation.
         none = progress.best_score == -math.inf
         if not (none or is_number(progress.best_score)) or none != (progress.best_iteration == 0):
             raise wrong

@@ -1,4 +1,4 @@
-"""The folder of one run: where its files lie, and how it is made and opened."""
+"""The folder of one run: the paths of its files, and how it is created and opened."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .files import new_folder, partials, read_json, write_json
 class RunFolder:
     """Paths of a run: config.json, metrics.jsonl, last.pt, best.pt, curve.png, environment.json, eval-*.json, .lock.
 
-    Readers take no lock, and delete nothing: each file is whole at any time. Writers are within `writing`.
+    Readers take no lock and delete nothing: each file is complete at any time. Writers hold `writing`.
 
-    path: the folder.
+    Args:
+        path: the folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -35,21 +36,27 @@ class RunFolder:
         self.lock = self.path / ".lock"
 
     def checkpoint(self, name: str) -> Path:
-        """Path of the checkpoint best or last."""
+        """The path of the checkpoint best or last."""
         if name not in ("best", "last"):
             raise ValueError(f"checkpoint: expected best or last, got {name!r}")
         return self.path / f"{name}.pt"
 
     def evaluation(self, split: str, checkpoint: str, **changes: Any) -> Path:
-        """Path of the scores of one checkpoint on one split.
+        """The path of the scores of one checkpoint on one split.
 
-        changes: settings that are not the run's own: their scores are files of their own.
+        Args:
+            split: train, validation or test.
+            checkpoint: best or last.
+            changes: settings that differ from the run's; each combination has its own file.
+
+        Returns:
+            The path, whether or not the file exists.
         """
         apart = "".join(f"-{name}={quote(str(value), safe='')}" for name, value in changes.items())
         return self.path / f"eval-{split}-{checkpoint}{apart}.json"
 
     def evaluations(self, split: str, checkpoint: str) -> list[Path]:
-        """The files of scores of one checkpoint on one split that there are, at whatever settings."""
+        """The existing files of scores of one checkpoint on one split, at any settings."""
         usual = self.evaluation(split, checkpoint)
         return [
             path for path in self.path.glob("eval-*.json") if path == usual or path.name.startswith(f"{usual.stem}-")
@@ -57,14 +64,21 @@ class RunFolder:
 
     @classmethod
     def make(cls, title: str) -> RunFolder:
-        """Make runs/TITLE-TIME, with a number behind it if that exists."""
+        """Make runs/TITLE-TIME, with a number appended if that exists."""
         return cls(new_folder(Path("runs") / f"{title}-{datetime.now():%Y%m%d-%H%M%S}"))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """Open the folder of an existing run.
 
-        Raises: ValueError if there is none.
+        Args:
+            path: the folder.
+
+        Returns:
+            The run folder.
+
+        Raises:
+            ValueError: there is no such run.
         """
         run = cls(path)
         if not run.path.is_dir():
@@ -75,12 +89,17 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the run's lock; the system releases it when the process ends, however it ends.
+        """Hold the run's lock; the system releases it when the process ends for any reason.
 
-        flock: it holds between threads and processes of a machine, and over NFS if the server supports it; of a
-        distributed training, only one rank may own the folder.
+        The lock is flock's: it works between threads and processes of a machine, and over NFS if the server supports
+        it. In distributed training, only one rank may own the folder.
 
-        Raises: ValueError if another writer holds it, OSError naming the lock if the file system has none.
+        Yields:
+            Nothing; the lock is held in the block.
+
+        Raises:
+            ValueError: another writer holds the lock.
+            OSError: the file system has no locks; the message names the lock.
         """
         descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -99,10 +118,13 @@ class RunFolder:
     def check_free(self, load_config: Callable[[Path], object]) -> None:
         """Check that a new run may begin here: in an absent or empty folder, or after an `unfinished` start.
 
-        load_config: see `unfinished`.
-        Raises: ValueError if the folder holds anything else.
+        Args:
+            load_config: see `unfinished`.
+
+        Raises:
+            ValueError: the folder holds anything else.
         """
-        # In this order: another start may make the folder meanwhile.
+        # In this order: another process may create the folder in between.
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: expected a folder for the run, got a file")
         if self.path.is_dir() and self._content() and not self.unfinished(load_config):
@@ -111,9 +133,13 @@ class RunFolder:
             raise ValueError(f"{self.path}: expected an absent or empty folder for a new run")
 
     def unfinished(self, load_config: Callable[[Path], object]) -> bool:
-        """Whether the folder holds nothing but a configuration: its run was stopped before the first checkpoint.
+        """Whether the folder holds only a configuration: its run was stopped before the first checkpoint.
 
-        load_config: reads config.json; raises ValueError for a file that is no configuration.
+        Args:
+            load_config: reads config.json; raises ValueError for a file that is no configuration.
+
+        Returns:
+            True if it does.
         """
         if self._content() != {self.config}:
             return False
@@ -124,9 +150,9 @@ class RunFolder:
         return True
 
     def remove_partials(self) -> None:
-        """Delete what killed writers left of unfinished writes; within `writing` only.
+        """Delete unfinished writes of killed writers; only within `writing`.
 
-        Files of evaluations stay: those are written without the lock.
+        Files of evaluations stay: they are written without the lock.
         """
         for partial in self._partials():
             partial.unlink()
@@ -134,7 +160,8 @@ class RunFolder:
     def record_environment(self) -> None:
         """Append this process to environment.json: a resumed run may move to another machine.
 
-        Raises: ValueError if the file is not the list that it should be.
+        Raises:
+            ValueError: the file is not a list of sessions.
         """
         sessions = read_json(self.environment) if self.environment.exists() else []
         if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):

@@ -1,4 +1,4 @@
-"""eval-*.json: whether a file is a score that `kfo eval` has written. No torch."""
+"""eval-*.json: checks that a file is a score that `kfo eval` has written. No torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from .files import is_count, is_number
 
 
 def fault(content: Any, split: str, name: str) -> str:
-    """What is wrong with the content of an evaluation file; '' if nothing is.
+    """Find what is wrong with the content of an evaluation file.
 
-    split: whose classes the tasks are of.
-    name: of the checkpoint, best or last.
+    Args:
+        content: the parsed JSON.
+        split: the split of classes that the tasks are drawn from.
+        name: of the checkpoint, best or last.
+
+    Returns:
+        The fault in a few words; '' if there is none.
     """
     if not isinstance(content, dict):
         return "no object"
