@@ -1,4 +1,4 @@
-"""A meta-iteration captured as one CUDA graph, and replayed for every batch."""
+"""A meta-iteration captured as one CUDA graph and replayed for every batch."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from kfo_ext.tasks import Examples, TaskBatch
 
 from .meta_step import MetaReport, MetaStep, several
 
-# The first makes handles, workspaces, scratch memory and the optimizer's state; two more are in torch's own recipe.
+# The first creates handles, workspaces, scratch memory and the optimizer's state; torch's recipe has two more.
 WARMUPS = 3
 
 
 class Recorder(Protocol):
-    """How an iteration is prepared and recorded."""
+    """Prepares and records an iteration."""
 
     def warm_up(self, iterate: Callable[[], object], times: int) -> None:
-        """Run it so many times where it will be recorded."""
+        """Run the iteration `times` times in the context in which it will be recorded."""
         ...
 
     def record(self, iterate: Callable[[], MetaReport]) -> tuple[Callable[[], object], MetaReport]:
-        """A replay, and the report that each replay writes anew."""
+        """A replay, and the report that each replay overwrites."""
         ...
 
 
 class GraphRecorder:
-    """Captures CUDA graphs, on a stream of its own.
+    """Captures CUDA graphs, on its own stream.
 
-    device: whose graphs.
-    Raises: ValueError if it is no CUDA device.
+    Args:
+        device: the device of the graphs.
+
+    Raises:
+        ValueError: it is not a CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +48,7 @@ class GraphRecorder:
         self.stream = torch.cuda.Stream(device)
 
     def warm_up(self, iterate: Callable[[], object], times: int) -> None:
-        """Run it on the stream of the capture: autograd ties what it makes for a parameter to a stream."""
+        """Run the iteration on the capture's stream, since autograd ties a parameter's state to a stream."""
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             try:
@@ -56,27 +59,34 @@ class GraphRecorder:
                 torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, iterate: Callable[[], MetaReport]) -> tuple[Callable[[], object], MetaReport]:
-        """Capture it.
+        """Capture one iteration.
 
-        Raises: RuntimeError with the first reason why it cannot be captured.
+        Args:
+            iterate: the iteration.
+
+        Returns:
+            The replay, and the report that each replay overwrites.
+
+        Raises:
+            RuntimeError: the iteration cannot be captured; the message gives the first reason.
         """
-        # What an uncollected cycle still holds (an autograd graph of another stream) would end the capture.
+        # An uncollected cycle (an autograd graph of another stream) would end the capture when it is freed.
         gc.collect()
         graph = torch.cuda.CUDAGraph()
-        # Threads that prepare tasks may use the device meanwhile: this one alone is held to the capture's rules.
+        # Threads that prepare tasks may use the device meanwhile: only this thread must obey the capture's rules.
         mode = "thread_local"
         first: list[BaseException] = []
         try:
             with (
                 torch.cuda.device(self.device),
-                # A capture that fails leaves its stream the current one: this sets the caller's back.
+                # A failed capture leaves its stream current: this restores the caller's stream.
                 torch.cuda.stream(self.stream),
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode),
             ):
                 try:
                     report = iterate()
                 except BaseException as error:
-                    # Ending a broken capture raises an error of its own, which says nothing.
+                    # Ending a broken capture raises another, uninformative error.
                     first.append(error)
                     raise
         except Exception as error:
@@ -89,14 +99,19 @@ class CapturedMetaStep(MetaStep):
     """A `MetaStep` that the first call captures and every call replays: one launch for a whole meta-iteration.
 
     The first call warms up on its batch and undoes that in place: the iterations equal those of a `MetaStep`. Shapes,
-    types, the inner rate and everything else but the batch and the outer rate are fixed from then on. A report and the
-    meta-gradients in `grad` are memory of the graph, and hold until the next call. A batch of another shape is refused,
-    not captured again: a meta-batch has one shape, and every graph keeps the memory of a whole iteration.
+    types, the inner rate and everything else except the batch and the outer rate are fixed from then on. A report and
+    the meta-gradients in `grad` lie in the graph's memory, and are valid until the next call. A batch of another shape
+    is refused, not captured again: a meta-batch has one shape, and every graph keeps the memory of a whole iteration.
 
-    learner, optimizer, clip_norm: as for `MetaStep`; the rate of every group is a tensor, as `outer_rate` makes it.
-    recorder: captures; by default a CUDA graph.
-    Raises: ValueError as `MetaStep`, for a learner that is not on a CUDA device, one that recomputes its inner steps
-    (which saves the random state, and a capture cannot read it), or a rate that is no tensor.
+    Args:
+        learner: as for `MetaStep`.
+        optimizer: as for `MetaStep`; the rate of every group is a tensor, as `outer_rate` makes it.
+        clip_norm: as for `MetaStep`.
+        recorder: captures; by default a CUDA graph.
+
+    Raises:
+        ValueError: as `MetaStep`; or the learner is not on a CUDA device, recomputes its inner steps (which saves the
+            random state, and a capture cannot read it), or a rate is not a tensor.
     """
 
     def __init__(
@@ -113,19 +128,27 @@ class CapturedMetaStep(MetaStep):
         self.device = next(learner.parameters()).device
         self._recorder = GraphRecorder(self.device) if recorder is None else recorder
         self._check_rates()
-        # Of the batches that are the graph's own memory: a replay, and the report that it writes.
+        # The batches in the graph's own memory, the replay, and the report that it writes.
         self._captured: tuple[list[TaskBatch], Callable[[], object], MetaReport] | None = None
-        # Held so that no other tensor comes to lie at their addresses.
+        # Held so that no other tensor is allocated at their addresses.
         self._held: list[Tensor] = []
         self._identities: list[tuple[int, bool]] = []
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
     def __call__(self, batch: TaskBatch | Sequence[TaskBatch], rate: float) -> MetaReport:
-        """As `MetaStep`'s.
+        """Take one meta-step, as `MetaStep` does.
 
-        Raises: ValueError for batches of another number, shape, type or device than the first ones, or as `MetaStep`;
-        RuntimeError if the iteration cannot be captured, or parameters or the optimizer's state were replaced by other
-        tensors or frozen since.
+        Args:
+            batch: as for `MetaStep`.
+            rate: as for `MetaStep`.
+
+        Returns:
+            As `MetaStep`, in the graph's memory.
+
+        Raises:
+            ValueError: as `MetaStep`, or the number, shape, type or device of the batches differs from the first ones.
+            RuntimeError: the iteration cannot be captured, or parameters or the optimizer's state were frozen or
+                replaced by other tensors since.
         """
         batches = several(batch)
         self._check_rates()
@@ -151,11 +174,11 @@ class CapturedMetaStep(MetaStep):
 
         with undone(self.learner, self.optimizer):
             self._recorder.warm_up(run, WARMUPS)
-        # Adam's alone.
+        # Only Adam's groups have it.
         groups = [group for group in self.optimizer.param_groups if "capturable" in group]
         before = [group["capturable"] for group in groups]
         for group in groups:
-            # A fused Adam is the same either way; torch asks for the word in a capture, and warns of it elsewhere.
+            # A fused Adam is the same either way; torch requires the flag in a capture, and warns of it elsewhere.
             group["capturable"] = True
         try:
             replay, report = self._recorder.record(run)
@@ -171,10 +194,10 @@ class CapturedMetaStep(MetaStep):
         return buffers, replay, report
 
     def _tensors(self) -> list[Tensor]:
-        """All that the graph reads and writes in place by address, but for the batch."""
+        """All tensors that the graph reads and writes by address, except the batch."""
         states = self.optimizer.state
         parameters = self._parameters()
-        # In the order of the parameters: that of the states is of their first steps.
+        # In the order of the parameters: states are in the order of their first steps.
         own = [X for p in parameters for X in states.get(p, {}).values()]
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return [*self.learner.parameters(), *self.learner.buffers(), *parameters, *own, *rates]
@@ -214,10 +237,17 @@ def _load(buffers: Sequence[TaskBatch], batches: Sequence[TaskBatch]) -> None:
 
 @contextmanager
 def undone(learner: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Sets back what the block does to parameters, buffers, optimizer and random states: in place, to the bit.
+    """Undo the block's changes to parameters, buffers, optimizer and random states: in place and bitwise.
 
-    A state that the optimizer has not had before becomes zeros, which is how those of a `MetaStep` start. Gradients of
-    its parameters are none afterwards.
+    An optimizer state created in the block becomes zeros, the initial state of a `MetaStep`. The gradients of the
+    optimizer's parameters are None afterwards.
+
+    Args:
+        learner: its parameters and buffers are restored.
+        optimizer: its state is restored.
+
+    Yields:
+        Nothing; the block may change all of these.
     """
     tensors = [*learner.parameters(), *learner.buffers()]
     before = [X.detach().clone() for X in tensors]

@@ -1,4 +1,4 @@
-"""`kfo train`: begins, resumes or, after a restart by torchrun, goes on with a run; on every rank."""
+"""`kfo train`: begins, resumes or, after a restart by torchrun, continues a run; on every rank."""
 
 from __future__ import annotations
 
@@ -33,13 +33,18 @@ def train(
 ) -> None:
     """Meta-train in a run folder.
 
-    given: options of the configuration.
-    run, resume: the folder of a new run, or of one to continue.
-    config: a file of further options, see `config_file`; those that are given count.
-    time_budget, loggers: as for `Trainer.fit`.
-    group: the ranks that train together.
-    echo: takes each line of output.
-    Raises: as `Trainer`.
+    Args:
+        given: options of the configuration.
+        run: the folder of a new run.
+        resume: the folder of a run to continue.
+        config: a file of further options, see `config_file`; `given` takes precedence.
+        time_budget: as for `Trainer.fit`.
+        loggers: as for `Trainer.fit`.
+        group: the ranks that train together.
+        echo: receives each line of output.
+
+    Raises:
+        ValueError: as `Trainer`, or there is a config file for a resumed run.
     """
     if config is not None:
         if resume is not None:
@@ -89,7 +94,15 @@ def _trainer(given: Mapping[str, Any], run: Path | None, resume: Path | None, gr
 def _begun(path: Path, config: Config) -> bool:
     """Whether the folder holds a run of this configuration.
 
-    Raises: ValueError if it holds one of another.
+    Args:
+        path: the folder.
+        config: the configuration.
+
+    Returns:
+        False if it holds no run.
+
+    Raises:
+        ValueError: it holds a run of another configuration.
     """
     run = RunFolder(path)
     if not run.config.is_file():

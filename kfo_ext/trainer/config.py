@@ -1,8 +1,8 @@
-"""What one meta-training run computes: a frozen configuration that checks itself.
+"""The configuration of one meta-training run: frozen and self-checking.
 
-A run chooses one part of each of six tables: data set, network, method, update, optimizer, schedule. Each part has
-options of its own, and the rest, `RUN`, belongs to every run. An option of a part that was not chosen would have no
-effect, and is refused.
+A run selects one part from each of six tables: data set, network, method, update, optimizer, schedule. Each part has
+its own options; the others, `RUN`, belong to every run. An option of a part that is not selected would have no effect,
+and is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .updates import UPDATES, LearnedUpdate
 if TYPE_CHECKING:
     import torch
 
-# Each may set defaults of those after it, and of `RUN`; of two, the later one counts.
+# Each may set defaults of those after it, and of `RUN`; the later one takes precedence.
 TABLES: Mapping[str, Mapping[str, Part]] = {
     "dataset": DATASETS,
     "network": NETWORKS,
@@ -36,7 +36,7 @@ TABLES: Mapping[str, Mapping[str, Part]] = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
-# What a message calls a part of each table.
+# The noun for a part of each table, for messages.
 NOUNS = {
     "dataset": "data set",
     "network": "network",
@@ -51,7 +51,7 @@ def _network_of(before: Mapping[str, Any]) -> str:
     return DATASETS[before["dataset"]].network
 
 
-# Their values are the names in their tables.
+# The values of these options are the names in the tables.
 PARTS = {
     "dataset": Option(kind=str, default="glyphs", help="task family"),
     "network": Option(kind=str, default=_network_of, shown="that of the data set", help="what is meta-trained"),
@@ -66,21 +66,21 @@ PARTS = {
 class Config:
     """Everything a run needs to be repeated; its options are those of `kfo train --help`, with underscores.
 
+    Each option that has an effect is an attribute.
+
     Args:
         given: options by name; one that is not given takes the default of its data set, network, method or update.
-
-    Each option that has an effect is an attribute.
 
     Attributes:
         values: all of them, by name.
 
     Raises:
-        ValueError: an option of a part that was not chosen, an unknown one, or a value out of range.
-        TypeError: a value of another type.
+        ValueError: an option is unknown or belongs to a part that is not selected, or a value is out of range.
+        TypeError: a value has another type.
     """
 
     values: Mapping[str, Any] = field(hash=False)
-    # What `changed` starts from: the defaults of another data set are other ones.
+    # `changed` starts from these, since another data set has other defaults.
     _given: Mapping[str, Any] = field(repr=False, compare=False)
 
     def __init__(self, **given: Any) -> None:
@@ -90,7 +90,7 @@ class Config:
         self._check_parts()
 
     def __getattr__(self, name: str) -> Any:
-        # Not through `self.values`: a copy that is being made has none yet.
+        # Not through `self.values`: a copy under construction has none yet.
         values = vars(self).get("values", {})
         if name in values:
             return values[name]
@@ -112,7 +112,7 @@ class Config:
             table[self.values[kind]].check(self.values)
 
     def _check_device(self) -> None:
-        # Not on top: the help of the command line reads the options alone.
+        # Imported late: the help of the command line must not load torch.
         import torch
 
         try:
@@ -169,25 +169,33 @@ class Config:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch has it."""
+        """`dtype` as a torch.dtype."""
         import torch
 
         return getattr(torch, self.dtype)
 
     @property
     def measure(self) -> str:
-        """What validation selects by: accuracy (highest), or for regression loss (lowest)."""
+        """The measure that validation selects by: accuracy (highest), or for regression loss (lowest)."""
         return self.data_set.measure
 
     def changed(self, **changes: Any) -> Config:
-        """The same with other values of some options. With another part, the options of the old one are left out.
+        """Change some options; with another part, the options of the old one are dropped.
 
-        Raises as the constructor.
+        Args:
+            changes: the new values, by name.
+
+        Returns:
+            The new configuration.
+
+        Raises:
+            ValueError: as the constructor.
+            TypeError: as the constructor.
         """
         return Config(**joined(self._given, changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Option name to plain value, of those that have an effect."""
+        """The options that have an effect, by name, as plain values."""
         return dict(self.values)
 
     @classmethod
@@ -196,10 +204,13 @@ class Config:
 
         Args:
             values: option name to value; absent ones take their defaults.
-            source: what to name in a message.
+            source: the file or object to name in a message.
+
+        Returns:
+            The configuration.
 
         Raises:
-            ValueError: for an unknown key or a bad value.
+            ValueError: a key is unknown, or a value is not allowed.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{source}: expected an object of configuration values, got {type(values).__name__}")
@@ -218,25 +229,39 @@ class Config:
     def load(cls, path: Path) -> Config:
         """Read what `save` wrote.
 
+        Args:
+            path: the file to read.
+
+        Returns:
+            The configuration.
+
         Raises:
-            ValueError: naming the file and what is wrong.
+            ValueError: the file is not a valid configuration; the message names it.
         """
         return cls.from_dict(read_json(path), str(path))
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of both, where the second count; those of a part that they replace are left out.
+    """Merge two sets of options; the second takes precedence, and options of a part that it replaces are dropped.
 
-    Raises: ValueError if a part is in none of the tables.
+    Args:
+        first: options by name.
+        second: options by name.
+
+    Returns:
+        The merged options.
+
+    Raises:
+        ValueError: a part is in none of the tables.
     """
     both = {**first, **second}
     before, after = (options_in_effect(_parts(given)[0]) for given in (first, both))
-    # What had no effect before either is kept, so that it is refused.
+    # An option that had no effect with the first either is kept, so that it is refused.
     return {name: value for name, value in both.items() if name in second or name in after or name not in before}
 
 
 def options_in_effect(values: Mapping[str, Any]) -> dict[str, Option]:
-    """The options that have an effect where the parts are those of `values`."""
+    """The options that have an effect with the parts that `values` selects."""
     scored, trained = (
         {
             name: option
@@ -246,12 +271,12 @@ def options_in_effect(values: Mapping[str, Any]) -> dict[str, Option]:
         }
         for training in (False, True)
     )
-    # Those of how it is trained last: their defaults may follow from the run's options.
+    # The training's options come last: their defaults may follow from the run's options.
     return {**PARTS, **scored, **RUN, **trained}
 
 
 def owners(name: str) -> dict[str, dict[str, Option]]:
-    """The parts that have an option: table to {part: the option as that part has it}."""
+    """The parts that have an option: table to {part: the part's option}."""
     return {
         kind: found
         for kind, table in TABLES.items()
@@ -260,9 +285,16 @@ def owners(name: str) -> dict[str, dict[str, Option]]:
 
 
 def difference(ours: Config, theirs: Config) -> str:
-    """Name the options in which two configurations cannot belong to one run; '' if there are none.
+    """Name the options in which two configurations cannot belong to one run.
 
     Options that only one of them has follow from a part that differs.
+
+    Args:
+        ours: the run's configuration.
+        theirs: the other one.
+
+    Returns:
+        The options with both values; '' if there are none.
     """
     fixed = [name for name, option in options_in_effect(ours.values).items() if not option.resumable]
     parts = [(name, ours.values[name], theirs.values[name]) for name in fixed if name in theirs.values]
@@ -270,13 +302,13 @@ def difference(ours: Config, theirs: Config) -> str:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The options that decide the score of a checkpoint on given tasks."""
+    """The options that determine the score of a checkpoint on given tasks."""
     known = options_in_effect(config.values)
     return {name: value for name, value in config.values.items() if known[name].role == SCORE}
 
 
 def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The part of each table, by its name, and the defaults that these parts set."""
+    """The name of each table's part, and the defaults that these parts set."""
     values: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
     for kind, option in PARTS.items():
@@ -312,7 +344,7 @@ def _value(
 
 
 def _unknown(name: str, values: Mapping[str, Any]) -> str:
-    """Why there is no option of this name."""
+    """The reason why there is no option of this name."""
     for kind, rows in owners(name).items():
         return f"{name}: has no effect with {kind} {values[kind]!r}; it is an option of {NOUNS[kind]} {', '.join(rows)}"
     known = {*PARTS, *RUN, *(each for table in TABLES.values() for part in table.values() for each in part.options)}

@@ -18,10 +18,16 @@ else:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options that a file gives, by name.
+    """Read the options in a file.
 
-    path: a JSON file by its ending, else TOML; or a run folder, whose config.json is read.
-    Raises: ValueError naming the file if it cannot be read or is no table of options.
+    Args:
+        path: a JSON file (by its suffix), else TOML; or a run folder, whose config.json is read.
+
+    Returns:
+        The options by name.
+
+    Raises:
+        ValueError: the file cannot be read or is not a table of options; the message names it.
     """
     if path.is_dir():
         path /= "config.json"
@@ -32,10 +38,19 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def configured(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a file with other ones over them, as `Config` takes them.
+    """Merge the options of a file with given ones, which take precedence.
 
-    given: those that count; with another part, the file's options of the old one are left out.
-    Raises: ValueError naming the file if one of its options is unknown, or its value is not possible.
+    Args:
+        path: the file, as for `read_options`.
+        given: options by name; with another part, the file's options of the old part are dropped.
+
+    Returns:
+        The options as `Config` takes them.
+
+    Raises:
+        ValueError: an option is unknown or a value is not possible; the message names the file if the option is from
+            it.
+        TypeError: a given value has another type.
     """
     options = read_options(path)
     try:
@@ -43,7 +58,7 @@ def configured(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         Config(**values)
     except (TypeError, ValueError) as error:
         name = str(error).partition(":")[0]
-        # Otherwise an option of the command line is wrong, or one that neither gives.
+        # Otherwise the wrong option is from the command line, or given by neither.
         if name not in given and (name in options or name.startswith("unknown")):
             raise ValueError(f"{path}: {error}") from None
         raise

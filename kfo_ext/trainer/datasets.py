@@ -1,4 +1,4 @@
-"""The table of data sets: options, task family, and what the family asks of a network. No torch before it is needed."""
+"""The table of data sets: options, task family, and requirements on the network. Loads torch only when needed."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class DataSet(Part):
     """A row of `DATASETS`.
 
     Attributes:
-        make: the task family, from split, seed, the options by name, and the device where `on_device` says so.
+        make: builds the task family from split, seed, the options by name, and the device if `on_device` is set.
         inputs: the shape of one example, from the options.
-        outputs: how many numbers a network gives for one example, from the options.
-        network: the default one, by its name in `NETWORKS`.
+        outputs: the number of outputs of a network per example, from the options.
+        network: the default network, by its name in `NETWORKS`.
         on_device: whether the family keeps its examples on the run's device, and takes `device`.
         loss: the name of a loss in torch.nn.functional.
-        measure: what a validation selects by: accuracy (highest) or loss (lowest).
-        metric: what `MAML` takes as its metric.
+        measure: the measure that a validation selects by: accuracy (highest) or loss (lowest).
+        metric: the metric of `MAML`.
     """
 
     make: Callable[..., TaskFamily]
@@ -44,11 +44,16 @@ class DataSet(Part):
     metric: Callable[[Any, Tensor], Tensor] | None = None
 
     def build(self, split: str, *, seed: int, device: str, options: Options) -> TaskFamily:
-        """The task family of one split.
+        """Build the task family of one split.
 
         Args:
+            split: train, validation or test.
             seed: of the stream of tasks.
+            device: for the examples, if the family keeps them on a device.
             options: values of this data set's options.
+
+        Returns:
+            The family.
         """
         placed = {"device": device} if self.on_device else {}
         return self.make(split=split, seed=seed, **options, **placed)
@@ -58,25 +63,28 @@ def _sign_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     return ((logits > 0) == (targets > 0.5)).float().mean()
 
 
-# Of each kind of targets: loss, measure, metric.
+# Loss, measure and metric of each kind of targets.
 TARGETS: Mapping[str, dict[str, Any]] = {
     "classes": {"loss": "cross_entropy", "measure": "accuracy"},
     "binary": {"loss": "binary_cross_entropy_with_logits", "measure": "accuracy", "metric": _sign_accuracy},
     "values": {"loss": "mse_loss", "measure": "loss"},
 }
-# What a family calls otherwise than the command line.
+# Options that the command line names differently from the family.
 RENAMED = {"root": "data_root"}
-# Where the data lies, which changes no score.
+# Options about the location of the data, which change no score.
 PLACES = ("root", "cache", "download")
 
 
 def of_family(name: str, network: str, **defaults: Any) -> DataSet:
-    """The row of a task family of `kfo_ext.tasks`, with the options that it states.
+    """Make the row of a task family of `kfo_ext.tasks`, with the family's own options.
 
     Args:
         name: in `FAMILIES`.
-        network: the default one.
-        defaults: of options that belong to something else.
+        network: the default network.
+        defaults: new defaults of options that belong to something else.
+
+    Returns:
+        The row.
     """
     row = FAMILIES[name]
     hints = get_type_hints(row.options)
@@ -92,7 +100,7 @@ def of_family(name: str, network: str, **defaults: Any) -> DataSet:
         options={
             RENAMED.get(item.name, item.name): Option(
                 kind=next(kind for kind in (bool, int, float, str) if hints[item.name] in (kind, kind | None)),
-                # Of a root, that it must be given.
+                # An empty root means that it must be given.
                 default=None if item.default == "" else item.default,
                 required=item.default == "",
                 help=item.metadata["help"],

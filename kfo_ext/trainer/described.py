@@ -1,4 +1,4 @@
-"""What `kfo train` says it trains, in three lines."""
+"""The three lines in which `kfo train` says what it trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def described(trainer: Trainer) -> tuple[str, str, str]:
 
 
 def _listed(options: Mapping[str, Any]) -> str:
-    """Options in brackets, those without a value left out; flags that are off too."""
+    """Options in brackets, without those that have no value and flags that are off."""
     shown = [
         name if value is True else f"{name} {value}"
         for name, value in options.items()

@@ -21,7 +21,7 @@ from .ranks import Ranks
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# No list of scores in memory is longer.
+# The largest number of scores.
 MOST_TASKS = 2**31 - 1
 # Bytes of a digest.
 _DIGEST = 16
@@ -38,11 +38,11 @@ class Interval(NamedTuple):
 
 
 class Cancelled(Exception):
-    """An evaluation was ended before it had all its scores."""
+    """An evaluation was cancelled before it had all its scores."""
 
 
 class Evaluation(NamedTuple):
-    """Scores by task: losses (n,), metrics (n,) or None without one, and a digest of the tasks' own digests."""
+    """Scores by task: losses (n,), metrics (n,) or None without a metric, and a digest of the tasks' own digests."""
 
     losses: Tensor
     metrics: Tensor | None
@@ -50,12 +50,12 @@ class Evaluation(NamedTuple):
 
     @property
     def scores(self) -> Tensor:
-        """The metrics (accuracies by default), or without them the losses."""
+        """The metrics (accuracies by default), or the losses if there is no metric."""
         return self.losses if self.metrics is None else self.metrics
 
 
 class _Part(NamedTuple):
-    """What one rank has of an evaluation: by batch losses and metrics, by task digests; `ended`: it was cancelled."""
+    """One rank's part of an evaluation: losses and metrics by batch, digests by task; `ended`: it was cancelled."""
 
     ended: bool
     losses: list[Tensor]
@@ -64,13 +64,16 @@ class _Part(NamedTuple):
 
 
 def mean_interval(values: Sequence[float] | Tensor) -> Interval:
-    """Mean and 1.96 * std / sqrt(n).
+    """Compute the mean and 1.96 * std / sqrt(n).
 
     Args:
         values: (n,) independent scores.
 
+    Returns:
+        The mean with its 95 % interval.
+
     Raises:
-        ValueError: for fewer than two values.
+        ValueError: there are fewer than two values, or more dimensions than one.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     if values.ndim != 1 or len(values) < 2:
@@ -79,11 +82,14 @@ def mean_interval(values: Sequence[float] | Tensor) -> Interval:
 
 
 def paired_difference(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor) -> Interval:
-    """Mean of a - b over the same tasks, with its 95 % interval.
+    """Compute the mean of a - b over the same tasks, with its 95 % interval.
 
     Args:
-        a: (n,) scores of two learners, in the order of one list of tasks.
-        b: (n,) scores of two learners, in the order of one list of tasks.
+        a: (n,) scores of one learner.
+        b: (n,) scores of another learner, on the same list of tasks in the same order.
+
+    Returns:
+        The mean difference with its interval.
 
     Raises:
         ValueError: the lengths differ.
@@ -116,14 +122,18 @@ def evaluate(
         tasks: n, the length of the list.
         batch: tasks adapted at a time.
         steps: inner steps, as many as the learner was built with by default.
+        workers: threads that prefetch tasks; 0 samples in the caller's thread.
         progress: show a bar on a terminal or in a notebook.
-        cancelled: read before each batch; once true, the evaluation ends, on all ranks of a group.
+        cancelled: called before each batch; once true, the evaluation ends, on all ranks of a group.
         group: the ranks that share the batches of the list; each gets the scores of the whole list.
 
+    Returns:
+        The scores of all tasks.
+
     Raises:
-        ValueError: for fewer than two tasks, too many or an empty batch.
-        TypeError: for a number that is no int.
-        FloatingPointError: at a loss that is not finite.
+        ValueError: there are fewer than two tasks, too many, or the batch is empty.
+        TypeError: a number is not an int.
+        FloatingPointError: a loss is not finite.
         Cancelled: `cancelled` was true.
         LostRank: another rank has ended.
     """
@@ -133,7 +143,7 @@ def evaluate(
     check_count("batch", batch, 1)
     like = next(learner.parameters())
     ranks = Ranks(group)
-    # Whole batches, as one process has them: the scores are equal to the bit.
+    # Whole batches, as in one process: the scores are bitwise equal.
     starts = range(0, tasks, batch)[ranks.part(-(-tasks // batch))]
     digests: list[bytes] = []
     losses, metrics = [], []
@@ -146,7 +156,7 @@ def evaluate(
             joined = _joined(list(islice(stream, min(batch, tasks - start))))
             on_cpu = joined.to("cpu")
             result = learner(joined.to(like.device, like.dtype), steps)
-            # Here, a device computes meanwhile.
+            # Computed here, a device works in the meantime.
             digests += _digests(on_cpu)
             try:
                 result.check_finite()
@@ -166,12 +176,12 @@ def evaluate(
 
 
 def fingerprint(family: TaskFamily) -> str:
-    """A digest of a family's first task: families of other data or options have another one."""
+    """A digest of a family's first task, which differs for other data or options."""
     return _digests(family.sample(0, 1).to("cpu"))[0].hex()
 
 
 def _digests(batch: TaskBatch) -> list[bytes]:
-    """Of each task of a batch on the CPU."""
+    """The digest of each task of a batch on the CPU."""
     digests = []
     for task in zip(*batch.support, *batch.query, strict=True):
         digest = hashlib.blake2b(digest_size=_DIGEST)

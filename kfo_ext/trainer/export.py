@@ -1,8 +1,8 @@
-"""A run's network and update as plain files that other tools read, and the learner made of them again.
+"""Exports a run's network and update as plain files for other tools, and rebuilds the learner from them.
 
 An export is a folder of three files: model.safetensors and update.safetensors hold the values under the names of the
 network's and the update's own state_dict, so that either loads without the other and without kfo_ext; config.json holds
-the rest. What the update's meta-parameters were made for, in a state_dict an entry `_extra_state`, is in config.json.
+the rest, including what the update's meta-parameters were made for (the entry `_extra_state` of a state_dict).
 
 safetensors has no checksum: config.json records the SHA-256 of both files, and of its own content.
 """
@@ -34,30 +34,30 @@ from .config import Config
 from .run_evaluation import load_learner, restored
 
 FORMAT = "kfo_ext export"
-# Written, and the newest that is read; every later kfo_ext reads version 1.
+# The version written, and the newest that is read; every later kfo_ext reads version 1.
 VERSION = 1
 _CONFIG = "config.json"
-# Of a learner's state_dict, by the prefix of their names there.
+# The file of each prefix of names in a learner's state_dict.
 _FILES = {"model.": "model.safetensors", "update.": "update.safetensors"}
 _EXTRA = "_extra_state"
 
 
 def export_run(run: RunFolder, to: str | os.PathLike[str], *, name: str = "best") -> list[Path]:
-    """Write the network and the update of a run as safetensors, and config.json with all that builds them again.
+    """Write the network and the update of a run as safetensors, and a config.json from which they can be rebuilt.
 
-    config.json comes last: a folder without it is no export, or an unfinished one.
+    config.json is written last: a folder without it is no export, or an unfinished one.
 
     Args:
-        run: the run folder, which stays as it is.
+        run: the run folder, which stays unchanged.
         to: an absent or empty folder.
         name: the checkpoint, best or last.
 
     Returns:
-        the files.
+        The files.
 
     Raises:
-        ValueError: the folder is taken or naming the file of the run that cannot be used.
-        OSError: naming a file that cannot be written; then nothing is left of the export.
+        ValueError: the folder is taken, or a file of the run cannot be used; the message names it.
+        OSError: a file cannot be written; the message names it, and nothing is left of the export.
     """
     folder = Path(to)
     _check_free(folder)
@@ -98,17 +98,20 @@ def export_run(run: RunFolder, to: str | os.PathLike[str], *, name: str = "best"
 
 
 def from_pretrained(path: str | os.PathLike[str], **changes: Any) -> MAML:
-    """The learner of an export, ready to evaluate, adapt or train on: `.model` and `.update` are its parts.
+    """Load the learner of an export, ready to evaluate, adapt or train on: `.model` and `.update` are its parts.
 
-    The files are data, no code: nothing of them is run. The random state of torch stays as it is.
+    The files are data, not code: nothing in them is executed. The random state of torch stays unchanged.
 
     Args:
         path: the folder that `kfo export` or `export_run` wrote.
-        changes: options to set otherwise than the run did, such as device or steps.
+        changes: options that differ from the run's, such as device or steps.
+
+    Returns:
+        The learner.
 
     Raises:
-        ValueError: naming the file that is missing, foreign, damaged or of a newer format, or the option whose change
-            it does not allow.
+        ValueError: a file is missing, foreign, damaged or of a newer format, or an option cannot be changed; the
+            message names the file or the option.
     """
     folder = Path(path)
     content = _read_config(folder)
@@ -117,7 +120,7 @@ def from_pretrained(path: str | os.PathLike[str], **changes: Any) -> MAML:
     for prefix, file in _FILES.items():
         tensors = _read_tensors(folder / file, content["files"].get(file))
         values |= {prefix + name: tensor for name, tensor in tensors.items()}
-    # Building draws a start, from the run's seed.
+    # Building the learner draws an initialization from the run's seed.
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
         _, learner = restored(own, folder, values, changes)
     return learner
@@ -132,10 +135,17 @@ def _check_free(folder: Path) -> None:
 
 
 def _serialized(values: Mapping[str, Any], prefix: str) -> bytes:
-    """The values under a prefix as safetensors, the names without it.
+    """Serialize the values under a prefix as safetensors, with the prefix removed from their names.
 
-    Each is a copy: safetensors refuses tensors that share memory, as tied ones and views do. A tied parameter is there
-    under each of its names.
+    Each value is a copy: safetensors refuses tensors that share memory, such as tied ones and views. A tied parameter
+    is stored under each of its names.
+
+    Args:
+        values: a state_dict.
+        prefix: of the values to write.
+
+    Returns:
+        The content of the file.
     """
     mine = {name.removeprefix(prefix): X for name, X in values.items() if name.startswith(prefix)}
     plain = {
@@ -143,12 +153,12 @@ def _serialized(values: Mapping[str, Any], prefix: str) -> bytes:
         for name, X in mine.items()
         if not name.endswith(_EXTRA)
     }
-    # What tools for models ask of a file before they read it.
+    # Model tools require this metadata before they read a file.
     return safetensors.save(plain, metadata={"format": "pt"})
 
 
 def _validation_score(run: RunFolder, measure: str, progress: Progress) -> float | None:
-    """The mean of the validation at the checkpoint's iteration; None if it was not validated, or is not recorded."""
+    """The mean of the validation at the checkpoint's iteration; None if there is none, or it is not recorded."""
     if progress.iteration == progress.best_iteration > 0:
         return progress.best_score if measure == "accuracy" else -progress.best_score
     records = [record for record in read_metrics(run.metrics) if is_validation(record)]

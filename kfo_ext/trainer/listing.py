@@ -1,4 +1,4 @@
-"""The options as a command line lists them: one of each name, with all that has it. No torch."""
+"""The options as the command line lists them: one per name, with all its owners. No torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from .options import Option
 class Listed(NamedTuple):
     """An option of the command line.
 
-    group: the heading it is listed under.
-    option: as the first part that has it has it.
-    help: with what it belongs to, its choices and its defaults.
+    Attributes:
+        name: its name.
+        group: the heading it is listed under.
+        option: as in the first part that has it.
+        help: its text with its owners, its choices and its defaults.
     """
 
     name: str
@@ -23,7 +25,7 @@ class Listed(NamedTuple):
 
 
 def listed() -> list[Listed]:
-    """Every option there is, group by group."""
+    """Every option, group by group."""
     rows = [_listed("Parts", name, option) for name, option in PARTS.items()]
     for kind, table in TABLES.items():
         names = dict.fromkeys(name for part in table.values() for name in part.options)
@@ -47,7 +49,7 @@ def _listed(group: str, name: str, option: Option) -> Listed:
 
 
 def _of_parts(kind: str, name: str, rows: dict[str, Option]) -> Listed:
-    # Parts that have the very same option share its text.
+    # Parts with an identical option share its text.
     texts: dict[str, list[str]] = {}
     for row, option in rows.items():
         texts.setdefault(_listed("", name, option).help, []).append(row)

@@ -39,14 +39,14 @@ from .signals import stop_requested
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Why training ends; of several ranks' reasons the last in this order counts, and "" goes on.
+# Why training ends; of several ranks' reasons the last in this order counts, and "" continues.
 REASONS = ("", "time budget", "patience", "finished", "interrupted")
 
 logger = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
-    """Why training ended: finished, patience, time budget or interrupted; and how far it came."""
+    """Why training ended (finished, patience, time budget or interrupted), and its progress."""
 
     reason: str
     progress: Progress
@@ -55,13 +55,17 @@ class Outcome(NamedTuple):
 class Trainer:
     """Meta-trains the learner of one configuration in one run folder.
 
-    config: what to train.
-    run: folder that takes the config, metrics, checkpoints and picture of the run; none makes a new one in runs/.
-    group: the ranks that train together, each with a trainer of its own and the same calls; without it this process
-        trains alone, even where a group is initialised. They share the tasks of each meta-batch and of each validation;
-        the first alone reads and writes the folder.
-    Raises: ValueError for options that do not go together here, or naming the first rank whose options, versions or
-    data are not those of rank 0. LostRank, in every call, if another rank has ended.
+    Args:
+        config: what to train.
+        run: folder for the config, metrics, checkpoints and picture of the run; None makes a new one in runs/.
+        group: the ranks that train together, each with its own trainer and the same calls; without it this process
+            trains alone, even if a group is initialised. They share the tasks of each meta-batch and of each
+            validation; only the first reads and writes the folder.
+
+    Raises:
+        ValueError: options do not fit together here, or the options, versions or data of a rank differ from those of
+            rank 0; the message names the first such rank.
+        LostRank: another rank has ended; in every call.
     """
 
     def __init__(self, config: Config, run: RunFolder | None = None, *, group: ProcessGroup | None = None) -> None:
@@ -72,7 +76,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
-        # Digest of the run's last checkpoint as this trainer wrote or read it; none before the first one.
+        # Digest of the last checkpoint that this trainer wrote or read; None before the first one.
         self._saved: str | None = None
         self._clock, self._deadline = 0.0, math.inf
         self.tasks = build_family(config, "train", seed=config.seed)
@@ -83,7 +87,7 @@ class Trainer:
         self.ranks.equalise([*self.learner.parameters(), *self.learner.buffers()])
         self.optimizer = build_optimizer(config, self.learner)
         self.meta_step = self._meta_step(group)
-        # Last: what fails above leaves no folder.
+        # Last: a failure above leaves no folder.
         title = f"{config.dataset}-{config.method}-{config.update}"
         self.run = RunFolder(self.ranks.from_first(lambda: RunFolder.make(title).path)) if run is None else run
 
@@ -93,9 +97,16 @@ class Trainer:
     ) -> Trainer:
         """Begin a new run.
 
-        path: an absent or empty folder; none makes a new one in runs/.
-        group: as for the class.
-        Raises: ValueError if the folder is taken, or the tasks or the device are not there, or as the class.
+        Args:
+            config: as for the class.
+            path: an absent or empty folder; None makes a new one in runs/.
+            group: as for the class.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            ValueError: the folder is taken, or the tasks or the device are not available, or as the class.
         """
         if path is not None and Ranks(group).first:
             RunFolder(path).check_free(Config.load)
@@ -107,11 +118,17 @@ class Trainer:
     def resume(cls, path: str | PathLike[str], *, group: ProcessGroup | None = None, **changes: Any) -> Trainer:
         """Continue a run from its last checkpoint, exactly as if it had not been stopped.
 
-        path: the run folder.
-        group: as for the class; of any size, whatever that was when the run was stopped.
-        changes: new values of options that are resumable, such as more iterations.
-        Raises: ValueError naming the file if the run or its checkpoint cannot be used, or if another writer is at work,
-        or as the class.
+        Args:
+            path: the run folder.
+            group: as for the class; of any size, whatever that was when the run was stopped.
+            changes: new values of options that are resumable, such as more iterations.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            ValueError: the run or its checkpoint cannot be used (the message names the file), another writer is active,
+                or as the class.
         """
         ranks = Ranks(group)
         run = RunFolder.open(path) if ranks.first else RunFolder(path)
@@ -128,17 +145,25 @@ class Trainer:
         return trainer
 
     def fit(self, *, time_budget: float = 0.0, loggers: Iterable[str | Logger] = ()) -> Outcome:
-        """Train until the iterations are done, the patience or the time is at its end, or a signal asks to stop.
+        """Train until the iterations are done, the patience or the time is exhausted, or a signal requests a stop.
 
         A validation follows every `validation_every` iterations and the last one; each is followed by a save. The run
         folder is locked meanwhile. A trainer that was neither started nor resumed begins a new run in it.
 
-        time_budget: seconds of this call, the last validation not included; 0 is no limit.
-        loggers: what gets each record besides metrics.jsonl: functions of one record (a dict), or names of
-            `kfo_ext.runs.loggers.LOGGERS`. What one of them raises ends the call.
-        Raises: FloatingPointError naming iteration, step and task at the first value that is not finite; the
-        checkpoints stay as they were. ValueError if another writer is at work, or has continued the run since.
-        ImportError if what a logger needs is not installed. LostRank if another rank has ended.
+        Args:
+            time_budget: seconds of this call, excluding the last validation; 0 is no limit.
+            loggers: receive each record besides metrics.jsonl: functions of one record (a dict), or names of
+                `kfo_ext.runs.loggers.LOGGERS`. An exception in one of them ends the call.
+
+        Returns:
+            Why training ended, and its progress.
+
+        Raises:
+            FloatingPointError: a value is not finite; the message names iteration, step and task of the first one. The
+                checkpoints stay unchanged.
+            ValueError: another writer is active, or has continued the run since.
+            ImportError: a logger's package is not installed.
+            LostRank: another rank has ended.
         """
         if not time_budget >= 0:
             raise ValueError(f"time_budget: expected seconds, at least 0, got {time_budget}")
@@ -179,7 +204,7 @@ class Trainer:
             # Another process may have begun a run since the first check, which keeps the lock out of foreign folders.
             self.run.check_free(Config.load)
             self.run.remove_partials()
-            # Before the first checkpoint: a folder that holds only this file can be started again, or resumed.
+            # Before the first checkpoint: a folder with only this file can be started again, or resumed.
             self.config.save(self.run.config)
             self._save()
 
@@ -239,7 +264,7 @@ class Trainer:
     def _step(self, stream: Iterator[TaskBatch], metrics: Metrics, bar: TrainingBar) -> None:
         config, iteration = self.config, self.progress.iteration + 1
         rate = meta_rate(config.schedule_row, self.progress.iteration, config.values)
-        # That of a step is of the group whose rate is the largest.
+        # The rate of a step belongs to the group with the largest rate.
         largest = max(1.0, (config.meta_lr_update or 0.0) / config.meta_lr)
         parts = [batch.to(config.device, config.torch_dtype) for batch in islice(stream, config.accumulate)]
         report = self.meta_step(parts, rate * largest).on_host()
@@ -279,12 +304,12 @@ class Trainer:
         metrics.sync()
         due = self.progress.iteration % self.config.validation_every == 0
         if self.progress.record(score, due=due) and self.ranks.first:
-            # Before last.pt: a kill in between leaves a last.pt that leads to this very best.pt again.
+            # Before last.pt: after a kill in between, training from last.pt reproduces this best.pt.
             checkpoint.save(self.run.best, self._state())
         self._save()
 
     def _save(self) -> None:
-        # Files of one's own, not torch.distributed.checkpoint: the state is small, and every rank has all of it.
+        # Not torch.distributed.checkpoint: the state is small, and every rank has all of it.
         self._saved = checkpoint.save(self.run.last, self._state()) if self.ranks.first else ""
 
     def _state(self) -> dict[str, Any]:
@@ -331,14 +356,14 @@ class Trainer:
 
 
 def _read(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The configuration of a run, and its last checkpoint; None of a run that was stopped before the first one."""
+    """The configuration of a run, and its last checkpoint; None if the run was stopped before the first one."""
     run.remove_partials()
     config = Config.load(run.config).to_dict()
     return config, None if run.unfinished(Config.load) else checkpoint.load(run.last)
 
 
 def _unreadable(path: Path) -> str:
-    """Why a checkpoint cannot be read; '' if it can."""
+    """The reason why a checkpoint cannot be read; '' if it can."""
     try:
         checkpoint.digest(path)
     except ValueError as error:
@@ -347,7 +372,7 @@ def _unreadable(path: Path) -> str:
 
 
 def _summary(scores: Evaluation) -> tuple[float, Record]:
-    """What to select by (larger is better), and what to write down."""
+    """The score to select by (larger is better), and the record to write."""
     loss, half = mean_interval(scores.losses)
     record = {"validation_loss": loss, "validation_loss_interval": half}
     if scores.metrics is None:

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 class MetaReport(NamedTuple):
-    """What one meta-iteration gives, on its device until `on_host`; the tasks are those of its meta-batches in order.
+    """The result of one meta-iteration, on its device until `on_host`; tasks are in the order of the meta-batches.
 
-    loss: (), the mean query loss.
-    support_losses: (steps, tasks), before each inner step.
-    query_losses: (tasks,).
-    gradient_norm: (), of the meta-gradients of the optimizer's parameters, before clipping.
-    metric: (), the mean query metric, accuracy by default, or None without one.
+    Attributes:
+        loss: (), the mean query loss.
+        support_losses: (steps, tasks), before each inner step.
+        query_losses: (tasks,).
+        gradient_norm: (), of the meta-gradients of the optimizer's parameters, before clipping.
+        metric: (), the mean query metric, accuracy by default, or None if there is no metric.
     """
 
     loss: Tensor
@@ -45,12 +46,12 @@ class MetaReport(NamedTuple):
 
 
 def outer_rate(lr: float, device: torch.device) -> float | Tensor:
-    """The rate of a parameter group: on CUDA a tensor of float32, as fused kernels read it, which a graph follows."""
+    """The rate of a parameter group; on CUDA a float32 tensor, which fused kernels read and a CUDA graph follows."""
     return torch.tensor(lr, dtype=torch.float32, device=device) if device.type == "cuda" else lr
 
 
 def make_adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
-    """The outer Adam(0.9, 0.999), fused: it can leave out a step by a flag on the device."""
+    """The outer Adam(0.9, 0.999), fused, so that a flag on the device can skip a step."""
     parameters = list(parameters)
     rate = outer_rate(lr, parameters[0].device)
     return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), fused=True)
@@ -59,21 +60,24 @@ def make_adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
 class MetaStep:
     """One whole meta-iteration of a learner and its optimizer: nothing is read back, nothing depends on a value.
 
-    Where a loss or the norm of the meta-gradient is not finite, parameters and the optimizer's state stay as they were,
-    to the bit, and `check_finite` says what it was.
+    If a loss or the norm of the meta-gradient is not finite, parameters and the optimizer's state stay bitwise
+    unchanged, and `check_finite` names the value.
 
-    Clearing, differentiating, measuring and clipping are of the optimizer's parameters alone: `grad` of the others
-    stays as it is. Its groups keep the ratios of their rates, which are those of their `initial_lr`: the rate that a
-    group has when it is first seen here (or by one of torch's schedulers), saved with the optimizer's state.
+    Clearing, differentiating, measuring and clipping apply only to the optimizer's parameters: `grad` of the others
+    stays unchanged. The groups keep the ratios of their rates, given by their `initial_lr`: the rate that a group has
+    when it is first seen here (or by one of torch's schedulers), saved with the optimizer's state.
 
-    learner: MAML or ANIL.
-    optimizer: Adam, AdamW or SGD, fused, of all or some of its parameters, in one group or several.
-    clip_norm: longer meta-gradients are scaled to this norm, before any weight decay; 0 is no limit.
-    group: the ranks that take this step together, which begin with equal parameters. Each calls it with the same whole
-        meta-batches, computes its part of their tasks, and gets the report of all tasks; one all-reduce adds up the
-        meta-gradients. Random numbers of a forward are those of each rank's own generator.
-    Raises: ValueError for a negative limit, an optimizer of another kind or not fused, or a parameter that is not the
-    learner's.
+    Args:
+        learner: MAML or ANIL.
+        optimizer: Adam, AdamW or SGD, fused, of all or some of the learner's parameters, in one group or several.
+        clip_norm: longer meta-gradients are scaled to this norm, before any weight decay; 0 is no limit.
+        group: the ranks that take this step together, which begin with equal parameters. Each calls it with the same
+            whole meta-batches, computes its part of their tasks, and gets the report of all tasks; one all-reduce sums
+            the meta-gradients. Random numbers of a forward come from each rank's own generator.
+
+    Raises:
+        ValueError: the limit is negative, the optimizer is of another kind or not fused, or a parameter is not the
+            learner's.
     """
 
     def __init__(
@@ -101,24 +105,35 @@ class MetaStep:
         self._ratios()
 
     def __call__(self, batch: TaskBatch | Sequence[TaskBatch], rate: float) -> MetaReport:
-        """Takes one meta-step; the meta-gradients stay in `grad`, clipped.
+        """Take one meta-step; the meta-gradients stay in `grad`, clipped.
 
-        batch: on the learner's device, in its type. Several are adapted one after another, in the memory of one, and
-            give the meta-gradients of all their tasks together.
-        rate: the learning rate, of the group whose `initial_lr` is largest; that of another is this times their
-            ratio, so that groups of one rate keep one rate, and a group of rate 0 beside others stays as it is.
-        Raises: ValueError for no batch, a rate that is negative or not finite, or an optimizer without a parameter to
-        step; with a group, for fewer tasks than ranks, or a buffer that the forward changes (such as running
-        statistics), of which each rank would have another. LostRank if another rank has ended.
+        Args:
+            batch: on the learner's device, in its type. Several are adapted one after another, in the memory of one,
+                and give the meta-gradients of all their tasks together.
+            rate: the learning rate of the group with the largest `initial_lr`; another group's rate is this times their
+                ratio, so that groups of one rate keep one rate, and a group of rate 0 beside others stays unchanged.
+
+        Returns:
+            The report, on the device.
+
+        Raises:
+            ValueError: there is no batch, the rate is negative or not finite, or the optimizer has no parameter to
+                step; with a group, there are fewer tasks than ranks, or the forward changes a buffer (such as running
+                statistics), which would then differ between ranks.
+            LostRank: another rank has ended.
         """
         batches = several(batch)
         self._set_rate(rate)
         return self._iterate(batches)
 
     def check_finite(self, report: MetaReport) -> None:
-        """Raises FloatingPointError naming the first step and task, or the parameter, that is not finite.
+        """Check that the last meta-step was finite.
 
-        report: of the last call, on the CPU.
+        Args:
+            report: of the last call, on the CPU.
+
+        Raises:
+            FloatingPointError: a value is not finite; the message names the first step and task, or the parameter.
         """
         MetaResult(report.loss, report.support_losses, report.query_losses, None).check_finite()
         if report.gradient_norm.isfinite():
@@ -132,9 +147,13 @@ class MetaStep:
     def _parameters(self) -> list[Tensor]:
         """The optimizer's parameters, each once.
 
-        Raises: ValueError naming the first that is not the learner's.
+        Returns:
+            The parameters, in the order of the groups.
+
+        Raises:
+            ValueError: a parameter is not the learner's; the message names the first one.
         """
-        # Asked in every call: a group may have been added since.
+        # Read in every call: a group may have been added since.
         own = set(self.learner.parameters())
         for number, group in enumerate(self.optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
@@ -149,14 +168,14 @@ class MetaStep:
         return list(dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"]))
 
     def _ratios(self) -> list[float]:
-        """Of each group's rate to the largest."""
+        """The ratio of each group's rate to the largest."""
         groups = self.optimizer.param_groups
         for group in groups:
-            # A number, which a checkpoint can hold, and no read from the device in later calls.
+            # A number, which a checkpoint can hold and which later calls need not read from the device.
             if not isinstance(group.get("initial_lr"), float):
                 group["initial_lr"] = float(group.get("initial_lr", group["lr"]))
         rates = [group["initial_lr"] for group in groups]
-        # Equal rates are in the ratio 1, be they all 0.
+        # Equal rates have the ratio 1, even if all are 0.
         return [1.0 if rate == max(rates) else rate / max(rates) for rate in rates]
 
     def _set_rate(self, rate: float) -> None:
@@ -169,9 +188,10 @@ class MetaStep:
                 group["lr"] = rate * ratio
 
     def _begin_momentum(self) -> None:
-        """Gives SGD the momentum of a first step, zero: torch leaves it undefined after a first step left out.
+        """Set SGD's initial momentum to zero: torch leaves it undefined if the first step is skipped.
 
-        Raises: ValueError for damped momentum, whose first step torch does not damp.
+        Raises:
+            ValueError: the momentum is damped, since torch does not damp its first step.
         """
         for group in self.optimizer.param_groups:
             if not group.get("momentum"):
@@ -209,10 +229,10 @@ class MetaStep:
             loss, losses, metric = self._over_ranks(learned, batches, loss, losses, metrics)
         norm = get_total_norm([p.grad for p in learned if p.grad is not None])
         if self.clip_norm:
-            # A norm that is not finite would spread to every gradient, and hide where it came from.
+            # A norm that is not finite would spread to every gradient, and hide its origin.
             clip_grads_with_norm_(learned, self.clip_norm, norm.nan_to_num(posinf=0.0))
         finite = losses.isfinite().all() & norm.isfinite()
-        # As torch's GradScaler does: the optimizer, a step counter included, stands still where this is 1.
+        # As in torch's GradScaler: the optimizer, including its step counter, skips the step if this is 1.
         # Not an attribute that the class declares.
         setattr(self.optimizer, "found_inf", finite.logical_not().float())  # noqa: B010
         try:
@@ -229,16 +249,20 @@ class MetaStep:
         losses: Tensor,
         metrics: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Sums the meta-gradients in `grad` over the ranks, and gives loss, losses and metric of all tasks.
+        """Sum the meta-gradients in `grad` over the ranks.
 
-        learned: the parameters that require a gradient.
-        batches: the whole meta-batches.
-        loss: this rank's part of it.
-        losses: (steps + 1, own tasks).
-        metrics: (own tasks,), or None.
+        Args:
+            learned: the parameters that require a gradient.
+            batches: the whole meta-batches.
+            loss: this rank's part of it.
+            losses: (steps + 1, own tasks).
+            metrics: (own tasks,), or None.
+
+        Returns:
+            Loss, losses and metric of all tasks.
         """
         counts = [len(batch.support.x) for batch in batches]
-        # Each rank fills the columns of its own tasks: the sum puts them side by side.
+        # Each rank fills the columns of its own tasks: the sum concatenates them.
         columns = losses.new_zeros(len(losses), sum(counts))
         begin = done = 0
         for count in counts:
@@ -254,7 +278,7 @@ class MetaStep:
         loss, losses, score, scored, given, *gradients = self._ranks.sums(
             [loss, columns, scores.sum(), scored, given, *gradients]
         )
-        # Read from the device only where one is missing here: a parameter that has none on any rank stays without.
+        # Read from the device only if a gradient is missing here: a parameter without one on all ranks keeps None.
         anywhere = [number > 0 for number in given.tolist()] if any(missing) else [True] * len(learned)
         for parameter, gradient, known in zip(learned, gradients, anywhere, strict=True):
             parameter.grad = gradient if known else None
@@ -262,9 +286,16 @@ class MetaStep:
 
 
 def several(batch: TaskBatch | Sequence[TaskBatch]) -> Sequence[TaskBatch]:
-    """The meta-batches of one iteration.
+    """The meta-batches of one iteration, as a sequence.
 
-    Raises: ValueError for none.
+    Args:
+        batch: one meta-batch or several.
+
+    Returns:
+        At least one meta-batch.
+
+    Raises:
+        ValueError: there is none.
     """
     batches = [batch] if isinstance(batch, TaskBatch) else batch
     if not batches:
@@ -273,7 +304,7 @@ def several(batch: TaskBatch | Sequence[TaskBatch]) -> Sequence[TaskBatch]:
 
 
 def _shares(batches: Sequence[TaskBatch]) -> list[float]:
-    """The part that each has of all tasks."""
+    """The share of each batch in all tasks."""
     counts = [len(batch.support.x) for batch in batches]
     if len(batches) == 1 or not any(counts):
         return [1.0 / len(batches)] * len(batches)
@@ -281,8 +312,8 @@ def _shares(batches: Sequence[TaskBatch]) -> list[float]:
 
 
 def _check_buffers(module: torch.nn.Module, before: dict[str, Tensor]) -> None:
-    """Raises ValueError naming the first buffer that is not as it was."""
-    # By value: torch counts no version of the running statistics that it writes.
+    """Raise ValueError naming the first buffer that has changed."""
+    # Compared by value: torch does not count up the version of running statistics that it writes.
     for name, X in module.named_buffers():
         if name not in before or not torch.equal(X, before[name]):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The table of methods: what each makes of the network, and what it adapts. No torch before it is needed."""
+"""The table of methods: how each transforms the network, and what it adapts. Loads torch only when needed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def _unchanged(network: nn.Module) -> nn.Module:
 class Method(Part):
     """A row of `METHODS`.
 
-    adapted: the parameters of the network that the inner loop adapts, for which the update is made.
-    learner: the learner of a network, with the keywords of `MAML`.
-    transformed: what the method makes of the network first, with the method's options as keywords.
-    head: whether it needs a network that has one.
+    Attributes:
+        adapted: the parameters of the network that the inner loop adapts, for which the update is made.
+        learner: builds the learner of a network, with the keywords of `MAML`.
+        transformed: transforms the network first, with the method's options as keywords.
+        head: whether it requires a network with a head.
     """
 
     adapted: Callable[[nn.Module], Named]

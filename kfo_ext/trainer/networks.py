@@ -1,4 +1,4 @@
-"""The table of networks: options, and what each takes. No torch before it is needed."""
+"""The table of networks: options, and the input shapes of each. Loads torch only when needed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Network(Part):
     """A row of `NETWORKS`.
 
     Attributes:
-        make: the network of the shape of one example, the number of its outputs, and the options by name.
-        inputs: the shape of the examples that it takes; None is any size, and any shape as a whole.
-        head: whether it has a method `features` and a submodule `head`, as ANIL needs.
-        convolutions: whether it computes any, whose precision may be chosen.
+        make: builds the network from the shape of one example, the number of its outputs, and the options by name.
+        inputs: the shape of the examples that it takes; None for one size is any size, None as a whole is any shape.
+        head: whether it has a method `features` and a submodule `head`, as ANIL requires.
+        convolutions: whether it has convolutions, whose precision may be chosen.
     """
 
     make: Callable[..., nn.Module]
@@ -115,7 +115,7 @@ NETWORKS: dict[str, Network] = {
         inputs=(None, None, None),
         head=True,
         convolutions=True,
-        # With hundreds of flattened features a larger rate diverges.
+        # A larger rate diverges with hundreds of flattened features.
         defaults={"inner_lr": 0.01},
     ),
     "sinusoid_mlp": Network(

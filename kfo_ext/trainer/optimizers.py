@@ -1,4 +1,4 @@
-"""The table of outer optimizers: options, and torch's class of each. No torch before it is needed."""
+"""The table of outer optimizers: options, and torch's class of each. Loads torch only when needed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 class OuterOptimizer(Part):
     """A row of `OPTIMIZERS`.
 
-    make: the optimizer of parameter groups, with its options as keywords. It must be one that `MetaStep` takes.
+    Attributes:
+        make: builds the optimizer of parameter groups, with its options as keywords. It must be one that `MetaStep`
+            takes.
     """
 
     make: Callable[..., torch.optim.Optimizer]
 
 
 def of_class(name: str, **fixed: Any) -> Callable[..., torch.optim.Optimizer]:
-    """What makes a fused optimizer of a class of torch.optim.
+    """Return a function that builds a fused optimizer of a class of torch.optim.
 
-    fixed: keywords that are no options.
+    Args:
+        name: of the class.
+        fixed: keywords that are not options.
+
+    Returns:
+        The function, of parameter groups and options.
     """
 
     def make(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Options: what a value may be, and what it changes. No torch: the help of the command line lists them."""
+"""Options: their allowed values, and what they affect. No torch, since the help of the command line lists them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from kfo_ext.choices import LARGEST_INTEGER
 from kfo_ext.runs.files import is_number
 
-# What an option changes in the evaluation of a given checkpoint on given tasks. SCORE: its score. MACHINE: where and
-# how fast it is computed, and nothing else but rounding. TRAINING: nothing.
+# The effect of an option on the evaluation of a given checkpoint on given tasks. SCORE: its score. MACHINE: where and
+# how fast it is computed, and only rounding besides. TRAINING: nothing.
 SCORE, TRAINING, MACHINE = "score", "training", "machine"
 
 
@@ -18,14 +18,19 @@ SCORE, TRAINING, MACHINE = "score", "training", "machine"
 class Option:
     """One option.
 
-    kind: bool, int, float or str.
-    default: its value where none is given. None: it may stay without one. A function computes it from the options
-        before it, and `shown` says in a few words what it gives.
-    help: what `kfo train --help` says.
-    choices, least, most, positive: what values it takes.
-    role: SCORE, TRAINING or MACHINE.
-    resumable: whether a resumed run may change it.
-    required: whether it must be given.
+    Attributes:
+        kind: bool, int, float or str.
+        default: its value if none is given. None: it may have no value. A function computes it from the options
+            before it, and `shown` describes the result in a few words.
+        help: its text in `kfo train --help`.
+        choices: the allowed strings; () allows any.
+        least: the smallest allowed number.
+        most: the largest allowed integer.
+        positive: whether a number must be above 0.
+        role: SCORE, TRAINING or MACHINE.
+        resumable: whether a resumed run may change it.
+        required: whether it must be given.
+        shown: the default in a help text, if it is computed.
     """
 
     kind: type
@@ -42,17 +47,25 @@ class Option:
 
     @property
     def shown_default(self) -> str:
-        """The default as a help text says it."""
+        """The default as in a help text."""
         if self.required:
             return "must be given"
         return self.shown or ("none" if self.default is None else str(self.default))
 
     def value(self, name: str, given: Any, before: Mapping[str, Any]) -> Any:
-        """The checked value.
+        """Check a value, or compute the default.
 
-        given: None where none was given and the default is None or computed.
-        before: the values of the options before this one.
-        Raises: TypeError or ValueError naming the option, what it expects and what it got.
+        Args:
+            name: of the option, for messages.
+            given: the value; None if none was given and the default is None or computed.
+            before: the values of the options before this one.
+
+        Returns:
+            The checked value.
+
+        Raises:
+            TypeError: the value has another type; the message names the option, the expected and the received value.
+            ValueError: the value is not allowed; the message is as for TypeError.
         """
         if given is None and callable(self.default):
             given = self.default(before)
@@ -85,10 +98,11 @@ def _fit_together(values: Mapping[str, Any]) -> None:
 class Part:
     """A row of a table: one data set, network, method, update, optimizer or schedule.
 
-    help: what it is, in a few words.
-    options: those that belong to it, by name.
-    defaults: of options that belong to something else, where this part has other ones.
-    check: of the values of all options; raises ValueError where some do not go together.
+    Attributes:
+        help: what it is, in a few words.
+        options: those that belong to it, by name.
+        defaults: this part's own defaults of options that belong to something else.
+        check: of the values of all options; raises ValueError if some do not fit together.
     """
 
     help: str

@@ -1,4 +1,4 @@
-"""How the network's convolutions round: IEEE float32, TF32 or bfloat16, and torch's global flag for that."""
+"""The rounding of the network's convolutions: IEEE float32, TF32 or bfloat16, and torch's global flag for it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from kfo_ext.choices import PRECISIONS
 
 @contextmanager
 def convolution_precision(precision: str) -> Iterator[None]:
-    """Sets what torch's float32 convolutions on CUDA may round to, and afterwards sets it back.
+    """Set the precision of torch's float32 convolutions on CUDA in the block, and restore it afterwards.
 
-    torch's own default is TF32: 10 bits of the mantissa in the products. bf16 is autocast's doing (`MAML(bf16=True)`);
-    what autocast leaves alone is IEEE. Matrix products have a flag of their own, which torch leaves at IEEE.
+    torch's own default is TF32: 10 bits of the mantissa in the products. bf16 is set by autocast (`MAML(bf16=True)`);
+    what autocast leaves in float32 is IEEE. Matrix products have their own flag, which torch leaves at IEEE.
 
-    precision: one of `PRECISIONS`.
-    Raises: ValueError for another one.
+    Args:
+        precision: one of `PRECISIONS`.
+
+    Yields:
+        Nothing; the precision holds in the block.
+
+    Raises:
+        ValueError: there is no such precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")

@@ -1,4 +1,4 @@
-"""The processes of one training, called ranks: which tasks each takes, what they add up, and how they end together."""
+"""The processes of one training, called ranks: their shares of the tasks, their reductions, and their common end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# How long a rank waits for another one that is silent. One that ends, however it ends, is noticed at once by gloo.
+# How long a rank waits for a silent one. gloo notices immediately when a process ends.
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -31,11 +31,15 @@ class LostRank(ConnectionError):
 
 
 class Ranks:
-    """The members of a process group, in its order; without a group, this process alone.
+    """The members of a process group, in its order; without a group, only this process.
 
-    Each function but `own` and `part` waits for all ranks, and is called by all of them in the same order.
+    Each method except `own` and `part` waits for all ranks, and must be called by all of them in the same order.
 
-    Raises: LostRank (each of them) where another rank has ended, or was silent for the group's timeout.
+    Args:
+        group: the process group, or None.
+
+    Raises:
+        LostRank: another rank has ended, or was silent for the group's timeout; in each such method.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -48,13 +52,20 @@ class Ranks:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """This rank's part of so many items in order; the parts differ by one item at most."""
+        """This rank's part of `count` items in order; the parts differ by at most one item."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def own(self, batch: TaskBatch) -> tuple[TaskBatch, float]:
-        """This rank's tasks of a meta-batch, and their share of it.
+        """Select this rank's tasks of a meta-batch.
 
-        Raises: ValueError for fewer tasks than ranks.
+        Args:
+            batch: the whole meta-batch.
+
+        Returns:
+            The tasks, and their share of the batch.
+
+        Raises:
+            ValueError: there are fewer tasks than ranks.
         """
         if self.size == 1:
             return batch, 1.0
@@ -74,9 +85,14 @@ class Ranks:
         return [piece.view(X.shape).to(X.dtype) for piece, X in zip(pieces, tensors, strict=True)]
 
     def largest(self, number: int, device: str | torch.device) -> int:
-        """The largest of the ranks' numbers.
+        """Find the largest of the ranks' numbers.
 
-        device: on which the group communicates.
+        Args:
+            number: this rank's number.
+            device: the device on which the group communicates.
+
+        Returns:
+            The maximum.
         """
         if self.size == 1:
             return number
@@ -95,7 +111,7 @@ class Ranks:
         return values
 
     def from_first(self, make: Callable[[], Value]) -> Value:
-        """What the first rank makes, which the others wait for."""
+        """The value that the first rank makes; the others wait for it."""
         if self.size == 1:
             return make()
         values: list[Any] = [make() if self.first else None]
@@ -104,18 +120,18 @@ class Ranks:
         return values[0]
 
     def equalise(self, tensors: Iterable[Tensor]) -> None:
-        """Give all ranks the first one's values: another processor may have drawn others in the last digit."""
+        """Broadcast the first rank's values, since processors may draw values that differ in the last digit."""
         if self.size == 1:
             return
         for X in tensors:
-            # As it lies in memory: gloo takes no other.
+            # Contiguous: gloo accepts no other layout.
             copy = X.detach().contiguous()
             with _answered(self.rank):
                 dist.broadcast(copy, group=self.group, group_src=0)
             X.detach().copy_(copy)
 
     def compare(self, facts: Mapping[str, Any]) -> None:
-        """Raises ValueError naming the first rank and fact that differ from those of rank 0."""
+        """Raise ValueError naming the first rank and fact that differ from those of rank 0."""
         first, *others = self.gathered(dict(facts))
         for rank, theirs in enumerate(others, start=1):
             for name in [*first, *theirs]:
@@ -128,7 +144,11 @@ class Ranks:
     def place(self, device: str) -> None:
         """Make 'cuda' the CUDA device of this rank's LOCAL_RANK.
 
-        Raises: ValueError for a numbered device, which all ranks would share.
+        Args:
+            device: the run's device.
+
+        Raises:
+            ValueError: the device has a number, so all ranks would share it.
         """
         kind = torch.device(device)
         if self.size == 1 or kind.type != "cuda":
@@ -144,7 +164,7 @@ def _answered(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Without the place in gloo's sources, and its advice.
+        # Without the position in gloo's sources, and its advice.
         reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]
         raise LostRank(
             f"rank {rank}: another rank has ended, or was silent for too long; the run can go on from its last "
@@ -154,18 +174,23 @@ def _answered(rank: int) -> Iterator[None]:
 
 @contextmanager
 def joined() -> Iterator[ProcessGroup | None]:
-    """The group of the processes that torchrun started with this one, until the block ends; None for one process.
+    """Join the process group that torchrun started.
 
-    The store that torchrun gives decides who says why all ranks end: the first that fails. gloo on the CPU, nccl on
-    CUDA devices.
+    The store that torchrun provides decides which rank reports why all end: the first that fails. Communication is by
+    gloo on the CPU and by nccl on CUDA devices.
 
-    Raises: Unsaid in place of any error, once another rank has said why it ends.
+    Yields:
+        The group, until the block ends; None for a single process.
+
+    Raises:
+        Unsaid: instead of any error, once another rank has reported its own.
+        BaseException: any error of the block, if this rank is the first to fail.
     """
     if not of_several():
         yield None
         return
     shared, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # The store outlives a restart: under one name for all, ranks would find the addresses of those that are gone.
+    # The store outlives a restart: with a common prefix, ranks would find the addresses of processes that have ended.
     store = dist.PrefixStore(f"kfo-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{size}", shared)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
@@ -173,7 +198,7 @@ def joined() -> Iterator[ProcessGroup | None]:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         yield dist.group.WORLD
     except BaseException:
-        # The process ends now: closing the group in order would wait for ranks that are gone.
+        # The process ends now: an orderly shutdown of the group would wait for ranks that have ended.
         if not _first_to_end(store):
             raise Unsaid from None
         raise
@@ -181,7 +206,7 @@ def joined() -> Iterator[ProcessGroup | None]:
 
 
 def restarts() -> bool:
-    """Whether torchrun starts the ranks again when one fails (--max-restarts)."""
+    """Whether torchrun restarts the ranks when one fails (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
@@ -189,5 +214,5 @@ def _first_to_end(store: dist.Store) -> bool:
     try:
         return store.add("ended", 1) == 1
     except RuntimeError:
-        # The store is gone with its rank: better twice than not at all.
+        # The store has ended with its rank: better to report twice than not at all.
         return True

@@ -1,4 +1,4 @@
-"""From a configuration to the objects it names: task families, the learner, and the outer optimizer."""
+"""Builds the objects that a configuration names: task families, the learner, and the outer optimizer."""
 
 from __future__ import annotations
 
@@ -12,26 +12,41 @@ from .config import Config
 from .meta_step import outer_rate
 from .updates import ADAPTED
 
-# Validation and test tasks do not follow the seed of the run: every run is judged on the same lists.
+# Validation and test tasks do not depend on the run's seed: every run is evaluated on the same lists.
 EVALUATION_SEED = 0
 
 
 def build_family(config: Config, split: str, *, seed: int) -> TaskFamily:
-    """The tasks of one split, their images on the run's device.
+    """Build the tasks of one split, with their images on the run's device.
 
-    split: train, validation or test.
-    seed: of the stream of tasks; the classes of a split do not depend on it.
-    Raises: ValueError if the device is not there, FileNotFoundError if the data is not.
+    Args:
+        config: the run's configuration.
+        split: train, validation or test.
+        seed: of the stream of tasks; the classes of a split do not depend on it.
+
+    Returns:
+        The task family.
+
+    Raises:
+        ValueError: the device is not available.
+        FileNotFoundError: the data is missing.
     """
     row = config.data_set
     return row.build(split, seed=seed, device=config.device, options=config.options_of(row))
 
 
 def build_learner(config: Config, *, rated: int | None = None) -> MAML:
-    """The network and its learned update, initialised from `config.seed`.
+    """Build the network and its learned update, initialised from `config.seed`.
 
-    rated: inner steps that have rates of their own, with `per_step`; none is `config.steps`.
-    Raises: ValueError if the device is not there.
+    Args:
+        config: the run's configuration.
+        rated: the number of inner steps with their own rates, if `per_step` is set; `config.steps` by default.
+
+    Returns:
+        The learner.
+
+    Raises:
+        ValueError: the device is not available.
     """
     torch.manual_seed(config.seed)
     data, method, update = config.data_set, config.method_row, config.update_row
@@ -49,7 +64,7 @@ def build_learner(config: Config, *, rated: int | None = None) -> MAML:
         network,
         update=update.make(method.adapted(network), **options),
         lr=config.inner_lr,
-        # A learner has steps to train with; none are for an evaluation.
+        # The constructor requires a step; an evaluation may have none.
         steps=max(config.steps, 1),
         adapt_update=config.values.get("adapt_update", False),
         first_order=config.first_order,
@@ -63,9 +78,17 @@ def build_learner(config: Config, *, rated: int | None = None) -> MAML:
 
 
 def build_optimizer(config: Config, learner: MAML) -> torch.optim.Optimizer:
-    """The outer optimizer: of all parameters in one group, or with `meta_lr_update` those of the update in another.
+    """Build the outer optimizer: one group of all parameters, or with `meta_lr_update` a second one for the update's.
 
-    Raises: ValueError for a rate of an update that has no meta-parameters.
+    Args:
+        config: the run's configuration.
+        learner: the learner whose parameters it steps.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: `meta_lr_update` is set for an update without meta-parameters.
     """
     parameters = list(learner.parameters())
     of_update = set(learner.update.parameters()) if config.meta_lr_update else set()

@@ -1,4 +1,4 @@
-"""Judging finished runs: the score of one checkpoint, and the paired difference of two."""
+"""Evaluation of finished runs: the score of one checkpoint, and the paired difference of two."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ from .recipe import EVALUATION_SEED, build_family, build_learner
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# How training went fast is not how the learner is judged, and may not exist on another device.
+# Speed options of training do not belong to an evaluation, and may not exist on another device.
 _PLAIN = {"cuda_graph": False, "channels_last": False}
 
 
 class RunScore(NamedTuple):
-    """Score of a run on a list of tasks.
+    """The score of a run on a list of tasks.
 
-    measure, interval: the name of the measure, and its mean with the 95 % interval.
-    tasks: length of the list.
-    iteration: of the checkpoint.
-    settings: the options that decide the score, as they were.
-    changes: those of them that are not the run's own.
-    current: whether the checkpoint on disk is still the one that was scored.
-    path: the file that holds all of it.
-    content: what that file holds.
+    Attributes:
+        measure: the name of the measure.
+        interval: its mean with the 95 % interval.
+        tasks: length of the list.
+        iteration: of the checkpoint.
+        settings: the values of the options that determine the score.
+        changes: those that differ from the run's own.
+        current: whether the checkpoint on disk is still the one that was scored.
+        path: the file that holds all of it.
+        content: the content of that file.
     """
 
     measure: str
@@ -57,27 +59,40 @@ class RunScore(NamedTuple):
     def save(self) -> None:
         """Write the file.
 
-        Raises: OSError naming it if it cannot be written.
+        Raises:
+            OSError: the file cannot be written; the message names it.
         """
         write_json(self.path, self.content)
 
     def differing_settings(self, other: RunScore) -> str:
-        """Name the settings in which two scores differ, such as 'steps: 5 and 10'; '' if there are none.
+        """Name the settings in which two scores differ.
 
         Options that only one of them has follow from a setting that differs, such as the update.
+
+        Args:
+            other: the other score.
+
+        Returns:
+            A text such as 'steps: 5 and 10'; '' if there are none.
         """
         common = self.settings.keys() & other.settings.keys()
         return _apart(*({name: value for name, value in s.settings.items() if name in common} for s in (self, other)))
 
 
 def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, MAML, Progress]:
-    """The learner of a run as one of its checkpoints holds it.
+    """Load the learner of a run from one of its checkpoints.
 
-    run: the run folder.
-    name: best or last.
-    changes: options to set otherwise than the run did, such as device, data_root or steps.
-    out: configuration, learner, progress at that checkpoint.
-    Raises: ValueError naming the file if the checkpoint cannot be used, or the option whose change it does not allow.
+    Args:
+        run: the run folder.
+        name: best or last.
+        changes: options that differ from the run's, such as device, data_root or steps.
+
+    Returns:
+        Configuration, learner, progress at that checkpoint.
+
+    Raises:
+        ValueError: the checkpoint cannot be used, or does not allow the change of an option; the message names the file
+            or the option.
     """
     path = run.checkpoint(name)
     if name == "best" and not path.exists() and run.last.exists():
@@ -92,14 +107,19 @@ def load_learner(run: RunFolder, name: str, **changes: Any) -> tuple[Config, MAM
 
 
 def restored(own: Config, path: Path, values: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Config, MAML]:
-    """The learner of a run's configuration with trained values.
+    """Rebuild the learner of a run's configuration with trained values.
 
-    own: of the run.
-    path: where the values come from, for messages.
-    values: of the learner's state_dict.
-    changes: as for `load_learner`.
-    out: the configuration with the changes, the learner.
-    Raises: ValueError as `load_learner`.
+    Args:
+        own: the run's configuration.
+        path: the source of the values, for messages.
+        values: of the learner's state_dict.
+        changes: as for `load_learner`.
+
+    Returns:
+        The configuration with the changes, and the learner.
+
+    Raises:
+        ValueError: as `load_learner`.
     """
     config = _judged(own, changes)
     learner = build_learner(config, rated=own.steps)
@@ -124,20 +144,29 @@ def evaluate_run(
 ) -> RunScore:
     """Score one checkpoint of a run, and write eval-SPLIT-NAME.json into the run folder.
 
-    split: train, validation or test.
-    name: best or last.
-    tasks, seed: length and seed of the list of tasks.
-    save: false leaves the writing to `RunScore.save`: a score outlives a folder that cannot be written.
-    group: the ranks that share the tasks; each gets the whole score, the first writes it.
-    changes: options to set otherwise than the run did: steps (0 scores the network as it is), shots, queries, device.
-        One that changes the score becomes part of the file's name: eval-test-best-steps=10.json.
-    Raises: ValueError naming the file or the argument at fault, TypeError for a value of another type, OSError naming
-    the file that cannot be written.
+    Args:
+        run: the run folder.
+        split: train, validation or test.
+        name: best or last.
+        tasks: length of the list of tasks.
+        seed: seed of the list of tasks.
+        save: false leaves the writing to `RunScore.save`: a score outlives a folder that cannot be written.
+        group: the ranks that share the tasks; each gets the whole score, the first writes it.
+        changes: options that differ from the run's: steps (0 scores the unadapted network), shots, queries, device.
+            One that changes the score becomes part of the file's name: eval-test-best-steps=10.json.
+
+    Returns:
+        The score.
+
+    Raises:
+        ValueError: a file or an argument is at fault; the message names it.
+        TypeError: a value has another type.
+        OSError: the file cannot be written; the message names it.
     """
     check_count("seed", seed, 0)
     ranks = Ranks(group)
     ranks.place(changes.get("device", Config.load(run.config).device))
-    # Before loading: a checkpoint that is replaced in between counts as another one.
+    # Before loading: a checkpoint that is replaced in between has another digest.
     digest = checkpoint.digest(run.checkpoint(name)) if run.checkpoint(name).exists() else ""
     config, learner, progress = load_learner(run, name, **changes)
     own = Config.load(run.config)
@@ -172,7 +201,7 @@ def evaluate_run(
 
 
 def _check_data(own: Config, config: Config, progress: Progress) -> None:
-    """Raises ValueError if the data set lies elsewhere than in training, and is another one there."""
+    """Raise ValueError if the data set lies elsewhere than in training, and differs there."""
     root = config.values.get("data_root")
     if root is None or root == own.values["data_root"]:
         return
@@ -187,21 +216,38 @@ def _check_data(own: Config, config: Config, progress: Progress) -> None:
 def compare_runs(
     a: RunFolder, b: RunFolder, *, split: str = "test", name: str = "best", **changes: Any
 ) -> tuple[RunScore, RunScore, Interval]:
-    """Paired difference a - b of two evaluated runs; `RunScore.differing_settings` says in what else they differ.
+    """Compute the paired difference a - b of two evaluated runs; `RunScore.differing_settings` lists other differences.
 
-    split, name: which evaluation to read from both folders.
-    changes: as given to `evaluate_run`, for both.
-    Raises: ValueError if one is not evaluated with these changes, or as `compare_scores`.
+    Args:
+        a: one run folder.
+        b: the other one.
+        split: the split of the evaluation to read from both folders.
+        name: the checkpoint of that evaluation.
+        changes: as given to `evaluate_run`, for both.
+
+    Returns:
+        Both scores, and the difference with its 95 % interval.
+
+    Raises:
+        ValueError: a run is not evaluated with these changes, or as `compare_scores`.
     """
     ours, theirs = (_read(run, split, name, changes) for run in (a, b))
     return ours, theirs, compare_scores(ours, theirs)
 
 
 def compare_scores(ours: RunScore, theirs: RunScore) -> Interval:
-    """Paired difference of two scores over their common list of tasks.
+    """Compute the paired difference of two scores over their common list of tasks.
 
-    Raises: ValueError if they are of different measures or tasks, or if they differ in an option that was changed for
-    the evaluation of one of them.
+    Args:
+        ours: one score.
+        theirs: the score that is subtracted.
+
+    Returns:
+        The difference with its 95 % interval.
+
+    Raises:
+        ValueError: the measures or tasks differ, or an option that was changed for the evaluation of one of them
+            differs.
     """
     if ours.measure != theirs.measure:
         raise ValueError(f"{theirs.path}: expected the measure {ours.measure}, got {theirs.measure}")
@@ -220,7 +266,7 @@ def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 
 def _judged(own: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration that a run is evaluated by."""
+    """The configuration that a run is evaluated with."""
     known = options_in_effect(own.values)
     for name in changes:
         if name in known and known[name].role == TRAINING:
@@ -242,7 +288,7 @@ def _changed(own: Config, config: Config) -> dict[str, Any]:
 
 
 def _check_changes(own: Config, changes: Mapping[str, Any], path: Path, state: Mapping[str, Any]) -> None:
-    """Refuse the first change that alone asks for parameters that the checkpoint does not have."""
+    """Raise ValueError for the first change that by itself requires parameters that the checkpoint does not have."""
     if _misfit(own, {}, path, state):
         return
     for name, value in changes.items():
@@ -254,7 +300,7 @@ def _check_changes(own: Config, changes: Mapping[str, Any], path: Path, state: M
 
 
 def _misfit(own: Config, changes: Mapping[str, Any], path: Path, state: Mapping[str, Any]) -> str:
-    """Why the learner of a changed configuration cannot take the parameters of a checkpoint; '' if it can."""
+    """The reason why the learner of a changed configuration cannot take a checkpoint's parameters; '' if it can."""
     try:
         checkpoint.restore_learner(path, build_learner(_judged(own, changes), rated=own.steps), state)
     except ValueError as error:

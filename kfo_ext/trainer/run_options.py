@@ -1,4 +1,4 @@
-"""The options of every run, whatever its parts. No torch."""
+"""The options of every run, independent of its parts. No torch."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ RUN = {
         role=MACHINE,
         resumable=True,
     ),
-    # Another number of threads rounds torch's own sums differently.
+    # The number of threads affects the rounding of torch's own sums.
     "threads": Option(
         kind=int,
         default=0,

@@ -1,7 +1,7 @@
 """The table of schedules of the outer learning rate. No torch.
 
-A rate depends on the number of the meta-iteration alone, not on the rates before it, as those of torch's schedulers do:
-a run that is resumed or prolonged needs no state of its schedule to go on exactly.
+Unlike in torch's schedulers, a rate depends only on the number of the meta-iteration, not on the rates before it: a run
+that is resumed or extended needs no state of its schedule to continue exactly.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ Values = Mapping[str, Any]
 class Schedule(Part):
     """A row of `SCHEDULES`.
 
-    factor: the rate relative to `meta_lr`, from the meta-iterations since the warm-up (0 is the first) and the values
-        of all options.
+    Attributes:
+        factor: the rate relative to `meta_lr`, from the meta-iterations since the warm-up (0 is the first) and the
+            values of all options.
     """
 
     factor: Callable[[int, Values], float]
 
 
 def meta_rate(schedule: Schedule, iteration: int, values: Values) -> float:
-    """The outer learning rate of a meta-iteration: linear from meta_lr / warm-up to meta_lr, then as scheduled.
+    """Compute the outer learning rate: linear from meta_lr / warm-up to meta_lr, then as scheduled.
 
-    iteration: 0 is the first.
-    values: of all options.
+    Args:
+        schedule: the run's schedule.
+        iteration: the meta-iteration; 0 is the first.
+        values: of all options.
+
+    Returns:
+        The rate.
     """
     warmup = values["meta_lr_warmup"]
     if iteration < warmup:

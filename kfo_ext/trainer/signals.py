@@ -1,4 +1,4 @@
-"""Signals as wishes, not accidents."""
+"""Signals as requests to stop cleanly."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Seconds in which further signals are the same wish: `timeout` sends two, a closed terminal SIGHUP and SIGTERM.
+# Seconds in which further signals are the same request: `timeout` sends two, a closed terminal SIGHUP and SIGTERM.
 TOGETHER = 1.0
 
 
 class Unsaid(Exception):
-    """This process ends without a word: another rank has said why."""
+    """This process ends without a message: another rank has given the reason."""
 
 
 @contextmanager
 def stop_requested(*, said: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield a function that is true once one of SIGNALS has come; one that comes a second later acts as it did before.
+    """Handle SIGNALS in the block as requests to stop; one that arrives a second later acts as it did outside.
 
     A signal that is ignored stays so, as SIGHUP under nohup. Outside the main thread, where no handler can be set, the
     function stays false.
 
-    said: whether a line says that it has come; of several ranks, one says it.
+    Args:
+        said: whether to print a line when a signal arrives; of several ranks, one prints it.
+
+    Yields:
+        A function that is true once one of SIGNALS has arrived.
     """
     first: float | None = None
 
@@ -39,7 +43,7 @@ def stop_requested(*, said: bool = True) -> Iterator[Callable[[], bool]]:
 
     def restore() -> None:
         for number, handler in before.items():
-            # None: a handler that was not set from Python, and cannot be set back from it.
+            # None: a handler that was not set from Python, and cannot be restored from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def request(number: int, frame: object) -> None:
@@ -72,7 +76,7 @@ def of_several() -> bool:
 
 @contextmanager
 def interrupt_ends() -> Iterator[None]:
-    """Meanwhile Ctrl-C ends the process: raised in an import, it may be swallowed there and leave half a module."""
+    """Make Ctrl-C end the process in the block: raised in an import, it may be swallowed and leave half a module."""
 
     def end(number: int, frame: object) -> None:
         del number, frame
@@ -91,6 +95,6 @@ def interrupt_ends() -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    # Not through sys.stderr: the handler may have interrupted a write to it, which cannot be entered twice.
+    # Not through sys.stderr: the handler may have interrupted a write to it, which is not reentrant.
     with suppress(OSError):
         os.write(2, f"{line}\n".encode())

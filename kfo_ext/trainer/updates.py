@@ -1,4 +1,4 @@
-"""The table of updates: options, and how each is made for parameters. No torch before it is needed."""
+"""The table of updates: options, and how each is built for parameters. Loads torch only when needed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 class LearnedUpdate(Part):
     """A row of `UPDATES`.
 
-    make: the update of (name, parameter) pairs, with its options as keywords. `adapt_update` is the learner's;
-        `per_step` comes as the number of inner steps, or None.
+    Attributes:
+        make: builds the update of (name, parameter) pairs, with its options as keywords. `adapt_update` is passed to
+            the learner instead; `per_step` is passed as the number of inner steps, or None.
     """
 
     make: Callable[..., Update]
 
 
 def of_class(name: str) -> Callable[..., Update]:
-    """What makes an update of a class of `kfo_ext.updates`."""
+    """A function that builds an update of a class of `kfo_ext.updates`."""
 
     def make(parameters: Iterable[tuple[str, Tensor]], **options: Any) -> Update:
         return getattr(importlib.import_module("kfo_ext.updates"), name)(parameters, **options)
@@ -46,11 +47,11 @@ def _scale_has_effect(values: Mapping[str, Any]) -> None:
         raise ValueError(f"scale: has no effect without hidden_layers, expected 1, got {values['scale']}")
 
 
-# Of every update that may have rates of its own for each inner step.
+# For every update that may have its own rates for each inner step.
 PER_STEP = {"per_step": Option(kind=bool, default=False, help="learn a rate for each parameter tensor and inner step")}
-# Of every update with meta-parameters that the inner loop can adapt.
+# For every update with meta-parameters that the inner loop can adapt.
 ADAPTED = {"adapt_update": Option(kind=bool, default=True, help="adapt its meta-parameters too in the inner loop")}
-# As the paper has them.
+# As in the paper.
 NOT_ADAPTED = {"adapt_update": replace(ADAPTED["adapt_update"], default=False)}
 
 UPDATES: dict[str, LearnedUpdate] = {
