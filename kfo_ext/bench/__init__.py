@@ -1,1 +1,1 @@
-"""Microbenchmarks of the transform and of the updates made of it: `kfo bench`, and what bench/ shares with it."""
+"""Microbenchmarks of the transform and of the updates built on it: `kfo bench`, and code that bench/ shares with it."""

@@ -29,8 +29,14 @@ Form = list[Tensor]
 class Case:
     """Packed operands of all orders.
 
-    phi, ddphi: R, L of each Kronecker layer, (tasks, n) each
-    G, dY, ddG: (tasks, n)
+    Attributes:
+        problems: shapes of the parameters and their factors.
+        psd: whether the update has psd.
+        phi: R, L of each Kronecker layer, (tasks, n) each.
+        G: (tasks, n), the gradients.
+        dY: (tasks, n), the cotangent of the forward.
+        ddphi: as phi, the cotangents of dphi.
+        ddG: (tasks, n), the cotangent of dG.
     """
 
     problems: Problems
@@ -138,5 +144,5 @@ def task_leaves(leaves: Leaves, task: int) -> Leaves:
 
 
 def output_count(order: str, case: Case) -> int:
-    """Packed outputs of an order."""
+    """The number of packed outputs of an order."""
     return {"forward": 1, "backward": len(case.phi) + 1, "double_backward": len(case.phi) + 2}[order]

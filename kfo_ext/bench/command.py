@@ -25,15 +25,22 @@ from kfo_ext.ops import library
 class Settings:
     """What to measure; names of `points.AXES`, `points.GROUPS`, `providers.PROVIDERS` and `cases.ORDERS`.
 
-    tasks: values of that axis, empty for its own
-    providers: empty for all; with `quick` those that compile are then left out
-    repeats: samples of each, at most
-    seconds: length of one sample
-    budget: seconds for the samples of one order at one point
-    limit: seconds after which no further point is begun
-    threads: torch's, its own choice by default
+    Attributes:
+        quick: a few points of every axis.
+        axes: names of the axes.
+        groups: names of the problems, for the axes tasks, hidden and psd.
+        tasks: values of the axis tasks; empty for the default ones.
+        providers: empty for all; `quick` then excludes those that compile.
+        orders: names of the orders.
+        repeats: samples of each, at most.
+        seconds: length of one sample.
+        budget: seconds for the samples of one order at one point.
+        limit: seconds after which no further point is begun.
+        device: cpu or cuda.
+        threads: torch's threads, by default its own choice.
 
-    Raises: ValueError for a name or a number out of range.
+    Raises:
+        ValueError: a name is unknown or a number is out of range.
     """
 
     quick: bool = False
@@ -69,7 +76,7 @@ class Settings:
                 raise ValueError(f"{name}: expected seconds above 0, got {value}")
 
     def points(self) -> list[Point]:
-        """The points of these axes, axis after axis; under a limit the first of each axis come first."""
+        """The points of these axes, axis after axis; under a limit the first point of each axis comes first."""
         values = dict(QUICK_VALUES if self.quick else VALUES)
         if self.tasks:
             values["tasks"] = self.tasks
@@ -88,7 +95,7 @@ def available(settings: Settings) -> tuple[dict[str, Provider], list[Row]]:
         else:
             try:
                 provider.check(torch.device(settings.device))
-            except Exception as error:  # whatever it is, it is the finding
+            except Exception as error:  # any error is a result to report
                 reason = f"cannot run here: {one_line(error)}"
         if reason is None:
             here[name] = provider
@@ -100,11 +107,16 @@ def available(settings: Settings) -> tuple[dict[str, Provider], list[Row]]:
 def run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
     """Measure, print, and write results.csv, results.json and pictures.
 
-    folder: made if absent; results there are replaced after every point
-    echo: takes one line at a time
-    out: false if a provider of ours gave wrong numbers
+    Args:
+        settings: what to measure.
+        folder: created if absent; results there are replaced after every point.
+        echo: receives one line at a time.
 
-    Raises: ValueError if the folder is a file.
+    Returns:
+        False if a provider of kfo_ext gave wrong numbers.
+
+    Raises:
+        ValueError: the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder for the results, got a file")
@@ -113,7 +125,7 @@ def run(settings: Settings, folder: Path, echo: Callable[[str], None]) -> bool:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
-        # Autograd differentiates on the stream of the forward call, and capture is not possible on the default one.
+        # Autograd differentiates on the stream of the forward call, and the default stream does not allow capture.
         with torch.cuda.stream(torch.cuda.Stream()) if settings.device == "cuda" else nullcontext():
             return _run(settings, folder, echo)
     finally:

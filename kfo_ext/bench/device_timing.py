@@ -1,4 +1,4 @@
-"""Timing on a CUDA device: events, captured graphs, and the floor that no kernel goes below."""
+"""Timing on a CUDA device: events, captured graphs, and the lower bound for any kernel."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from kfo_ext.bench.timing import Timing, interleaved, wall_clock
 
-# Bytes of the copied tensor: far more than any cache holds.
+# Bytes of the copied tensor: far larger than any cache.
 COPIED = {"cuda": 2**30, "cpu": 2**26}
 
 
 def events(function: Callable[[], object], calls: int) -> float:
-    """Seconds of one call on the current stream, of so many issued in a row, between two CUDA events."""
+    """Seconds per call on the current stream, between two CUDA events around `calls` calls in a row."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -25,7 +25,7 @@ def events(function: Callable[[], object], calls: int) -> float:
 
 
 def finished(function: Callable[[], object], calls: int) -> float:
-    """Seconds of one call, of so many in a row, until a CUDA device too has finished them."""
+    """Seconds per call of `calls` calls in a row, until a CUDA device has finished them too."""
 
     def all_done() -> None:
         for _ in range(calls):
@@ -37,7 +37,7 @@ def finished(function: Callable[[], object], calls: int) -> float:
 
 
 def host(function: Callable[[], object], calls: int) -> float:
-    """Seconds that issuing one call takes the host; so few calls that the device's queue never fills."""
+    """Seconds of host time to issue one call; few enough calls that the device's queue never fills."""
     torch.cuda.synchronize()
     seconds = wall_clock(function, min(calls, 50))
     torch.cuda.synchronize()
@@ -45,7 +45,14 @@ def host(function: Callable[[], object], calls: int) -> float:
 
 
 def captured(function: Callable[[], object], calls: int) -> Callable[[], object]:
-    """A replay of one graph that holds so many calls, captured on the current stream, which is not the default one.
+    """Capture `calls` calls in one graph on the current stream, which must not be the default one.
+
+    Args:
+        function: what to call.
+        calls: the number of calls in the graph.
+
+    Returns:
+        The replay of the graph.
 
     Raises:
         RuntimeError: the function cannot be captured.
@@ -63,28 +70,29 @@ def captured(function: Callable[[], object], calls: int) -> Callable[[], object]
 
 
 def per_call(timing: Timing, calls: int) -> Timing:
-    """The timing of one call of the `calls` that one replay makes."""
+    """The timing of one call, given that of a replay of `calls` calls."""
     median, low, high = (value / calls for value in timing[:3])
     return Timing(median, low, high, timing.repeats, timing.calls_per_repeat * calls)
 
 
 class Floor(NamedTuple):
-    """What bounds any kernel here from below.
+    """Lower bounds for any kernel here.
 
-    bandwidth: bytes per second of a copy within the device, read and written
-    launch: seconds of the smallest torch operation, by mode ("eager", "graph")
+    Attributes:
+        bandwidth: bytes per second of a copy within the device, read and written.
+        launch: seconds of the smallest torch operation, by mode ("eager", "graph").
     """
 
     bandwidth: float
     launch: dict[str, float]
 
     def seconds(self, mode: str, moved: float) -> float:
-        """The least time of a call that must move so many bytes."""
+        """The minimum time of a call that must move `moved` bytes."""
         return max(moved / self.bandwidth, self.launch[mode])
 
 
 def measure_floor(device: torch.device, repeats: int, seconds: float) -> Floor:
-    """Copy bandwidth and the time of an operation on one element, on the current stream."""
+    """Measure copy bandwidth and the time of an operation on one element, on the current stream."""
     on_cuda = device.type == "cuda"
     sample = events if on_cuda else wall_clock
     source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device).zero_()

@@ -1,4 +1,4 @@
-"""How a cost grows with size: the exponent of a power law, and steps that cost more than they should."""
+"""The growth of a cost with size: the exponent of a power law, and steps that cost more than expected."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from itertools import pairwise
 
 from kfo_ext.bench.result import Row
 
-# What makes a curve of rows, besides the axis.
+# The columns that identify a curve.
 CURVE = ("axis", "group", "order", "provider", "mode")
-# A doubled size may double the cost, or make it four times as large over a range; within one step it is a cliff.
+# A doubled size may double the cost, or over a range quadruple it; more than this within one step is a cliff.
 STEEP = 3.0
 
 
 def upper_half(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points of the larger sizes: half of them, rounded up, and two at least."""
+    """The points of the larger sizes: half of them, rounded up, and at least two."""
     ordered = sorted(points)
     return ordered[-max(2, math.ceil(len(ordered) / 2)) :]
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """The slope of log y over log x by least squares.
+    """Fit the slope of log y over log x by least squares.
 
-    points: two or more (x, y), positive, with different x
+    Args:
+        points: two or more (x, y), positive, with different x.
+
+    Returns:
+        The slope.
 
     Raises:
-        ValueError: fewer points, or a size or time that is not positive.
+        ValueError: there are too few points, or a size or time is not positive.
     """
     if len({x for x, _ in points}) < 2 or min(min(point) for point in points) <= 0:
         raise ValueError(f"points: expected positive sizes and times of at least 2 sizes, got {list(points)}")
@@ -37,11 +41,14 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def cliffs(points: Sequence[tuple[float, float]], steep: float = STEEP) -> list[tuple[float, float, float]]:
-    """(size before, size after, cost ratio) of every step that costs more than `steep` per doubling of the size.
+    """Find the steps that cost more than `steep` per doubling of the size; for a factor f, more than steep^log2(f).
 
-    A step of another factor f counts by its share: more than steep^log2(f).
+    Args:
+        points: (size, cost), positive, sizes ascending.
+        steep: the allowed cost ratio of a doubled size.
 
-    points: (size, cost), positive, sizes ascending
+    Returns:
+        (size before, size after, cost ratio) of each such step.
     """
     return [
         (size, larger, more / cost)
@@ -51,9 +58,16 @@ def cliffs(points: Sequence[tuple[float, float]], steep: float = STEEP) -> list[
 
 
 def fits(rows: Sequence[Row]) -> list[Row]:
-    """One row per measured curve: its exponent over the upper half of its sizes.
+    """Fit the exponent of each measured curve over the upper half of its sizes.
 
-    The size along `hidden` is the number of Kronecker layers; `psd` has none; along `layers` the groups are one curve.
+    The size along `hidden` is the number of Kronecker layers; `psd` has no size; along `layers` the groups are one
+    curve.
+
+    Args:
+        rows: of a result.
+
+    Returns:
+        One row per curve.
     """
     curves: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:

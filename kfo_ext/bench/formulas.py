@@ -1,4 +1,4 @@
-"""The orders written out in matrix products, without autograd: what plain torch can do at best, compiled or not."""
+"""The orders written out in matrix products, without autograd: the best that plain torch can do, compiled or not."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from kfo_ext.bench.orders import Orders, Outputs, as_matrices, plain_alone
 
 
 def forward(R: Tensor, G: Tensor, L: Tensor) -> tuple[Tensor, ...]:
-    """Y of one parameter.
+    """Compute Y of one parameter.
 
-    R: (tasks, p, p)    G: (tasks, B, p, q)    L: (tasks, q, q)
+    Args:
+        R: (tasks, p, p).
+        G: (tasks, B, p, q).
+        L: (tasks, q, q).
+
+    Returns:
+        Y, (tasks, B, p, q).
     """
     return (R.mT.unsqueeze(1) @ (G @ L.unsqueeze(1)),)
 
@@ -46,7 +52,13 @@ FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 def operands_of(case: Case) -> dict[str, list[tuple[Tensor, ...]]]:
-    """Per order, the operands of its formula for each parameter, matrices as (tasks, B, p, q).
+    """Collect the operands of each order's formula for each parameter.
+
+    Args:
+        case: the packed operands.
+
+    Returns:
+        Per order, the operands for each parameter, gradients as (tasks, B, p, q).
 
     Raises:
         LeftOut: the case is not the plain transform.
@@ -69,7 +81,7 @@ def _orders(case: Case, wrap: Callable[[Callable], Callable]) -> Orders:
         function = wrap(whole)
 
         def run() -> Outputs:
-            # The outputs of one kind for all parameters, then those of the next kind: dR, dL, dG, ddY.
+            # Grouped by kind: dR, dL, dG, ddY, each for all parameters.
             kinds = list(zip(*function(layers), strict=True))
             if len(kinds) > 1:
                 kinds[1], kinds[2] = kinds[2], kinds[1]
@@ -86,6 +98,6 @@ def torch_formulas(case: Case) -> Orders:
 
 
 def torch_formulas_compiled(case: Case) -> Orders:
-    """The same, all layers of one order in one compiled graph."""
+    """As `torch_formulas`, with all layers of one order in one compiled graph."""
     torch.compiler.reset()
     return _orders(case, lambda function: torch.compile(function, fullgraph=True, dynamic=False))

@@ -12,7 +12,7 @@ from kfo_ext.bench.orders import Orders, Outputs, as_matrices, composed, packed_
 
 
 def _jax(device: torch.device):
-    # It would take most of the device's memory at its start.
+    # Preallocation would take most of the device's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
@@ -25,7 +25,10 @@ def _jax(device: torch.device):
 
 
 def jax_missing(device: torch.device) -> None:
-    """Raises where JAX cannot run on a device.
+    """Check that JAX can run on a device.
+
+    Args:
+        device: the operands' device.
 
     Raises:
         ImportError: JAX is not installed.
@@ -35,7 +38,13 @@ def jax_missing(device: torch.device) -> None:
 
 
 def jax_vmap(case: Case) -> Orders:
-    """Lists of JAX arrays, on JAX's default device; each call returns once its outputs are there.
+    """Compute the orders on lists of JAX arrays, on JAX's default device; each call waits for its outputs.
+
+    Args:
+        case: the packed operands.
+
+    Returns:
+        A call per order.
 
     Raises:
         ImportError: JAX is not installed.

@@ -1,4 +1,4 @@
-"""Verify the providers of an order, then time those that are right, interleaved."""
+"""Verifies the providers of an order, then times the correct ones, interleaved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ TOO_SLOW = "left out: one call takes"
 
 
 class Contender(NamedTuple):
-    """A provider whose outputs of an order are verified."""
+    """A provider whose outputs of an order are verified.
+
+    Attributes:
+        name: of the provider.
+        call: computes the order.
+        error: relative to the truth in float64.
+    """
 
     name: str
     call: Callable[[], object]
@@ -29,7 +35,7 @@ class Contender(NamedTuple):
 
 
 def one_line(error: Exception) -> str:
-    """Type and the first line of an error, for a table."""
+    """The type and the first line of an error, for a table."""
     return f"{type(error).__name__}: {' '.join((str(error).splitlines() or [''])[0].split())[:120]}"
 
 
@@ -54,7 +60,7 @@ def verified(
     case: Case,
     expected: dict[str, list[Tensor]],
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Those whose outputs of one order are right, and why the others are not timed."""
+    """The providers whose outputs of one order are correct, and why the others are not timed."""
     good, reasons = [], {}
     for name, orders in made.items():
         if isinstance(orders, str):
@@ -75,10 +81,16 @@ def verified(
 def affordable(
     good: list[Contender], repeats: int, seconds: float, budget: float
 ) -> tuple[list[Contender], dict[str, str], int]:
-    """Those whose fewest repeats fit in the budget, why the others are left out, and the repeats for all.
+    """Select the contenders whose fewest repeats fit in the budget.
 
-    seconds: of one sample; a call that lasts longer is a sample
-    budget: seconds for all of them together; each may spend it all on its fewest repeats
+    Args:
+        good: verified contenders.
+        repeats: samples of each, at most.
+        seconds: of one sample; a call that lasts longer is a sample.
+        budget: seconds for all of them together; each may spend it all on its fewest repeats.
+
+    Returns:
+        The contenders kept, why the others are left out, and the repeats for all.
     """
     kept, reasons, round_ = [], {}, 0.0
     for contender in good:
@@ -109,7 +121,7 @@ def time_eager(
 
 
 def time_host(providers: Mapping[str, Provider], good: list[Contender], repeats: int) -> dict[str, Timing]:
-    """The time that issuing one call of ours to a GPU takes."""
+    """The time to issue one call of kfo_ext to a GPU."""
     ours = {c.name: c.call for c in good if providers[c.name].ours}
     return interleaved(ours, repeats, 2e-4, host) if ours else {}
 
@@ -126,7 +138,7 @@ def time_graph(
     for name, call, _ in good:
         if not providers[name].graph:
             continue
-        # About 200 us a replay, so that launching the graph weighs little.
+        # About 200 us per replay, so that the launch of the graph is negligible.
         calls[name] = min(20, max(1, math.ceil(2e-4 / eager[name].median)))
         try:
             graphs[name] = captured(call, calls[name])

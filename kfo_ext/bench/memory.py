@@ -1,4 +1,4 @@
-"""The most memory that tensors take during one call, above what was there before it."""
+"""The peak memory of tensors during one call, above the level before it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# The profiler reports every start and stop on stderr below this level; it reads it when it is first used.
+# Below this level the profiler reports every start and stop on stderr; the level is read at its first use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Outputs and intermediates of one call that torch's allocator hands out; buffers of a library's own are not seen.
+    """Measure the outputs and intermediates of one call in torch's allocator; a library's own buffers are not counted.
 
-    On CUDA the allocator's own peak; on the CPU the largest running sum of the sizes that the profiler records.
+    On CUDA this is the allocator's own peak; on the CPU the largest running sum of the sizes that the profiler records.
+
+    Args:
+        call: the function to measure.
+        device: its device.
+
+    Returns:
+        Bytes.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

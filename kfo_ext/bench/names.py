@@ -1,6 +1,6 @@
-"""What `kfo bench` can be asked for, without torch: its help prints it before it imports anything."""
+"""The names that `kfo bench` accepts, without torch: its help prints them before it imports anything."""
 
-# axis -> what grows along it.
+# axis -> the size that grows along it.
 AXES = {
     "tasks": "tasks in the meta-batch",
     "layers": "convolutions of the network",

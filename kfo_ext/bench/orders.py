@@ -1,7 +1,7 @@
-"""From an update in some form to its three orders, and from their outputs back to packed tensors.
+"""Derives the three orders from an update in some form, and packs their outputs.
 
-Where a provider goes through autograd, the graph below the measured order is built at its first call and kept, so that
-the order alone is timed.
+If a provider uses autograd, the graph below the measured order is built at its first call and kept, so that only the
+order is timed.
 """
 
 from __future__ import annotations
@@ -25,23 +25,34 @@ Orders = dict[str, Callable[[], Outputs]]
 
 
 class LeftOut(RuntimeError):
-    """A provider is not meant for a case; the message says why."""
+    """A provider does not apply to a case; the message gives the reason."""
 
 
 def plain_alone(case: Case) -> None:
-    """Raises where a provider is written for the plain transform and the case is another update.
+    """Check that a case is the plain transform, for providers that compute nothing else.
+
+    Args:
+        case: the packed operands.
 
     Raises:
-        LeftOut: the case is not the plain transform.
+        LeftOut: the case is another update.
     """
     if not case.plain:
         raise LeftOut("written for the plain transform alone")
 
 
 def composed(transform: Transform, psd: bool, tanh: Callable = torch.tanh) -> Rule:
-    """The update that `KFO` computes, over any transform; written apart from it, so that it is a truth to compare with.
+    """Compose the update that `KFO` computes from any transform; independent of `KFO`, so that it can serve as truth.
 
     With psd R^T R G L^T L = R^T (R G L^T) L; with hidden layers g + K_h(tanh(... K_1(g))), the last one without psd.
+
+    Args:
+        transform: (R, G, L) -> Y.
+        psd: whether the update has psd.
+        tanh: the activation between layers.
+
+    Returns:
+        The update, (phi, G) -> U.
     """
 
     def rule(phi: list[Form], G: Form) -> Form:
@@ -59,10 +70,16 @@ def composed(transform: Transform, psd: bool, tanh: Callable = torch.tanh) -> Ru
 
 
 def through_autograd(rule: Rule, leaves: Leaves, create_graph: bool = False, phi: list[Form] | None = None) -> Orders:
-    """All orders of a differentiable update.
+    """Compute all orders of a differentiable update by autograd.
 
-    create_graph: keep gradients on at every order, as within a meta-iteration
-    phi: the tensors that the rule reads, where it keeps its own
+    Args:
+        rule: the update.
+        leaves: the operands in the update's form.
+        create_graph: keep gradients on at every order, as within a meta-iteration.
+        phi: the tensors that the rule reads, if it keeps its own.
+
+    Returns:
+        A call per order.
     """
 
     def variables(form: Form) -> Form:
@@ -105,12 +122,12 @@ def task_after_task(make: Callable[[Leaves], Orders], case: Case) -> Orders:
 
 
 def packed_already(order: str, outputs: Outputs, case: Case) -> list[Tensor]:
-    """The outputs of a provider that packs."""
+    """The outputs of a provider that packs them."""
     return outputs
 
 
 def packed_by_parameter(order: str, outputs: Outputs, case: Case) -> list[Tensor]:
-    """The packed outputs of a provider that gives, for each output in turn, one tensor (tasks, ...) per parameter."""
+    """The packed outputs of a provider that returns, for each output in turn, one tensor (tasks, ...) per parameter."""
     count = len(case.problems)
     flat = [X.reshape(len(X), -1) for X in outputs]
     return [torch.cat(flat[i * count : (i + 1) * count], 1) for i in range(output_count(order, case))]
@@ -124,7 +141,7 @@ def packed_by_task(order: str, outputs: Outputs, case: Case) -> list[Tensor]:
 
 
 def matmul(R: Form, G: Form, L: Form) -> Form:
-    """Layer after layer, two broadcast matmuls each; leading dimensions as they come."""
+    """Layer after layer, two broadcast matmuls each; any leading dimensions."""
     return [(X.mT.unsqueeze(-3) @ (g @ Z.unsqueeze(-3))) for X, g, Z in zip(R, G, L, strict=True)]
 
 
@@ -137,7 +154,7 @@ def truth(case: Case) -> dict[str, list[Tensor]]:
 
 
 def as_matrices(leaves: Leaves, case: Case) -> Leaves:
-    """G, dY and ddG as (..., B, p, q) matrices in the place of the parameters' shapes."""
+    """G, dY and ddG as (..., B, p, q) matrices instead of the parameters' shapes."""
     lead = leaves.phi[0][0].dim() - 2
 
     def matrices(form: Form) -> Form:
@@ -147,10 +164,17 @@ def as_matrices(leaves: Leaves, case: Case) -> Leaves:
 
 
 def error_of(pack: Callable, order: str, outputs: Outputs, case: Case, expected: dict[str, list[Tensor]]) -> float:
-    """The largest error of one order's outputs, each relative to the largest magnitude of that output.
+    """Compute the largest error of one order's outputs, each relative to the largest magnitude of that output.
 
-    pack: the provider's
-    expected: `truth` of the case
+    Args:
+        pack: the provider's.
+        order: the order.
+        outputs: of the provider.
+        case: the packed operands.
+        expected: `truth` of the case.
+
+    Returns:
+        The error; infinity if the shapes differ.
     """
     packed = pack(order, outputs, case)
     if [X.shape for X in packed] != [X.shape for X in expected[order]]:

@@ -17,24 +17,29 @@ from kfo_ext.runs.plots import PALETTE
 MARKERS = "os^vDPX*<>"
 DPI = 90
 COLOURS = 48
-# Large enough to read at half of the size.
+# Legible at half size.
 FONT = 13
-# What a point of the roofline lies on, and its marker: full ones are of this package, open ones of plain torch.
+# The marker of each axis in the roofline: full for this package, open for plain torch.
 SHAPES = {"tasks": "o", "layers": "s", "width": "^"}
-# Where the name of a point may be: horizontal alignment and offset in points, the preferred ones first.
+# Positions of a point's name: horizontal alignment and offset in points, the preferred ones first.
 SIDES = (("left", 9, -8), ("right", -9, 8), ("center", 0, -18), ("right", -9, -8), ("left", 9, 8), ("center", 0, 18))
-# More numbers than that beside each other are turned.
+# More tick labels than this are rotated.
 LEVEL_TICKS = 5
 
 
 def draw(result: Row, folder: Path, prefix: str = "") -> list[Path]:
-    """Draw everything that a result holds; the PNG files written.
+    """Draw everything in a result.
 
-    result: a results.json
-    prefix: start of the files' names
+    Args:
+        result: a results.json.
+        folder: where to write the pictures.
+        prefix: start of the files' names.
+
+    Returns:
+        The PNG files written.
     """
     rows = [row for row in result["rows"] if row["status"] == "ok"]
-    # Replay of a graph where there is one: the time on the device itself.
+    # Graph replay if there is one: the time on the device itself.
     mode = "graph" if any(row["mode"] == "graph" for row in rows) else "eager"
     title = _machine(result) + (", replayed from a CUDA graph" if mode == "graph" else "")
     rows = [row for row in rows if row["mode"] == mode]
@@ -59,9 +64,9 @@ def _machine(result: Row) -> str:
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every provider, ours in full and thicker lines."""
+    """Colour and marker of every provider; kfo_ext has full markers and thicker lines."""
     found = dict.fromkeys((row["provider"], row["ours"]) for row in rows if row["provider"])
-    # Always in one order, so that a provider looks the same in every picture.
+    # A fixed order, so that a provider looks the same in every picture.
     known = list(PROVIDERS)
     names = sorted(found, key=lambda pair: known.index(pair[0]) if pair[0] in known else len(known))
     return {
@@ -71,7 +76,7 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             "linestyle": "-" if ours else ("--", ":")[i // len(PALETTE) % 2],
             "linewidth": 2.5 if ours else 1,
             "markersize": 7,
-            # Open markers tell the others apart from this package in grey.
+            # Open markers distinguish the others from this package in grey.
             "markerfacecolor": PALETTE[i % len(PALETTE)] if ours else "white",
             "label": f"kfo_ext {name}" if ours else name,
         }
@@ -117,17 +122,17 @@ def _name(panel: Any, order: str, x: str) -> None:
 
 
 def _roofline(rows: Sequence[Row], roofs: Row, title: str) -> Any:
-    """Our kernels and the fastest plain torch, a point for each group of the axes tasks, layers and width."""
+    """The kernels of kfo_ext and the fastest plain torch: a point per group of the axes tasks, layers and width."""
     orders = [order for order in ORDERS if any(row["order"] == order for row in rows)]
     figure, panels = _figure(len(orders))
-    # What reads saved intermediates has no rate of its own.
+    # A provider that reads saved intermediates has no rate of its own.
     rated = [row for row in rows if row["gflop_per_s"] is not None]
     kernels = [row for row in rated if row["axis"] in SHAPES]
     ours = next(
         (name for name in ("native", "triton", "reference") if any(r["provider"] == name for r in kernels)), None
     )
     torch_alone = [row for row in kernels if str(row["provider"]).startswith("torch-")]
-    # Results older than that column have a rate for all.
+    # Results without that column have a rate for all.
     which = " that reads nothing saved" if any("saved" in row for row in rows) else ""
     looks = {
         "ours": (f"kfo_ext {ours}", {"facecolor": PALETTE[0], "edgecolor": PALETTE[0]}),
@@ -173,7 +178,7 @@ def _place(row: Row) -> tuple[float, float]:
 
 
 def _label(figure: Any, panel: Any, names: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name beside its point, if there is room within the panel, clear of points, lines and other names."""
+    """Write each name beside its point, if it fits in the panel without overlapping points, lines or names."""
     figure.draw_without_rendering()
     points = [at for drawn in panel.collections for at in panel.transData.transform(drawn.get_offsets())]
     roofs = [line.get_transform().transform_path(line.get_path()) for line in panel.lines]
@@ -210,7 +215,7 @@ def _save(figure: Any, path: Path) -> Path:
 
     whole, facts = BytesIO(), PngInfo()
     figure.savefig(whole, format="png", dpi=DPI)
-    # The same result gives the same picture with the same version.
+    # Reproducible: the same result and version give the same picture.
     facts.add_text("Software", f"Matplotlib {matplotlib.__version__}")
     with atomic_write(path) as file:
         # Few colours, so that a repository can hold the pictures.

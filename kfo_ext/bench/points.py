@@ -1,4 +1,4 @@
-"""The axes of `kfo bench`: along each one size grows and everything else stays."""
+"""The axes of `kfo bench`: along each one size grows and all others are fixed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kfo_ext.problems import Problems
 
 
 def _omniglot(layers: int) -> Problems:
-    # Without values: importing this module must not draw from anybody's generator.
+    # On meta: importing this module must not draw random numbers.
     with torch.device("meta"):
         return Problems.of(omniglot_cnn(layers).parameters())
 
 
-# Parameters of the paper's Omniglot networks, and of large single layers: what learn2learn knows are parameters.
+# Parameters of the paper's Omniglot networks, and of large single layers, as learn2learn takes parameters.
 GROUPS: dict[str, Problems] = {
     "CNN(2)": _omniglot(2),
     "CNN(4)": _omniglot(4),
@@ -27,7 +27,7 @@ GROUPS: dict[str, Problems] = {
     "head_5x1600": Problems.of([torch.empty(5, 1600, device="meta")]),
 }
 LAYERS = {2: "CNN(2)", 4: "CNN(4)", 6: "CNN(6)"}
-# The meta-batch of the axes that do not grow it; along width operands would not fit in memory with 16.
+# The meta-batch of the axes that do not vary it; along width 16 tasks would not fit in memory.
 TASKS = 16
 WIDTH_TASKS = 4
 VALUES: dict[str, tuple[int, ...]] = {
@@ -49,8 +49,15 @@ QUICK_VALUES: dict[str, tuple[int, ...]] = {
 class Point(NamedTuple):
     """What is measured at one value of an axis.
 
-    group: name of the problems
-    rule: the update through `KFO.rule`, else the transform's own ops
+    Attributes:
+        axis: name of the axis.
+        x: the value.
+        group: name of the problems.
+        problems: shapes of the parameters.
+        tasks: the number of tasks.
+        psd: whether the update has psd.
+        hidden: Kronecker layers before the last one.
+        rule: the update through `KFO.rule`, else the transform's own ops.
     """
 
     axis: str
@@ -64,17 +71,17 @@ class Point(NamedTuple):
 
     @property
     def same(self) -> tuple:
-        """Equal for points of different axes that are one measurement."""
+        """A key that is equal for points of different axes that are one measurement."""
         return (self.problems.shapes, self.tasks, self.psd, self.hidden, self.rule)
 
     @property
     def label(self) -> str:
-        """As in `tasks=16 CNN(2)`."""
+        """A text such as `tasks=16 CNN(2)`."""
         return f"{self.axis}={self.x} {self.group}"
 
     @property
     def transforms(self) -> int:
-        """Kronecker transforms in a row: one per layer, and one more for each that is psd."""
+        """The number of Kronecker transforms in sequence: one per layer, and one more for each that is psd."""
         return self.hidden + 1 + (max(1, self.hidden) if self.psd else 0)
 
 
@@ -85,13 +92,18 @@ def _at(start: Point, x: int) -> Point:
 
 
 def points_of(axes: Sequence[str], groups: Sequence[str], values: Mapping[str, tuple[int, ...]]) -> list[Point]:
-    """The points of some axes.
+    """Collect the points of some axes.
 
-    groups: for the axes tasks, hidden and psd
-    values: of every axis
+    Args:
+        axes: names of the axes.
+        groups: names of the problems, for the axes tasks, hidden and psd.
+        values: of every axis.
+
+    Returns:
+        The points, axis after axis.
 
     Raises:
-        ValueError: an unknown axis or group.
+        ValueError: an axis or group is unknown.
     """
     for name, given, known in (("axes", axes, AXES), ("groups", groups, GROUPS)):
         for item in given:

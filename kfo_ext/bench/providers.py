@@ -1,6 +1,6 @@
-"""The ways to compute the orders, by name: ours, learn2learn's loop, plain torch and JAX.
+"""The implementations of the orders, by name: kfo_ext, learn2learn's loop, plain torch and JAX.
 
-A provider is made for a case and gives its orders; LeftOut says why it is not meant for it.
+A provider takes a case and returns its orders; LeftOut gives the reason why it does not apply.
 """
 
 from __future__ import annotations
@@ -41,7 +41,14 @@ KRON_SIZE = 512
 
 
 def kfo_packed(case: Case, backend: str = "native") -> Orders:
-    """Our ops on packed operands where they are the whole update, else the orders of `kfo_rule`.
+    """Compute the orders by the ops on packed operands if they are the whole update, else as `kfo_rule`.
+
+    Args:
+        case: the packed operands.
+        backend: of the ops.
+
+    Returns:
+        A call per order.
 
     Raises:
         ValueError: there is no such backend.
@@ -62,7 +69,14 @@ def kfo_packed(case: Case, backend: str = "native") -> Orders:
 
 
 def kfo_rule(case: Case, backend: str = "native") -> Orders:
-    """`KFO.rule` on packed operands, derivatives through autograd.
+    """Compute the orders by `KFO.rule` on packed operands, with derivatives through autograd.
+
+    Args:
+        case: the packed operands.
+        backend: of the ops.
+
+    Returns:
+        A call per order.
 
     Raises:
         RuntimeError: the backend does not run on the operands' device.
@@ -78,7 +92,13 @@ def kfo_rule(case: Case, backend: str = "native") -> Orders:
 
 
 def kfo_gradients_on(case: Case) -> Orders:
-    """The public transform on packed operands that require gradients; every order can be differentiated again.
+    """Compute the orders by the public transform on packed operands; every order can be differentiated again.
+
+    Args:
+        case: the packed operands.
+
+    Returns:
+        A call per order.
 
     Raises:
         LeftOut: the case is not the plain transform.
@@ -90,7 +110,7 @@ def kfo_gradients_on(case: Case) -> Orders:
 
 
 def kfo_lists(case: Case) -> Orders:
-    """Our ops, lists in and lists out: packing and unpacking included, derivatives through autograd."""
+    """The ops of kfo_ext, lists in and lists out: packing and unpacking included, derivatives through autograd."""
     problems = case.problems
 
     def layer(R: Form, G: Form, L: Form) -> Form:
@@ -101,7 +121,13 @@ def kfo_lists(case: Case) -> Orders:
 
 
 def kfo_gradient_lists(case: Case) -> Orders:
-    """As in `KFO.transform`: gradients in lists in and out, the factors packed; derivatives through autograd.
+    """Compute the orders as `KFO.transform`: gradients in lists, the factors packed; derivatives through autograd.
+
+    Args:
+        case: the packed operands.
+
+    Returns:
+        A call per order.
 
     Raises:
         LeftOut: the case is not the plain transform.
@@ -117,7 +143,7 @@ def kfo_gradient_lists(case: Case) -> Orders:
 
 
 def packed_gradients(order: str, outputs: Outputs, case: Case) -> list[Tensor]:
-    """The packed outputs where the factors' own are packed already."""
+    """The packed outputs if those of the factors are packed already."""
     factors = 0 if order == "forward" else len(case.phi)
     count = len(case.problems)
     flat = [X.reshape(len(X), -1) for X in outputs[factors:]]
@@ -130,7 +156,18 @@ def einsum(R: Form, G: Form, L: Form) -> Form:
 
 
 def kron(R: Form, G: Form, L: Form) -> Form:
-    """Layer after layer of one task, by the matrix of the whole map: vec(R^T g L) = kron(R^T, L^T) vec(g)."""
+    """Apply each layer of one task by its full matrix.
+
+    vec(R^T g L) = kron(R^T, L^T) vec(g)
+
+    Args:
+        R: (p, p) per parameter.
+        G: the gradients, one per parameter.
+        L: (q, q) per parameter.
+
+    Returns:
+        The updates, one per parameter.
+    """
     return [
         (g.flatten(1) @ torch.kron(X.mT.contiguous(), Z.mT.contiguous()).mT).view_as(g)
         for X, g, Z in zip(R, G, L, strict=True)
@@ -149,7 +186,13 @@ def torch_loop(case: Case, layer: Transform) -> Orders:
 
 
 def torch_kron(case: Case) -> Orders:
-    """Task after task and layer after layer, by explicit Kronecker products.
+    """Compute the orders task after task and layer after layer, by explicit Kronecker products.
+
+    Args:
+        case: the packed operands.
+
+    Returns:
+        A call per order.
 
     Raises:
         LeftOut: a product would be too large.
@@ -161,17 +204,23 @@ def torch_kron(case: Case) -> Orders:
 
 
 def torch_compiled(case: Case) -> Orders:
-    """torch.compile of the whole update, batched over tasks; torch has no double backward through it."""
+    """The whole update through torch.compile, batched over tasks; torch has no double backward through it."""
     torch.compiler.reset()
     return torch_batched(case, matmul, lambda rule: torch.compile(rule, fullgraph=True, dynamic=False))
 
 
 def learn2learn_loop(case: Case) -> Orders:
-    """learn2learn's own modules, task after task and layer after layer, as its `ParameterUpdate` calls them.
+    """Compute the orders by learn2learn's modules, task after task and layer after layer, as in its `ParameterUpdate`.
+
+    Args:
+        case: the packed operands.
+
+    Returns:
+        A call per order.
 
     Raises:
         ImportError: learn2learn is not installed.
-        LeftOut: the update has hidden layers, which learn2learn has not.
+        LeftOut: the update has hidden layers, which learn2learn does not support.
     """
     if case.hidden:
         raise LeftOut("learn2learn has no Kronecker update with hidden layers")
@@ -208,16 +257,18 @@ def _no_learn2learn(device: torch.device) -> None:
 
 
 class Provider(NamedTuple):
-    """A way to compute the orders, and what makes its outputs comparable.
+    """An implementation of the orders, with what makes its outputs comparable.
 
-    make: the orders of a case; LeftOut where it is not meant for that case
-    pack: (order, outputs, case) -> the outputs as packed (tasks, n) tensors: dphi, dG, ddY
-    check: raises ImportError or RuntimeError where it cannot run on a device at all
-    ours: whether a wrong number is a failure of this package
-    compiled: making it takes far longer than timing it
-    streams: issues its work on torch's streams (else it is timed by the wall clock everywhere)
-    graph: worth capturing in a CUDA graph
-    saves: whether the derivatives of a plain case read what the order before computed and saved besides operands
+    Attributes:
+        make: returns the orders of a case; raises LeftOut if it does not apply to that case.
+        pack: (order, outputs, case) -> the outputs as packed (tasks, n) tensors: dphi, dG, ddY.
+        check: raises ImportError or RuntimeError if it cannot run on a device at all.
+        ours: whether a wrong number is a failure of this package.
+        compiled: whether compiling it takes far longer than timing it.
+        streams: whether it issues its work on torch's streams (else it is timed by the wall clock everywhere).
+        graph: whether to capture it in a CUDA graph.
+        saves: whether the derivatives of a plain case read intermediates that the previous order saved besides
+            operands.
     """
 
     make: Callable[[Case], Orders]
@@ -230,8 +281,8 @@ class Provider(NamedTuple):
     saves: bool = True
 
     def reads_saved(self, order: str, case: Case) -> bool:
-        """Whether an order does less than the cost model counts, and holds more than is seen of it."""
-        # Our op saves its operands alone, but a row of them what lies in between.
+        """Whether an order computes less than the cost model counts, since it reads what earlier orders saved."""
+        # One op of kfo_ext saves only its operands, but a sequence of them also saves the intermediates.
         return order != "forward" and (self.saves or (self.ours and not case.plain))
 
 

@@ -1,4 +1,4 @@
-"""What `kfo bench` prints and writes: a table, results.csv and results.json."""
+"""The output of `kfo bench`: a table, results.csv and results.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kfo_ext.bench.result import write_rows
 from kfo_ext.bench.rows import COLUMNS, Row, fails, loses
 from kfo_ext.runs.files import atomic_write, read_json
 
-# The first key of a results.json, by which it is known.
+# The value of the first key of a results.json, which identifies the format.
 FORMAT = "kfo bench 2"
 WIDTH = 100
 HEAD = (
@@ -38,7 +38,7 @@ def wrapped(text: str) -> list[str]:
 
 
 def seconds_text(seconds: float) -> str:
-    """As in `12.3 us`."""
+    """A text such as `12.3 us`."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
@@ -46,7 +46,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: int | None) -> str:
-    """As in `1.2 MB`; nothing for None."""
+    """A text such as `1.2 MB`; '' for None."""
     if count is None:
         return ""
     if count >= 9.995e8:
@@ -61,9 +61,14 @@ def _rate_text(rate: float | None) -> str:
 
 
 def line(row: Row, note: str = "") -> str:
-    """One row of the table; `+` marks what reads saved intermediates, LOSES a row of ours that another beats.
+    """Format one row of the table; `+` marks reads of saved intermediates, LOSES a row of kfo_ext that another beats.
 
-    note: in the last column, of a row that is compared with nothing.
+    Args:
+        row: the row.
+        note: the last column of a row that is compared with nothing.
+
+    Returns:
+        The line.
     """
     name = f"{'* ' if row['ours'] else '  '}{row['provider']}{' +' if row['saved'] else ''}"
     if row["status"] != "ok":
@@ -96,7 +101,7 @@ def table(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def fit_table(fits: Sequence[Row]) -> Iterable[str]:
-    """The exponents, a line for each axis, group and order."""
+    """The exponents, one line for each axis, group and order."""
     lines: dict[str, list[str]] = {}
     for fit in fits:
         mode = "" if fit["mode"] == "eager" else f", {fit['mode']}"
@@ -109,9 +114,13 @@ def fit_table(fits: Sequence[Row]) -> Iterable[str]:
 
 
 def losses(rows: Sequence[Row]) -> Iterable[str]:
-    """How often each provider of ours is beaten, where worst, and by what that read saved intermediates.
+    """Describe how often each provider of kfo_ext is beaten, where most, and how often by one that read intermediates.
 
-    rows: each measurement once, not again for every axis that it lies on
+    Args:
+        rows: each measurement once, even if it lies on several axes.
+
+    Yields:
+        A line per provider.
     """
     for name in dict.fromkeys(row["provider"] for row in rows if row["ours"] and row["best_other"]):
         ours = [row for row in rows if row["provider"] == name and row["best_other"]]
@@ -129,9 +138,13 @@ def losses(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One sentence: whether ours are right, and how much faster than the fastest other.
+    """State in one sentence whether kfo_ext is correct, and how much faster than the fastest other provider.
 
-    rows: as `losses` takes them
+    Args:
+        rows: as `losses` takes them.
+
+    Returns:
+        The sentence.
     """
     if wrong := [row for row in rows if fails(row)]:
         names = ", ".join(dict.fromkeys(row["provider"] for row in wrong))
@@ -151,16 +164,20 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def worst(rows: Sequence[Row]) -> Row | None:
-    """Our native row that is furthest from the floor, replayed from a CUDA graph where that was measured."""
+    """The native row of kfo_ext that is furthest from the floor, by graph replay if that was measured."""
     ours = [row for row in rows if row["provider"] == "native" and row["floor_share"] is not None]
     replayed = [row for row in ours if row["mode"] == "graph"]
     return min(replayed or ours, key=lambda row: row["floor_share"], default=None)
 
 
 def left_out(rows: Sequence[Row]) -> Iterable[str]:
-    """What was not measured for want of time, whole points and single providers: how many, and which.
+    """Describe what was not measured for lack of time: whole points and single providers, how many and which.
 
-    rows: as `losses` takes them
+    Args:
+        rows: as `losses` takes them.
+
+    Yields:
+        A line for the points, and one for each provider.
     """
     points = [_place(row) for row in rows if row["provider"] is None and row["status"] != "ok"]
     if points:
@@ -176,9 +193,15 @@ def _place(row: Row) -> str:
 
 
 def write(folder: Path, rows: Sequence[Row], facts: Row) -> Row:
-    """results.csv and results.json, each replaced as a whole; what `read` then gives.
+    """Write results.csv and results.json, each replaced atomically.
 
-    facts: what goes into the JSON besides the rows
+    Args:
+        folder: where to write them.
+        rows: the results.
+        facts: the content of the JSON besides the rows.
+
+    Returns:
+        What `read` then returns.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -192,7 +215,13 @@ def write(folder: Path, rows: Sequence[Row], facts: Row) -> Row:
 
 
 def read(path: Path) -> Row | None:
-    """A results.json, each of its rows by column, or None for a JSON file of another kind.
+    """Read a results.json.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content, each row by column; None for a JSON file of another kind.
 
     Raises:
         ValueError: it cannot be read.

@@ -1,4 +1,4 @@
-"""What goes with every number, machine, versions, commit and command; and the files that hold both."""
+"""The provenance of every number (machine, versions, commit and command), and the files that hold both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kfo_ext.machine import environment as run_environment
 from kfo_ext.runs.files import atomic_write
 
 Facts = dict[str, Any]
-# What was measured of one thing.
+# The measurements of one thing.
 Row = dict[str, Any]
 DIRTY = "-dirty"
 
@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def provenance(facts: Mapping[str, Any]) -> str:
-    """The commit of a result as a table names it: `commit 0123456789ab`, and whether that is all there was."""
+    """The commit of a result as in a table: `commit 0123456789ab`, and whether there were uncommitted changes."""
     commit = facts["commit"]
     if commit is None:
         return "of no known commit"
@@ -49,13 +49,13 @@ def provenance(facts: Mapping[str, Any]) -> str:
 
 
 def warn_unless_committed(facts: Mapping[str, Any]) -> None:
-    """One line on stderr where no commit says what is measured."""
+    """Print one line on stderr if no commit identifies what is measured."""
     if facts["commit"] is None or facts["commit"].endswith(DIRTY):
         sys.stderr.write(f"WARNING: THESE NUMBERS ARE OF CODE THAT NO COMMIT HOLDS: {provenance(facts)}\n")
 
 
 def facts_of(options: argparse.Namespace) -> Facts:
-    """What a script knows before it measures: `environment` and its settings, but for where files lie."""
+    """The facts of a script before it measures: `environment` and its settings, except where files lie."""
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "truths")}
     facts = environment() | {"settings": settings}
     warn_unless_committed(facts)
@@ -63,9 +63,12 @@ def facts_of(options: argparse.Namespace) -> Facts:
 
 
 def write_result(out: Path, result: Facts, markdown: Callable[[Facts], str] | None = None) -> None:
-    """Write a result as JSON and then, beside it, as Markdown; each replaced as a whole.
+    """Write a result as JSON and then, beside it, as Markdown; each replaced atomically.
 
-    markdown: makes the text of the result; None: JSON alone
+    Args:
+        out: the JSON file.
+        result: its content.
+        markdown: makes the text of the result; None: only JSON.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     write_rows(out, result)
@@ -77,9 +80,13 @@ def write_result(out: Path, result: Facts, markdown: Callable[[Facts], str] | No
 def write_rows(path: Path, content: Facts) -> None:
     """Write JSON in which each row is a line: a value of the whole, or an element of a list of lists or dicts.
 
+    Args:
+        path: the file to write or replace.
+        content: the JSON object.
+
     Raises:
-        ValueError: a number is not finite; names the file.
-        OSError: the file cannot be written; names it.
+        ValueError: a number is not finite; the message names the file.
+        OSError: the file cannot be written; the message names it.
     """
     try:
         text = _lines(content, "") + "\n"
@@ -106,5 +113,5 @@ def _is_table(value: Any) -> bool:
 
 
 def finite(value: float) -> float | None:
-    """The value as JSON can hold it: None for what is no number or has no end."""
+    """The value as JSON can hold it: None if it is not finite."""
     return value if math.isfinite(value) else None

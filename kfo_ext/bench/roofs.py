@@ -1,4 +1,4 @@
-"""What bounds any implementation on this machine, measured in the same run: multiply-adds, copying, launching."""
+"""Bounds for any implementation on this machine, measured in the same run: multiply-adds, copies, launches."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from kfo_ext.ops import library
 
 SGEMM = 8192
 SAMPLES = 7
-# Steps of one thread in a call: they take far longer than the call itself.
+# Steps per thread in a call: they take far longer than the call's overhead.
 FMA_STEPS = 1 << 20
 
 
 class Roofs(NamedTuple):
     """Rates that no kernel exceeds.
 
-    flops: float32 operations per second, None where nothing measures them
-    flops_from: what measured them
-    floor: copy bandwidth and the time of the smallest operation
-    on_cuda: which floor `seconds` is
+    Attributes:
+        flops: float32 operations per second, None if nothing measures them.
+        flops_from: what measured them.
+        floor: copy bandwidth and the time of the smallest operation.
+        on_cuda: which floor `seconds` uses.
     """
 
     flops: float | None
@@ -33,17 +34,25 @@ class Roofs(NamedTuple):
     on_cuda: bool
 
     def seconds(self, mode: str, work: float, moved: float) -> float | None:
-        """The least time of a call.
+        """Compute the minimum time of a call.
 
-        On the CPU its operations at the peak or its bytes at the copy bandwidth, the larger (operands that stay in the
-        cache may do better than that); on CUDA its bytes or the smallest launch.
+        On the CPU this is the larger of its operations at the peak and its bytes at the copy bandwidth (operands that
+        stay in the cache may be faster); on CUDA the larger of its bytes and the smallest launch.
+
+        Args:
+            mode: "eager" or "graph".
+            work: operations.
+            moved: bytes.
+
+        Returns:
+            Seconds; None on the CPU if the peak is unknown.
         """
         if self.on_cuda:
             return self.floor.seconds(mode, moved)
         return None if self.flops is None else max(work / self.flops, moved / self.floor.bandwidth)
 
     def facts(self) -> dict[str, object]:
-        """As JSON."""
+        """The bounds as JSON."""
         floor = self.floor
         return {
             "gflop_per_s": None if self.flops is None else self.flops / 1e9,
@@ -54,7 +63,7 @@ class Roofs(NamedTuple):
 
 
 def measure_roofs(device: torch.device, repeats: int, seconds: float) -> Roofs:
-    """Measure them with torch's number of threads, on the current stream."""
+    """Measure the bounds with torch's number of threads, on the current stream."""
     floor = measure_floor(device, repeats, seconds)
     if device.type == "cuda":
         rate = sgemm_rate(device, repeats, seconds)
@@ -66,9 +75,14 @@ def measure_roofs(device: torch.device, repeats: int, seconds: float) -> Roofs:
 
 
 def fma_rate(threads: int, seconds: float = 0.03) -> float:
-    """Float32 operations per second of multiply-adds in registers, on so many threads: the best of a few samples.
+    """Measure the peak rate of float32 multiply-adds in registers: the best of a few samples.
 
-    seconds: length of one sample
+    Args:
+        threads: the number of threads.
+        seconds: length of one sample.
+
+    Returns:
+        Operations per second.
     """
     call, operations = multiply_adds(threads)
     samples, _ = samples_of({"multiply-adds": call}, SAMPLES, seconds)["multiply-adds"]
@@ -76,7 +90,7 @@ def fma_rate(threads: int, seconds: float = 0.03) -> float:
 
 
 def multiply_adds(threads: int) -> tuple[Callable[[], object], float]:
-    """A call that does nothing but multiply-adds on so many threads, and its operations."""
+    """A call that only computes multiply-adds on `threads` threads, and its number of operations."""
     pool = ThreadPoolExecutor(threads)
 
     def call() -> float:
@@ -86,7 +100,7 @@ def multiply_adds(threads: int) -> tuple[Callable[[], object], float]:
 
 
 def sgemm_rate(device: torch.device, repeats: int, seconds: float) -> float:
-    """Float32 operations per second of a large product; TF32 stays off, as torch has it."""
+    """Float32 operations per second of a large product; TF32 stays off, as in torch's default."""
     A = torch.ones(SGEMM, SGEMM, device=device)
     out = torch.empty_like(A)
     timing = interleaved({"sgemm": lambda: torch.matmul(A, A, out=out)}, repeats, seconds, events)["sgemm"]

@@ -1,4 +1,4 @@
-"""The rows of one point: every order and provider, with its numbers or the reason why there are none."""
+"""The rows of one point: every order and provider, with its numbers or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COLUMNS = {
 
 
 def empty_row(**known: object) -> Row:
-    """A row with None wherever nothing is known."""
+    """A row with None for every unknown column."""
     return {**dict.fromkeys(COLUMNS), **known}
 
 
@@ -68,10 +68,18 @@ def rows_of(
 ) -> list[Row]:
     """Measure one point.
 
-    providers: those that can run on the device
-    repeats: at most so many samples of each
-    seconds: length of one sample
-    budget: seconds for the samples of one order, see `measure.affordable`
+    Args:
+        point: what to measure.
+        providers: those that can run on the device.
+        orders: names of the orders.
+        roofs: the machine's bounds.
+        device: where to measure.
+        repeats: samples of each, at most.
+        seconds: length of one sample.
+        budget: seconds for the samples of one order, see `measure.affordable`.
+
+    Returns:
+        A row per order, mode and provider.
     """
     case = random_case(point.problems, point.tasks, torch.float32, device, psd=point.psd, hidden=point.hidden)
     expected = truth(case)
@@ -108,7 +116,7 @@ def rows_of(
 
 
 def _numbers(point: Point, row: Row, timing: Timing, roofs: Roofs) -> Row:
-    """A timing, and what it says by the cost model, except of the host, which computes nothing."""
+    """A timing and its rates by the cost model; host times have no rates, since the host computes nothing."""
     times = {
         "median_s": timing.median,
         "low_s": timing.low,
@@ -131,7 +139,7 @@ def _numbers(point: Point, row: Row, timing: Timing, roofs: Roofs) -> Row:
 
 
 def _once(point: Point, row: Row, contender: Contender, provider: Provider, device: torch.device) -> Row:
-    """What takes one more call: error, memory; and launches, where they are known."""
+    """The columns that take one more call: error and memory; and launches, if they are known."""
     out: Row = {"error": contender.error}
     if row["mode"] == "eager" and provider.streams and not row["saved"]:
         out["peak_bytes"] = peak_extra_bytes(contender.call, device)
@@ -141,7 +149,7 @@ def _once(point: Point, row: Row, contender: Contender, provider: Provider, devi
 
 
 def _compared(rows: list[Row]) -> list[Row]:
-    """The rows of one order and mode, ours with the fastest of the others beside them."""
+    """The rows of one order and mode, those of kfo_ext with the fastest of the others."""
     others = [row for row in rows if row["status"] == "ok" and not row["ours"]]
     best = min(others, key=lambda row: row["median_s"], default=None)
     if best:
@@ -153,10 +161,10 @@ def _compared(rows: list[Row]) -> list[Row]:
 
 
 def loses(row: Row) -> bool:
-    """Whether one of the others is faster than this row of ours."""
+    """Whether another provider is faster than this row of kfo_ext."""
     return row["other_over_this"] is not None and row["other_over_this"] < 1
 
 
 def fails(row: Row) -> bool:
-    """Whether this package gave wrong numbers, or none where it said that it would run."""
+    """Whether this package gave wrong numbers, or failed although it should run."""
     return bool(row["ours"]) and str(row["status"]).startswith(("WRONG", "failed", "does not run"))

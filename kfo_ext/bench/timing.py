@@ -1,4 +1,4 @@
-"""Interleaved timing: every function once per round, so that whatever the machine does hits all alike."""
+"""Interleaved timing: every function once per round, so that disturbances of the machine affect all alike."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import NamedTuple
 
-# (function, calls) -> seconds of one call, measured over so many in a row.
+# (function, calls) -> seconds per call, measured over that many in a row.
 Sample = Callable[[Callable[[], object], int], float]
-# Threads of OpenMP and of XLA wait actively for some milliseconds after their work, on the core of the next contender.
+# Threads of OpenMP and XLA spin for some milliseconds after their work, on the core of the next contender.
 PAUSE = 0.02  # s
 CALIBRATIONS = 3
-# A call that lasts so many samples is one, without a second look: a first call is slow, but not by that much.
+# A call that lasts this many samples is a sample without recalibration: a first call is slow, but not by that much.
 LONG = 5
 
 
@@ -29,7 +29,7 @@ class Timing(NamedTuple):
 
 
 def wall_clock(function: Callable[[], object], calls: int) -> float:
-    """Seconds of one call, of so many in a row, for what has finished when it returns."""
+    """Seconds per call of `calls` calls in a row, for functions that have finished when they return."""
     start = perf_counter()
     for _ in range(calls):
         function()
@@ -53,7 +53,7 @@ def interleaved(
     sample: Sample = wall_clock,
     twins: Mapping[str, str] | None = None,
 ) -> dict[str, Timing]:
-    """The timing of every function, from samples in turn: see `samples_of`."""
+    """The timing of every function, from interleaved samples: see `samples_of`."""
     found = samples_of(functions, repeats, seconds, sample, twins)
     return {name: _summary(values, calls) for name, (values, calls) in found.items()}
 
@@ -65,15 +65,20 @@ def samples_of(
     sample: Sample = wall_clock,
     twins: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[list[float], int]]:
-    """Per function its samples, seconds of one call each, and the calls of a sample.
+    """Sample every function once per round.
 
-    Every function once per round. Each round starts with another one, so that drift hits all alike, and every other
-    round goes backwards: after long vector work a processor is slower for a while, for both of two neighbours alike.
+    Each round starts with another function, so that drift affects all alike, and every other round is reversed: after
+    long vector work a processor is slower for a while, which then affects both of two neighbours alike.
 
-    functions: what to time, by name; each is called before as a warm-up
-    repeats: rounds
-    seconds: a sample repeats its function until it lasts about that long
-    twins: those whose samples have as many calls as another's, by its name
+    Args:
+        functions: what to time, by name; each is called once before as a warm-up.
+        repeats: rounds.
+        seconds: a sample repeats its function until it lasts about that long.
+        sample: measures one function.
+        twins: functions whose samples have as many calls as another's, by its name.
+
+    Returns:
+        Per function its samples, seconds per call each, and the number of calls in a sample.
     """
     twins = twins or {}
     calls = {name: _calls_for(functions[name], seconds, sample) for name in functions if name not in twins}
@@ -88,7 +93,7 @@ def samples_of(
 
 
 def _calls_for(function: Callable[[], object], seconds: float, sample: Sample) -> int:
-    # The fastest of several counts, each with the calls found so far: the first, and those after a pause, are slow.
+    # The fastest of several calibrations, since the first call and those after a pause are slow.
     calls, fastest = 1, math.inf
     for _ in range(CALIBRATIONS):
         fastest = min(fastest, sample(function, calls))
