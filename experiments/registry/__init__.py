@@ -1,4 +1,4 @@
-"""All entries, in the order in which they are computed."""
+"""All entries, in the order of computation."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ for _entry in (
 
 
 def chosen(names: list[str]) -> list[Entry]:
-    """The entries of these names, or of groups; all of them where no name is given.
+    """Select the entries of these names or groups; all of them if no name is given.
+
+    Args:
+        names: of entries or groups.
+
+    Returns:
+        The entries, in the order of computation.
 
     Raises:
-        ValueError: an unknown name; says the nearest ones.
+        ValueError: a name is unknown; the message lists the nearest ones.
     """
     groups = {entry.group for entry in ENTRIES.values()}
     for name in names:

@@ -1,4 +1,4 @@
-"""Omniglot, CNN(2), the head alone adapted: Tables 2 and B.4."""
+"""Omniglot, CNN(2), with only the head adapted: Tables 2 and B.4."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ RATES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 def _entry(name: str, title: str, column: str, cell: tuple[str, str, float], **facts: Any) -> Entry:
-    """A row of Table B.4, or of a group in `facts`.
+    """Make a row of Table B.4, or of a group in `facts`.
 
-    column: of tables D.6 and D.7.
-    cell: table, column and number of its first row.
+    Args:
+        name: of the entry.
+        title: of the row.
+        column: of tables D.6 and D.7.
+        cell: table, column and number of its first row.
+        facts: further fields of the entry.
+
+    Returns:
+        The entry.
     """
     table, where, number = cell
     return Entry(
@@ -41,7 +48,7 @@ def _entry(name: str, title: str, column: str, cell: tuple[str, str, float], **f
 def _tuned(
     name: str, title: str, column: str, cell: tuple[str, str, float], base: Settings, rates: Any = RATES, **facts: Any
 ) -> Entry:
-    """A row whose rates are found, the outer one first at the paper's."""
+    """A row whose rates are tuned, the outer one starting at the paper's."""
     outer = {"meta_lr": cnn2("Omniglot", column).outer.value}
     return _entry(name, title, column, cell, works=tuned({**base, **outer}, rates, cpu=RUNGS), **facts)
 

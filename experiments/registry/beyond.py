@@ -1,4 +1,4 @@
-"""Beyond the paper, on Omniglot, CNN(2): what changes one thing at the settings that the headline found."""
+"""Beyond the paper, on Omniglot, CNN(2): one change at a time at the settings that the headline found."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .omniglot import ENTRIES as METHODS
 GROUP = "beyond"
 ITERATIONS = 2000
 SMOKE_MSGD = {**BASE, "method": "maml", "update": "meta_sgd", "fast_lr": 0.5, "meta_lr": 0.001, "init": "torch"}
-# Of low rank, which has none of KFO's options but `adapt_update`.
+# KFO's options that the low-rank update does not have.
 OF_KFO = ("psd", "hidden_layers", "bias", "max_factor", "per_step")
 RANKS = {f"rank {rank}": {"update": "low_rank", "rank": rank} for rank in (1, 2, 4, 8, 16)}
 FEWER_STEPS = {f"{steps} steps": {"steps": steps} for steps in (1, 2, 3, 4)}
-# As many as in training, and five.
+# Tests with the training's number of steps, and with five.
 STEP_TESTS = (*FINAL, Test(tasks=1000, changes={"steps": 5}))
 SMOKE_RANK = {name: value for name, value in PAPER_KFO.items() if name not in OF_KFO}
-# The methods that are measured against the clock, and those of them that learn2learn has.
+# The methods that are timed, and those of them that learn2learn has.
 KINDS = ("maml", "kfo", "kfo-fixed", "kfo-hidden", "msgd", "mc", "tnet", "linnet")
 RACE = tuple(f"omniglot-cnn2-{kind}" for kind in KINDS)
 PEERS = ("omniglot-cnn2-kfo", "omniglot-cnn2-maml")
 
 
 def _smoke(entry: Entry) -> Settings:
-    """The settings of the run of `ci` of a tuned entry."""
+    """The settings of a tuned entry's run at `ci`."""
     work = entry.works["ci"]
     assert isinstance(work, Halving)
     return {name: value for name, value in work.missing({})[0].settings.items() if name != "seed"}

@@ -1,4 +1,4 @@
-"""What all tuned entries have in common: the rule of successive halving at each budget."""
+"""Settings that all tuned entries share: the rule of successive halving at each budget."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..halving import Fixed, Following, Halving, Rung, StartOf
 from ..jobs import Settings, Test
 
 OUTER_RATES = (0.0005, 0.001, 0.003)
-# torch's default, and that of the reference implementation.
+# Initializations: torch's default, and that of the reference implementation.
 STARTS = ("torch", "reference")
 FEW_SHOT = {"ways": 5, "shots": 5, "queries": 5, "steps": 5, "meta_batch": 16}
 VALIDATION = {"validation_every": 100, "validation_tasks": 300}
 FINAL = (Test(tasks=1000), Test(tasks=1000, checkpoint="last"))
-# Iterations of the first rung, and of the others with how many are kept.
+# Iterations of the first rung, and of the others with the number of settings kept.
 Rungs = tuple[int, Sequence[tuple[int, int]]]
 # The reference repository's Makefile takes 20,000 iterations; the paper gives no number.
 PAPER: Rungs = (1000, [(2000, 4), (5000, 2), (20_000, 1)])
@@ -32,11 +32,20 @@ def tuned(
     paper: Rungs = PAPER,
     **shared: Any,
 ) -> dict[str, Work]:
-    """The works of a method whose inner rate, start and outer rate are found by successive halving.
+    """Make the works of a method whose inner rate, initialization and outer rate are tuned by successive halving.
 
-    base: its options, `meta_lr` among them.
-    cpu, paper: the rungs of these budgets; `gpu` takes those of `cpu` with five seeds.
-    shared: options that replace `FEW_SHOT` and `VALIDATION`.
+    Args:
+        base: its options, including `meta_lr`.
+        rates: inner learning rates to try.
+        starts: initializations to try.
+        cpu: the rungs of this budget; `gpu` takes the same with five seeds.
+        seeds: the number of final runs at `cpu`.
+        tests: of the final runs.
+        paper: the rungs of this budget.
+        shared: options that replace `FEW_SHOT` and `VALIDATION`.
+
+    Returns:
+        The work of each budget.
     """
     common = {**FEW_SHOT, **VALIDATION, **shared, **base}
 
@@ -67,7 +76,7 @@ def tuned(
 
 
 def start_of(name: str, works: Mapping[str, Work]) -> dict[str, Work]:
-    """The works of `tuned`, with one start of the network: the one that another entry has found; `ci` needs none."""
+    """The works of `tuned`, with the initialization that another entry has found; `ci` needs none."""
     return {
         budget: StartOf(of=name, work=work) if budget != "ci" and isinstance(work, Halving) else work
         for budget, work in works.items()
@@ -84,9 +93,19 @@ def following(
     without: tuple[str, ...] = (),
     tests: tuple[Test, ...] = FINAL,
 ) -> dict[str, Work]:
-    """The works of runs at the setting that another entry has found.
+    """Make the works of runs at the setting that another entry has found.
 
-    smoke: the options of the run of `ci`.
+    Args:
+        name: of that entry.
+        variants: options of each variant.
+        smoke: the options of the run at `ci`.
+        cpu: meta-iterations at this budget.
+        seeds: the number of runs at `cpu`.
+        without: options of that entry to leave out.
+        tests: of the runs.
+
+    Returns:
+        The work of each budget.
     """
 
     def work(iterations: int, seeds: int) -> Following:
@@ -113,7 +132,7 @@ def computed(
     smoke: Settings,
     full: Settings,
 ) -> dict[str, Work]:
-    """The works of a function, whose `full` options hold at all budgets but `ci`."""
+    """The works of a function, whose `full` options hold at all budgets except `ci`."""
     work = Computed(function=function, shown=shown, options=full)
     return {"ci": Computed(function=function, shown=shown, options=smoke), "cpu": work, "gpu": work, "paper": work}
 
@@ -127,7 +146,7 @@ def fixed(
     tests: tuple[Test, ...] = FINAL,
     **shared: Any,
 ) -> dict[str, Work]:
-    """The works of runs whose settings are given; arguments as for `tuned`."""
+    """The works of runs with given settings; arguments as for `tuned`."""
     common = {**FEW_SHOT, **VALIDATION, **shared, **base}
     smoke = {**common, "validation_every": 2, "validation_tasks": 2}
 

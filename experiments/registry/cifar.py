@@ -1,4 +1,4 @@
-"""CIFAR-FS, CNN(2): Tables 2 and B.4 with 8 tasks in a meta-iteration, Tables 1 and 3 with 4; and what is not run."""
+"""CIFAR-FS, CNN(2): Tables 2 and B.4 with 8 tasks per meta-iteration, Tables 1 and 3 with 4; and entries not run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TABLE_3 = {
         0.7,
     ),
 }
-# Of tables D.6 and D.7, which have none of T-Nets.
+# Columns of tables D.6 and D.7, which have none for T-Nets.
 COLUMNS = {
     "maml": "MAML",
     "kfo": "MAML + KFO",

@@ -1,4 +1,4 @@
-"""What the paper states, as differences between entries that it says are above zero."""
+"""The paper's claims, as differences between entries that should be above zero."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A statement of the paper: the sum of the `better` accuracies is above that of the `worse` ones.
+    """A claim of the paper: the sum of the `better` accuracies is above that of the `worse` ones.
 
-    statement: in the paper's terms.
-    where: it stands in the paper.
-    better, worse: names of entries, or NAME/VARIANT; as many of the one as of the other.
+    Attributes:
+        statement: in the paper's terms.
+        where: its place in the paper.
+        better: names of entries, or NAME/VARIANT.
+        worse: as many as `better`.
     """
 
     statement: str
@@ -27,17 +29,17 @@ class Claim:
 
 
 def above(better: str, worse: str, statement: str, where: str) -> Claim:
-    """One entry has a higher accuracy than another one."""
+    """The claim that one entry has a higher accuracy than another one."""
     return Claim(statement=statement, where=where, better=(better,), worse=(worse,))
 
 
 def shrinks(small: tuple[str, str], large: tuple[str, str], statement: str, where: str) -> Claim:
-    """The gain of one entry over another one, (better, worse), is higher in a small network than in a large one."""
+    """The claim that the gain between two entries, (better, worse), is higher in a small network than in a large one."""
     return Claim(statement=statement, where=where, better=(small[0], large[1]), worse=(small[1], large[0]))
 
 
 def _meta_optimizers(maml: str, data: str) -> list[Claim]:
-    """Table 3."""
+    """The claims of Table 3."""
     every, most = f"improves MAML on {data}", f"improves MAML most on {data}: more than"
     return [
         above(f"{maml}-kfo", f"{maml}-maml", f"META-KFO {every}", "Table 3"),
@@ -52,7 +54,7 @@ def _meta_optimizers(maml: str, data: str) -> list[Claim]:
 
 
 def _with_anil(anil: str, maml: str, data: str) -> list[Claim]:
-    """Tables 2 and B.4."""
+    """The claims of Tables 2 and B.4."""
     every, most = f"improves ANIL on {data}", f"improves ANIL most on {data}: more than"
     return [
         above(f"{anil}-linnet", anil, f"LinNet {every}", "Table 2"),
@@ -70,7 +72,7 @@ def _gain(layers: int) -> tuple[str, str]:
 
 
 def _depth() -> list[Claim]:
-    """Table 1 and Figure 4, on Omniglot."""
+    """The claims of Table 1 and Figure 4, on Omniglot."""
     shallow = [
         above(
             f"omniglot-cnn{layers}-linnet",

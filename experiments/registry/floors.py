@@ -1,4 +1,4 @@
-"""What stands below and above the paper's numbers: nearest class means, prototypical networks, upper lines."""
+"""Lower and upper references of the paper's numbers: nearest class means, prototypical networks, upper lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA: dict[str, dict[str, Any]] = {
     "cifar_fs": {"family": "cifar_fs"},
     "grocery84": {"family": "csv_images", "side": 32},
 }
-# All images of a class: 20, 600, and of grocery84 the fewest that a class has.
+# All images of a class: 20, 600, and for grocery84 the size of the smallest class.
 IMAGES = {
     "omniglot": {"shots": 15, "queries": 5},
     "cifar_fs": {"shots": 500, "queries": 100},

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 class Against:
     """A picture of test accuracy against an option of the runs.
 
-    option: such as layers.
-    unit: how its axis is labelled.
-    series: label of each line to its entries, or variants of entries: NAME/VARIANT.
+    Attributes:
+        option: such as layers.
+        unit: label of its axis.
+        series: label of each line to its entries, or variants of entries: NAME/VARIANT.
     """
 
     option: str
@@ -24,10 +25,11 @@ class Against:
 class Group:
     """A section: the entries of one table or figure.
 
-    name: what entries call their group.
-    title: of the section.
-    text: what stands above its tables.
-    against: its last pictures.
+    Attributes:
+        name: the group's name in entries.
+        title: of the section.
+        text: above its tables.
+        against: its last pictures.
     """
 
     name: str
@@ -139,7 +141,7 @@ HEADLINE: Mapping[str, str] = {
     "META-KFO, the paper's setting": "omniglot-cnn2-kfo-paper",
     "MAML, the paper's setting": "omniglot-cnn2-maml-paper",
 }
-# Entries whose single runs the section on the collapse shows.
+# Entries whose individual runs the section on the collapse shows.
 COLLAPSE = tuple(
     f"omniglot-cnn2-{name}"
     for name in ("kfo-paper", "maml-paper", "kfo-controls", "kfo", "maml", "kfo-clipped", "kfo-decayed", "maml-clipped")

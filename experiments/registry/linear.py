@@ -9,16 +9,16 @@ from .published import linear
 
 GROUP = "figure-3"
 RUNGS = (300, [(1000, 2), (3000, 1)])
-# The paper's mini-ImageNet is not to be had here; grocery84 has its layout, and stands under its own name.
+# The paper's mini-ImageNet is not available here; grocery84 has its layout, and appears under its own name.
 DATA: dict[str, Settings] = {
     "omniglot": {"dataset": "omniglot"},
     "cifar_fs": {"dataset": "cifar_fs"},
     "grocery84": {"dataset": "csv_images", "side": 32},
 }
 FIGURES = {"omniglot": "Figure 3", "cifar_fs": "Figure 3", "grocery84": "Figure B.2, of mini-ImageNet"}
-# Of table D.5.
+# Rows of table D.5.
 ROWS = {"omniglot": "Omniglot", "cifar_fs": "CIFAR-FS", "grocery84": "mini-ImageNet"}
-# Around the paper's inner rates (table D.5).
+# Inner rates around the paper's (table D.5).
 RATES = {
     "omniglot": ((0.03, 0.1, 0.3, 1.0, 3.0, 10.0), (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)),
     "cifar_fs": ((0.0025, 0.005, 0.01, 0.02, 0.04, 0.08), (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)),
@@ -26,7 +26,7 @@ RATES = {
 }
 META_LR = {"omniglot": (0.0005, 0.0005), "cifar_fs": (0.0005, 0.0001), "grocery84": (0.0005, 0.0005)}
 WIDTHS = "256,128,64,64"
-# Appendix B.4: no gap between the classes of training and of test.
+# Appendix B.4: no gap between training and test classes.
 TESTS = (*FINAL, Test(tasks=1000, split="train"))
 STEPS = "five inner steps; the paper does not say how many its linear models take"
 

@@ -15,11 +15,11 @@ MAML = {**BASE, "method": "maml", "update": "none"}
 KFO = {**BASE, "method": "maml", "update": "kfo", "psd": True, "hidden_layers": 0, "adapt_update": True}
 KFO_HIDDEN = {**KFO, "hidden_layers": 2, "bias": True}
 RUNGS = (200, [(400, 4), (800, 2), (2000, 1)])
-# The paper's rates (table D.6) and larger ones; those of the other methods as many, around the paper's.
+# The paper's rates (table D.6) and larger ones; other methods have as many, around the paper's.
 RATES = (0.08, 0.25, 0.5, 1.0, 1.5, 2.0)
 KFO_RATES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 LINNET_RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
-# Other numbers of inner steps than in training.
+# Numbers of inner steps other than in training.
 STEPS = tuple(Test(tasks=1000, changes={"steps": steps}) for steps in (1, 2, 3, 4, 10))
 HEADLINE: dict[str, Any] = {"starts": (*STARTS, "zero_head"), "tests": (*FINAL, *STEPS)}
 # One factor at a time, from the paper's own setting.
@@ -28,10 +28,10 @@ CONTROLS: dict[str, Settings] = {
     "outer rate 0.001": {"meta_lr": 0.001},
     "torch's start": {"init": "torch"},
 }
-# Of the tuned rows.
+# Variants of the tuned rows.
 CLIPPED: dict[str, Settings] = {"": {"clip_norm": 1.0}}
 DECAYED: dict[str, Settings] = {"": {"schedule": "half_life", "meta_lr_half_life": 500}}
-# At torch's start the gradients' root mean squares are 0.002 to 0.04, where tanh is linear to 0.1 %.
+# At torch's initialization the gradients' root mean squares are 0.002 to 0.04, where tanh is linear to 0.1 %.
 SCALED: dict[str, Settings] = {"": {"scale": 100.0}}
 START = "the start of the network: the best of three (torch's, the reference's, a zero head); the paper names none"
 LINEAR = "one Kronecker layer, psd, adapted; the paper does not say which of its numbers are linear"
@@ -47,9 +47,17 @@ DECAYS = "the setting that won with a constant outer rate, which is halved every
 
 
 def _entry(name: str, title: str, works: Mapping[str, Work], column: str = "", **facts: Any) -> Entry:
-    """A row of Table 3, or of a group in `facts`.
+    """Make a row of Table 3, or of a group in `facts`.
 
-    column: of tables D.6 and D.7.
+    Args:
+        name: of the entry.
+        title: of the row.
+        works: the work of each budget.
+        column: of tables D.6 and D.7.
+        facts: further fields of the entry.
+
+    Returns:
+        The entry.
     """
     return Entry(
         **{
@@ -75,7 +83,7 @@ def _outer(column: str) -> Settings:
 
 
 def _paper(base: Settings, column: str) -> Settings:
-    """A method at the paper's rates, from the reference implementation's start."""
+    """A method at the paper's rates, from the reference implementation's initialization."""
     return {**base, "fast_lr": cnn2("Omniglot", column).inner.value, **_outer(column), "init": "reference"}
 
 
@@ -86,7 +94,7 @@ PAPER_KFO = _paper(KFO, "MAML + KFO")
 def _tuned(
     name: str, title: str, column: str, base: Settings, rates: tuple[float, ...], how: Any = None, **facts: Any
 ) -> Entry:
-    """A row whose rates are found, the outer one first at the paper's."""
+    """A row whose rates are tuned, the outer one starting at the paper's."""
     works = tuned({**base, **_outer(column)}, rates, cpu=RUNGS, **how or {})
     return _entry(name, title, works, **{"column": column, **facts})
 

@@ -1,4 +1,4 @@
-"""Learning rates of the paper, tables D.5 to D.7, as far as they are legible; data set, then model or method."""
+"""Learning rates of the paper, tables D.5 to D.7, as far as legible; by data set, then by model or method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LINEAR: Mapping[str, Mapping[str, tuple[Cell, Cell]]] = {
     "synthetic": {"LR": (0.9, 0.01), "LR + LinNet(2)": (0.9, 0.1), "LR + LinNet(3)": (0.9, 0.1)},
     "Omniglot": {"LR": (1.0, 0.0005), "LR + LinNet": (0.08, 0.0005)},
     "CIFAR-FS": {"LR": (0.01, 0.0005), "LR + LinNet": (0.02, 0.0001)},
-    # The names of these rows are lost.
+    # The names of these rows are not legible.
     "mini-ImageNet": {
         "LR": ((0.01, INFERRED), (0.0005, INFERRED)),
         "LR + LinNet": ((0.01, INFERRED), (0.0005, INFERRED)),
@@ -25,7 +25,7 @@ INNER: Mapping[str, tuple[Cell, ...]] = {
     "CIFAR-FS": (0.07, 0.01, 0.7, 0.7, 0.1, 0.5, 0.5, 0.1, 0.1, 0.1),
     "mini-ImageNet": (0.001, 0.001, 0.1, 0.05, 0.001, 0.5, 0.5, 0.1, 0.1, 0.1),
 }
-# The columns of MC and KFO keep a single value, of an unknown data set.
+# The columns of MC and KFO have a single legible value, of an unknown data set.
 OUTER: Mapping[str, tuple[Cell, ...]] = {
     "Omniglot": (
         0.003, 0.003, 0.0005, (0.003, INFERRED), (0.003, INFERRED),
@@ -40,7 +40,14 @@ OUTER: Mapping[str, tuple[Cell, ...]] = {
 
 
 def linear(data: str, model: str) -> Rates:
-    """The rates of a linear model, Table D.5.
+    """Look up the rates of a linear model, Table D.5.
+
+    Args:
+        data: data set.
+        model: model.
+
+    Returns:
+        The inner and the outer rate.
 
     Raises:
         KeyError: the table has no such row.
@@ -50,9 +57,14 @@ def linear(data: str, model: str) -> Rates:
 
 
 def cnn2(data: str, method: str) -> Rates:
-    """The rates of CNN(2), Tables D.6 and D.7.
+    """Look up the rates of CNN(2), Tables D.6 and D.7.
 
-    method: one of `COLUMNS`, such as "ANIL + KFO".
+    Args:
+        data: data set.
+        method: one of `COLUMNS`, such as "ANIL + KFO".
+
+    Returns:
+        The inner and the outer rate.
 
     Raises:
         KeyError: the tables have no such row.

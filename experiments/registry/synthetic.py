@@ -1,4 +1,4 @@
-"""Drawn tasks: Figures 1 and 2, Figures B.1 and B.3, and the claim of appendix B.4."""
+"""Generated tasks: Figures 1 and 2, Figures B.1 and B.3, and the claim of appendix B.4."""
 
 from __future__ import annotations
 
