@@ -1,4 +1,4 @@
-"""One meta-iteration to be computed: network, factors, tasks, and what every contender must give for them."""
+"""One meta-iteration to compute: network, factors and tasks, and the interface of its contenders."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from kfo_ext.tasks.batch import generator_for
 
 METHODS = ("kfo", "maml")
 WAYS, SHOTS, QUERIES = 5, 5, 5
-# Of the images with class structure: the noise around each class's own image.
+# Standard deviation of the noise around each class's own image.
 NOISE = 0.2
 
 Gradients = list[Tensor]
 
 
 class Runs(Protocol):
-    """What can be timed, and its memory measured."""
+    """A computation that can be timed, and its memory measured."""
 
     def run(self) -> Tensor | float:
-        """Computes the mean query loss and all meta-gradients; returns the loss once everything is there."""
+        """Compute the mean query loss and all meta-gradients; returns the loss once everything is complete."""
         ...
 
 
 class Contender(Runs, Protocol):
-    """One way to compute a case's meta-iteration."""
+    """An implementation of a case's meta-iteration."""
 
     def gradients(self) -> Gradients:
-        """Those of the last run: one per parameter of the network, then with factors dR and dL per parameter."""
+        """Gradients of the last run: one per parameter of the network, then with factors dR and dL per parameter."""
         ...
 
 
@@ -43,7 +43,15 @@ class Contender(Runs, Protocol):
 class Network:
     """A CNN of the paper without pooling, its head on the spatial mean: the arguments of `kfo_ext.networks.CNN`.
 
-    form: cnn, or of `user_networks` resnet (widths doubling from `hidden`) or dense.
+    Attributes:
+        layers: the number of convolutions.
+        in_channels: channels of an image.
+        image_size: height and width of an image, in pixels.
+        stride: of each convolution.
+        hidden: channels of each layer.
+        ways: classes of a task.
+        normal_head: as for `kfo_ext.networks.CNN`.
+        form: cnn, or of `user_networks` resnet (widths doubling from `hidden`) or dense.
     """
 
     layers: int
@@ -56,7 +64,7 @@ class Network:
     form: str = "cnn"
 
     def make(self) -> nn.Module:
-        """The network, at its random start."""
+        """The network, at its random initialization."""
         if self.form == "resnet":
             return ResNet(self.in_channels, tuple(self.hidden << layer for layer in range(self.layers)), self.ways)
         if self.form == "dense":
@@ -80,11 +88,13 @@ NETWORKS = {
 class MetaCase(NamedTuple):
     """The operands of one meta-iteration; contenders copy what they change.
 
-    network: the sizes of `model`
-    model: the start
-    factors: MAML + linear KFO, psd, adapted: (R (p, p), L (q, q)) per parameter; None: plain MAML
-    batch: images and labels
-    lr, steps: of the inner loop
+    Attributes:
+        network: the sizes of `model`.
+        model: the network at its initialization.
+        factors: for MAML + linear KFO (psd, adapted), (R (p, p), L (q, q)) per parameter; None for plain MAML.
+        batch: images and labels.
+        lr: inner learning rate.
+        steps: inner steps.
     """
 
     network: Network
@@ -107,7 +117,21 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> MetaCase:
-    """The same values whenever it is called, rounded to the dtype.
+    """Make a case with the same values in every call, rounded to the dtype.
+
+    Args:
+        network: sizes of the network.
+        method: one of `METHODS`.
+        tasks: tasks of the meta-batch.
+        steps: inner steps.
+        lr: inner learning rate.
+        shots: support examples per class.
+        queries: query examples per class.
+        dtype: of all tensors.
+        device: of all tensors.
+
+    Returns:
+        The case.
 
     Raises:
         ValueError: there is no such method.
@@ -134,7 +158,7 @@ def random_factors(model: nn.Module, seed: int = 1) -> list[tuple[Tensor, Tensor
 
 
 def class_images(network: Network, tasks: int, shots: int, queries: int, seed: int = 0) -> TaskBatch:
-    """Tasks of random images in [0, 1]: each class an image of its own with 4x4 patches, and noise around it."""
+    """Tasks of random images in [0, 1]: each class has its own image with 4x4 patches, plus noise."""
     generator = generator_for(seed, "class_images")
     coarse = (tasks, network.ways, network.in_channels, -(-network.image_size // 4), -(-network.image_size // 4))
     patches = torch.rand(coarse, generator=generator).repeat_interleave(4, -1).repeat_interleave(4, -2)
@@ -151,7 +175,7 @@ def class_images(network: Network, tasks: int, shots: int, queries: int, seed: i
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """torch's, on batch statistics."""
+    """torch's batch norm with batch statistics."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, track_running_stats=False)
@@ -161,14 +185,23 @@ class SpatialMean(nn.Module):
     """(n, channels, h, w) -> (n, channels)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The mean over height and width."""
         return x.mean(dim=(2, 3))
 
 
 def plain_network(case: MetaCase, batch_norm: type[nn.Module] = BatchNorm) -> nn.Module:
-    """The case's network from torch.nn alone, its parameters in the same order: as a user or a peer has it.
+    """Build the case's network from torch.nn alone, with its parameters in order, as a user would.
+
+    Args:
+        case: gives the network and its parameters' values.
+        batch_norm: the class of batch norm.
+
+    Returns:
+        The network.
 
     Raises:
-        ValueError: another batch norm for a network that is not a CNN.
+        ValueError: another batch norm is given for a network that is not a CNN.
+        AssertionError: a parameter has another shape than the case's.
     """
     network, blocks = case.network, []
     if network.form != "cnn":
@@ -195,10 +228,10 @@ def plain_network(case: MetaCase, batch_norm: type[nn.Module] = BatchNorm) -> nn
 
 
 def full_float32() -> None:
-    """Switches TF32 off for everybody: on a GPU float32 convolutions and products would round to 10 bits."""
+    """Switch TF32 off in the process: on a GPU float32 convolutions and products would round to 10 bits."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def flat(gradients: Gradients) -> Tensor:
-    """All of them as one float64 vector on the CPU."""
+    """All gradients as one float64 vector on the CPU."""
     return torch.cat([gradient.detach().double().reshape(-1).cpu() for gradient in gradients])

@@ -1,4 +1,4 @@
-"""The table of contenders: per method, who computes the meta-iteration, by name."""
+"""The table of contenders: the implementations of the meta-iteration, by method and name."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ CONTENDERS: dict[str, dict[str, Factory]] = {
 
 
 def trusted(case: MetaCase) -> Ours:
-    """Ours by the plain-torch transform, over torch.nn's own network, task by task."""
+    """kfo_ext with the plain-torch transform, on torch.nn's own network, task by task."""
     return Ours(case, backend="reference", plain=True, route="loop")

@@ -1,10 +1,10 @@
-"""Time and peak memory of our meta-iteration against its size: tasks, inner steps, layers, width.
+"""Time and peak memory of kfo_ext's meta-iteration against its size: tasks, inner steps, layers, width.
 
     python bench/meta_cost.py --out meta_cost.json
 
-One size changes at a time, the others stay as given. Each axis gets the exponent fitted over the
-upper half of its sizes, what ten times the size costs where both were measured, and a flag for every step that costs
-more per doubling than it should (see `STEEP`): a cliff. A table goes beside the JSON file as Markdown.
+One size changes at a time, the others stay fixed. Each axis gets the exponent fitted over the upper half of its sizes,
+the cost ratio of a tenfold size if both were measured, and a flag for every step that costs more per doubling than
+expected (see `STEEP`): a cliff. A table goes beside the JSON file as Markdown.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ AXES = {
     "hidden": [8, 16, 32, 64, 128],
 }
 COSTS = ("seconds", "peak")
-# What one doubling may cost before it counts as a cliff: all axes are linear but the width, with whose square the
-# convolutions grow, and with whose cube the Kronecker products.
+# The cost ratio of a doubling above which it is a cliff. All axes are linear except the width: convolutions grow with
+# its square, Kronecker products with its cube.
 STEEP = {"tasks": 2.5, "steps": 2.5, "layers": 2.5, "hidden": 5.0}
 Sizes = dict[str, int]
 
 
 def network_of(name: str, sizes: Sizes) -> Network:
-    """The network of that name with so many layers and channels."""
+    """The network of that name with the given layers and channels."""
     return replace(NETWORKS[name], layers=sizes["layers"], hidden=sizes["hidden"])
 
 
 def measure_axis(axis: str, sizes: list[int], base: Sizes, options: argparse.Namespace) -> list[dict[str, object]]:
-    """One point per size of the axis, all else as in `base`: seconds, their percentiles, bytes of memory."""
+    """Measure one point per size of the axis, all else as in `base`: seconds, their percentiles, bytes of memory."""
     points, functions = [{**base, axis: size} for size in sizes], {}
     for point in points:
         settings = {"tasks": point["tasks"], "steps": point["steps"], "lr": options.lr}
@@ -60,7 +60,7 @@ def measure_axis(axis: str, sizes: list[int], base: Sizes, options: argparse.Nam
 
 def growth_of(axis: str, points: list[dict[str, object]]) -> dict[str, object]:
     """Exponents and cliffs of the axis, for time and memory."""
-    # A resident set can be as large as before to the page: half a page stands for nothing.
+    # A resident set may not have grown by a page: half a page replaces zero.
     costs = {
         cost: [(point[axis], max(point[cost], 2048 if cost == "peak" else 0)) for point in points] for cost in COSTS
     }
@@ -77,7 +77,7 @@ def growth_of(axis: str, points: list[dict[str, object]]) -> dict[str, object]:
 
 
 def show(growth: dict[str, object], points: list[dict[str, object]], write: Callable[[str], None] = print) -> None:
-    """Prints one axis: its points, exponents and cliffs."""
+    """Print one axis: its points, exponents and cliffs."""
     axis = growth["axis"]
     write(f"\n{axis:>8} {'median':>12} {'peak':>10}")
     for point in points:
@@ -92,7 +92,7 @@ def show(growth: dict[str, object], points: list[dict[str, object]], write: Call
 
 
 def markdown(result: dict[str, object]) -> str:
-    """One line per axis and cost: from the smallest to the largest size, exponent, ten times the size, cliffs."""
+    """One line per axis and cost: smallest to largest size, exponent, cost ratio of a tenfold size, cliffs."""
     settings = result["settings"]
     base = ", ".join(f"{axis} {settings[axis]}" for axis in AXES)
     lines = [
@@ -122,6 +122,7 @@ def markdown(result: dict[str, object]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Measure the axes, print them and write the result; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--network", choices=NETWORKS, default="omniglot_cnn2", help="layers and channels aside")

@@ -13,9 +13,11 @@ from bench.meta_case import Gradients, MetaCase
 class Jax:
     """All tasks by `jax.vmap`, or one after the other by `jax.lax.map`.
 
-    tasks: "vmap" or "map"
-    patches: make convolutions a product of matrices with the 3x3 patches of the images, which XLA for CPUs does several
-        times as fast as the convolutions themselves
+    Args:
+        case: the operands.
+        tasks: "vmap" or "map".
+        patches: compute convolutions as a product of matrices with the 3x3 patches of the images, which XLA for CPUs
+            runs several times as fast as the convolutions themselves.
 
     Raises:
         ImportError: JAX is not installed.
@@ -24,7 +26,7 @@ class Jax:
     """
 
     def __init__(self, case: MetaCase, *, tasks: str, patches: bool = False) -> None:
-        # It would take most of the device's memory at its start.
+        # Preallocation would take most of the device's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
 
@@ -32,7 +34,7 @@ class Jax:
             raise ValueError(f"tasks: expected vmap or map, got {tasks!r}")
         if case.network.form != "cnn":
             raise ValueError(f"network: the program is that of a CNN, not of a {case.network.form}")
-        # Process-wide: arrays keep the dtype they are given, float32 as well as float64.
+        # Process-wide: arrays keep their dtype, float32 as well as float64.
         jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_default_matmul_precision", "highest")
         kind = case.batch.support.x.device.type
@@ -56,10 +58,19 @@ class Jax:
         self.result = None
 
     def run(self) -> float:
+        """Compute the loss and the meta-gradients, and wait for them."""
         self.result = self.jax.block_until_ready(self.program(*self.operands))
         return float(self.result[0])
 
     def gradients(self) -> Gradients:
+        """The meta-gradients of the last run, as tensors.
+
+        Returns:
+            As for every contender.
+
+        Raises:
+            AssertionError: they have another dtype than the case.
+        """
         import numpy
 
         tensors = [torch.from_numpy(numpy.array(X)) for X in self.jax.tree.leaves(self.result[1])]
@@ -68,7 +79,7 @@ class Jax:
         return tensors
 
     def planned_bytes(self) -> int:
-        """What XLA reserves for one run besides its operands: temporary buffers and outputs."""
+        """The bytes that XLA reserves for one run besides its operands: temporary buffers and outputs."""
         plan = self.program.memory_analysis()
         return plan.temp_size_in_bytes + plan.output_size_in_bytes
 
@@ -84,7 +95,7 @@ def _meta_loss(jax, case: MetaCase, tasks: str, patches: bool):
     def patches_of(x):
         stride, side = network.stride, -(-x.shape[-1] // network.stride)
         x = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-        # (n, channels, 3 x 3, h, w): the nine shifted images, channel by channel as the weight lies.
+        # (n, channels, 3 x 3, h, w): the nine shifted images, channel by channel as in the weight.
         shifted = [
             x[:, :, i : i + stride * (side - 1) + 1 : stride, j : j + stride * (side - 1) + 1 : stride]
             for i in range(3)
@@ -116,7 +127,7 @@ def _meta_loss(jax, case: MetaCase, tasks: str, patches: bool):
         for _ in range(case.steps):
             G = jax.grad(loss)(theta, x, y)
             if phi and last is not None:
-                # The same short cut as ours: the loss's gradient by phi, from the update's VJP at the last step.
+                # The shared-gradient identity: the loss's gradient by phi, from the update's VJP at the last step.
                 products = jax.vjp(lambda phi, last=last: updates(phi, last), phi)[1](G)[0]
                 phi = jax.tree.map(lambda X, dX: X + lr**2 * dX, phi, products)
             U = updates(phi, G) if phi else G

@@ -1,14 +1,14 @@
 """Peak memory of one meta-iteration, in a fresh process that does nothing else.
 
-A process builds the contender, runs it once as a warm-up (which compiles, where there is anything to compile), gives
-freed memory back to the system, and runs it once more. In bytes:
+A process builds the contender, runs it once as a warm-up (which compiles, if it compiles), returns freed memory to the
+system, and runs it once more. In bytes:
 
     first      peak of the warm-up over the level before it: compilation included
-    peak       peak of the second run over that same level: what the iteration needs, and what the warm-up left behind,
+    peak       peak of the second run over that same level: the iteration's memory, and what the warm-up left behind,
                such as caches and compiled code
     working    peak of the second run over the level right before it
 
-On the CPU these are resident sets as the system counts them; on a CUDA device what torch's allocator has handed out,
+On the CPU these are resident sets as the system counts them; on a CUDA device allocations of torch's allocator,
 or for JAX the buffers that XLA plans for one run (no `first`).
 """
 
@@ -34,10 +34,17 @@ TIMEOUT = 1200
 
 
 def peak_memory(network: Network, method: str, contender: str, device: str, **settings) -> Memory:
-    """Bytes of one meta-iteration in float32, measured by a process of its own.
+    """Measure one meta-iteration in float32, in a separate process.
 
-    contender: a name in `meta_contenders.CONTENDERS[method]`
-    settings: of `make_case`: tasks, steps, lr
+    Args:
+        network: sizes of the network.
+        method: one of `METHODS`.
+        contender: a name in `meta_contenders.CONTENDERS[method]`.
+        device: cpu or cuda.
+        settings: of `make_case`: tasks, steps, lr.
+
+    Returns:
+        Bytes by name.
 
     Raises:
         RuntimeError: that process failed; the message is its last line.
@@ -47,9 +54,14 @@ def peak_memory(network: Network, method: str, contender: str, device: str, **se
 
 
 def of_process(module: str, what: Any) -> Memory:
-    """What a process of its own prints in its last line.
+    """Run a module in a separate process and parse the last line of its output.
 
-    module: what `python -m` runs, with `what` as JSON for its one argument
+    Args:
+        module: what `python -m` runs, with `what` as JSON for its only argument.
+        what: the argument.
+
+    Returns:
+        The parsed JSON.
 
     Raises:
         RuntimeError: that process failed; the message is its last line.
@@ -62,7 +74,7 @@ def of_process(module: str, what: Any) -> Memory:
 
 
 def measure(contender: Runs, device: torch.device) -> Memory:
-    """Bytes of the contender's first and second run, in this process."""
+    """Measure the bytes of the contender's first and second run, in this process."""
     gc.collect()
     if device.type != "cuda":
         first, peak, before, after = two_runs(contender.run, resident, reset_resident_peak, release)
@@ -80,11 +92,16 @@ def two_runs(
     reset: Callable[[], object],
     release: Callable[[], object],
 ) -> tuple[int, int, int, int]:
-    """(peak of the first run, peak of the second, level before the first, level before the second).
+    """Run twice, and measure levels and peaks.
 
-    levels: () -> (level, peak since the last reset)
-    reset: starts a new peak
-    release: gives back what is freed
+    Args:
+        run: the run.
+        levels: () -> (level, peak since the last reset).
+        reset: starts a new peak.
+        release: returns freed memory to the system.
+
+    Returns:
+        (peak of the first run, peak of the second, level before the first, level before the second).
     """
     before, peaks = [], []
     for _ in range(2):
@@ -103,22 +120,24 @@ def resident() -> tuple[int, int]:
 
 
 def reset_resident_peak() -> None:
+    """Reset the system's peak of this process's resident set."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def release() -> None:
-    """Gives the C library's freed memory back to the system, so that every contender starts from what it holds."""
+    """Return the C library's freed memory to the system, so that every contender starts from the memory in use."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def allocated() -> tuple[int, int]:
-    """Bytes that torch's CUDA allocator has handed out, and their peak since the last reset."""
+    """Bytes that torch's CUDA allocator has allocated, and their peak since the last reset."""
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
 
 
 def main() -> None:
+    """Measure the contender that the argument describes, and print its memory as JSON."""
     from bench.meta_contenders import CONTENDERS
 
     what = json.loads(sys.argv[1])

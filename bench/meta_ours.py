@@ -1,4 +1,4 @@
-"""Our meta-iteration: `MAML(model, update=KFO, adapt_update=True)`, or plain `MAML`; eager, or as one CUDA graph."""
+"""kfo_ext's meta-iteration: `MAML(model, update=KFO, adapt_update=True)` or plain `MAML`; eager or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kfo_ext.trainer.precision import convolution_precision
 
 @torch.no_grad()
 def copy_factors(kfo: KFO, factors: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Gives it these factors, one (R, L) per parameter."""
+    """Copy factors into a KFO, one (R, L) per parameter."""
     for into, values in zip(kfo.factors(), factors, strict=True):
         for X, value in zip(into, values, strict=True):
             if X is not None:
@@ -25,12 +25,19 @@ def copy_factors(kfo: KFO, factors: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def grads_of(parameters: Iterable[Tensor]) -> Gradients:
-    """What backward left, of all of them."""
+    """The gradients that backward left, one per parameter."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def factor_gradients(kfo: KFO) -> Gradients:
-    """dR and dL of each parameter: the factors' packed gradients, read as the factors themselves are."""
+    """Read dR and dL of each parameter from the packed gradients, as the factors themselves are read.
+
+    Args:
+        kfo: after a backward.
+
+    Returns:
+        dR and dL of each parameter in turn.
+    """
     factors = copy.deepcopy(kfo)
     with torch.no_grad():
         for into, parameter in zip(factors.parameters(), kfo.parameters(), strict=True):
@@ -40,11 +47,14 @@ def factor_gradients(kfo: KFO) -> Gradients:
 
 
 class Ours:
-    """Our learner; all tasks of the batch in one graph.
+    """The learner of kfo_ext; all tasks of the batch in one graph.
 
-    backend: of the transform
-    plain: take torch.nn's own network in the place of `kfo_ext.networks`'
-    bf16, route: see `MAML`
+    Args:
+        case: the operands.
+        backend: of the transform.
+        plain: use torch.nn's own network instead of that of `kfo_ext.networks`.
+        bf16: see `MAML`.
+        route: see `MAML`.
 
     Raises:
         ValueError: there is no such backend.
@@ -71,24 +81,29 @@ class Ours:
         self.batch = case.batch
 
     def run(self) -> Tensor:
+        """Compute the loss and its backward pass."""
         self.maml.zero_grad()
         result = self.maml(self.batch)
         result.loss.backward()
         return result.loss.detach()
 
     def gradients(self) -> Gradients:
+        """The meta-gradients of the last run."""
         return gradients_of(self.model, self.kfo)
 
 
 def gradients_of(model: nn.Module, kfo: KFO | None) -> Gradients:
-    """The meta-gradients as a contender gives them: the network's, then those of the factors of an update."""
+    """The meta-gradients in a contender's order: the network's, then those of the factors of an update."""
     return grads_of(model.parameters()) + ([] if kfo is None else factor_gradients(kfo))
 
 
 class OursCaptured(Ours):
-    """The whole meta-iteration, Adam's step at a rate of 0 included, replayed as one CUDA graph.
+    """The whole meta-iteration, including Adam's step at a rate of 0, replayed as one CUDA graph.
 
-    recorder: of a learner, what `CapturedMetaStep` takes in the place of CUDA graphs
+    Args:
+        case: as for `Ours`.
+        backend: as for `Ours`.
+        recorder: makes a learner's recorder for `CapturedMetaStep`, instead of CUDA graphs.
 
     Raises:
         ValueError: as `Ours`, and on a device other than CUDA.
@@ -104,12 +119,13 @@ class OursCaptured(Ours):
         self.step = CapturedMetaStep(self.maml, adam, recorder=recorder and recorder(self.maml))
 
     def run(self) -> Tensor:
-        # At a rate of 0 every run starts from the same parameters, as those of the others do.
+        # At a rate of 0 every run starts from the same parameters, as for the other contenders.
+        """Replay the meta-iteration."""
         return self.step(self.batch, 0.0).loss
 
 
 class OursAtPrecision(Ours):
-    """With the network's convolutions at a precision and in a memory format: see `kfo_ext.trainer.Config`."""
+    """`Ours` with the network's convolutions at a precision and in a memory format: see `kfo_ext.trainer.Config`."""
 
     def __init__(self, case: MetaCase, precision: str = "ieee", channels_last: bool = False) -> None:
         super().__init__(case, bf16=precision == "bf16")
@@ -117,5 +133,6 @@ class OursAtPrecision(Ours):
         self.precision = precision
 
     def run(self) -> Tensor:
+        """As `Ours`, at that precision."""
         with convolution_precision(self.precision):
             return super().run()

@@ -1,12 +1,12 @@
-"""One whole meta-iteration, loss and second-order meta-gradients: ours against every other way to compute it.
+"""One whole meta-iteration, loss and second-order meta-gradients: kfo_ext against every other implementation.
 
     python bench/meta_peers.py --out meta_peers.json
     python bench/meta_peers.py --device cuda --out meta_peers.json
 
 Two methods: MAML + linear KFO (psd, adapted factors), and plain MAML. The contenders are in `meta_contenders.py`; each
-has the same network, start and tasks. Before one is timed its loss and all its meta-gradients are compared with trusted
-ones, in float64 and in float32; one that is wrong, fails or is not installed is a row that says so. `meta_memory.py`
-says what the memory is. Times are medians of interleaved runs, compilation apart.
+has the same network, initialization and tasks. Before one is timed, its loss and all its meta-gradients are compared
+with trusted ones, in float64 and in float32; one that is wrong, fails or is not installed is a row that says so.
+`meta_memory.py` defines the memory columns. Times are medians of interleaved runs, without compilation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kfo_ext.ops import library
 
 
 def measure(network: str, method: str, names: Sequence[str], options: argparse.Namespace) -> list[Row]:
-    """One row per contender: errors, times, the ratio to ours, memory."""
+    """One row per contender: errors, times, the ratio to kfo_ext, memory."""
     settings = {"tasks": options.tasks, "steps": options.steps, "lr": options.lr}
     sizes = NETWORKS[network]
     truth = kept_truth(options.truths, sizes, method, **settings)
@@ -42,14 +42,14 @@ def measure(network: str, method: str, names: Sequence[str], options: argparse.N
         if options.memory:
             try:
                 rows[name]["memory"] = peak_memory(sizes, method, name, options.device, **settings)
-            except Exception as error:  # whatever it is, it is the finding
+            except Exception as error:  # any error is a result to report
                 rows[name]["memory"] = f"{type(error).__name__}: {error}"
     facts = {"network": network, "method": method, "convolution_flops": truth.flops, "truth": truth.checked}
     return [facts | row for row in rows.values()]
 
 
 def show(rows: list[Row]) -> None:
-    """Prints one table per network and method."""
+    """Print one table per network and method."""
     group = None
     for row in rows:
         if group != (row["network"], row["method"]):
@@ -78,7 +78,7 @@ def show(rows: list[Row]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """1 if a contender of ours gave a wrong loss or wrong meta-gradients, else 0."""
+    """Measure, print and write the result; returns 1 if a contender of kfo_ext gave wrong numbers, else 0."""
     every = sorted({name for table in CONTENDERS.values() for name in table})
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             measured = measure(network, method, names, options)
             show(measured)
             rows += measured
-            # After each table: what is measured is kept if a later one takes too long.
+            # After each table, so that results are kept if a later one takes too long.
             if options.out:
                 write_result(options.out, facts | {"rows": rows})
     return int(any("WRONG" in row["status"] for row in rows if _is_ours(row["contender"])))

@@ -1,9 +1,9 @@
-"""Where the time of our meta-iteration goes, stage by stage, by torch's profiler.
+"""The time of kfo_ext's meta-iteration by stage, from torch's profiler.
 
     python bench/meta_profile.py --out meta_profile.json
 
 writes that file and the table beside it as Markdown. Every op's own time counts for the stage that `stages.py` finds by
-its name and by the backward node around it; what is left of the wall clock is Python and the autograd engine. On a CUDA
+its name and by the backward node around it; the remaining wall-clock time is Python and the autograd engine. On a CUDA
 device a second column holds the kernels' time.
 """
 
@@ -26,14 +26,14 @@ OVERHEAD = "Python and autograd"
 
 
 def profile_stages(contender: Contender, repeats: int, device: str) -> tuple[float, list[Row]]:
-    """Seconds of one profiled run, and a row per stage: its seconds on the host (and device), calls, largest ops."""
+    """Measure the seconds of one profiled run, and per stage its seconds on host (and device), calls, largest ops."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     contender.run()
     with profile(activities=activities) as profiler:
         wall = finished(contender.run, repeats)
     totals = {stage: {"host": 0.0, "device": 0.0, "calls": 0, "ops": {}} for stage in STAGES}
     for event in profiler.events():
-        # The profiler lists kernels as events of their own too, and again as part of the ops that launch them.
+        # The profiler lists kernels twice: as separate events, and as part of the ops that launch them.
         if event.device_type != torch.autograd.DeviceType.CPU or not is_operation(lineage(event)):
             continue
         total = totals[stage_of(lineage(event))]
@@ -57,7 +57,7 @@ def profile_stages(contender: Contender, repeats: int, device: str) -> tuple[flo
 
 
 def lineage(event) -> list[str]:
-    """The names of a profiler's event and of all it runs within, the outermost first."""
+    """The names of a profiler's event and of all events around it, the outermost first."""
     names = []
     while event is not None:
         names.append(event.name)
@@ -85,7 +85,7 @@ def table(entry: Row) -> str:
 
 
 def markdown(result: Row) -> str:
-    """Where the profiles come from, and a table for each."""
+    """The provenance of the profiles, and a table for each."""
     processor = result["device"] if result["settings"]["device"] == "cuda" else result["processor"]
     intro = (
         f"Made by `python bench/{result['command']}` on {processor}, torch {result['torch']}, "
@@ -95,6 +95,7 @@ def markdown(result: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Profile the networks and methods, print the tables and write the result; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--networks", nargs="+", choices=NETWORKS, default=["omniglot_cnn2", "omniglot_cnn4", "cifar_fs_cnn2"]

@@ -1,4 +1,4 @@
-"""Loops that adapt one task after the other: of learn2learn, TorchOpt and higher, as their examples use them; by hand.
+"""Loops that adapt one task after the other: learn2learn, TorchOpt and higher, as in their examples; and by hand.
 
 With `fast` the whole loop, forward and backward, runs within `kfo_ext.fast_layers`.
 """
@@ -25,9 +25,12 @@ from kfo_ext.updates import GradientDescent, Update
 class TaskLoop:
     """The meta-training loop: a task's adaptation, then backward of its share of the mean query loss.
 
-    query_loss: (support x, support y, query x, query y) of one task -> (), after the adaptation, differentiable
-    gradients: the meta-gradients after a run
-    fast: run it within `fast_layers`
+    Args:
+        case: the operands.
+        module: holds the meta-parameters.
+        query_loss: (support x, support y, query x, query y) of one task -> (), after the adaptation, differentiable.
+        gradients: returns the meta-gradients after a run; by default those of the module's parameters.
+        fast: run it within `fast_layers`.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class TaskLoop:
         self.block: Callable[[], AbstractContextManager[None]] = fast_layers if fast else nullcontext
 
     def run(self) -> Tensor:
+        """Compute the mean query loss and its gradients, task by task."""
         self.module.zero_grad()
         tasks, total = len(self.batch.support.x), torch.zeros(())
         with self.block():
@@ -54,7 +58,15 @@ class TaskLoop:
 
 
 def learn2learn(case: MetaCase, *, our_kfo: bool = False, fast: bool = False) -> TaskLoop:
-    """Its GBML with KroneckerTransform, or with our KFO in its place; or its MAML for plain gradient descent.
+    """Make the loop of its GBML, with KroneckerTransform or kfo_ext's KFO, or of its MAML for plain gradient descent.
+
+    Args:
+        case: the operands.
+        our_kfo: use kfo_ext's KFO instead of its transform.
+        fast: as for `TaskLoop`.
+
+    Returns:
+        The loop.
 
     Raises:
         ImportError: learn2learn is not installed.
@@ -64,7 +76,7 @@ def learn2learn(case: MetaCase, *, our_kfo: bool = False, fast: bool = False) ->
         meta = l2l.algorithms.MAML(model, lr=case.lr)
     else:
         transform = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear, psd=True)
-        # Our update, of all parameters at once, stands for its ParameterUpdate.
+        # KFO, which updates all parameters at once, replaces its ParameterUpdate.
         options = {"compute_update": KFO(model.named_parameters(), psd=True)} if our_kfo else {}
         meta = l2l.algorithms.GBML(model, transform=transform, lr=case.lr, adapt_transform=True, **options)
         meta.to(case.batch.support.x)
@@ -84,7 +96,7 @@ def learn2learn(case: MetaCase, *, our_kfo: bool = False, fast: bool = False) ->
 
 
 def by_clones(case: MetaCase, meta: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The query loss of a task, as learn2learn's users write it."""
+    """The query loss of a task, as in learn2learn's examples."""
 
     def query_loss(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         learner = meta.clone()
@@ -96,7 +108,7 @@ def by_clones(case: MetaCase, meta: Any) -> Callable[[Tensor, Tensor, Tensor, Te
 
 
 def our_gbml(case: MetaCase, *, fast: bool = False) -> TaskLoop:
-    """learn2learn's loop with one line replaced: our class of that name, GBML, or MAML for plain gradient descent."""
+    """learn2learn's loop with one line replaced: kfo_ext's GBML, or its MAML for plain gradient descent."""
     model, kfo = plain_network(case), None
     meta: interop.GBML = interop.MAML(model, lr=case.lr)
     if case.factors is not None:
@@ -108,7 +120,7 @@ def our_gbml(case: MetaCase, *, fast: bool = False) -> TaskLoop:
 
 
 def by_hand(case: MetaCase, *, fast: bool = False) -> TaskLoop:
-    """A user's own loop: functional_call, torch.autograd.grad, and our KFO, whose factors adapt by the same pass."""
+    """A hand-written loop: functional_call, torch.autograd.grad, and KFO, whose factors adapt by the same pass."""
     model, kfo = plain_network(case), None
     if case.factors is not None:
         kfo = KFO(model.named_parameters(), psd=True)
@@ -158,7 +170,13 @@ def by_step(case: MetaCase, *, fast: bool = False) -> TaskLoop:
 
 
 def torchopt(case: MetaCase) -> TaskLoop:
-    """Plain MAML by its differentiable SGD, network and optimizer put back by reference before each task.
+    """Make the loop of plain MAML by its differentiable SGD; both states are restored by reference before each task.
+
+    Args:
+        case: the operands.
+
+    Returns:
+        The loop.
 
     Raises:
         ImportError: TorchOpt is not installed.
@@ -182,12 +200,18 @@ def torchopt(case: MetaCase) -> TaskLoop:
             optimizer.step(F.cross_entropy(model(x), y))
         return F.cross_entropy(model(query_x), query_y)
 
-    # The leaves: after a run the model holds its last task's adapted tensors in their places.
+    # The leaves, since after a run the model holds the last task's adapted tensors instead.
     return TaskLoop(case, nn.ParameterList(parameters), query_loss)
 
 
 def higher(case: MetaCase) -> TaskLoop:
-    """Plain MAML by its inner-loop context around torch's SGD.
+    """Make the loop of plain MAML by its inner-loop context around torch's SGD.
+
+    Args:
+        case: the operands.
+
+    Returns:
+        The loop.
 
     Raises:
         ImportError: higher is not installed.

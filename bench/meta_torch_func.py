@@ -19,9 +19,10 @@ Phi = list[tuple[Tensor, Tensor]] | tuple[Tensor, ...]
 
 
 class ComposedBatchNorm(nn.Module):
-    """Batch norm from elementwise operations and means.
+    """Batch norm composed of elementwise operations and means.
 
-    Under vmap torch's own has a wrong second derivative, without a word (2.13): that of the weight's gradient by x.
+    Under vmap the second derivative of torch's own (2.13) is wrong without an error: that of the weight's gradient by
+    x.
     """
 
     def __init__(self, channels: int) -> None:
@@ -29,6 +30,7 @@ class ComposedBatchNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normalised, scaled and shifted x."""
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
         normal = (x - mean) * (variance + 1e-5).rsqrt()
         return normal * self.weight[:, None, None] + self.bias[:, None, None]
@@ -37,8 +39,10 @@ class ComposedBatchNorm(nn.Module):
 class TorchFunc:
     """All tasks at once.
 
-    compiled: the backend of torch.compile that takes the whole of it as one graph; None: eager
-    batch_norm: the module in the network
+    Args:
+        case: the operands.
+        compiled: the backend of torch.compile that compiles the whole as one graph; None: eager.
+        batch_norm: the module in the network.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class TorchFunc:
             for _ in range(case.steps):
                 G = grad(loss)(theta, x, y)
                 if phi and last is not None:
-                    # The same short cut as ours: the loss's gradient by phi, from the update's VJP at the last step.
+                    # The shared-gradient identity: the loss's gradient by phi, from the update's VJP at the last step.
                     products = vjp(lambda phi, last=last: updates(phi, last), phi)[1](G)[0]
                     phi = tree_map(lambda X, dX: X + case.lr**2 * dX, phi, products)
                 U = updates(phi, G) if phi else G
@@ -81,15 +85,17 @@ class TorchFunc:
 
         self.meta_gradients = grad_and_value(meta_loss, argnums=(0, 1) if self.phi else 0)
         if compiled is not None:
-            # A graph of another contender's case must not be taken for this one's, nor count against its limit.
+            # A graph of another contender's case must not be reused here, nor count against the recompile limit.
             torch._dynamo.reset()
             self.meta_gradients = torch.compile(self.meta_gradients, backend=compiled, fullgraph=True, dynamic=False)
 
     def run(self) -> Tensor:
+        """Compute the loss and the meta-gradients."""
         self.result = self.meta_gradients(self.theta, self.phi, self.examples)
         return self.result[1]
 
     def gradients(self) -> Gradients:
+        """The meta-gradients of the last run."""
         if not self.phi:
             return list(self.result[0])
         theta, phi = self.result[0]
@@ -97,13 +103,14 @@ class TorchFunc:
 
 
 class FastBlock(nn.Module):
-    """(images, height, width, channels): a block of the network by our operators, with torch's parameters in order."""
+    """(images, height, width, channels): a block of kfo_ext's operators, with torch's parameters in order."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         super().__init__()
         self.conv, self.norm = conv, norm
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolution, batch norm and ReLU."""
         y = conv2d(x[None], self.conv.weight[None], stride=self.conv.stride[0], padding=self.conv.padding[0])[0]
         y = y + self.conv.bias
         rows = batch_norm_relu(y.flatten(0, 2)[None], self.norm.weight[None], self.norm.bias[None])[0]
@@ -118,11 +125,12 @@ class ChannelsLast(nn.Module):
         self.order = (0, 3, 1, 2) if back else (0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The permuted x."""
         return x.permute(self.order)
 
 
 class TorchFuncFast(TorchFunc):
-    """The same program with our convolution, batch norm and, in place of `updates`, `KFO.rule`."""
+    """The same program with kfo_ext's convolution, batch norm and, instead of `updates`, `KFO.rule`."""
 
     def __init__(self, case: MetaCase) -> None:
         *layers, head = plain_network(case, ComposedBatchNorm)
@@ -140,6 +148,7 @@ class TorchFuncFast(TorchFunc):
         self._prepare(case, model, phi, updates, None)
 
     def gradients(self) -> Gradients:
+        """The meta-gradients of the last run, the factors' unpacked."""
         if not self.phi:
             return super().gradients()
         theta, (dR, dL) = self.result[0]
@@ -148,7 +157,7 @@ class TorchFuncFast(TorchFunc):
 
 
 def updates(phi: list[tuple[Tensor, Tensor]], G: list[Tensor]) -> list[Tensor]:
-    """R^T R G L^T L per parameter; G as the parameters are, R (p, p), L (q, q)."""
+    """R^T R G L^T L per parameter; G in the parameters' shapes, R (p, p), L (q, q)."""
     out = []
     for (R, L), gradient in zip(phi, G):
         matrices = gradient.reshape(-1, len(R), len(L))

@@ -1,4 +1,4 @@
-"""What a meta-iteration must give, and which contenders give it: nothing else is timed."""
+"""The correct result of a meta-iteration, and the contenders that reproduce it: only these are timed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from kfo_ext.bench.measure import one_line
 from kfo_ext.bench.result import Row, finite
 from kfo_ext.runs.files import atomic_write
 
-# Relative errors allowed. In float32 rounding takes some ReLU to the other side of its kink, here or there by chance: a
-# right contender errs by 1e-5 or by 1e-2.
+# Relative errors allowed. In float32, rounding moves some ReLU inputs across the kink by chance: a
+# correct contender has an error of 1e-5 or of 1e-2.
 ALLOWED = {torch.float64: 1e-8, torch.float32: 0.1}
 
 
 class Truth(NamedTuple):
-    """What a meta-iteration must give, computed in float64 on the CPU by `meta_contenders.trusted`.
+    """The correct result of a meta-iteration, computed in float64 on the CPU by `meta_contenders.trusted`.
 
-    gradients: all of them, one vector
-    flops: of convolutions in one meta-iteration, counted as torch executes them
-    checked: how it was checked in turn
+    Attributes:
+        loss: the mean query loss.
+        gradients: all meta-gradients, as one vector.
+        flops: of convolutions in one meta-iteration, counted as torch executes them.
+        checked: how it was verified in turn.
     """
 
     loss: float
@@ -39,10 +41,18 @@ class Truth(NamedTuple):
 
 
 def find_truth(network: Network, method: str, **settings) -> Truth:
-    """The trusted loss and meta-gradients, checked against learn2learn where that is installed.
+    """Compute the trusted loss and meta-gradients, verified against learn2learn if that is installed.
+
+    Args:
+        network: sizes of the network.
+        method: one of `METHODS`.
+        settings: of `make_case`.
+
+    Returns:
+        The truth.
 
     Raises:
-        AssertionError: they differ from learn2learn's, or are not finite.
+        AssertionError: the gradients differ from learn2learn's, or are not finite.
     """
     case = make_case(network, method, dtype=torch.float64, **settings)
     right = trusted(case)
@@ -87,11 +97,19 @@ def error_of(loss: float, gradients: Tensor, truth: Truth) -> float:
 def verified(
     network: Network, method: str, names: Sequence[str], truth: Truth, *, device: str = "cpu", **settings
 ) -> tuple[dict[str, Callable[[], object]], dict[str, Row]]:
-    """What may be timed, in float32, and a row per contender: its errors, or why it may not.
+    """Verify contenders, which may then be timed in float32.
 
-    names: keys of `CONTENDERS[method]`
-    settings: of `make_case`: tasks, steps, lr
-    """
+    Args:
+        network: sizes of the network.
+        method: one of `METHODS`.
+        names: keys of `CONTENDERS[method]`.
+        truth: of the same settings.
+        device: cpu or cuda.
+        settings: of `make_case`: tasks, steps, lr.
+
+    Returns:
+        The runs of correct contenders by name, and a row per contender: its errors, or why it is not timed.
+    """  # noqa: DOC501  caught here
     functions, rows = {}, {}
     for name in names:
         row = rows[name] = {"contender": name, "status": "ok"}
@@ -107,6 +125,6 @@ def verified(
                 if not error <= allowed:
                     raise AssertionError(f"WRONG: {dtype} loss or meta-gradients are off by {error:.1e}")
             functions[name] = contender.run
-        except Exception as error:  # whatever it is, it is the finding
+        except Exception as error:  # any error is a result to report
             row["status"] = one_line(error)
     return functions, rows
