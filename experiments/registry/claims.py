@@ -34,7 +34,7 @@ def above(better: str, worse: str, statement: str, where: str) -> Claim:
 
 
 def shrinks(small: tuple[str, str], large: tuple[str, str], statement: str, where: str) -> Claim:
-    """The claim that the gain between two entries, (better, worse), is higher in a small network than in a large one."""
+    """Claims that the gain between two entries, (better, worse), is higher in a small network than in a large one."""
     return Claim(statement=statement, where=where, better=(small[0], large[1]), worse=(small[1], large[0]))
 
 
