@@ -246,7 +246,10 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def chosen(table: Table, names: list[str]) -> Stages:
-    """The stages of the named parts, the libraries first; of none named, the table's own.
+    """The stages of the named parts, the libraries first.
+
+    Returns:
+        The stages; those of the table itself if no part is named.
 
     Raises:
         ValueError: there is no such part.

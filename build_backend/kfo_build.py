@@ -58,9 +58,10 @@ def _torch() -> list[str]:
 
 
 def _check() -> None:
-    """Ends the build, with the way out, where it cannot succeed.
+    """End a build that cannot succeed before a frontend reads metadata or looks for a torch.
 
-    Before a frontend reads metadata or looks for a torch: its own messages would be about something else.
+    Raises:
+        SystemExit: the Python is too old, or a build tool is missing; says which.
     """
     import kfo_toolchain
 

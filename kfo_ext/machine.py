@@ -25,9 +25,11 @@ LARGEST_MMAP_THRESHOLD = 32 << 20
 
 
 def environment() -> dict[str, Any]:
-    """Describe this process: machine, versions, git commit of the package if it lies in a checkout, command.
+    """Describe this process.
 
-    The variable KFO_COMMIT names the commit of a copy without a git folder.
+    Returns:
+        Machine, versions, command, and the git commit of the package if it lies in a checkout. The variable KFO_COMMIT
+        names the commit of a copy without a git folder.
     """
     # Imported here, since the command line imports this module before torch.
     import torch
