@@ -50,7 +50,7 @@ OUTPUTS = {
 FIRST_OUTPUTS = {"forward": ("y",), "backward": ("dweight",), "double_backward": ("second_dy",)}
 WEIGHTS = ("dweight", "second_weight")
 LEGEND = """\
-- ours: `kfo_ext.functional.conv2d`, compiled; ours_reference: the same in plain torch.
+- ours: `kfo_ext.functional.conv2d`, compiled; ours_grouped: its form without kernels, as on CUDA.
 - grouped: one convolution of torch, a group of channels for each task, channels last.
 - loop: a convolution of torch for each task, channels last; operands and results stay apart.
 - grouped_closed, loop_closed: these, with every derivative a convolution or `convolution_backward`, not torch's own.
@@ -200,8 +200,8 @@ TRUSTED = PEERS["loop"]
 
 
 def contenders(device: str) -> dict[str, Form]:
-    """The contenders by name; ours is compiled only for the CPU, and elsewhere the reference formulation."""
-    name, backend = ("ours", "native") if device == "cpu" else ("ours_reference", "reference")
+    """The contenders by name; ours is compiled for the CPU, and elsewhere one convolution of torch for all tasks."""
+    name, backend = ("ours", "native") if device == "cpu" else ("ours_grouped", "grouped")
     return {name: Form(partial(conv2d, padding=PADDING, backend=backend), AS_THEY_ARE), **PEERS}
 
 

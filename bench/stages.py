@@ -8,9 +8,10 @@ OTHER = "other torch operations"
 # The ops of each stage, and its nodes of the graph without the final number of torch's own. Our convolutions are closed
 # under differentiation: the gradients of conv2d are ops with nodes in turn.
 NAMES = {
-    "convolution, forward": "aten::conv2d aten::convolution aten::_convolution kfo_ext::conv2d",
+    "convolution, forward": "aten::conv2d aten::convolution aten::_convolution kfo_ext::conv2d kfo_ext::grouped_conv2d",
     "convolution, backward": "ConvolutionBackward aten::convolution_backward "
-    "Conv2dBackward kfo_ext::conv2d_input kfo_ext::conv2d_weight",
+    "Conv2dBackward kfo_ext::conv2d_input kfo_ext::conv2d_weight "
+    "kfo_ext::grouped_conv2d_input kfo_ext::grouped_conv2d_weight",
     "convolution, double backward": "ConvolutionBackwardBackward aten::_convolution_double_backward "
     "Conv2dInputBackward Conv2dWeightBackward",
     "batch norm + ReLU, forward": "aten::batch_norm aten::native_batch_norm aten::cudnn_batch_norm "

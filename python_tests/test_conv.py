@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from kfo_ext.functional import conv2d
 from kfo_ext.ops import library
+from kfo_ext.ops.conv2d.autograd import CONV, GROUPED
+from kfo_ext.ops.conv2d.op import OPERATOR
 from kfo_ext.testing import relative_error
 
 pytestmark = pytest.mark.skipif(not library.status()["cpu"][0], reason="the CPU library is not built")
@@ -30,6 +34,7 @@ CASES = {
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 cases = pytest.mark.parametrize("case", CASES)
+backends = pytest.mark.parametrize("backend", ["native", "grouped"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
@@ -73,18 +78,20 @@ def random_cotangents(x, weight, fixed) -> list[torch.Tensor]:
     return [torch.randn(X.shape, generator=generator).to(X) for X in like]
 
 
-def check(x, weight, cotangents, fixed) -> None:
+def check(x, weight, cotangents, fixed, backend) -> None:
     wide = [X.double() for X in (x, weight, *cotangents)]
     expected = derivatives(by_task, wide[0], wide[1], wide[2:], fixed)
-    for i, (actual, right) in enumerate(zip(derivatives(conv2d, x, weight, cotangents, fixed), expected, strict=True)):
+    found = derivatives(partial(conv2d, backend=backend), x, weight, cotangents, fixed)
+    for i, (actual, right) in enumerate(zip(found, expected, strict=True)):
         assert actual.shape == right.shape, i
         if right.numel():
             assert relative_error(actual, right) <= TOLERANCE[x.dtype] * (1 if i < 3 else 10), i
 
 
+@backends
 @dtypes
 @cases
-def test_every_order_equals_torch(case, dtype):
+def test_every_order_equals_torch(case, dtype, backend):
     x, weight, fixed = operands(case, dtype)
     if case.startswith("padding_past") or 0 in x.shape:
         # torch itself has no second derivative there.
@@ -93,35 +100,41 @@ def test_every_order_equals_torch(case, dtype):
         leaves = [X.double().requires_grad_() for X in (x, weight)]
         right = torch.autograd.grad(by_task(*leaves, **fixed), leaves, dy)
         ours = [X.clone().requires_grad_() for X in (x, weight)]
-        y = conv2d(*ours, **fixed)
+        y = conv2d(*ours, **fixed, backend=backend)
         for actual, truth in zip((y, *torch.autograd.grad(y, ours, dy.to(dtype))), (expected, *right)):
             torch.testing.assert_close(actual.double(), truth, rtol=0, atol=TOLERANCE[dtype] * 30)
         return
-    check(x, weight, random_cotangents(x, weight, fixed), fixed)
+    check(x, weight, random_cotangents(x, weight, fixed), fixed, backend)
 
 
-@cases
-def test_gradcheck_and_gradgradcheck(case):
+@pytest.mark.parametrize(
+    ("case", "backend"), [*((case, "native") for case in CASES), ("one_channel", "grouped"), ("no_images", "grouped")]
+)
+def test_gradcheck_and_gradgradcheck(case, backend):
     x, weight, fixed = operands(case)
     if x.numel() * weight.numel() > 20000:
         pytest.skip("too large for numerical derivatives")
     leaves = (x.requires_grad_(), weight.requires_grad_())
-    assert gradcheck(lambda a, b: conv2d(a, b, **fixed), leaves)
-    assert gradgradcheck(lambda a, b: conv2d(a, b, **fixed), leaves)
+    assert gradcheck(lambda a, b: conv2d(a, b, **fixed, backend=backend), leaves)
+    assert gradgradcheck(lambda a, b: conv2d(a, b, **fixed, backend=backend), leaves)
 
 
-def test_opcheck():
+@backends
+def test_opcheck(backend):
     x, weight, fixed = operands("square")
     x, weight = x.requires_grad_(), weight.requires_grad_()
     dy = conv2d(x, weight, **fixed).detach().requires_grad_()
-    ops, numbers = torch.ops.kfo_ext, tuple(fixed.values())
+    family, numbers = {"native": CONV, "grouped": GROUPED}[backend], tuple(fixed.values())
     for op, arguments in (
-        (ops.conv2d, (x, weight, *numbers)),
-        (ops.conv2d_input, (dy, weight, [7, 6], *numbers)),
-        (ops.conv2d_weight, (x, dy, [3, 3], *numbers)),
+        (family.conv2d, (x, weight, *numbers)),
+        (family.input, (dy, weight, [7, 6], *numbers)),
+        (family.weight, (x, dy, [3, 3], *numbers)),
     ):
-        torch.library.opcheck(op.default, arguments)
-        torch.library.opcheck(op.default, tuple(_shuffled(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        torch.library.opcheck(op, arguments)
+        shuffled = tuple(_shuffled(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+        # Tracing torch's convolution with sizes that are symbols takes long.
+        tests = ("test_schema", "test_faketensor") if backend == "grouped" else None
+        torch.library.opcheck(op, shuffled, **({"test_utils": tests} if tests else {}))
 
 
 def _shuffled(X: torch.Tensor) -> torch.Tensor:
@@ -137,13 +150,28 @@ def _shared(X: torch.Tensor) -> torch.Tensor:
     return X[:1].expand(X.shape)
 
 
+@backends
 @pytest.mark.parametrize("change", [_shuffled, _sliced, _shared], ids=["shuffled", "sliced", "shared"])
-def test_any_strides_on_any_operand(change):
+def test_any_strides_on_any_operand(change, backend):
     x, weight, fixed = operands("square")
     cotangents = random_cotangents(x, weight, fixed)
     for i in range(5):
         changed = [change(X) if i == j else X for j, X in enumerate((x, weight, *cotangents))]
-        check(changed[0], changed[1], changed[2:], fixed)
+        check(changed[0], changed[1], changed[2:], fixed, backend)
+
+
+@backends
+def test_a_result_may_be_changed_in_place(backend):
+    x, weight, fixed = operands("square")
+    found, expected = (
+        torch.autograd.grad(function(x.requires_grad_(), weight.requires_grad_()).square().sum(), (x, weight))
+        for function in (
+            lambda a, b: conv2d(a, b, **fixed, backend=backend).relu_(),
+            lambda a, b: by_task(a, b, **fixed).relu(),
+        )
+    )
+    for actual, right in zip(found, expected):
+        torch.testing.assert_close(actual, right)
 
 
 def test_integers_are_exact():
@@ -152,11 +180,12 @@ def test_integers_are_exact():
     assert torch.equal(conv2d(x, weight, **fixed).double(), by_task(x.double(), weight.double(), **fixed))
 
 
-def test_not_finite_stays_in_its_task():
+@backends
+def test_not_finite_stays_in_its_task(backend):
     x, weight, fixed = operands("square")
-    clean = conv2d(x, weight, **fixed)
+    clean = conv2d(x, weight, **fixed, backend=backend)
     x[1] = float("nan")
-    dirty = conv2d(x, weight, **fixed)
+    dirty = conv2d(x, weight, **fixed, backend=backend)
     assert torch.equal(dirty[0], clean[0])
     assert dirty[1].isnan().all()
 
@@ -190,31 +219,39 @@ def test_half_types_and_autocast_compute_in_float32():
     x, weight = x.bfloat16(), weight.bfloat16()
     wide = conv2d(x.float(), weight.float(), **fixed)
     assert torch.equal(conv2d(x, weight, **fixed), wide.bfloat16())
-    for backend in ("native", "reference"):
+    for backend in ("native", "grouped", "reference"):
         with torch.autocast("cpu"):
             torch.testing.assert_close(conv2d(x, weight, **fixed, backend=backend), wide)
 
 
+@pytest.mark.parametrize("kernels", [("cpu",), ()], ids=["native", "grouped"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_autocast_means_torchs_own_convolution_in_its_type(channels_last):
+def test_autocast_means_torchs_own_convolution_in_its_type(channels_last, kernels, monkeypatch):
+    monkeypatch.setattr(OPERATOR, "devices", kernels)
     x, weight, fixed = operands("square", torch.float32)
     options = {**fixed, "channels_last": channels_last}
+    x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = conv2d(x, weight, **options)
     assert y.dtype == torch.bfloat16
     expected = by_task(x.bfloat16(), weight.bfloat16(), **fixed)
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
     assert 1e-4 < relative_error(y, by_task(x, weight, **fixed)) < 1e-2
+    dx, right = (torch.autograd.grad(Y.float().square().sum(), x)[0] for Y in (y, by_task(x, weight, **fixed)))
+    assert dx.dtype == torch.float32
+    assert 1e-4 < relative_error(dx, right) < 2e-2
     # torch leaves float64 alone under autocast.
+    x = x.detach()
     with torch.autocast("cpu", torch.bfloat16):
         y = conv2d(x.double(), weight.double(), **options)
     torch.testing.assert_close(y, by_task(x.double(), weight.double(), **fixed))
 
 
+@pytest.mark.parametrize("backend", ["grouped", "reference"])
 @cases
-def test_channels_last_is_the_same_convolution(case):
+def test_channels_last_is_the_same_convolution(case, backend):
     x, weight, fixed = operands(case)
-    fixed = {**fixed, "backend": "reference"}
+    fixed = {**fixed, "backend": backend}
     cotangents = [torch.randn_like(X) for X in (conv2d(x, weight, **fixed), x, weight)]
     expected = derivatives(conv2d, x, weight, cotangents, fixed)
     actual = derivatives(conv2d, x, weight, cotangents, {**fixed, "channels_last": True})
@@ -261,7 +298,7 @@ def test_channels_last_reaches_torch_in_that_format(monkeypatch):
             ValueError,
             "weight: expected device meta as x has, got cpu",
         ),
-        ({"backend": "fast"}, ValueError, "backend: expected one of auto, native, reference, got 'fast'"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of auto, native, grouped, reference, got 'fast'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -282,6 +319,9 @@ def test_the_operators_check_their_own_operands():
         (lambda: ops.conv2d_input(dy, weight, [9], *numbers), "conv2d_input: size has 1 numbers"),
         (lambda: ops.conv2d_weight(x, dy[:1], [3, 3], *numbers), "conv2d_weight: dy has 1 tasks, expected 2"),
         (lambda: ops.conv2d_weight(x, dy, [9, 9], 1, 0), "conv2d_weight: a kernel of 9 x 9 does not fit"),
+        (lambda: ops.grouped_conv2d(x, weight[:1], *numbers), "grouped_conv2d: .*one number of tasks, got 2 and 1"),
+        (lambda: ops.grouped_conv2d_input(dy, weight, [9, 6], *numbers), r"dy has \[4, 3\] rows .* expected \[5, 3\]"),
+        (lambda: ops.grouped_conv2d_weight(x, dy, [1, 9], *numbers), r"dy has \[4, 3\] rows .* expected \[5, 0\]"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

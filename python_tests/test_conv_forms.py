@@ -45,7 +45,7 @@ def by_autograd(operands, layer):
 
 @pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("at_once", [TASKS, 2], ids=["together", "in_groups"])
-@pytest.mark.parametrize("name", [*NAMES, "ours_reference"])
+@pytest.mark.parametrize("name", [*NAMES, "ours_grouped"])
 def test_every_order_equals_float64(forms, name, at_once, number):
     layer = forms.layers_of(forms.NETWORKS["tiny"])[number]
     form = (forms.contenders("cpu") | forms.contenders("cuda"))[name]

@@ -210,6 +210,10 @@ COLUMNS = {
         lambda x, w: conv2d(x, w, stride=2, padding=1), plain_conv2d,
         ((1, 2, 4, 3, 2), (1, 3, 2, 3, 2)), (0, 1), "conv2d", "aten::convolution",
     ),
+    "conv2d, grouped": Column(
+        lambda x, w: conv2d(x, w, stride=2, padding=1, backend="grouped"), plain_conv2d,
+        ((TASKS, 2, 4, 3, 2), (TASKS, 3, 2, 3, 2)), (2, None), "grouped_conv2d", "aten::convolution",
+    ),
     "batch_norm": Column(
         lambda x, w, b: batch_norm_relu(x, w, b, eps=1e-2), partial(plain_batch_norm, relu=True),
         ((TASKS, 5, 3), (1, 3), (1, 3)), (0, None, None), "batch_norm_relu", "aten::rsqrt",

@@ -22,7 +22,7 @@ class Operator:
 
     Args:
         operands: the operands' names, in the order of `run`'s; the first determines dtype and device.
-        families: the registered overloads by backend: native, triton or both; None if they could not be loaded.
+        families: the registered overloads by backend: native, triton, grouped; None if they could not be loaded.
         devices: the types of device with compiled kernels.
     """
 
@@ -30,21 +30,22 @@ class Operator:
         self.operands = operands
         self.families = families
         self.devices = devices
-        self.backends = tuple(name for name in BACKENDS if name in ("auto", "reference") or name in families)
+        self.backends = ("auto", *families, "reference")
 
     def resolve(self, backend: str, device: torch.device) -> str:
         """Return the implementation of a backend on a device.
 
         "auto" means native if its kernels are loaded; else, on CUDA, triton if the operator has it and it is installed;
-        else reference. On CUDA, falling back to reference warns with both reasons if the operator has Triton kernels;
-        on the CPU, importing kfo_ext has warned. On the CPU it never means triton, whose interpreter is for tests.
+        else grouped if the operator has it, which runs anywhere; else reference. On CUDA, the last step warns for an
+        operator with CUDA kernels, with both reasons; on the CPU, importing kfo_ext has warned. On the CPU it never
+        means triton, whose interpreter is for tests.
 
         Args:
-            backend: "auto", "native", "triton" or "reference".
+            backend: "auto", "native", "triton", "grouped" or "reference".
             device: the operands' device.
 
         Returns:
-            "native", "triton" or "reference".
+            "native", "triton", "grouped" or "reference".
 
         Raises:
             ValueError: the backend is unknown.
@@ -60,7 +61,7 @@ class Operator:
                 if triton_support.available(device):
                     return "triton"
                 _warn_plain_torch()
-            return "reference"
+            return "grouped" if "grouped" in self.families else "reference"
         if backend == "native" and not native:
             raise RuntimeError(f"backend 'native' does not run on {device.type}: {self._why_not_native(device.type)}")
         if backend == "triton" and not triton_support.available(device):

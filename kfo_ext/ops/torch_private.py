@@ -22,6 +22,7 @@ def _private(owner: object, name: str) -> Any:
 
 in_functorch = _private(torch._C, "_are_functorch_transforms_active")
 functorch_level = _private(torch._C._functorch, "maybe_current_level")
+below_autograd_and_views = _private(torch._C, "_AutoDispatchBelowADInplaceOrView")
 after_autograd = _private(torch._C, "_after_autograd_keyset")
 dispatch_modes = _private(torch._C, "_len_torch_dispatch_stack")
 jit_trace = _private(torch._C, "_get_tracing_state")

@@ -5,28 +5,40 @@
     conv2d_weight   dw(x, dy)         ... by weight
 
 The form <conv2d(x, weight), y> is linear in each of x, weight and y, and each operator is its gradient by one of them:
-the derivatives of each are the other two, to any order.
+the derivatives of each are the other two, to any order. There are two such families: the compiled one, and that of
+`kfo_ext.ops.conv2d.grouped`, named grouped_conv2d and so on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from kfo_ext.ops import library
+from kfo_ext.ops.conv2d import grouped
 from kfo_ext.ops.conv2d.vmap import rules
 from kfo_ext.ops.registration import below_autograd, register_operator
 
 
+def _as_it_is(X: Tensor, like: Tensor) -> Tensor:
+    return X
+
+
 class ConvFamily(NamedTuple):
-    """The overloads of the three gradients of the form."""
+    """The overloads of the three gradients of the form.
+
+    laid_out: (images, other images) -> the first ones, laid out in memory as a call with the others reads them without
+        a copy; they are an operand of two calls.
+    """
 
     conv2d: torch._ops.OpOverload
     input: torch._ops.OpOverload
     weight: torch._ops.OpOverload
+    laid_out: Callable[[Tensor, Tensor], Tensor] = _as_it_is
 
 
 def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type[Function]]:
@@ -41,6 +53,7 @@ def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type
         @staticmethod
         def backward(ctx, dy):
             x, weight = ctx.saved_tensors
+            dy = family.laid_out(dy, x)
             need_x, need_weight = ctx.needs_input_grad[:2]
             dx = family.input(dy, weight, list(x.shape[2:4]), *ctx.fixed) if need_x else None
             dweight = family.weight(x, dy, list(weight.shape[3:]), *ctx.fixed) if need_weight else None
@@ -56,6 +69,7 @@ def _functions(family: ConvFamily) -> tuple[type[Function], type[Function], type
         @staticmethod
         def backward(ctx, ddx):
             dy, weight = ctx.saved_tensors
+            ddx = family.laid_out(ddx, dy)
             need_dy, need_weight = ctx.needs_input_grad[:2]
             ddy = family.conv2d(ddx, weight, *ctx.fixed) if need_dy else None
             dweight = family.weight(ddx, dy, list(weight.shape[3:]), *ctx.fixed) if need_weight else None
@@ -93,14 +107,31 @@ def _fakes() -> tuple[Callable, Callable, Callable]:
     return conv2d, conv2d_input, conv2d_weight
 
 
-def _register(fragment: torch.library.Library) -> ConvFamily:
-    family = ConvFamily(
-        *(getattr(torch.ops.kfo_ext, f"conv2d{suffix}").default for suffix in ("", "_input", "_weight"))
-    )
-    for overload, function, fake, rule in zip(family, _functions(family), _fakes(), rules(family)):
+def _overloads(prefix: str) -> Sequence[torch._ops.OpOverload]:
+    return [getattr(torch.ops.kfo_ext, f"{prefix}conv2d{suffix}").default for suffix in ("", "_input", "_weight")]
+
+
+def _register(fragment: torch.library.Library, family: ConvFamily, fakes: Sequence[Callable]) -> ConvFamily:
+    for overload, function, fake, rule in zip(family[:3], _functions(family), fakes, rules(family), strict=True):
         register_operator(fragment, overload, function, fake, rule, "kfo_ext.functional.conv2d")
     return family
 
 
+def _register_native(fragment: torch.library.Library) -> ConvFamily:
+    conv2d, input, weight = _overloads("")
+    return _register(fragment, ConvFamily(conv2d, input, weight), _fakes())
+
+
+def _register_grouped(fragment: torch.library.Library) -> ConvFamily:
+    kernels = []
+    for (schema, kernel), empty in zip(grouped.OPERATORS.items(), _fakes(), strict=True):
+        kernels.append(grouped.with_no_tasks(kernel, empty))
+        fragment.impl(fragment.define(schema), grouped.of_its_own(kernels[-1]), "CompositeExplicitAutograd")
+    conv2d, input, weight = _overloads("grouped_")
+    # Run without data, the kernels give strides too: those that torch's convolution chooses.
+    return _register(fragment, ConvFamily(conv2d, input, weight, grouped.laid_out), kernels)
+
+
 # The compiled operators; None where the CPU library is not there.
-CONV = library.once("conv", _register) if library.status()["cpu"][0] else None
+CONV = library.once("conv", _register_native) if library.status()["cpu"][0] else None
+GROUPED: ConvFamily = library.once("grouped_conv", _register_grouped)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kfo_ext.ops.conv2d import reference
-from kfo_ext.ops.conv2d.autograd import CONV, ConvFamily
+from kfo_ext.ops.conv2d.autograd import CONV, GROUPED, ConvFamily
+from kfo_ext.ops.conv2d.grouped import arranged
 from kfo_ext.ops.dispatch import Operator
 from kfo_ext.ops.operands import autocasts, check_dimensions
+from kfo_ext.ops.torch_private import without_rules
 
-# Where there are no kernels, torch's convolution serves: a grouped one, with a group of channels for each task.
-OPERATOR = Operator(("x", "weight"), {"native": CONV}, ("cpu",))
+# Where there are no kernels, torch's convolution serves: a grouped one, with a group of channels for each task. Its own
+# derivatives are loops over tasks from the second on; those of `GROUPED` are not.
+OPERATOR = Operator(("x", "weight"), {"native": CONV, "grouped": GROUPED}, ("cpu",))
 _MOST_PADDING = 1 << 60  # csrc/cpu/conv2d.cpp: padded sizes stay within 64 bits
 _MOST_OF_TORCH = (1 << 31) - 1  # some of torch's kernels cut sizes to 32 bits
 
@@ -51,6 +56,15 @@ def _check_for_torch(reach: int, padding: int) -> None:
         )
 
 
+def _in_autocasts_type(compute: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    device = x.device.type
+    if OPERATOR.resolve("auto", x.device) == "native" or without_rules():
+        return compute(None, x, weight)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return compute(GROUPED, x.to(dtype), weight.to(dtype))
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -67,9 +81,9 @@ def conv2d(
         weight: (tasks, out_channels, in_channels, kernel_height, kernel_width).
         stride: of both axes.
         padding: zeros on each side of both axes.
-        backend: "auto" (under autocast torch's own convolution; else native on the CPU, reference elsewhere), "native"
-            (compiled, CPU only) or "reference" (plain torch); under torch.func transforms and in forward mode as
-            `kfo_ext.transform`.
+        backend: "auto" (native on the CPU and grouped elsewhere; under autocast torch's convolution), "native"
+            (compiled, CPU only), "grouped" (one of torch's convolutions for all tasks, at every order of derivative) or
+            "reference" (plain torch); under torch.func transforms and in forward mode as `kfo_ext.transform`.
         channels_last: where torch's convolution runs, give it operands in that memory format. The compiled one always
             computes channels last.
 
@@ -95,8 +109,11 @@ def conv2d(
         if family is None:
             _check_for_torch(reach, padding)
             return reference.conv2d(x, weight, stride, padding, channels_last)
+        if family is GROUPED:
+            _check_for_torch(reach, padding)
+            x = arranged(x, channels_last)
         return family.conv2d(x, weight, stride, padding)
 
     if backend == "auto" and autocasts(x.device) and torch.float64 not in (x.dtype, weight.dtype):
-        return compute(None, x, weight)
+        return _in_autocasts_type(compute, x, weight)
     return OPERATOR.run(compute, (x, weight), backend, usual)
