@@ -24,6 +24,7 @@ CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT / "build_backend"))
 import kfo_toolchain as toolchain  # noqa: E402  it lies in the directory of the in-tree backend
 
+# Machine code for each, which later ones of the same generation run, and PTX of the first, which serves all others.
 ARCHITECTURES = [int(number) for number in (os.environ.get("KFO_CUDA_ARCHITECTURES") or "80 90 100 120").split()]
 PYTHON = sys.implementation.cache_tag  # names the folder of what is compiled for this Python alone
 HOST = "-O3 -g0 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off"  # of the C++ that runs on the CPU
@@ -113,7 +114,7 @@ def build_graph(version: str, torch: str, nvcc: tuple[str, str] | None) -> str:
         objects += [graph.compile("cxx", source, f"-DKFO_ISA={isa} {flags}", isa) for isa, flags in ISAS.items()]
     graph.build("link", "package/_kfo_cpu.so", objects, "-Wl,-z,defs -Ltorch/lib -ltorch_cpu")
 
-    codes = [f"sm_{arch}" for arch in ARCHITECTURES] + [f"compute_{ARCHITECTURES[-1]}"]
+    codes = [f"sm_{arch}" for arch in ARCHITECTURES] + [f"compute_{ARCHITECTURES[0]}"]
     info = {
         "KFO_VERSION": version,
         "KFO_COMPILER": compiler,

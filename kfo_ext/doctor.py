@@ -56,6 +56,10 @@ def examine(echo: Callable[[str], None]) -> dict[str, Any]:
         if name == "cpu":
             backend["instruction_set"] = library.cpu_isa()
             echo(f"  instruction set in use: {backend['instruction_set']}")
+        if name == "cuda" and not library.available(device := _cuda_device()):
+            backend["does_not_run"] = library.why_not(device)
+            echo(f"  does not run here: {backend['does_not_run']}")
+            continue
         if ROUTES[name][1] == "cuda" and not torch.cuda.is_available():
             echo("  not tested: torch sees no CUDA device")
             continue
@@ -65,6 +69,11 @@ def examine(echo: Callable[[str], None]) -> dict[str, Any]:
             backend["tests"].append(test)
             facts["healthy"] &= test["ok"]
     return facts
+
+
+def _cuda_device() -> torch.device:
+    # Without a device that torch sees, the driver alone is in question.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cuda")
 
 
 def _build() -> dict[str, str]:

@@ -326,6 +326,7 @@ def test_auto_on_cuda_falls_back_with_a_warning(monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"plain torch on cuda: native: of the test; triton: triton is not inst"):
         assert OPERATOR.resolve("auto", cuda) == "reference"
     monkeypatch.setitem(library._status, "cuda", (True, "of the test"))
+    monkeypatch.setitem(library._problems, None, "")
     assert OPERATOR.resolve("auto", cuda) == "native"
 
 
@@ -341,6 +342,7 @@ def _python(code: str) -> str:
 def test_importing_and_calling_leave_triton_and_the_driver_alone():
     _python("""
 import os, sys, torch, kfo_ext
+from kfo_ext.ops import library
 from kfo_ext.problems import Problems
 from kfo_ext.functional import transform
 problems = Problems([(2, 3, 2)])
@@ -349,7 +351,7 @@ def work(backend):
     torch.autograd.grad(transform(*X, problems, backend=backend).sum(), X)
 for backend in ("auto", "reference"):
     work(backend)
-assert "triton" not in sys.modules and not torch.cuda.is_initialized()
+assert "triton" not in sys.modules and not torch.cuda.is_initialized() and not library._problems
 child = os.fork()
 if not child:
     for backend in ("auto", "reference"):

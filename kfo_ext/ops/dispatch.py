@@ -37,8 +37,9 @@ class Operator:
 
         "auto" means native if its kernels are loaded; else, on CUDA, triton if the operator has it and it is installed;
         else grouped if the operator has it, which runs anywhere; else reference. On CUDA, the last step warns for an
-        operator with CUDA kernels, with both reasons; on the CPU, importing kfo_ext has warned. On the CPU it never
-        means triton, whose interpreter is for tests.
+        operator with Triton kernels, with both reasons; on the CPU, importing kfo_ext has warned. On the CPU it never
+        means triton, whose interpreter is for tests. A CUDA library that is loaded but does not run there is reported
+        once for each device.
 
         Args:
             backend: "auto", "native", "triton", "grouped" or "reference".
@@ -57,21 +58,24 @@ class Operator:
         if backend == "auto":
             if native:
                 return "native"
-            if device.type == "cuda" and "triton" in self.families:
-                if triton_support.available(device):
+            if device.type == "cuda" and device.type in self.devices:
+                if "triton" in self.families and not triton_support.available(device):
+                    _warn_plain_torch(device)
+                elif library.loaded("cuda"):
+                    _say_once(device)
+                if "triton" in self.families and triton_support.available(device):
                     return "triton"
-                _warn_plain_torch()
             return "grouped" if "grouped" in self.families else "reference"
         if backend == "native" and not native:
-            raise RuntimeError(f"backend 'native' does not run on {device.type}: {self._why_not_native(device.type)}")
+            raise RuntimeError(f"backend 'native' does not run on {device.type}: {self._why_not_native(device)}")
         if backend == "triton" and not triton_support.available(device):
             raise RuntimeError(f"backend 'triton' does not run on {device.type}: {triton_support.reason(device.type)}")
         return backend
 
-    def _why_not_native(self, device_type: str) -> str:
-        if device_type in library.status() and device_type not in self.devices:
+    def _why_not_native(self, device: torch.device) -> str:
+        if device.type in library.status() and device.type not in self.devices:
             return f"it has kernels for {', '.join(self.devices)}"
-        return library.why_not(device_type)
+        return library.why_not(device)
 
     def check(self, given: tuple[Tensor, ...]) -> bool:
         """Check operands.
@@ -112,11 +116,27 @@ class Operator:
         return in_one_dtype(partial(compute, family), dict(zip(self.operands, given)))
 
 
-def _warn_plain_torch() -> None:
-    # A compiled graph is traced once, so it cannot warn.
+# Devices for which `_say_once` has warned.
+_said: set[torch.device] = set()
+
+
+def _say_once(device: torch.device) -> None:
+    # A compiled graph is traced once and cannot warn.
+    if torch.compiler.is_compiling() or device in _said:
+        return
+    _said.add(device)
+    warnings.warn(
+        f"kfo_ext: the compiled kernels do not run on {device}: {library.why_not(device)}; "
+        "backend='auto' runs Triton's where an operator has them, else torch's",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def _warn_plain_torch(device: torch.device) -> None:
     if not torch.compiler.is_compiling():
         warnings.warn(
-            f"kfo_ext: backend='auto' runs plain torch on cuda: native: {library.why_not('cuda')}; "
+            f"kfo_ext: backend='auto' runs plain torch on cuda: native: {library.why_not(device)}; "
             f"triton: {triton_support.reason('cuda')}",
             RuntimeWarning,
             stacklevel=5,

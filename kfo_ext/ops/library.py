@@ -14,12 +14,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from kfo_ext.ops import cuda_support
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 CPU_LIBRARY = _PACKAGE / "_kfo_cpu.so"
 CUDA_LIBRARY = _PACKAGE / "_kfo_cuda.so"
 
-# backend -> (available, reason); filled once at import by `load`.
+# backend -> (loaded, reason); filled once at import by `load`.
 _status: dict[str, tuple[bool, str]] = {}
+# Index of a CUDA device, None for the driver alone -> why the loaded library does not run there, or "".
+_problems: dict[int | None, str] = {}
 T = TypeVar("T")
 
 
@@ -121,14 +125,31 @@ def load() -> None:
 load()
 
 
+def _problem(index: int | None) -> str:
+    if index not in _problems:
+        _problems[index] = cuda_support.problem(CUDA_LIBRARY, index)
+    return _problems[index]
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler: it cannot trace a call of the driver.
+vars(_problem)["_dynamo_marked_constant"] = True
+
+
+def loaded(device_type: str) -> bool:
+    """Whether the library for tensors on such a device is loaded; its kernels may still not run on this machine."""
+    return _status.get(device_type, (False, ""))[0]
+
+
 def available(device: torch.device) -> bool:
-    """Whether a compiled kernel for tensors on `device` is loaded."""
-    return _status.get(device.type, (False, ""))[0]
+    """Whether compiled kernels run on tensors of `device`; the first question about a CUDA device asks the driver."""
+    return loaded(device.type) and (device.type != "cuda" or not _problem(device.index))
 
 
-def why_not(device_type: str) -> str:
-    """Why there is no compiled kernel for tensors on such a device; what is loaded, where there is one."""
-    return _status.get(device_type, (False, f"there are no kernels for {device_type} tensors"))[1]
+def why_not(device: torch.device) -> str:
+    """Why no compiled kernel runs on tensors of `device`; what is loaded, where one does."""
+    if device.type == "cuda" and loaded("cuda") and _problem(device.index):
+        return _problem(device.index)
+    return _status.get(device.type, (False, f"there are no kernels for {device.type} tensors"))[1]
 
 
 def cpu_isa() -> str:
@@ -163,5 +184,5 @@ def supported_isas() -> list[str]:
 
 
 def status() -> dict[str, tuple[bool, str]]:
-    """Per backend, whether it runs here and the reason or the detail."""
+    """Per backend, whether it is loaded and the reason or the detail; asks no driver."""
     return {"reference": (True, f"torch {torch.__version__}"), **_status}

@@ -169,4 +169,4 @@ def _register(fragment: torch.library.Library) -> BatchNormFamily:
 
 
 # The compiled operators; None where the CPU library, which holds their schemas, is not there.
-BATCH_NORM = library.once("batch_norm", _register) if library.status()["cpu"][0] else None
+BATCH_NORM = library.once("batch_norm", _register) if library.loaded("cpu") else None

@@ -133,5 +133,5 @@ def _register_grouped(fragment: torch.library.Library) -> ConvFamily:
 
 
 # The compiled operators; None where the CPU library is not there.
-CONV = library.once("conv", _register_native) if library.status()["cpu"][0] else None
+CONV = library.once("conv", _register_native) if library.loaded("cpu") else None
 GROUPED: ConvFamily = library.once("grouped_conv", _register_grouped)

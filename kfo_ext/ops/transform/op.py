@@ -25,7 +25,7 @@ def _register_triton(fragment: torch.library.Library) -> Family:
 
 
 # The compiled operators; None without the CPU library, which holds their schemas.
-NATIVE = library.once("transform", autograd.register) if library.status()["cpu"][0] else None
+NATIVE = library.once("transform", autograd.register) if library.loaded("cpu") else None
 # Defined in Python: it exists without the CPU library, and without triton, which the first call imports.
 TRITON = library.once("triton", _register_triton)
 OPERATOR = Operator(("G", "R", "L", "bias"), {"native": NATIVE, "triton": TRITON}, ("cpu", "cuda"))
