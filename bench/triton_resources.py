@@ -10,12 +10,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kfo_ext.ops import triton_support
 from kfo_ext.ops.transform.triton import launch
+from kfo_ext.ops.transform.triton.options import SUM_ROWS, group_options, product_options, sum_options
+from kfo_ext.ops.transform.triton.outputs import FORMS
 from kfo_ext.ops.transform.triton.plan import SUM_COLUMNS, plan_of
 from kfo_ext.problems import Problems
 from kfo_ext.testing import model_case
@@ -67,50 +69,50 @@ def rows(
     for arch in architectures:
         for dtype in dtypes:
             seen = set()
-            for label, kernel, constants, options in _configurations(groups, products, dtype):
+            for label, kernel, constants, options in configurations(groups, products, dtype):
                 key = (kernel, str(constants))
                 if key not in seen:
                     seen.add(key)
                     yield _row(f"{kernel}[{label},{DTYPES[dtype]}]", arch, kernel, DTYPES[dtype], constants, options)
 
 
-def _configurations(
+def configurations(
     groups: Iterable[str], products: Iterable[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, str, dict, dict]]:
     """(label, kernel, constexprs, compiler options) with all operands present and all outputs needed."""
     for group in groups:
         classes = plan_of(Problems(GROUPS[group]).flat).classes
-        double = launch.double_backward_terms([True] * 3, [True] * 4)
-        for order, terms in {
-            "forward": [None, None, None, launch.PLAIN],
-            "backward": [launch.PLAIN] * 3,
-            "double_backward": double,
-        }.items():
-            outputs = launch.wanted_outputs(terms)
-            constants = {"OUTPUTS": outputs, "HAS_BIAS": order == "forward", "CLASSES": classes}
-            yield f"{order},{group}", "form_kernel", constants, launch.group_options(classes)
+        for slots in FORMS:
+            label = "".join("RGLY"[slot] for slot in slots)
+            constants = {"SLOTS": slots, "CLASSES": classes}
+            yield f"{label},{group}", "form_kernel", constants, group_options(classes)
     for product in products:
-        options = launch.product_options(*PRODUCTS[product], dtype)
+        options = product_options(*PRODUCTS[product], dtype)
         blocks = {name: options.pop(name) for name in ("BM", "BN", "BK")}
         for turned in ((False, False), (True, False), (False, True)):
             flags = {"HAS_2": True, "HAS_BIAS": False, "TRANS_A": turned[0], "TRANS_B": turned[1]}
             label = product + "".join(f",{side}^T" for side, yes in zip("AB", turned) if yes)
             yield label, "product_kernel", flags | blocks, options
-    shared = {"SHARED_R": True, "SHARED_L": False, "ROWS": launch.SUM_ROWS, "COLUMNS": SUM_COLUMNS}
-    yield "any", "sum_kernel", shared, {"num_warps": 4}
+    shared = {"SHARED_R": True, "SHARED_L": False, "ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS}
+    yield "any", "sum_kernel", shared, sum_options()
 
 
 def _row(label: str, arch: int, kernel: str, element: str, constants: dict, options: dict) -> Row:
-    import triton
     from triton.backends.compiler import GPUTarget
+
+    compiled = compile_for(GPUTarget("cuda", arch, 32), kernel, element, constants, options)
+    registers, spills = _usage(compiled.asm["ptx"], arch)
+    return Row(label, f"sm_{arch}", registers, compiled.metadata.shared, spills)
+
+
+def compile_for(target: Any, kernel: str, element: str, constants: dict, options: dict) -> Any:
+    """What Triton makes of a kernel for a GPU that need not be there; target: its `GPUTarget`."""
+    import triton
     from triton.compiler import ASTSource
 
     function = getattr(launch._kernels(), kernel)
     signature = {name: _type(name, element) for name in function.arg_names}
-    source = ASTSource(function, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spills = _usage(compiled.asm["ptx"], arch)
-    return Row(label, f"sm_{arch}", registers, compiled.metadata.shared, spills)
+    return triton.compile(ASTSource(function, signature, constants), target=target, options=options)
 
 
 def _type(name: str, element: str) -> str:

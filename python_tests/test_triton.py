@@ -11,23 +11,28 @@ import itertools
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from deadlines import seconds
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import triton_resources
 from kfo_ext.functional import transform
 from kfo_ext.ops.transform import reference
 from kfo_ext.ops.transform.op import NATIVE, OPERATOR, TRITON
+from kfo_ext.ops.transform.triton import launch
 from kfo_ext.problems import Problems
 from kfo_ext.testing import (
     CASES,
+    LARGE_CASES,
     OUTPUTS,
     Operands,
     assert_close,
+    model_case,
     random_operands,
     relative_error,
     run_all,
@@ -378,9 +383,92 @@ assert op.TRITON.transform is torch.ops.kfo_ext.transform_triton.default
 """)
 
 
+class Recorder:
+    """Stands for the module of kernels: notes the name and the compile-time arguments of each launch."""
+
+    def __init__(self) -> None:
+        self.compiled: set[tuple[str, str]] = set()
+
+    def __getattr__(self, name: str) -> dict:
+        def run(*arguments, **options):
+            self.compiled.add((name, str(sorted(options.items()))))
+
+        return defaultdict(lambda: run)
+
+
+class Allocations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += func.overloadpacket in ALLOCATING and out.numel() > 0
+        return out
+
+
+ALLOCATING = [getattr(torch.ops.aten, name) for name in ("new_empty", "new_zeros", "empty", "empty_like", "clone")]
+
+
+def every_call(operands: Operands, flat: list[int]):
+    """(launch function, arguments): every order, all needed, and each subset of what is there and needed."""
+    R, G, L, dY, ddR, ddG, ddL = operands[:7]
+    yield launch.transform, (R, G, L, flat)
+    yield launch.backward, (R, G, L, dY, flat, [True] * 3)
+    yield launch.double_backward, (*operands[:7], flat, [True] * 4)
+    for need in itertools.product((False, True), repeat=3):
+        yield launch.backward, (R, G, L, dY, flat, list(need))
+    for flags in itertools.product((False, True), repeat=7):
+        given = [X if there else None for X, there in zip((ddR, ddG, ddL), flags)]
+        yield launch.double_backward, (R, G, L, dY, *given, flat, list(flags[3:]))
+
+
+@compiled
+@pytest.mark.parametrize("rows", [PER_TASK, SHARED], ids=["per_task", "shared"])
+@pytest.mark.parametrize("group", ["CNN(4)", "head_5x1600", "conv_64"])
+def test_a_call_allocates_its_outputs_and_one_scratch(group, rows, monkeypatch):
+    """As `gpu/test_gpu_memory.py` measures on a device."""
+    shapes = model_case(4) if group == "CNN(4)" else LARGE_CASES[group]
+    monkeypatch.setattr(launch, "_require", lambda device: Recorder())
+    # Without data.
+    operands = Operands(*(X.to("meta") for X in random_operands(shapes, 2, rows=rows, dtype=torch.float32)))
+    for function, arguments in every_call(operands, Problems(shapes).flat):
+        function(*arguments)
+        with Allocations() as allocations:
+            out = function(*arguments)
+        outputs = [X for X in (out if isinstance(out, tuple) else (out,)) if X.numel()]
+        assert allocations.count <= len(outputs) + 1
+
+
+@compiled
+def test_the_first_double_backward_compiles_nothing_new(monkeypatch):
+    recorder, shapes = Recorder(), model_case(2)
+    monkeypatch.setattr(launch, "_require", lambda device: recorder)
+    calls = list(every_call(random_operands(shapes, 2, rows=SHARED, dtype=torch.float32), Problems(shapes).flat))
+    for function, arguments in calls[:2]:
+        function(*arguments)
+    assert sorted(name for name, _ in recorder.compiled) == ["form_kernel", "form_kernel", "sum_kernel"]
+    first = set(recorder.compiled)
+    for function, arguments in calls[2:]:
+        function(*arguments)
+    # What is summed is known when a kernel is compiled: R, L or both.
+    assert {name for name, _ in recorder.compiled - first} <= {"sum_kernel"}
+
+
 @compiled
 @needs_triton
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
+def test_kernels_compile_for_amd(monkeypatch):
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for _, kernel, constants, options in triton_resources.configurations(["omniglot_cnn4"], ["head_R"], torch.float32):
+        assert "maxnreg" not in options
+        built = triton_resources.compile_for(GPUTarget("hip", "gfx942", 64), kernel, "fp32", constants, options)
+        assert ".vgpr_spill_count: 0" in built.asm["amdgcn"]
+
+
+@compiled
+@needs_triton
 def test_kernels_compile_without_spills():
     rows = triton_resources.rows
     found = list(rows(groups=["omniglot_cnn4"], products=["head_R"], architectures=[80, 100], dtypes=[torch.float32]))

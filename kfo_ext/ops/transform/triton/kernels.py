@@ -1,10 +1,13 @@
 """The three orders as Triton kernels. Importing this imports triton: only `launch` does, at the first call.
 
-The small problems of a whole group go in one launch of `form_kernel`, whatever the order: with F = sum <R^T G L, dY>,
-an output is the gradient of F by one slot, summed over terms in which another slot's operand gives way to its cotangent
-(see `kfo_ext.ops.transform.autograd`). A program makes one output of some of the B matrices of one problem, for one
-task: with all outputs in one program registers spill. `CLASSES` are the padded (p, q) of the group; a program branches
-to the body of its own, so that a bias is not padded to the size of a convolution.
+The small problems of a whole group go in one launch of `form_kernel`, or two: with F = sum <R^T G L, dY>, an output is
+the gradient of F by one slot, summed over terms in which another slot's operand gives way to its cotangent (see
+`kfo_ext.ops.transform.autograd`). A program makes one output of some of the B matrices of one problem, for one task:
+with all outputs in one program registers spill. `CLASSES` are the padded (p, q) of the group; a program branches to the
+body of its own, so that a bias is not padded to the size of a convolution.
+
+`form_kernel` is compiled once for the slot of Y and once for those of R, G and L. Which outputs are wanted, and their
+terms, are known when it runs: after a forward and a backward, a double backward compiles nothing.
 
 Work table, int64, one row per program of a task and output (offsets in elements, into one packed row):
 
@@ -21,6 +24,7 @@ import triton.language as tl
 
 WORK_COLUMNS = tl.constexpr(10)
 SUM_COLUMNS = tl.constexpr(6)
+OUTPUT_BITS = tl.constexpr(9)
 # Slots of F, the outputs of `form_kernel`.
 SLOT_R = tl.constexpr(0)
 SLOT_G = tl.constexpr(1)
@@ -65,13 +69,12 @@ def _inside(b_x, m, n, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _write(
-    p_row, p_R, p_G, p_L, p_dY, p_ddR, p_ddG, p_ddL, p_bias, p_out, n_zero,
-    SLOT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    p_row, p_R, p_G, p_L, p_dY, p_ddR, p_ddG, p_ddL, p_bias, p_out, first, last, step, has_bias,
+    SLOT: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """One output of one row of the work table.
 
-    SLOT names the output. The terms from FIRST to LAST: 0, 1, 2 put ddR, ddG, ddL in the place of R, G, L, and 3 none.
+    SLOT names the output. The terms from first to last: 0, 1, 2 put ddR, ddG, ddL in the place of R, G, L, and 3 none.
     """
     p = tl.load(p_row + 1).to(tl.int32)
     q = tl.load(p_row + 2).to(tl.int32)
@@ -94,7 +97,7 @@ def _write(
         if IS_MATRIX:
             b_out = tl.zeros((M, N), p_G.dtype.element_ty)
         # A loop when it runs, even of one turn: unrolled, operands of every turn stay in registers, which then spill.
-        for term in range(FIRST, LAST + n_zero, STEP):
+        for term in range(first, last, step):
             p_A = p_R
             p_X = p_G
             p_B = p_L
@@ -118,8 +121,9 @@ def _write(
                 b_out += _dot(tl.trans(_load(p_X + i_G, p, q, P, Q)), b_M)
             else:
                 b_out += _dot(tl.trans(_load(p_A, p, p, P, P)), b_N)
-        if SLOT == SLOT_Y and HAS_BIAS:
-            b_out += _load(p_bias + tl.load(p_row + 7), p, q, P, Q)
+        if SLOT == SLOT_Y:  # noqa: SIM102  the one is known when compiled, the other when run
+            if has_bias:
+                b_out += _load(p_bias + tl.load(p_row + 7), p, q, P, Q)
         if IS_MATRIX:
             _store(p_out + i_G, b_out, p, q, P, Q)
         i_G += p * q
@@ -132,16 +136,20 @@ def _write(
 @_kernel
 def form_kernel(
     p_table, p_R, p_G, p_L, p_dY, p_ddR, p_ddG, p_ddL, p_bias, p_out_R, p_out_G, p_out_L, p_out_Y,
-    s_R, s_G, s_L, s_dY, s_ddR, s_ddG, s_ddL, s_bias, s_out_R, s_out_G, s_out_L, s_out_Y, n_rows, n_zero,
-    OUTPUTS: tl.constexpr, HAS_BIAS: tl.constexpr, CLASSES: tl.constexpr,
+    s_R, s_G, s_L, s_dY, s_ddR, s_ddG, s_ddL, s_bias, s_out_R, s_out_G, s_out_L, s_out_Y,
+    n_rows, n_outputs, n_bias, SLOTS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Outputs of every small problem of one order: grid (tasks * rows of the work table, outputs).
 
-    n_zero is 0, which the compiler must not know. OUTPUTS: slot, and first, last and step of the terms, of
-    each output. The gradients of R and L are partial sums.
+    SLOTS: those that it has code for. n_outputs: `OUTPUT_BITS` bits for each output: its slot (2 bits), and first (2),
+    last (3) and step (2) of its terms. n_bias: whether there is one. The gradients of R and L are partial sums.
     """
     pid = tl.program_id(0).to(tl.int64)
-    output = tl.program_id(1)
+    output = n_outputs >> (tl.program_id(1) * OUTPUT_BITS)
+    slot = output & 3
+    first = (output >> 2) & 3
+    last = (output >> 4) & 7
+    step = (output >> 7) & 3
     task = pid // n_rows
     p_row = p_table + (pid % n_rows) * WORK_COLUMNS
     own = tl.load(p_row)
@@ -153,22 +161,21 @@ def form_kernel(
     p_ddG += task * s_ddG
     p_ddL += task * s_ddL
     p_bias += task * s_bias
-    for j in tl.static_range(len(OUTPUTS)):
-        if output == j:
-            if OUTPUTS[j][0] == SLOT_R:
+    for j in tl.static_range(len(SLOTS)):
+        if slot == SLOTS[j]:
+            if SLOTS[j] == SLOT_R:
                 p_out = p_out_R + task * s_out_R
-            elif OUTPUTS[j][0] == SLOT_G:
+            elif SLOTS[j] == SLOT_G:
                 p_out = p_out_G + task * s_out_G
-            elif OUTPUTS[j][0] == SLOT_L:
+            elif SLOTS[j] == SLOT_L:
                 p_out = p_out_L + task * s_out_L
             else:
                 p_out = p_out_Y + task * s_out_Y
             for c in tl.static_range(len(CLASSES)):
                 if own == c:
                     _write(
-                        p_row, p_R, p_G, p_L, p_dY, p_ddR, p_ddG, p_ddL, p_bias, p_out, n_zero,
-                        OUTPUTS[j][0], OUTPUTS[j][1], OUTPUTS[j][2], OUTPUTS[j][3],
-                        HAS_BIAS, CLASSES[c][0], CLASSES[c][1],
+                        p_row, p_R, p_G, p_L, p_dY, p_ddR, p_ddG, p_ddL, p_bias, p_out, first, last, step, n_bias != 0,
+                        SLOTS[j], CLASSES[c][0], CLASSES[c][1],
                     )  # fmt: skip
 
 

@@ -3,14 +3,15 @@
 Importing this touches neither triton nor a driver; the first call does. The operators run on CUDA tensors, and on CPU
 tensors in Triton's interpreter (TRITON_INTERPRET=1 in the environment before kfo_ext and triton are imported).
 
-Launches of one call: one for all small problems and all tasks; for each larger problem a sequence of tiled products
-(two, five or nine) over scratch of the size of its G; one that adds the partial dR and dL, where there are any.
+Launches of one call: one for all small problems and all tasks, two in a double backward; for each larger problem a
+sequence of tiled products (two, five or nine) over scratch of the size of its G; one that adds the partial dR and dL,
+where there are any. All scratch of a call is one allocation.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from kfo_ext.ops import triton_support
 from kfo_ext.ops.transform.checks import check
-from kfo_ext.ops.transform.triton.plan import SUM_COLUMNS, Part, Plan, pad, plan_of
+from kfo_ext.ops.transform.triton.options import SUM_ROWS, group_options, product_options, sum_options
+from kfo_ext.ops.transform.triton.outputs import FORMS, PLAIN, Terms, double_backward_terms, packed, wanted_outputs
+from kfo_ext.ops.transform.triton.plan import SUM_COLUMNS, Part, Plan, plan_of
 
 _SCHEMAS = (
     "transform_triton(Tensor R, Tensor G, Tensor L, int[] shapes, Tensor? bias=None) -> Tensor",
@@ -29,7 +32,6 @@ _SCHEMAS = (
     "transform_double_backward_triton(Tensor R, Tensor G, Tensor L, Tensor dY, Tensor? ddR, Tensor? ddG, Tensor? ddL,"
     " int[] shapes, bool[] need) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-SUM_ROWS = 16
 
 
 @cache
@@ -46,45 +48,6 @@ def _require(device: torch.device) -> ModuleType:
     if not triton_support.available(device):
         raise RuntimeError(f"backend 'triton' does not run on {device.type}: {triton_support.reason(device.type)}")
     return _kernels()
-
-
-def group_options(classes: Sequence[tuple[int, int]]) -> dict[str, int]:
-    """Compiler options of `form_kernel`, chosen by its spills: `bench/triton_resources.py`."""
-    if max(map(max, classes)) <= 32:
-        return {"num_warps": 4, "num_stages": 1}
-    # Left alone, ptxas aims at 128 registers here, and spills.
-    return {"num_warps": 8, "num_stages": 1, "maxnreg": 248}
-
-
-def product_options(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes and compiler options of `product_kernel` for an (m, n) result."""
-    side, warps = (64, 8) if dtype == torch.float32 else (32, 4)
-    options = {"num_warps": warps, "num_stages": 1, "maxnreg": 248}
-    return {"BM": min(side, pad(m)), "BN": min(side, pad(n)), "BK": 16, **options}
-
-
-# The one term of the first two orders, in which no operand gives way to its cotangent.
-PLAIN = (3,)
-
-
-def double_backward_terms(has: Sequence[bool], need: Sequence[bool]) -> list[tuple[int, ...] | None]:
-    """Per output (R, G, L, Y) its terms: the present cotangents of other slots; None for an output not needed."""
-    return [
-        tuple(term for term in range(3) if has[term] and term != slot) if needed else None
-        for slot, needed in enumerate(need)
-    ]
-
-
-def wanted_outputs(terms: Sequence[tuple[int, ...] | None]) -> tuple[tuple[int, int, int, int], ...]:
-    """OUTPUTS of `form_kernel` from the terms of each slot."""
-    return tuple((slot, *_range(term)) for slot, term in enumerate(terms) if term is not None)
-
-
-def _range(terms: tuple[int, ...]) -> tuple[int, int, int]:
-    """First, last (exclusive) and step that run through at most three rising numbers below 3."""
-    if not terms:
-        return 0, 0, 1
-    return terms[0], terms[-1] + 1, terms[1] - terms[0] if len(terms) > 1 else 1
 
 
 def _rows(X: Tensor) -> Tensor:
@@ -112,17 +75,42 @@ class _Launch:
         shape = (rows, columns) if needed else (0,)
         return self.like.new_zeros(shape) if self.tasks == 0 else self.like.new_empty(shape)
 
-    def partial(self, gradient: Tensor, needed: bool, columns: int) -> Tensor:
-        """Where the kernels write dR or dL: the output itself, or scratch (tasks, columns) that `add` sums."""
-        if not needed or (self.plan.single and gradient.shape[0] == self.tasks):
-            return gradient
-        return self.like.new_empty((self.tasks, columns))
+    def reserve(self, gradients: Sequence[tuple[Tensor, bool, int]], matrices: int) -> tuple[Tensor, ...]:
+        """Allocates the scratch of the call.
+
+        Args:
+            gradients: each of dR and dL, whether it is needed, and the columns of its partial sums.
+            matrices: how many operands of the size of a large problem's G its products keep at most.
+
+        Returns:
+            Where the kernels write each gradient: it itself, or scratch (tasks, columns) that `add` sums.
+        """
+        own = [not needed or (self.plan.single and X.shape[0] == self.tasks) for X, needed, _ in gradients]
+        partial = sum(columns for (_, _, columns), kept in zip(gradients, own) if not kept)
+        largest = max((part.B * part.p * part.q for part in self.plan.large), default=0)
+        size = self.tasks * (partial + matrices * largest)
+        self.memory = self.like.new_empty(size) if size else self.like
+        self.used = 0
+        places = [X if kept else self.take(columns) for (X, _, columns), kept in zip(gradients, own)]
+        self.kept = self.used
+        return tuple(places)
+
+    def take(self, columns: int) -> Tensor:
+        """(tasks, columns) of the scratch."""
+        start, self.used = self.used, self.used + self.tasks * columns
+        return self.memory[start : self.used].view(self.tasks, columns)
+
+    def large(self) -> Iterator[Part]:
+        """The large problems; each may use the scratch of the one before, whose kernels come first."""
+        for part in self.plan.large:
+            self.used = self.kept
+            yield part
 
     def group(
         self,
         operands: Sequence[Tensor],
         outputs: Sequence[Tensor],
-        terms: Sequence[tuple[int, ...] | None],
+        terms: Sequence[Terms | None],
         bias: Tensor | None = None,
     ) -> None:
         """Outputs of every small problem, in one launch.
@@ -136,15 +124,18 @@ class _Launch:
         tensors = (*operands, operands[1] if bias is None else bias, *outputs)
         # An output that is not wanted has no rows to step over.
         steps = [_step(X) if X.dim() == 2 else 0 for X in tensors]
-        self.kernels.form_kernel[(plan.work_rows * self.tasks, len(wanted))](
-            plan.work(self.like.device), *tensors, *steps, plan.work_rows, 0,
-            OUTPUTS=wanted, HAS_BIAS=bias is not None, CLASSES=plan.classes,
-            **group_options(plan.classes),
-        )  # fmt: skip
+        for slots in FORMS:
+            own = [output for output in wanted if output[0] in slots]
+            if own:
+                self.kernels.form_kernel[(plan.work_rows * self.tasks, len(own))](
+                    plan.work(self.like.device), *tensors, *steps,
+                    plan.work_rows, packed(own), int(bias is not None),
+                    SLOTS=slots, CLASSES=plan.classes, **group_options(plan.classes),
+                )  # fmt: skip
 
     def scratch(self, part: Part) -> Tensor:
         """(tasks, B*p*q)."""
-        return self.like.new_empty((self.tasks, part.B * part.p * part.q))
+        return self.take(part.B * part.p * part.q)
 
     def product(
         self,
@@ -194,7 +185,7 @@ class _Launch:
         self.kernels.sum_kernel[(table.shape[0] * self.tasks,)](
             table, part_R, part_L, dR, dL, *steps, table.shape[0], self.tasks,
             SHARED_R=sum_R and dR.shape[0] != self.tasks, SHARED_L=sum_L and dL.shape[0] != self.tasks,
-            ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4,
+            ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, **sum_options(),
         )  # fmt: skip
 
 
@@ -226,9 +217,10 @@ def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tens
         return Y
     R, G, L = _rows(R), _rows(G), _rows(L)
     bias = None if bias is None else _rows(bias)
+    launch.reserve((), matrices=1)
     with torch.cuda.device_of(G):
         launch.group((R, G, L, G, R, G, L), (Y, Y, Y, Y), (None, None, None, PLAIN), bias)
-        for part in plan.large:
+        for part in launch.large():
             p, q = part.p, part.q
             R_i, L_i = _factors(part, R, L)
             G_i, Y_i = _matrices(part, G), _matrices(part, Y)
@@ -253,11 +245,11 @@ def backward(
     if launch.work_for_none or not any(need):
         return dR, dG, dL
     R, G, L, dY = (_rows(X) for X in (R, G, L, dY))
-    part_R, part_L = launch.partial(dR, need_R, plan.part_R), launch.partial(dL, need_L, plan.part_L)
+    part_R, part_L = launch.reserve(((dR, need_R, plan.part_R), (dL, need_L, plan.part_L)), matrices=2)
     with torch.cuda.device_of(G):
         terms = [PLAIN if needed else None for needed in need]
         launch.group((R, G, L, dY, R, G, L), (part_R, dG, part_L, dG), terms)
-        for part in plan.large:
+        for part in launch.large():
             p, q = part.p, part.q
             R_i, L_i = _factors(part, R, L)
             G_i, dY_i = _matrices(part, G), _matrices(part, dY)
@@ -303,14 +295,14 @@ def double_backward(
         return dR, dG, dL, ddY
     R, G, L, dY = (_rows(X) for X in (R, G, L, dY))
     ddR, ddG, ddL = (None if X is None else _rows(X) for X in (ddR, ddG, ddL))
-    part_R, part_L = launch.partial(dR, need_R, plan.part_R), launch.partial(dL, need_L, plan.part_L)
+    part_R, part_L = launch.reserve(((dR, need_R, plan.part_R), (dL, need_L, plan.part_L)), matrices=4)
     has = [X is not None for X in (ddR, ddG, ddL)]
     # The kernels never read the operand that stands in for an absent one.
     present = [X if dd is None else dd for X, dd in zip((R, G, L), (ddR, ddG, ddL))]
     with torch.cuda.device_of(G):
         operands, outputs = (R, G, L, dY, *present), (part_R, dG, part_L, ddY)
         launch.group(operands, outputs, double_backward_terms(has, need))
-        for part in plan.large:
+        for part in launch.large():
             _large_double_backward(launch, part, operands, outputs, has, need)
         launch.add(part_R, part_L, dR, dL)
     return dR, dG, dL, ddY
