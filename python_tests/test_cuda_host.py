@@ -26,7 +26,7 @@ RACES = ["-fsanitize=thread"]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-PROGRAMS = ("kernels_test", "batch_norm_test")
+PROGRAMS = ("kernels_test", "batch_norm_test", "conv2d_test")
 
 
 @functools.cache
@@ -90,7 +90,69 @@ BREAKS = {
     "batch norm mask": ("batch_norm.cuh", "relu_ && z(i, d) <= 0", "relu_ && z(i, d) >= 0", WRONG_VALUE),
     "batch norm barrier": ("batch_norm.cuh", "total / n; });\n  __syncthreads();", "total / n; });", RACE),
     "batch norm reuse": ("batch_norm.cuh", "mean = block.kept(0);\n  __syncthreads();", "mean = block.kept(0);", RACE),
+    "convolution tap": ("conv2d.h", "first_tap = phase + (taps - 1) * a.stride", "first_tap = phase", WRONG_VALUE),
+    "convolution phase": ("conv2d.h", "(index + a.padding) % a.stride", "index % a.stride", WRONG_VALUE),
+    "convolution depth": (
+        "conv2d_gather.cuh",
+        "k < kDepth; k += kWidth",
+        "k + kWidth < kDepth; k += kWidth",
+        WRONG_VALUE,
+    ),
+    "convolution slabs": ("conv2d_gather.cuh", "(slab & 1) * Tile::kPixelSlab", "0", RACE),
+    "convolution wait": ("conv2d_gather.cuh", "      __pipeline_wait_prior(0);\n", "", COPIES),
+    "convolution commit": ("conv2d_gather.cuh", "    __pipeline_commit();\n", "", COPIES),
+    "convolution barrier": ("conv2d_gather.cuh", "prior(0);\n      __syncthreads();", "prior(0);", RACE),
+    "convolution table": ("conv2d_gather.cuh", "first));\n      __syncthreads();", "first));", RACE),
+    "convolution tiles": (
+        "conv2d_gather.cuh",
+        "      __syncthreads();  // the next tile",
+        "      // the next tile",
+        RACE,
+    ),
+    "convolution image edge": (
+        "conv2d_tile.cuh",
+        "(pixel.column() + static_cast<unsigned>(column) < static_cast<unsigned>(columns))",
+        "true",
+        WRONG_VALUE,
+    ),
+    "convolution image end": (
+        "conv2d_tile.cuh",
+        "(pixel.row() + static_cast<unsigned>(row) < static_cast<unsigned>(rows))",
+        "true",
+        OVERFLOW,
+    ),
+    "convolution channels": ("conv2d_tile.cuh", "if (v + w < count) to", "to", OVERFLOW),
+    "convolution vectors": ("conv2d_tile.cuh", "if (v < count) store", "store", OVERFLOW),
+    "convolution weights": (
+        "conv2d_gather.cuh",
+        "< depth_ && first_column_ + n < args_.to_channels",
+        "< depth_",
+        OVERFLOW,
+    ),
+    "convolution pixels": ("conv2d_gather.cuh", "if (row < rows) write", "write", OVERFLOW),
+    "weight gradient splits": (
+        "conv2d_weight.cuh",
+        "split < args.splits; ++split",
+        "split + 1 < args.splits; ++split",
+        WRONG_VALUE,
+    ),
+    "weight gradient pixels": ("conv2d_weight.cuh", "pixel < count_ && column", "column", WRONG_VALUE),
+    "weight gradient dy": ("conv2d_weight.cuh", "pixel < count_ && column < args_.O", "pixel < count_", OVERFLOW),
+    "weight gradient rows": ("conv2d_weight.cuh", "if (row < rows) write", "write", RACE),
+    "weight gradient slabs": ("conv2d_weight.cuh", "(slab & 1) * kDepth * kThreads", "0", RACE),
+    "weight gradient table": ("conv2d_weight.cuh", "(slab + 2) * kDepth % kThreads == 0", "false", WRONG_VALUE),
+    "weight gradient blocks": ("conv2d_weight.cuh", "task * args.splits + split) * size_", "task) * size_", RACE),
+    "weight gradient barrier": ("conv2d_weight.cuh", "prior(0);\n      __syncthreads();", "prior(0);", RACE),
+    "weight gradient first table": ("conv2d_weight.cuh", "locate(0);\n    __syncthreads();", "locate(0);", RACE),
+    "weight gradient sums": (
+        "conv2d_weight.cuh",
+        "  __syncthreads();\n  if (first + across",
+        "  if (first + across",
+        RACE,
+    ),
 }
+# The program that runs the kernels of a file, by how its name begins.
+PROGRAM_OF = {"batch_norm": "batch_norm_test", "conv2d": "conv2d_test"}
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -101,7 +163,7 @@ def test_a_broken_kernel_is_caught(name, tmp_path):
     text = (csrc / "cuda" / file).read_text()
     assert text.count(right) == 1
     (csrc / "cuda" / file).write_text(text.replace(right, wrong))
-    source = "batch_norm_test" if file.startswith("batch_norm") else "kernels_test"
+    source = next((PROGRAM_OF[start] for start in PROGRAM_OF if file.startswith(start)), "kernels_test")
     done = compile_and_run(csrc, tmp_path, FLAGS[reason], "smallest", source)
     assert done.returncode != 0
     assert reason in done.stdout + done.stderr

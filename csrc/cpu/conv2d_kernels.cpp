@@ -10,9 +10,9 @@
 
 namespace {
 
+using kfo::Conv2dShape;
 using kfo::cpu::Conv2dJob;
 using kfo::cpu::Conv2dOps;
-using kfo::cpu::Conv2dShape;
 using kfo::cpu::scratch;
 
 // The k that a product sums over: `runs` of them with `length` elements each, and how far an operand moves.

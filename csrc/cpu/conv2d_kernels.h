@@ -3,17 +3,10 @@
 
 #include <cstdint>
 
+#include "../conv2d.h"
 #include "kernel_table.h"
 
 namespace kfo::cpu {
-
-// y (N, Ho, Wo, O) is the convolution of x (N, H, W, C) with weight (O, C, KH, KW); all contiguous.
-struct Conv2dShape {
-  int64_t N, H, W, C, O, KH, KW, stride, padding;
-
-  int64_t Ho() const { return (H + 2 * padding - KH) / stride + 1; }
-  int64_t Wo() const { return (W + 2 * padding - KW) / stride + 1; }
-};
 
 // Part of one task's work: images begin to end of y or of dx; of dweight, columns (channel, row of KH, column of KW).
 template <class T>

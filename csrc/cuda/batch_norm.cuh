@@ -10,14 +10,6 @@
 
 namespace kfo::cuda {
 
-// One store each, by intrinsic: for sm_80 and sm_90 the compiler takes an assignment apart, element by element.
-__device__ __forceinline__ void store_vector(float* to, const Vector<float>& v) {
-  __stwb(reinterpret_cast<float4*>(to), float4{v.at[0], v.at[1], v.at[2], v.at[3]});
-}
-__device__ __forceinline__ void store_vector(double* to, const Vector<double>& v) {
-  __stwb(reinterpret_cast<double2*>(to), double2{v.at[0], v.at[1]});
-}
-
 template <typename T>
 class BatchNormBlock {
  public:

@@ -23,6 +23,31 @@ struct alignas(16) Vector {
   T at[kWidth];
 };
 
+// One store each, by intrinsic: for sm_80 and sm_90 the compiler takes an assignment apart, element by element.
+__device__ __forceinline__ void store_vector(float* to, const Vector<float>& v) {
+  __stwb(reinterpret_cast<float4*>(to), float4{v.at[0], v.at[1], v.at[2], v.at[3]});
+}
+__device__ __forceinline__ void store_vector(double* to, const Vector<double>& v) {
+  __stwb(reinterpret_cast<double2*>(to), double2{v.at[0], v.at[1]});
+}
+
+// An asynchronous copy of so many bytes, or zeros if it is not wanted; both addresses exist either way. The intrinsic
+// takes a constant number of zeros alone, which would be a branch for each copy.
+template <int kBytes>
+__device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool wanted) {
+#ifdef __CUDA_ARCH__
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const int bytes = wanted ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared), "l"(from), "r"(bytes), "n"(kBytes)
+                 : "memory");
+#else
+  __pipeline_memcpy_async(to, from, kBytes, wanted ? 0 : kBytes);
+#endif
+}
+
 // Elements from the last 16-byte boundary to `data`.
 template <typename T>
 __device__ __forceinline__ int misalignment(const T* data) {

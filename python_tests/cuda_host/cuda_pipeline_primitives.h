@@ -6,8 +6,9 @@
 
 #include "host_device.h"
 
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-  kfo::emulation::copy_later(to, from, bytes);
+// The last `zeros` bytes are not read.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
+  kfo::emulation::copy_later(to, from, bytes, zeros);
 }
 
 inline void __pipeline_commit() { kfo::emulation::commit_copies(); }

@@ -47,7 +47,7 @@ inline std::unique_ptr<char[]> allocate(size_t bytes) { return std::unique_ptr<c
 struct Copy {
   void* to;
   const void* from;
-  size_t bytes;
+  size_t bytes, zeros;  // of the bytes, the last ones
 };
 
 struct Fiber {
@@ -111,10 +111,10 @@ inline void resume(Fiber& fiber) {
 }
 
 // An asynchronous copy needs both addresses aligned to its size.
-inline void copy_later(void* to, const void* from, size_t bytes) {
+inline void copy_later(void* to, const void* from, size_t bytes, size_t zeros) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
     fail("a misaligned asynchronous copy");
-  running.load(std::memory_order_relaxed)->copies.push_back({to, from, bytes});
+  running.load(std::memory_order_relaxed)->copies.push_back({to, from, bytes, zeros});
 }
 
 inline void commit_copies() {
@@ -127,7 +127,10 @@ inline void commit_copies() {
 inline void complete_copies(size_t remaining) {
   std::vector<std::vector<Copy>>& groups = running.load(std::memory_order_relaxed)->groups;
   while (groups.size() > remaining) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.bytes - copy.zeros);
+      std::memset(static_cast<char*>(copy.to) + copy.bytes - copy.zeros, 0, copy.zeros);
+    }
     groups.erase(groups.begin());
   }
 }

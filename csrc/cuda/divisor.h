@@ -1,0 +1,26 @@
+// Division of numbers below 2^31 by one that a kernel divides by often: a multiplication and a shift. No torch, no
+// CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "../qualifiers.h"
+
+namespace kfo::cuda {
+
+struct Divisor {
+  uint32_t by = 1, multiplier = 0;  // 2^shift / by, rounded up: its error times a number below 2^31 stays below 1 / by
+  int32_t shift = 31;
+
+  Divisor() = default;
+  __host__ __device__ constexpr explicit Divisor(uint32_t by_) : by(by_) {
+    while ((uint64_t{1} << (shift - 31)) < by) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + by - 1) / by);
+  }
+
+  __host__ __device__ constexpr int quotient(int n) const {
+    return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier) >> shift);
+  }
+};
+
+}  // namespace kfo::cuda
