@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from kfo_ext.ops.library import CUDA_LIBRARY
 ELEMENTS = {"f": "float32", "d": "float64"}
 # Static shared memory; the kernels' dynamic shared memory is in the table of launches.
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# Address, name and operands.
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*)", re.MULTILINE)
+_MULTIPLY_ADDS = ("FFMA", "DFMA")
 
 
 class Row(NamedTuple):
@@ -36,6 +39,9 @@ class Row(NamedTuple):
     commits: int  # of the copies, without which no wait waits for them
     stores_16_byte: int  # to global memory
     loads_16_byte: int  # from global memory to registers
+    shared_loads_16_byte: int
+    loop: int  # instructions of the innermost loop that has the most multiply-adds
+    loop_multiply_adds: int
 
 
 def spills(row: dict[str, object]) -> bool:
@@ -69,9 +75,9 @@ def rows(library: Path = CUDA_LIBRARY) -> list[Row]:
     def dump(option: str) -> dict[str, str]:
         # One text per architecture: a library may hold several objects for each.
         text = subprocess.run([program, option, library], capture_output=True, text=True, check=True).stdout
-        by_arch = defaultdict(str)
+        by_arch: defaultdict[str, str] = defaultdict(str)
         for part in text.split("Fatbin elf code:")[1:]:
-            by_arch[re.search(r"arch = (sm_\d+)", part)[1]] += part
+            by_arch[_found(r"arch = (sm_\d+)", part)[1]] += part
         return by_arch
 
     code = {
@@ -86,9 +92,16 @@ def rows(library: Path = CUDA_LIBRARY) -> list[Row]:
     )
 
 
+def _found(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    assert found, f"nothing like {pattern} in {text[:200]}"
+    return found
+
+
 def _row(arch: str, function: str, registers: int, stack: int, body: str) -> Row:
-    kernel, element = re.search(r"([a-z_]+_kernel)I([fd])E", function).groups()
-    names = _INSTRUCTION.findall(body)
+    kernel, element = _found(r"([a-z_]+_kernel)I([fd])E", function).groups()
+    instructions = _INSTRUCTION.findall(body)
+    names = [name for _, name, _ in instructions]
 
     def count(start: str, *parts: str) -> int:
         return sum(name.startswith(start) and all(part in name for part in parts) for name in names)
@@ -96,5 +109,26 @@ def _row(arch: str, function: str, registers: int, stack: int, body: str) -> Row
     return Row(
         kernel, ELEMENTS[element], arch, registers, stack, count("STL") + count("LDL"), len(names),
         count("LDGSTS"), count("LDGSTS", "128"), count("LDGDEPBAR"), count("STG", "128"),
-        count("LDG.", "128"),
+        count("LDG.", "128"), count("LDS", "128"), *_inner_loop(instructions),
     )  # fmt: skip
+
+
+def _inner_loop(instructions: Sequence[tuple[str, str, str]]) -> tuple[int, int]:
+    """Instructions, and multiply-adds among them, of the innermost loop with the most of these; zeros if none has any.
+
+    A loop is what lies between a branch and an earlier instruction that it goes back to.
+    """
+    place = {int(address, 16): i for i, (address, _, _) in enumerate(instructions)}
+    loops = []
+    for i, (_, name, operands) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        start = place.get(int(target[1], 16), i + 1) if target else i + 1
+        if start < i:
+            loops.append((start, i + 1))
+    innermost = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] for b in loops if b != a)]
+    counted = [
+        (sum(name.startswith(_MULTIPLY_ADDS) for _, name, _ in instructions[start:end]), end - start)
+        for start, end in innermost
+    ]
+    multiply_adds, length = max(counted, default=(0, 0))
+    return (length, multiply_adds) if multiply_adds else (0, 0)

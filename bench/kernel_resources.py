@@ -20,6 +20,14 @@ from kfo_ext.testing import model_case
 TASKS = 16
 GROUPS = {"omniglot_cnn2": model_case(2), "omniglot_cnn4": model_case(4), "head_5x1600": [(1, 5, 1600)]}
 ORDERS = ("forward", "backward", "double_backward")
+# Images, height, width, in and out channels, kernel height and width, stride, padding of a task's convolution.
+CONVOLUTIONS = {
+    "omniglot, first layer": (25, 28, 28, 1, 32, 3, 3, 2, 1),
+    "omniglot, second layer": (25, 14, 14, 32, 32, 3, 3, 2, 1),
+    "cifar_fs, first layer": (25, 32, 32, 3, 32, 3, 3, 1, 1),
+    "cifar_fs, second layer": (25, 32, 32, 32, 32, 3, 3, 1, 1),
+}
+OPERATORS = ("conv2d", "conv2d_input", "conv2d_weight")
 
 
 class Gpu(NamedTuple):
@@ -34,6 +42,12 @@ class Gpu(NamedTuple):
     flops_per_us: float = 67e6  # float32, no tensor cores
     empty_launch_us: float = 2.0  # in a graph
     share_of_flops: float = 0.4  # 4 x 4 tiles: 8 reads of shared memory for 16 multiply-adds, at most half of the peak
+    share_of_convolutions: float = 0.5  # 8 x 4 tiles: 12 reads of 16 bytes for 128 multiply-adds
+
+    def resident(self, registers: int, shared_bytes: int) -> int:
+        """Blocks of a kernel on one multiprocessor at once."""
+        by_registers = self.registers // (registers * _plan.cuda_threads)
+        return min(by_registers, self.shared_bytes // (shared_bytes + 1024), 2048 // _plan.cuda_threads)
 
 
 def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
@@ -54,8 +68,7 @@ def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
             moved = _plan.bytes(flat, TASKS, number, factor_rows=TASKS, element_size=4)
             flops = _plan.flops(flat, TASKS, number)
             kernel, blocks, shared_bytes = launches[0]
-            by_registers = gpu.registers // (registers[kernel] * _plan.cuda_threads)
-            resident = min(by_registers, gpu.shared_bytes // (shared_bytes + 1024), 2048 // _plan.cuda_threads)
+            resident = gpu.resident(registers[kernel], shared_bytes)
             work = max(moved / gpu.bytes_per_us, flops / (gpu.share_of_flops * gpu.flops_per_us))
             out.append(
                 {
@@ -76,8 +89,41 @@ def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
     return out
 
 
+def convolution_estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
+    """The same for the convolutions of two networks, of which the images of the first layer get no gradient."""
+    out = []
+    for name, sizes in CONVOLUTIONS.items():
+        images, height, width, channels, out_channels, *kernel, stride, padding = sizes
+        rows, columns = ((n + 2 * padding - k) // stride + 1 for n, k in zip((height, width), kernel))
+        taps = kernel[0] * kernel[1]
+        flops = 2 * TASKS * images * rows * columns * out_channels * channels * taps
+        elements = images * (height * width * channels + rows * columns * out_channels) + channels * out_channels * taps
+        for operator, launches in zip(OPERATORS, _plan.cuda_conv2d_launches(sizes, TASKS, element_size=4)):
+            if operator == "conv2d_input" and "first" in name:
+                continue
+            kernel_name, blocks, shared_bytes = launches[0]
+            moved = 4 * TASKS * elements
+            work = max(moved / gpu.bytes_per_us, flops / (gpu.share_of_convolutions * gpu.flops_per_us))
+            resident = gpu.resident(registers[kernel_name], shared_bytes)
+            out.append(
+                {
+                    "layer": name,
+                    "operator": operator,
+                    "launches": len(launches),
+                    "blocks": blocks,
+                    "shared_bytes": shared_bytes,
+                    "resident_blocks": resident,
+                    "waves": round(blocks / (gpu.multiprocessors * resident), 2),
+                    "MB": round(moved / 1e6, 2),
+                    "MFLOP": round(flops / 1e6, 1),
+                    "estimate_us": round(gpu.empty_launch_us * len(launches) + work, 1),
+                }
+            )
+    return out
+
+
 def markdown(result: dict) -> str:
-    """The result as three tables."""
+    """The result as tables."""
 
     def table(rows: list[dict]) -> str:
         names = list(rows[0])
@@ -97,6 +143,9 @@ def markdown(result: dict) -> str:
             f"{result['gpu']['bytes_per_us'] / 1e6} TB/s and FLOPs at {result['gpu']['share_of_flops']:.0%} of "
             f"{result['gpu']['flops_per_us'] / 1e6:.0f} TFLOP/s.",
             table(result["estimates"]),
+            "The convolutions of a network's layers, by the same rules, but with FLOPs at "
+            f"{result['gpu']['share_of_convolutions']:.0%} of the peak. **Not measured** either.",
+            table(result["convolution_estimates"]),
             "## Triton\n\nCompiled ahead of time.",
             table(result["triton"]),
         ]
@@ -117,6 +166,7 @@ def main() -> None:
         "gpu": gpu._asdict(),
         "cuda": [row._asdict() for row in cuda],
         "estimates": estimates(registers, gpu),
+        "convolution_estimates": convolution_estimates(registers, gpu),
         "triton": [row._asdict() for row in triton_resources.rows()],
     }
     write_result(options.out, result, lambda result: markdown(result) + "\n")

@@ -3,12 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "build_info.h"
 #include "cpu/schedule.h"
+#include "cuda/conv2d.h"
 #include "cuda/schedule.h"
 #include "plan.h"
 
@@ -63,11 +66,14 @@ py::list chunks(const Shapes& shapes, int64_t tasks, int order, bool shared_R, b
   return out;
 }
 
+void check_element_size(int64_t size) {
+  if (size != 4 && size != 8) throw std::invalid_argument("element_size: expected 4 or 8, got " + std::to_string(size));
+}
+
 kfo::cuda::Schedule cuda_schedule(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R,
                                   bool shared_L) {
   check_tasks(tasks);
-  if (element_size != 4 && element_size != 8)
-    throw std::invalid_argument("element_size: expected 4 or 8, got " + std::to_string(element_size));
+  check_element_size(element_size);
   kfo::cuda::Request request{order_of(order), tasks, element_size};
   if (request.order != kfo::Order::forward) {
     request.dR_rows = shared_R ? 1 : tasks;
@@ -99,6 +105,37 @@ py::list cuda_launches(const Shapes& shapes, int64_t tasks, int order, int64_t e
 int64_t cuda_scratch(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R,
                      bool shared_L) {
   return cuda_schedule(shapes, tasks, order, element_size, shared_R, shared_L).scratch * element_size;
+}
+
+using Launches = std::vector<std::tuple<std::string, int64_t, int64_t>>;
+
+template <class T>
+std::array<Launches, 3> conv2d_launches(const kfo::Conv2dShape& s, int64_t tasks) {
+  using kfo::cuda::ConvLaunch;
+  std::array<Launches, 3> out;
+  for (const bool input : {false, true}) {
+    kfo::cuda::GatherArguments<T> args{};
+    const ConvLaunch launch = kfo::cuda::cut_gather(args, s, tasks, input);
+    out[input] = {{"convolution_kernel", launch.blocks, launch.shared_bytes}};
+  }
+  kfo::cuda::WeightArguments<T> args{};
+  const ConvLaunch launch = kfo::cuda::cut_weight(args, s, tasks);
+  out[2] = {{"convolution_weight_kernel", launch.blocks, launch.shared_bytes},
+            {"convolution_weight_sum_kernel", kfo::cuda::weight_sum_blocks(args, tasks),
+             kfo::cuda::weight_sum_shared_bytes<T>()}};
+  return out;
+}
+
+std::array<Launches, 3> cuda_conv2d_launches(const std::array<int64_t, 9>& sizes, int64_t tasks, int64_t element_size) {
+  check_tasks(tasks);
+  check_element_size(element_size);
+  const auto [N, H, W, C, O, KH, KW, stride, padding] = sizes;
+  for (const int64_t size : {H, W, C, O, KH, KW, stride})
+    if (size < 1) throw std::invalid_argument("sizes: expected at least 1, got " + std::to_string(size));
+  if (N < 0 || padding < 0 || H + 2 * padding < KH || W + 2 * padding < KW)
+    throw std::invalid_argument("sizes: expected padded images at least as large as the kernel");
+  const kfo::Conv2dShape shape{N, H, W, C, O, KH, KW, stride, padding};
+  return element_size == 4 ? conv2d_launches<float>(shape, tasks) : conv2d_launches<double>(shape, tasks);
 }
 
 double flops(const Shapes& shapes, int64_t tasks, int order) {
@@ -139,6 +176,11 @@ PYBIND11_MODULE(_plan, m) {
   m.def("cuda_scratch", &cuda_scratch, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("element_size"),
         py::arg("shared_R") = false, py::arg("shared_L") = false,
         "Bytes of scratch memory of the same launches: partial sums and large intermediates.");
+  m.def("cuda_conv2d_launches", &cuda_conv2d_launches, py::arg("sizes"), py::arg("tasks"), py::arg("element_size"),
+        "The CUDA library's launches (kernel, thread blocks, bytes of shared memory of each) for conv2d, conv2d_input "
+        "and\n"
+        "conv2d_weight; sizes: images, height, width, in channels, out channels, kernel height and width, stride, "
+        "padding.");
   m.attr("cuda_threads") = kfo::cuda::kThreads;
   m.def("flops", &flops, py::arg("shapes"), py::arg("tasks"), py::arg("order"),
         "Operations of one call with every output wanted, 2 per multiply-add.");

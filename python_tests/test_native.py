@@ -15,6 +15,7 @@ import torch
 from deadlines import seconds
 
 from kfo_ext.ops import library
+from kfo_ext.ops.conv2d.op import OPERATOR as CONVOLUTION
 
 PACKAGE = Path(importlib.util.find_spec("kfo_ext").submodule_search_locations[0])
 
@@ -48,12 +49,27 @@ def test_the_cuda_library_loads_under_a_cuda_torch_and_is_refused_under_another(
     if not library.CUDA_LIBRARY.exists():
         pytest.skip("the CUDA library is not built: no nvcc")
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    for op in ("transform", "transform_backward", "transform_double_backward"):
+    for op in (
+        "transform",
+        "transform_backward",
+        "transform_double_backward",
+        "conv2d",
+        "conv2d_input",
+        "conv2d_weight",
+    ):
         assert registered(f"kfo_ext::{op}", "CUDA") == (torch.version.cuda is not None)
     if torch.version.cuda is None:
         assert (loaded, reason) == (False, f"torch {torch.__version__} is a CPU build")
     else:
         assert loaded, reason
+
+
+def test_auto_leaves_kernels_that_run_by_name_only(monkeypatch):
+    monkeypatch.setattr(library, "available", lambda device: True)
+    cuda = torch.device("cuda")
+    assert CONVOLUTION.resolve("native", cuda) == "native"
+    assert CONVOLUTION.resolve("auto", cuda) != "native"
+    assert CONVOLUTION.resolve("auto", torch.device("cpu")) == "native"
 
 
 def test_a_second_copy_is_refused_with_both_paths(copy):
@@ -144,6 +160,7 @@ def test_the_function_is_there_after_an_import_of_its_room():
 import kfo_ext
 assert "torch" not in sys.modules
 from kfo_ext.ops import library
+from kfo_ext.ops.conv2d.op import OPERATOR as CONVOLUTION
 import kfo_ext.updates
 import torch
 problems = kfo_ext.Problems([(1, 1, 1)])

@@ -16,16 +16,28 @@ BATCH_NORM_ORDERS = ("batch_norm_forward_kernel", "batch_norm_backward_kernel", 
 BATCH_NORM_SUMS = (
     "batch_norm_statistics_kernel", "batch_norm_backward_sums_kernel", "batch_norm_double_backward_sums_kernel",
 )  # fmt: skip
+# Of conv2d and conv2d_input; of conv2d_weight, whose sums over splits are a launch of their own.
+CONVOLUTIONS = ("convolution_kernel", "convolution_weight_kernel")
 # Registers of a thread: with 128 four blocks of 128 threads fit on a multiprocessor, with 255 two.
 REGISTERS = {
     **dict.fromkeys(ORDER_KERNELS, 128),
-    **dict.fromkeys(BATCH_NORM_ORDERS + BATCH_NORM_SUMS, 128),
+    **dict.fromkeys(BATCH_NORM_ORDERS + BATCH_NORM_SUMS + CONVOLUTIONS, 128),
     "sum_kernel": 40,
     "batch_norm_task_sum_kernel": 40,
+    "convolution_weight_sum_kernel": 40,
     "tiled_kernel": 255,
 }
-REGISTERS_OF = {("double_backward_kernel", "sm_80"): 255}
+REGISTERS_OF = {("double_backward_kernel", "sm_80"): 255, **{(kernel, "float64"): 255 for kernel in CONVOLUTIONS}}
 SHARED_BYTES = 96 * 1024
+# Images, height, width, in and out channels, kernel height and width, stride, padding.
+CONVOLUTION_CASES = {
+    "omniglot_first": (25, 28, 28, 1, 32, 3, 3, 2, 1),
+    "omniglot": (25, 14, 14, 32, 32, 3, 3, 2, 1),
+    "cifar": (25, 32, 32, 32, 32, 3, 3, 1, 1),
+    "most_weights_in_shared_memory": (500, 32, 32, 14, 32, 6, 6, 1, 1),
+    "wide": (25, 32, 32, 512, 512, 3, 3, 1, 1),
+    "one_pixel": (1, 1, 1, 1, 1, 1, 1, 1, 0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +60,13 @@ def test_every_kernel_is_there_for_every_architecture(rows):
 def test_no_kernel_spills_or_exceeds_its_registers(rows):
     for row in rows:
         assert not cuda_resources.spills(row._asdict()), row
-        assert row.registers <= REGISTERS_OF.get((row.kernel, row.arch), REGISTERS[row.kernel]), row
+        exceptions = (REGISTERS_OF.get((row.kernel, kind), 0) for kind in (row.arch, row.dtype))
+        assert row.registers <= max(REGISTERS[row.kernel], *exceptions), row
 
 
 def test_asynchronous_copies_are_committed(rows):
     for row in rows:
-        assert bool(row.copies) == bool(row.commits) == (row.kernel in ORDER_KERNELS), row
+        assert bool(row.copies) == bool(row.commits) == (row.kernel in ORDER_KERNELS + CONVOLUTIONS), row
 
 
 def test_the_orders_move_16_bytes_at_a_time(rows):
@@ -64,6 +77,27 @@ def test_the_orders_move_16_bytes_at_a_time(rows):
             assert row.loads_16_byte and row.stores_16_byte, row
         if row.kernel in BATCH_NORM_SUMS:
             assert row.loads_16_byte, row
+
+
+def test_convolutions_multiply_in_their_inner_loop(rows):
+    for row in rows:
+        if row.kernel in CONVOLUTIONS:
+            assert row.copies_16_byte and row.stores_16_byte and row.shared_loads_16_byte, row
+            # The rest are 16-byte loads of operands from shared memory, and the loop itself.
+            assert row.loop_multiply_adds >= 128, row
+            assert row.loop_multiply_adds >= 0.75 * row.loop, row
+
+
+@pytest.mark.parametrize("case", CONVOLUTION_CASES)
+@pytest.mark.parametrize("element_size", [4, 8])
+def test_no_convolution_asks_for_more_shared_memory_than_every_gpu_has(case, element_size):
+    launches = _plan.cuda_conv2d_launches(CONVOLUTION_CASES[case], 16, element_size)
+    assert [[kernel for kernel, _, _ in order] for order in launches] == [
+        ["convolution_kernel"], ["convolution_kernel"], ["convolution_weight_kernel", "convolution_weight_sum_kernel"],
+    ]  # fmt: skip
+    for _, blocks, shared_bytes in (launch for order in launches for launch in order):
+        assert 0 < blocks < 2**31
+        assert 0 < shared_bytes <= SHARED_BYTES
 
 
 @pytest.mark.parametrize("layers", [2, 4])
@@ -97,6 +131,10 @@ def test_scratch_memory_stays_below_operands_and_outputs(case, tasks, order):
 
 
 def test_bad_arguments_name_themselves():
+    with pytest.raises(ValueError, match="at least as large as the kernel"):
+        _plan.cuda_conv2d_launches((1, 2, 2, 1, 1, 3, 3, 1, 0), 1, 4)
+    with pytest.raises(ValueError, match="at most 2147483392 pixels of x for each task"):
+        _plan.cuda_conv2d_launches((2**21, 32, 32, 1, 1, 3, 3, 1, 0), 1, 4)
     with pytest.raises(ValueError, match="element_size: expected 4 or 8, got 2"):
         _plan.cuda_launches([1, 1, 1], 1, 1, 2)
     with pytest.raises(ValueError, match="tasks: expected at least 0, got -1"):

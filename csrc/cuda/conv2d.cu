@@ -77,8 +77,8 @@ Tensor conv2d_weight_cuda(const Tensor& x, const Tensor& dy, const std::vector<i
     args.partials = static_cast<T*>(scratch.mutable_data_ptr());
     args.x_vectors = fits_vectors(args.x, s.C), args.dy_vectors = fits_vectors(args.dy, s.O);
     launcher.launch<convolution_weight_kernel<T>>(launch.blocks, launch.shared_bytes, args);
-    launcher.launch<convolution_weight_sum_kernel<T>>(weight_sum_blocks(args, tasks),
-                                                      kConvColumns * (kConvColumns + 1) * sizeof(T), args);
+    launcher.launch<convolution_weight_sum_kernel<T>>(weight_sum_blocks(args, tasks), weight_sum_shared_bytes<T>(),
+                                                      args);
   });
   return dweight;
 }

@@ -192,4 +192,9 @@ int64_t weight_sum_blocks(const WeightArguments<T>& args, int64_t tasks) {
   return checked_blocks(tasks, ceil_div<int64_t>(rows, kConvColumns), args.column_tiles);
 }
 
+template <typename T>
+constexpr int64_t weight_sum_shared_bytes() {
+  return kConvColumns * (kConvColumns + 1) * static_cast<int64_t>(sizeof(T));
+}
+
 }  // namespace kfo::cuda

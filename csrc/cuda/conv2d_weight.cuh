@@ -113,7 +113,7 @@ class WeightBlock {
   }
 
   __device__ __forceinline__ static void multiply(T (&sum)[kConvRows][kThreadColumns], int slab, const ConvLane& lane) {
-#pragma unroll 8
+#pragma unroll(kDepth / 2)
     for (int k = 0; k < kDepth; ++k) {
       T x[2][4], y[kThreadColumns];
       read(y, dy_slab(slab) + k * kConvColumns + lane.column);

@@ -24,22 +24,30 @@ class Operator:
         operands: the operands' names, in the order of `run`'s; the first determines dtype and device.
         families: the registered overloads by backend: native, triton, grouped; None if they could not be loaded.
         devices: the types of device with compiled kernels.
+        by_name: those of them where only backend="native" takes the compiled kernels, and "auto" does not.
     """
 
-    def __init__(self, operands: tuple[str, ...], families: Mapping[str, Any], devices: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        operands: tuple[str, ...],
+        families: Mapping[str, Any],
+        devices: tuple[str, ...],
+        by_name: tuple[str, ...] = (),
+    ) -> None:
         self.operands = operands
         self.families = families
         self.devices = devices
+        self.by_name = by_name
         self.backends = ("auto", *families, "reference")
 
     def resolve(self, backend: str, device: torch.device) -> str:
         """Return the implementation of a backend on a device.
 
-        "auto" means native if its kernels are loaded; else, on CUDA, triton if the operator has it and it is installed;
-        else grouped if the operator has it, which runs anywhere; else reference. On CUDA, the last step warns for an
-        operator with Triton kernels, with both reasons; on the CPU, importing kfo_ext has warned. On the CPU it never
-        means triton, whose interpreter is for tests. A CUDA library that is loaded but does not run there is reported
-        once for each device.
+        "auto" means native if its kernels are loaded and not there by name only; else, on CUDA, triton if the operator
+        has it and it is installed; else grouped if the operator has it, which runs anywhere; else reference. On CUDA,
+        the last step warns for an operator with Triton kernels, with both reasons; on the CPU, importing kfo_ext has
+        warned. On the CPU it never means triton, whose interpreter is for tests. A CUDA library that is loaded but does
+        not run there is reported once for each device.
 
         Args:
             backend: "auto", "native", "triton", "grouped" or "reference".
@@ -56,9 +64,9 @@ class Operator:
             raise ValueError(f"backend: expected one of {', '.join(self.backends)}, got {backend!r}")
         native = device.type in self.devices and library.available(device)
         if backend == "auto":
-            if native:
+            if native and device.type not in self.by_name:
                 return "native"
-            if device.type == "cuda" and device.type in self.devices:
+            if device.type == "cuda" and device.type in self.devices and not native:
                 if "triton" in self.families and not triton_support.available(device):
                     _warn_plain_torch(device)
                 elif library.loaded("cuda"):

@@ -126,7 +126,7 @@ void run_case(const Case& c) {
   args.x_vectors = x.vectors(s.C), args.dy_vectors = dy.vectors(s.O);
   kfo::emulation::launch(convolution_weight_kernel<T>, launch.blocks, kThreads, launch.shared_bytes, args);
   kfo::emulation::launch(convolution_weight_sum_kernel<T>, weight_sum_blocks(args, c.tasks), kThreads,
-                         kConvColumns * (kConvColumns + 1) * static_cast<int64_t>(sizeof(T)), args);
+                         weight_sum_shared_bytes<T>(), args);
   compare(out.values(), dweight, name + "dweight", tolerance);
 }
 

@@ -14,10 +14,10 @@ from kfo_ext.ops.dispatch import Operator
 from kfo_ext.ops.operands import autocasts, check_dimensions
 from kfo_ext.ops.torch_private import without_rules
 
-# Where there are no kernels, torch's convolution serves: a grouped one, with a group of channels for each task. Its own
-# derivatives are loops over tasks from the second on; those of `GROUPED` are not.
-OPERATOR = Operator(("x", "weight"), {"native": CONV, "grouped": GROUPED}, ("cpu",))
-_MOST_PADDING = 1 << 60  # csrc/cpu/conv2d.cpp: padded sizes stay within 64 bits
+# Without kernels, torch's convolution serves: a grouped one, with a group of channels for each task. Its own derivatives
+# are loops over tasks from the second on; those of `GROUPED` are not. The CUDA kernels wait for a GPU to show which wins.
+OPERATOR = Operator(("x", "weight"), {"native": CONV, "grouped": GROUPED}, ("cpu", "cuda"), by_name=("cuda",))
+_MOST_PADDING = 1 << 60  # csrc/check_conv2d.h: padded sizes stay within 64 bits
 _MOST_OF_TORCH = (1 << 31) - 1  # some of torch's kernels cut sizes to 32 bits
 
 
@@ -82,7 +82,7 @@ def conv2d(
         stride: of both axes.
         padding: zeros on each side of both axes.
         backend: "auto" (native on the CPU and grouped elsewhere; under autocast torch's convolution), "native"
-            (compiled, CPU only), "grouped" (one of torch's convolutions for all tasks, at every order of derivative) or
+            (compiled), "grouped" (one of torch's convolutions for all tasks, at every order of derivative) or
             "reference" (plain torch); under torch.func transforms and in forward mode as `kfo_ext.transform`.
         channels_last: where torch's convolution runs, give it operands in that memory format. The compiled one always
             computes channels last.
