@@ -83,9 +83,9 @@ def test_convolutions_multiply_in_their_inner_loop(rows):
     for row in rows:
         if row.kernel in CONVOLUTIONS:
             assert row.copies_16_byte and row.stores_16_byte and row.shared_loads_16_byte, row
+        if row.kernel in CONVOLUTIONS and row.dtype == "float32":
             # The rest are 16-byte loads of operands from shared memory, and the loop itself.
-            assert row.loop_multiply_adds >= 128, row
-            assert row.loop_multiply_adds >= 0.75 * row.loop, row
+            assert row.loop_multiply_adds >= max(128, 0.75 * row.loop), row
 
 
 @pytest.mark.parametrize("case", CONVOLUTION_CASES)
