@@ -114,9 +114,10 @@ def _row(arch: str, function: str, registers: int, stack: int, body: str) -> Row
 
 
 def _inner_loop(instructions: Sequence[tuple[str, str, str]]) -> tuple[int, int]:
-    """Instructions, and multiply-adds among them, of the innermost loop with the most of these; zeros if none has any.
+    """Find the innermost loop with the most multiply-adds; a loop lies between a branch and its earlier target.
 
-    A loop is what lies between a branch and an earlier instruction that it goes back to.
+    Returns:
+        Its instructions, and the multiply-adds among them; zeros if no loop has any.
     """
     place = {int(address, 16): i for i, (address, _, _) in enumerate(instructions)}
     loops = []

@@ -12,9 +12,13 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def versions(library: Path) -> tuple[int, int]:
-    """The latest version of CUDA that the driver supports, and that of the library, as 13000 for 13.0.
+    """Read versions of CUDA without initialising the driver.
 
-    The driver is not initialised; its version is 0 where there is none.
+    Args:
+        library: the CUDA library of kfo_ext.
+
+    Returns:
+        The latest version that the driver supports, 0 without a driver, and that of the library; 13000 is 13.0.
     """
     driver, runtime = ctypes.c_int(), ctypes.c_int()
     ctypes.CDLL(str(library)).kfo_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
@@ -28,10 +32,15 @@ def generations() -> set[int]:
 
 
 def problem(library: Path, index: int | None) -> str:
-    """Why the library does not run, or "".
+    """Check driver and device.
 
-    index: of the device; None asks the driver alone, whose version may still be too old for a device of a generation
-        that the library has no machine code for.
+    Args:
+        library: the CUDA library of kfo_ext.
+        index: of the device; None checks the driver alone, whose version may still be too old for a device of a
+            generation that the library has no machine code for.
+
+    Returns:
+        Why the library does not run, or "".
     """
     driver, runtime = versions(library)
     if not driver:
