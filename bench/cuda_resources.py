@@ -23,6 +23,8 @@ _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*)", re.MULTILINE)
 _MULTIPLY_ADDS = ("FFMA", "DFMA")
 
+_OPERANDS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+
 
 class Row(NamedTuple):
     """One kernel for one architecture: registers per thread, bytes of stack, and instructions counted in its code."""
@@ -42,6 +44,7 @@ class Row(NamedTuple):
     shared_loads_16_byte: int
     loop: int  # instructions of the innermost loop that has the most multiply-adds
     loop_multiply_adds: int
+    loads_together: int  # those of them of which four are issued before any is used
 
 
 def spills(row: dict[str, object]) -> bool:
@@ -110,6 +113,7 @@ def _row(arch: str, function: str, registers: int, stack: int, body: str) -> Row
         kernel, ELEMENTS[element], arch, registers, stack, count("STL") + count("LDL"), len(names),
         count("LDGSTS"), count("LDGSTS", "128"), count("LDGDEPBAR"), count("STG", "128"),
         count("LDG.", "128"), count("LDS", "128"), *_inner_loop(instructions),
+        sum(size for size in load_groups(body) if size >= 4),
     )  # fmt: skip
 
 
@@ -133,3 +137,17 @@ def _inner_loop(instructions: Sequence[tuple[str, str, str]]) -> tuple[int, int]
     ]
     multiply_adds, length = max(counted, default=(0, 0))
     return (length, multiply_adds) if multiply_adds else (0, 0)
+
+
+def load_groups(body: str) -> list[int]:
+    """How many 16-byte loads from global memory are issued before one's result is read, group by group."""
+    groups: list[list[set[int]]] = [[]]
+    for name, operands in _OPERANDS.findall(body):
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+        # A store has no result; of others the first register is.
+        read = registers if name.startswith("ST") else registers[1:]
+        if any(number in result for number in read for result in groups[-1]):
+            groups.append([])
+        if name.startswith("LDG.") and "128" in name and registers:
+            groups[-1].append(set(range(registers[0], registers[0] + 4)))
+    return [len(group) for group in groups if group]

@@ -100,6 +100,31 @@ def test_no_convolution_asks_for_more_shared_memory_than_every_gpu_has(case, ele
         assert 0 < shared_bytes <= SHARED_BYTES
 
 
+def test_batch_norm_loads_the_next_rows_before_it_uses_these(rows):
+    """The first rows and, in the loop, the next: four loads each of one or two operands, six of three."""
+    together = {"statistics": 16, "forward": 8, "backward": 8, "backward_sums": 8}
+    for row in rows:
+        if row.kernel in BATCH_NORM_ORDERS + BATCH_NORM_SUMS:
+            name = row.kernel.removeprefix("batch_norm_").removesuffix("_kernel")
+            # With ddx and without.
+            assert row.loads_together >= together.get(name, 20), row
+
+
+def test_loads_end_a_group_where_one_of_them_is_read():
+    code = [
+        "LDG.E.128 R4, desc[UR4][R2.64]",
+        "@P0 LDG.E.128 R8, desc[UR4][R2.64+0x10]",
+        "IADD3 R5, R2, R3, RZ",  # overwrites, reads neither
+        "FADD R12, R1, R11",
+        "LDG.E.128 R4, desc[UR4][R2.64]",
+        "LDG.E R20, desc[UR4][R2.64]",
+        "STG.E.128 desc[UR4][R2.64], R4",
+        "LDG.E.128 R8, desc[UR4][R2.64]",
+    ]
+    body = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;  /* 0x0 */" for i, line in enumerate(code))
+    assert cuda_resources.load_groups(body) == [2, 1, 1]
+
+
 @pytest.mark.parametrize("layers", [2, 4])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_a_network_takes_one_launch_and_one_for_the_sums(layers, order):

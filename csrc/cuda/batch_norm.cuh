@@ -1,152 +1,16 @@
 // The three orders of batch norm + ReLU by batch statistics: see batch_norm.h for the launches, ../batch_norm.h for the
-// formulas. Sums over rows are in T, by thread, then thread by thread of a block, then chunk by chunk: a tree of fixed
-// order. The variance is that of each chunk about its own mean, merged with the chunks' means, so it holds for means
-// far from zero.
+// formulas. Sums over rows are in T, by thread, then thread by thread of a block, then chunk by chunk in slices, then
+// slice by slice: a tree of fixed order. The variance is that of each chunk about its own mean, merged with the chunks'
+// means, so it holds for means far from zero.
 #pragma once
 
 #include "../batch_norm.h"
-#include "batch_norm.h"
-#include "staging.cuh"
+#include "batch_norm_block.cuh"
 
 namespace kfo::cuda {
 
-template <typename T>
-class BatchNormBlock {
- public:
-  static constexpr int kWidth = Vector<T>::kWidth, kGroup = group_channels<T>();
-  using Values = Vector<T>;  // of this thread's channels
-
-  __device__ __forceinline__ explicit BatchNormBlock(const BatchNormArguments<T>& args) : args_(args) {
-    chunk_ = static_cast<int>(blockIdx.x % args.launched);
-    tile_ = static_cast<int64_t>(blockIdx.x) / args.launched;
-    task_ = tile_ / args.groups;
-    column_ = static_cast<int>(threadIdx.x) % kBatchNormColumns;
-    lane_ = static_cast<int>(threadIdx.x) / kBatchNormColumns;
-    group_ = tile_ % args.groups * kGroup;
-    first_ = group_ + column_ * kWidth;
-    const int64_t left = args.channels - first_;
-    count_ = left < 0 ? 0 : left < kWidth ? static_cast<int>(left) : kWidth;
-    begin_ = chunk_ * args.chunk_rows;
-    const int64_t end = begin_ + args.chunk_rows;
-    end_ = end < args.rows ? end : args.rows;
-  }
-
-  __device__ __forceinline__ int chunk() const { return chunk_; }
-  __device__ __forceinline__ int64_t rows_of(int chunk) const {
-    const int64_t begin = chunk * args_.chunk_rows, end = begin + args_.chunk_rows;
-    return (end < args_.rows ? end : args_.rows) - begin;
-  }
-
-  // f(offset of this thread's channels) for the rows of the chunk that are this thread's.
-  template <typename F>
-  __device__ __forceinline__ void for_rows(F f) const {
-    if (count_ == 0) return;
-#pragma unroll 2
-    for (int64_t row = begin_ + lane_; row < end_; row += kBatchNormLanes)
-      f((task_ * args_.rows + row) * args_.channels + first_);
-  }
-
-  __device__ __forceinline__ Values load(const T* data, int64_t at) const {
-    if (args_.vectors) return *reinterpret_cast<const Values*>(data + at);
-    Values out{};
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      if (i < count_) out.at[i] = data[at + i];
-    return out;
-  }
-  __device__ __forceinline__ void store(T* data, int64_t at, const Values& values) const {
-    if (args_.vectors) {
-      store_vector(data + at, values);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      if (i < count_) data[at + i] = values.at[i];
-  }
-
-  // This thread's channels of a row of the task, of a parameter or a statistic.
-  __device__ __forceinline__ Values channels_of(const T* data, int64_t stride) const {
-    Values out{};
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      if (i < count_) out.at[i] = data[task_ * stride + first_ + i];
-    return out;
-  }
-
-  // take(sum, channel of the group, total) by one thread for each sum over the block's rows. Before shared memory is
-  // used again the caller waits.
-  template <int S, typename Take>
-  __device__ __forceinline__ void reduce(const T (&sums)[S][kWidth], Take take) const {
-    T* shared = shared_array<T>();
-#pragma unroll
-    for (int s = 0; s < S; ++s)
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i)
-        shared[(s * kBatchNormLanes + lane_) * kGroup + column_ * kWidth + i] = sums[s][i];
-    __syncthreads();
-    for (int e = threadIdx.x; e < S * kGroup; e += kThreads) {
-      const int s = e / kGroup, channel = e % kGroup;
-      T total = 0;
-#pragma unroll
-      for (int lane = 0; lane < kBatchNormLanes; ++lane)
-        total += shared[(s * kBatchNormLanes + lane) * kGroup + channel];
-      take(s, channel, total);
-    }
-  }
-
-  // The block's sums, to the scratch memory.
-  template <int S>
-  __device__ __forceinline__ void write_partials(const T (&sums)[S][kWidth]) const {
-    T* out = args_.partials + (tile_ * args_.chunks + chunk_) * (S * kGroup);
-    reduce<S>(sums, [&](int s, int channel, T total) { out[s * kGroup + channel] = total; });
-  }
-
-  // Of S sums, the one of a chunk and channel.
-  template <int S>
-  __device__ __forceinline__ T partial(int chunk, int s, int channel) const {
-    return args_.partials[((tile_ * args_.chunks + chunk) * S + s) * kGroup + channel];
-  }
-
-  // Adds the chunks' sums, in order, to shared memory; complete on return.
-  template <int S>
-  __device__ __forceinline__ void merge() const {
-    for (int e = threadIdx.x; e < S * kGroup; e += kThreads) {
-      T total = 0;
-#pragma unroll 8
-      for (int chunk = 0; chunk < args_.chunks; ++chunk) total += partial<S>(chunk, e / kGroup, e % kGroup);
-      shared_array<T>()[e] = total;
-    }
-    __syncthreads();
-  }
-
-  // finish(channel of the group, offset of the channel in a (tasks, channels) array, and in a row) by one thread each.
-  template <typename Finish>
-  __device__ __forceinline__ void for_channels(Finish finish) const {
-    const int channel = static_cast<int>(threadIdx.x);
-    if (channel < kGroup && group_ + channel < args_.channels)
-      finish(channel, task_ * args_.channels + group_ + channel, group_ + channel);
-  }
-
-  // Number `index` of those kept in shared memory for each channel.
-  __device__ __forceinline__ static T& kept(int index, int channel) {
-    return shared_array<T>()[index * kGroup + channel];
-  }
-  __device__ __forceinline__ Values kept(int index) const {
-    Values out;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) out.at[i] = kept(index, column_ * kWidth + i);
-    return out;
-  }
-
-  __device__ __forceinline__ T parameter(const T* data, int64_t stride, int64_t channel) const {
-    return data ? data[task_ * stride + channel] : T(0);
-  }
-
- private:
-  const BatchNormArguments<T>& args_;
-  int chunk_, column_, lane_, count_;
-  int64_t tile_, task_, group_, first_, begin_, end_;
-};
+// Blocks that are to fit on one multiprocessor. Untold, the compiler keeps to fewer registers, and spills some.
+constexpr int kResident = 4;
 
 // d = x - mean and g = [z > 0] dy of this thread's channels, by the same operations in every order.
 template <typename T>
@@ -178,27 +42,25 @@ class Normalised {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_statistics_kernel(const __grid_constant__ BatchNormArguments<T> args) {
   const BatchNormBlock<T> block(args);
   constexpr int kWidth = BatchNormBlock<T>::kWidth;
   const T n = static_cast<T>(block.rows_of(block.chunk()));
   T sums[1][kWidth] = {};
-  block.for_rows([&](int64_t at) {
-    const Vector<T> x = block.load(args.x, at);
+  block.for_rows({args.x}, [&](const Vector<T>(&row)[1], int64_t) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sums[0][i] += x.at[i];
+    for (int i = 0; i < kWidth; ++i) sums[0][i] += row[0].at[i];
   });
   block.template reduce<1>(sums, [&](int, int channel, T total) { block.kept(0, channel) = total / n; });
   __syncthreads();
   const Vector<T> mean = block.kept(0);
   __syncthreads();
   T centred[2][kWidth] = {};
-  block.for_rows([&](int64_t at) {
-    const Vector<T> x = block.load(args.x, at);
+  block.for_rows({args.x}, [&](const Vector<T>(&row)[1], int64_t) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const T d = x.at[i] - mean.at[i];
+      const T d = row[0].at[i] - mean.at[i];
       centred[0][i] += d;
       centred[1][i] = fma(d, d, centred[1][i]);
     }
@@ -215,27 +77,27 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_forward_kernel(const __grid_constant__ BatchNormArguments<T> args) {
   const BatchNormBlock<T> block(args);
   constexpr int kWidth = BatchNormBlock<T>::kWidth;
+  const T N = static_cast<T>(args.rows);
+  const auto origin = [&](int channel) { return block.template partial<3>(0, 0, channel); };
+  block.sum_chunks(BatchNormBlock<T>::kGroup, [&](int chunk, int channel) {
+    const T n = static_cast<T>(block.rows_of(chunk));
+    return n * (block.template partial<3>(chunk, 0, channel) - origin(channel)) +
+           block.template partial<3>(chunk, 1, channel);
+  });
+  T shift = 0;  // of the mean from the origin, times the rows
+  block.for_channels([&](int channel, int64_t, int64_t) { shift = block.kept(0, channel); });
+  block.sum_chunks(BatchNormBlock<T>::kGroup, [&](int chunk, int channel) {
+    const T n = static_cast<T>(block.rows_of(chunk)), rest = block.template partial<3>(chunk, 1, channel) / n;
+    // From the origin, near which nothing is lost.
+    const T off = block.template partial<3>(chunk, 0, channel) - origin(channel) + rest - block.kept(0, channel) / N;
+    return block.template partial<3>(chunk, 2, channel) + n * (off * off - rest * rest);
+  });
   block.for_channels([&](int channel, int64_t at, int64_t in_row) {
-    const T origin = block.template partial<3>(0, 0, channel), N = static_cast<T>(args.rows);
-    T shift = 0, squares = 0;
-#pragma unroll 4
-    for (int chunk = 0; chunk < args.chunks; ++chunk) {
-      const T n = static_cast<T>(block.rows_of(chunk));
-      shift +=
-          n * (block.template partial<3>(chunk, 0, channel) - origin) + block.template partial<3>(chunk, 1, channel);
-    }
-    const T mean = origin + shift / N;
-#pragma unroll 4
-    for (int chunk = 0; chunk < args.chunks; ++chunk) {
-      const T n = static_cast<T>(block.rows_of(chunk)), rest = block.template partial<3>(chunk, 1, channel) / n;
-      // From the origin, near which nothing is lost.
-      const T off = block.template partial<3>(chunk, 0, channel) - origin + rest - shift / N;
-      squares += block.template partial<3>(chunk, 2, channel) + n * (off * off - rest * rest);
-    }
+    const T mean = origin(channel) + shift / N, squares = block.kept(0, channel);
     const T rstd = 1 / sqrt(squares / N + args.eps);
     block.kept(0, channel) = mean;
     block.kept(1, channel) = block.parameter(args.weight, args.weight_stride, in_row) * rstd;
@@ -247,26 +109,26 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const Normalised<T> normalised(args.relu, block.kept(0), block.kept(1),
                                  block.channels_of(args.bias, args.bias_stride));
-  block.for_rows([&](int64_t at) {
-    Vector<T> x = block.load(args.x, at);
+  block.for_rows({args.x}, [&](const Vector<T>(&row)[1], int64_t at) {
+    Vector<T> y;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const T d = normalised.d(i, x.at[i]);
-      x.at[i] = normalised.where_positive(i, d, normalised.z(i, d));
+      const T d = normalised.d(i, row[0].at[i]);
+      y.at[i] = normalised.where_positive(i, d, normalised.z(i, d));
     }
-    block.store(args.y, at, x);
+    block.store(args.y, at, y);
   });
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_backward_sums_kernel(const __grid_constant__ BatchNormArguments<T> args) {
   const BatchNormBlock<T> block(args);
   const Normalised<T> normalised(args, block);
   constexpr int kWidth = BatchNormBlock<T>::kWidth;
   T sums[2][kWidth] = {};
-  block.for_rows([&](int64_t at) {
-    const Vector<T> x = block.load(args.x, at), dy = block.load(args.dy, at);
+  block.for_rows({args.x, args.dy}, [&](const Vector<T>(&row)[2], int64_t) {
+    const Vector<T>&x = row[0], &dy = row[1];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const T d = normalised.d(i, x.at[i]), g = normalised.where_positive(i, d, dy.at[i]);
@@ -278,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_backward_kernel(const __grid_constant__ BatchNormArguments<T> args) {
   const BatchNormBlock<T> block(args);
   const Normalised<T> normalised(args, block);
@@ -300,28 +162,26 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (!args.dx) return;
   const Vector<T> of_g = block.kept(0), of_d = block.kept(1), constant = block.kept(2);
-  block.for_rows([&](int64_t at) {
-    Vector<T> x = block.load(args.x, at);
-    const Vector<T> dy = block.load(args.dy, at);
+  block.for_rows({args.x, args.dy}, [&](const Vector<T>(&row)[2], int64_t at) {
+    const Vector<T>&x = row[0], &dy = row[1];
+    Vector<T> dx;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const T d = normalised.d(i, x.at[i]), g = normalised.where_positive(i, d, dy.at[i]);
-      x.at[i] = fma(g, of_g.at[i], fma(d, of_d.at[i], constant.at[i]));
+      dx.at[i] = fma(g, of_g.at[i], fma(d, of_d.at[i], constant.at[i]));
     }
-    block.store(args.dx, at, x);
+    block.store(args.dx, at, dx);
   });
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_double_backward_sums_kernel(const __grid_constant__ BatchNormArguments<T> args) {
   const BatchNormBlock<T> block(args);
   const Normalised<T> normalised(args, block);
   constexpr int kWidth = BatchNormBlock<T>::kWidth;
   T sums[5][kWidth] = {};
-  block.for_rows([&](int64_t at) {
-    const Vector<T> x = block.load(args.x, at), dy = block.load(args.dy, at);
-    const Vector<T> u = args.ddx ? block.load(args.ddx, at) : Vector<T>{};
+  block.for_rows_with_ddx([&](const Vector<T>& x, const Vector<T>& dy, const Vector<T>& u, int64_t) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const T d = normalised.d(i, x.at[i]), g = normalised.where_positive(i, d, dy.at[i]);
@@ -336,7 +196,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_double_backward_kernel(const __grid_constant__ BatchNormArguments<T> args) {
   const BatchNormBlock<T> block(args);
   const Normalised<T> normalised(args, block);
@@ -358,9 +218,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!args.dx && !args.ddy) return;
   const Vector<T> dx_of_u = block.kept(0), dx_of_g = block.kept(1), dx_of_d = block.kept(2), dx_1 = block.kept(3);
   const Vector<T> ddy_of_u = block.kept(4), ddy_of_d = block.kept(5), ddy_1 = block.kept(6);
-  block.for_rows([&](int64_t at) {
-    const Vector<T> x = block.load(args.x, at), dy = block.load(args.dy, at);
-    const Vector<T> u = args.ddx ? block.load(args.ddx, at) : Vector<T>{};
+  block.for_rows_with_ddx([&](const Vector<T>& x, const Vector<T>& dy, const Vector<T>& u, int64_t at) {
     Vector<T> dx, ddy;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {

@@ -8,6 +8,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "../integers.h"
 #include "table.h"
@@ -48,6 +51,9 @@ int64_t cut_batch_norm(BatchNormArguments<T>& args) {
   int64_t chunks = tiles ? std::clamp<int64_t>(ceil_div(kBlocks, tiles), 1, kMostChunks) : 1;
   chunks = std::min(chunks, ceil_div(args.rows, kLeastRows));
   args.chunk_rows = ceil_div(args.rows, chunks);
+  if (tiles * ceil_div(args.rows, args.chunk_rows) > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("x: " + std::to_string(args.tasks) + " tasks of " + std::to_string(args.channels) +
+                                " channels need more thread blocks than a launch may have: make several calls");
   args.groups = static_cast<int32_t>(groups);
   args.chunks = args.launched = static_cast<int32_t>(ceil_div(args.rows, args.chunk_rows));
   return tiles * args.chunks;

@@ -19,6 +19,7 @@ struct Case {
   bool shared, relu, vectors;
   unsigned need, present;  // of dx, dweight, dbias or ddy; of ddx, ddweight, ddbias
   double mean = 0;
+  int64_t chunk_rows = 0;  // of their own; 0: those of a launch
 };
 
 // A device copy, with nothing behind its end; it starts on a 16-byte boundary, or off one.
@@ -131,8 +132,12 @@ void run_case(const Case& c) {
   args.tasks = c.tasks, args.rows = c.rows, args.channels = c.channels, args.relu = c.relu;
   args.vectors = c.vectors, args.eps = static_cast<T>(eps);
   args.weight_stride = args.bias_stride = c.shared ? 0 : c.channels;
-  const int64_t blocks = cut_batch_norm(args);
-  const int64_t tiles = c.tasks * args.groups;
+  cut_batch_norm(args);
+  if (c.chunk_rows) {
+    args.chunk_rows = c.chunk_rows;
+    args.chunks = args.launched = static_cast<int32_t>((c.rows + c.chunk_rows - 1) / c.chunk_rows);
+  }
+  const int64_t tiles = c.tasks * args.groups, blocks = tiles * args.chunks;
   args.x = x.data(), args.weight = w.data(), args.bias = b.data();
   // Scratch memory of exactly the size that the launches ask for.
   const auto order = [&](auto sums, auto elementwise, int S, BatchNormArguments<T> own, bool whole) {
@@ -181,14 +186,33 @@ void run_case(const Case& c) {
   if (c.need & 4) compare(ddy.values(), want.ddy, "ddy", tolerance);
 }
 
+// One block less than the next power of two is the most that a launch may have.
+static void check_most_blocks() {
+  BatchNormArguments<float> args{};
+  args.rows = 5, args.channels = 4, args.tasks = (int64_t{1} << 31) - 1;
+  if (cut_batch_norm(args) != args.tasks) std::printf("FAIL blocks\n"), std::exit(1);
+  args.tasks += 1;
+  try {
+    cut_batch_norm(args);
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  std::printf("FAIL more blocks than a launch may have\n"), std::exit(1);
+}
+
 int main(int argc, char** argv) {
+  check_most_blocks();
   const auto both = [](Case c) {
     run_case<float>(c);
     run_case<double>(c);
   };
   // Several chunks and groups, with and without 16-byte accesses.
   both({2, 70, 36, true, true, true, 7, 7});
-  both({1, 37, 3, false, true, false, 7, 7});
+  // More chunks than slices of them.
+  both({1, 37, 3, false, true, false, 7, 7, 0, 4});
+  // As many rows for each thread as are loaded at once, and more; and without ddx.
+  both({1, 330, 36, false, true, true, 7, 7, 0, 150});
+  both({1, 150, 4, false, true, true, 7, 6, 0, 150});
   if (argc > 1 && std::strcmp(argv[1], "smallest") != 0) {
     for (unsigned need = 1; need < 8; ++need)
       for (unsigned present = 0; present < 8; ++present)
