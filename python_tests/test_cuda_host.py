@@ -136,12 +136,7 @@ BREAKS = {
         OVERFLOW,
     ),
     "convolution channels": ("conv2d_tile.cuh", "if (v + w < count) to", "to", OVERFLOW),
-    "convolution weights": (
-        "conv2d_gather.cuh",
-        "< depth_ && first_column_ + n < args_.to_channels",
-        "< depth_",
-        OVERFLOW,
-    ),
+    "convolution weights": ("conv2d_gather.cuh", "n < left", "true", OVERFLOW),
     "convolution pixels": ("conv2d_gather.cuh", "if (row < rows) write", "write", WRONG_VALUE),
     "weight gradient splits": (
         "conv2d_weight.cuh",
@@ -149,7 +144,7 @@ BREAKS = {
         "split + 1 < args.splits; ++split",
         WRONG_VALUE,
     ),
-    "weight gradient pixels": ("conv2d_weight.cuh", "pixel < count_ && column", "column", OVERFLOW),
+    "weight gradient pixels": ("conv2d_weight.cuh", "p < left", "true", OVERFLOW),
     "weight gradient rows": ("conv2d_weight.cuh", "if (row < rows) write", "write", RACE),
     "weight gradient slabs": ("conv2d_weight.cuh", "(slab & 1) * kDepth * kThreads", "0", RACE),
     "weight gradient table": ("conv2d_weight.cuh", "index % (2 * kThreads)", "index % kThreads", RACE),

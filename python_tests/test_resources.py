@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import cuda_resources
+from bench import cuda_resources, kernel_resources
 from kfo_ext import _plan
 from kfo_ext.ops.library import CUDA_LIBRARY
 from kfo_ext.problems import Problems
@@ -86,6 +86,15 @@ def test_convolutions_multiply_in_their_inner_loop(rows):
         if row.kernel in CONVOLUTIONS and row.dtype == "float32":
             # The rest are 16-byte loads of operands from shared memory, and the loop itself.
             assert row.loop_multiply_adds >= max(128, 0.75 * row.loop), row
+
+
+def test_three_blocks_of_a_convolution_and_more_are_resident_at_once(rows):
+    gpu = kernel_resources.Gpu()
+    registers = {row.kernel: row.registers for row in rows if (row.dtype, row.arch) == ("float32", gpu.arch)}
+    found = kernel_resources.convolution_estimates(registers, gpu)
+    assert {row["operator"] for row in found} == set(kernel_resources.OPERATORS)
+    for row in found:
+        assert row["resident_blocks"] >= 3, row
 
 
 @pytest.mark.parametrize("case", CONVOLUTION_CASES)

@@ -99,12 +99,13 @@ class GatherBlock {
     split(slab * kDepth + along, row, column, channel);
     const Tap tap{(int64_t{row} * source_columns() + column) * args_.from_channels + channel, row, column,
                   slab * kDepth + along < depth_};
+    const T* from = address(from_, tap.at);
 #pragma unroll 4
     for (int i = 0; i < across; ++i) {
       const int p = thread / across + i * (kThreads / across);
       const Pixel pixel = sources()[p];
-      copy_elements<kElements>(pixel_slab(slab) + p * Tile::kPixelPitch + along, from_, pixel.at + tap.at,
-                               tap.sees(pixel, source_rows(), source_columns()));
+      copy_or_zero<kElements * sizeof(T)>(pixel_slab(slab) + p * Tile::kPixelPitch + along, address(from, pixel.at),
+                                          tap.sees(pixel, source_rows(), source_columns()));
     }
   }
 
@@ -117,14 +118,15 @@ class GatherBlock {
     split(slab * kDepth + along, row, column, channel);
     const int64_t kernel_row = rows_.first_tap + int64_t{row} * rows_.tap_step;
     const int64_t kernel_column = columns_.first_tap + int64_t{column} * columns_.tap_step;
-    const int64_t at = channel * args_.weight_from + kernel_row * args_.columns.kernel + kernel_column;
-    T* to = weight_slab(slab) + along * Tile::kColumnPitch;
+    const int first = args_.input ? thread % step : thread / kDepth;
+    const T* from = address(weight_, channel * args_.weight_from + kernel_row * args_.columns.kernel + kernel_column +
+                                         (first_column_ + first) * args_.weight_to);
+    T* to = weight_slab(slab) + along * Tile::kColumnPitch + first;
+    // Of this k, the columns that exist.
+    const int left = slab * kDepth + along < depth_ ? args_.to_channels - first_column_ - first : 0;
 #pragma unroll
-    for (int i = 0; i < kConvColumns / step; ++i) {
-      const int n = (args_.input ? thread % step : thread / kDepth) + i * step;
-      copy_elements<1>(to + n, weight_, at + (first_column_ + n) * args_.weight_to,
-                       slab * kDepth + along < depth_ && first_column_ + n < args_.to_channels);
-    }
+    for (int n = 0; n < kConvColumns; n += step)
+      copy_or_zero<sizeof(T)>(to + n, address(from, n * args_.weight_to), n < left);
   }
 
   __device__ __forceinline__ void copy(int slab, bool weights) const {

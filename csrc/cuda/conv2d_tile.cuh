@@ -41,10 +41,10 @@ struct Tap {
   }
 };
 
-// kElements from global memory at a base and an offset, or zeros.
-template <int kElements, typename T>
-__device__ __forceinline__ void copy_elements(T* to, const T* base, int64_t at, bool wanted) {
-  copy_or_zero<kElements* static_cast<int>(sizeof(T))>(to, base + (wanted ? at : 0), wanted);
+// An address that need not be one of an element: nothing is read there unless it is.
+template <typename T>
+__device__ __forceinline__ const T* address(const T* base, int64_t elements) {
+  return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(elements) * sizeof(T));
 }
 
 template <typename T>

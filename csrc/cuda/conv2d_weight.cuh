@@ -78,22 +78,23 @@ class WeightBlock {
     for (int i = 0; i < kDepth * across / kThreads; ++i) {
       const int p = thread / across + i * (kThreads / across);
       const Pixel pixel = source(slab * kDepth + p);
-      copy_elements<kElements>(x_slab(slab) + p * kThreads + along, x_, pixel.at + tap.at,
-                               tap.sees(pixel, args_.rows.x, args_.columns.x));
+      copy_or_zero<kElements * sizeof(T)>(x_slab(slab) + p * kThreads + along, address(x_, pixel.at + tap.at),
+                                          tap.sees(pixel, args_.rows.x, args_.columns.x));
     }
   }
 
   template <int kElements>
   __device__ __forceinline__ void copy_dy(int slab) const {
-    constexpr int across = kConvColumns / kElements;
-    const int thread = static_cast<int>(threadIdx.x), along = thread % across * kElements;
+    constexpr int across = kConvColumns / kElements, step = kThreads / across;
+    const int thread = static_cast<int>(threadIdx.x), along = thread % across * kElements, first = thread / across;
+    const int pixel = slab * kDepth + first, column = first_column_ + along;
+    const T* from = address(dy_, int64_t{pixel} * args_.O + column);
+    T* to = dy_slab(slab) + first * kConvColumns + along;
+    // Of these columns, the pixels that exist.
+    const int left = column < args_.O ? count_ - pixel : 0;
 #pragma unroll 4
-    for (int i = 0; i < kDepth * across / kThreads; ++i) {
-      const int p = thread / across + i * (kThreads / across);
-      const int pixel = slab * kDepth + p, column = first_column_ + along;
-      copy_elements<kElements>(dy_slab(slab) + p * kConvColumns + along, dy_, int64_t{pixel} * args_.O + column,
-                               pixel < count_ && column < args_.O);
-    }
+    for (int p = 0; p < kDepth; p += step)
+      copy_or_zero<kElements * sizeof(T)>(to + p * kConvColumns, address(from, int64_t{p} * args_.O), p < left);
   }
 
   template <int kElements>
