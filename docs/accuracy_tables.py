@@ -45,7 +45,7 @@ def accuracy() -> str:
 
 def short() -> str:
     """For the README: the best checkpoints of each method, by how its setting was found."""
-    found = {row.name: _scores(row)[0] for row in _rows()}
+    found = {row.name: f"{_scores(row)[0]}{'' if len(row.records) > 1 else ' (one seed)'}" for row in _rows()}
     rows = [
         [label, *(found.get(f"{name}{how}", "not run yet") for how in ("", "-clipped", "-paper")), f"{paper:.1f}"]
         for label, name, paper in (
@@ -99,9 +99,10 @@ def _ended(row: Row) -> str:
     """Which of the seeds' trainings lost what they had learned: more than 5 points below their best validation."""
     ended = [record.iterations for record in row.records.values() if record.ended]
     lost = [record for record in row.records.values() if record.accuracy[-1] < max(record.accuracy) - 0.05]
-    parts = [f"{len(ended)} diverge after {_numbers(ended)} iterations"] if ended else []
-    parts += [f"{len(lost)} collapse" for _ in lost[:1]]
-    return f"{len(row.records)} seeds: {', '.join(parts) or 'stable'}"
+    parts = [f"{len(ended)} diverged after {_numbers(ended)} iterations"] if ended else []
+    parts += [f"{len(lost)} collapsed" for _ in lost[:1]]
+    seeds = f"{len(row.records)} {'seed' if len(row.records) == 1 else 'seeds'}"
+    return f"{seeds}: {', '.join(parts) or 'stable'}"
 
 
 def _numbers(values: Sequence[int]) -> str:
