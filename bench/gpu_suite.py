@@ -127,7 +127,7 @@ class Suite:
             return
         print(f"== {part.name}, at most {end - now:.0f} s: {' '.join(part.command)}", flush=True)
         # pytest cuts the reason of a failure to the width of a line.
-        env = {"KFO_COMMIT": self.commit, "COLUMNS": "250", **os.environ, **part.env}
+        env = {"KFO_COMMIT": self.commit, **os.environ, "COLUMNS": "250", **part.env}
         self.results[part.name] = Result("running")
         try:
             with self._log(part.name).open("wb") as log:

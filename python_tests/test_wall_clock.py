@@ -25,7 +25,6 @@ from experiments.store import Results
 from experiments.training import configuration
 from experiments.wall_clock_figure import TITLES, drawing, median, shown
 from experiments.workers import Result
-from kfo_ext.trainer import Config
 from kfo_ext.trainer.evaluation import Cancelled
 from kfo_ext.trainer.recipe import EVALUATION_SEED, build_family
 
@@ -89,7 +88,7 @@ def test_training_is_that_of_kfo_train(tmp_path):
 
     settings = {**KFO, "validation_every": 2, "validation_tasks": 4}
     found = race(tmp_path / "race", settings={"kfo": settings}, peers=(), seeds=(5,), most_iterations=6)
-    trainer = Trainer.start(Config(**settings, seed=5, iterations=6), tmp_path / "run")
+    trainer = Trainer.start(configuration(Job(settings={**settings, "seed": 5}, iterations=6), None), tmp_path / "run")
     trainer.fit()
     expected = [each for each in read_metrics(trainer.run.metrics) if is_validation(each)]
     assert [[each["iteration"], round(each["validation_accuracy"], 5)] for each in expected] == without_seconds(
