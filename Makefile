@@ -32,7 +32,7 @@ help:
 	@echo "make test    build everything, run the tests"
 	@echo "make test-peers   learn2learn's own unit tests with our classes in their places (downloads its source, 7 MB)"
 	@echo "make experiments   two meta-iterations of every table and figure of the paper whose data is in \$$KFO_DATA (5 minutes)"
-	@echo "make sanitize   the CPU kernels over their cases under AddressSanitizer and UBSan (3 minutes, needs GCC's libasan)"
+	@echo "make sanitize   the CPU kernels under AddressSanitizer and UBSan, deliberate breaks of the CUDA kernels (5 minutes, needs GCC's libasan)"
 	@echo "make docs    build the documentation site into build/site, strictly and offline (10 seconds)"
 	@echo "make wheel   build a wheel into dist/; make test-wheel installs it elsewhere and runs the operators' tests"
 	@echo "make release-check   build sdist and wheels for every Python found, check them, test what they install (10 minutes)"
@@ -44,7 +44,7 @@ demo: $(STAMPS)/package
 	$(BIN)/kfo demo
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder python_tests
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not breaks" python_tests
 
 # Nothing of learn2learn stays: its tests are read from the source distribution into a temporary folder.
 test-peers: $(STAMPS)/test
@@ -54,9 +54,10 @@ test-peers: $(STAMPS)/test
 experiments: $(STAMPS)/test
 	$(BIN)/python -m experiments run --budget ci
 
-# A build of its own, in a temporary folder.
-sanitize: $(STAMPS)/build
+# A build of its own, in a temporary folder; then deliberate breaks of the CUDA kernels, which run on the host.
+sanitize: $(STAMPS)/test
 	$(BIN)/python -m python_tests.cpu_sanitizers.run
+	$(BIN)/python -m pytest --numprocesses auto -m breaks python_tests/test_cuda_host.py
 
 # A broken link, an unresolved name and a page outside the navigation of mkdocs.yml are errors. Needs no torch: names are
 # read from the sources.

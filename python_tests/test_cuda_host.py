@@ -162,6 +162,7 @@ BREAKS = {
 PROGRAM_OF = {"batch_norm": "batch_norm_test", "conv2d": "conv2d_test"}
 
 
+@pytest.mark.breaks
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_kernel_is_caught(name, tmp_path):
     file, right, wrong, reason = BREAKS[name]
