@@ -23,7 +23,8 @@ ROWS = {
     "omniglot-cnn2-maml-clipped": "MAML, tuned, clipped",
     "omniglot-cnn2-maml-paper": "MAML, paper's rates",
 }
-PAPER = {"kfo": 96.62, "maml": 66.6}
+# Suffixes of entries, in the order of the columns of the README.
+HOW = ("", "-clipped", "-paper")
 TUNED = {"META-KFO": "omniglot-cnn2-kfo", "MAML": "omniglot-cnn2-maml"}
 
 
@@ -47,14 +48,11 @@ def short() -> str:
     """For the README: the best checkpoints of each method, by how its setting was found."""
     found = {row.name: f"{_scores(row)[0]}{'' if len(row.records) > 1 else ' (one seed)'}" for row in _rows()}
     rows = [
-        [label, *(found.get(f"{name}{how}", "not run yet") for how in ("", "-clipped", "-paper")), f"{paper:.1f}"]
-        for label, name, paper in (
-            ("META-KFO", "omniglot-cnn2-kfo", PAPER["kfo"]),
-            ("MAML", "omniglot-cnn2-maml", PAPER["maml"]),
-        )
+        [label, *(found.get(f"{name}{how}", "not run yet") for how in HOW), _published(_book().row(name))]
+        for label, name in TUNED.items()
     ]
     head = ["accuracy, %", "tuned", "tuned, clipped", "paper's rates", "paper"]
-    note = "Omniglot, CNN(2), 5-way 5-shot, three seeds, 95 % intervals over seeds: `python -m experiments run`."
+    note = "Omniglot, CNN(2), 5-way 5-shot, three seeds, 95 % intervals: `python -m experiments run table-3 collapse`."
     return table(head, rows, note)
 
 
@@ -92,23 +90,20 @@ def _scores(row: Row) -> list[str]:
 
 
 def _published(row: Row) -> str:
-    return f"{PAPER['kfo' if '-kfo' in row.name else 'maml']:.1f}"
+    (published,) = row.entry.published or ENTRIES[row.entry.name.removesuffix("-clipped")].published
+    return f"{published.value:.1f}"
 
 
 def _ended(row: Row) -> str:
     """Which of the seeds' trainings lost what they had learned: more than 5 points below their best validation."""
-    ended = [record.iterations for record in row.records.values() if record.ended]
+    ended = sorted(record.iterations for record in row.records.values() if record.ended)
     lost = [record for record in row.records.values() if record.accuracy[-1] < max(record.accuracy) - 0.05]
-    parts = [f"{len(ended)} diverged after {_numbers(ended)} iterations"] if ended else []
+    parts = (
+        [f"{len(ended)} diverged after {', '.join(f'{each:,}' for each in sorted(ended))} iterations"] if ended else []
+    )
     parts += [f"{len(lost)} collapsed" for _ in lost[:1]]
     seeds = f"{len(row.records)} {'seed' if len(row.records) == 1 else 'seeds'}"
     return f"{seeds}: {', '.join(parts) or 'stable'}"
-
-
-def _numbers(values: Sequence[int]) -> str:
-    return " and ".join([", ".join(f"{value:,}" for value in sorted(values)[:-1]), f"{max(values):,}"]).removeprefix(
-        " and "
-    )
 
 
 def _protocol(rows: Sequence[Row]) -> str:

@@ -86,7 +86,8 @@ def _accuracy(axes: Any, found: Mapping[str, tuple[Line, int]]) -> None:
             line.x, _percents(line.low), _percents(line.high), color=look["color"], alpha=0.2, linewidth=0
         )
     axes.set_title("5-way 5-shot Omniglot, CNN(2)")
-    axes.set_xlabel("meta-iterations")
+    # A line ends where the first of its runs diverges.
+    axes.set_xlabel("meta-iterations, as far as all runs came")
     axes.set_ylabel("validation accuracy (%)")
     axes.set_ylim(top=100)
     if found:

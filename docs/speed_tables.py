@@ -102,7 +102,7 @@ def torch_func() -> str:
         plain, fast = timed[method, "torch_func"], timed[method, "torch_func_ours"]
         speed_up = plain["seconds"]["median"] / fast["seconds"]["median"]
         rows.append([METHODS[method], ms(plain), ms(fast), f"{speed_up:.1f}x"])
-    head = ["method", "operations of PyTorch, ms", "`KFO` and `fast_layers`, ms", "speed-up"]
+    head = ["method", "operations of PyTorch, ms", "operations of kfo_ext, ms", "speed-up"]
     note = f"{NETWORKS[facts['settings']['networks'][0]]}, `vmap` of `grad` over {facts['settings']['tasks']} tasks."
     return table(head, rows, made(path, facts, note))
 
