@@ -67,11 +67,13 @@ class Operator:
             if native and device.type not in self.by_name:
                 return "native"
             if device.type == "cuda" and device.type in self.devices and not native:
-                if "triton" in self.families and not triton_support.available(device):
+                has_triton = "triton" in self.families
+                runs_triton = has_triton and triton_support.available(device)
+                if has_triton and not runs_triton:
                     _warn_plain_torch(device)
                 elif library.loaded("cuda"):
                     _say_once(device)
-                if "triton" in self.families and triton_support.available(device):
+                if runs_triton:
                     return "triton"
             return "grouped" if "grouped" in self.families else "reference"
         if backend == "native" and not native:
