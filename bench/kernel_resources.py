@@ -8,6 +8,7 @@ writes the JSON file and a Markdown table beside it.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,20 +68,12 @@ def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
             launches = _plan.cuda_launches(flat, TASKS, number, element_size=4)
             moved = _plan.bytes(flat, TASKS, number, factor_rows=TASKS, element_size=4)
             flops = _plan.flops(flat, TASKS, number)
-            kernel, blocks, shared_bytes = launches[0]
-            resident = gpu.resident(registers[kernel], shared_bytes)
             work = max(moved / gpu.bytes_per_us, flops / (gpu.share_of_flops * gpu.flops_per_us))
             out.append(
                 {
                     "group": name,
                     "order": order,
-                    "launches": len(launches),
-                    "blocks": blocks,
-                    "shared_bytes": shared_bytes,
-                    "resident_blocks": resident,
-                    "waves": round(blocks / (gpu.multiprocessors * resident), 2),
-                    "MB": round(moved / 1e6, 2),
-                    "MFLOP": round(flops / 1e6, 1),
+                    **_launched(launches, registers, gpu, moved, flops),
                     "bytes_us": round(moved / gpu.bytes_per_us, 2),
                     "flops_us": round(flops / gpu.flops_per_us, 2),
                     "estimate_us": round(gpu.empty_launch_us * len(launches) + work, 1),
@@ -101,25 +94,34 @@ def convolution_estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str,
         for operator, launches in zip(OPERATORS, _plan.cuda_conv2d_launches(sizes, TASKS, element_size=4)):
             if operator == "conv2d_input" and "first" in name:
                 continue
-            kernel_name, blocks, shared_bytes = launches[0]
             moved = 4 * TASKS * elements
             work = max(moved / gpu.bytes_per_us, flops / (gpu.share_of_convolutions * gpu.flops_per_us))
-            resident = gpu.resident(registers[kernel_name], shared_bytes)
             out.append(
                 {
                     "layer": name,
                     "operator": operator,
-                    "launches": len(launches),
-                    "blocks": blocks,
-                    "shared_bytes": shared_bytes,
-                    "resident_blocks": resident,
-                    "waves": round(blocks / (gpu.multiprocessors * resident), 2),
-                    "MB": round(moved / 1e6, 2),
-                    "MFLOP": round(flops / 1e6, 1),
+                    **_launched(launches, registers, gpu, moved, flops),
                     "estimate_us": round(gpu.empty_launch_us * len(launches) + work, 1),
                 }
             )
     return out
+
+
+def _launched(
+    launches: Sequence[tuple[str, int, int]], registers: dict[str, int], gpu: Gpu, moved: int, flops: int
+) -> dict[str, object]:
+    """The facts of a call: its first launch, and how much it moves and computes."""
+    kernel, blocks, shared_bytes = launches[0]
+    resident = gpu.resident(registers[kernel], shared_bytes)
+    return {
+        "launches": len(launches),
+        "blocks": blocks,
+        "shared_bytes": shared_bytes,
+        "resident_blocks": resident,
+        "waves": round(blocks / (gpu.multiprocessors * resident), 2),
+        "MB": round(moved / 1e6, 2),
+        "MFLOP": round(flops / 1e6, 1),
+    }
 
 
 def markdown(result: dict) -> str:

@@ -7,8 +7,9 @@
 #include <random>
 #include <string>
 
+#include "device.h"
+
 using namespace kfo::cuda;
-using Values = std::vector<double>;
 
 static std::mt19937 rng(0);
 static double worst = 0;
@@ -20,18 +21,6 @@ struct Case {
   unsigned need, present;  // of dx, dweight, dbias or ddy; of ddx, ddweight, ddbias
   double mean = 0;
   int64_t chunk_rows = 0;  // of their own; 0: those of a launch
-};
-
-// A device copy, with nothing behind its end; it starts on a 16-byte boundary, or off one.
-template <typename T>
-struct Device {
-  std::vector<T> memory;
-  int offset;
-  Device(const Values& values, bool aligned) : memory(values.size() + (aligned ? 0 : 1)), offset(aligned ? 0 : 1) {
-    for (size_t i = 0; i < values.size(); ++i) memory[i + static_cast<size_t>(offset)] = static_cast<T>(values[i]);
-  }
-  T* data() { return memory.data() + offset; }
-  Values values() const { return Values(memory.begin() + offset, memory.end()); }
 };
 
 template <typename T>

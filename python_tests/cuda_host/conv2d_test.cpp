@@ -7,10 +7,10 @@
 
 #include "cuda/conv2d_gather.cuh"
 #include "cuda/conv2d_weight.cuh"
+#include "device.h"
 
 using namespace kfo::cuda;
 using kfo::Conv2dShape;
-using Values = std::vector<double>;
 
 static std::mt19937 rng(0);
 static double worst = 0;
@@ -21,24 +21,6 @@ struct Case {
   Conv2dShape shape;  // N, H, W, C, O, KH, KW, stride, padding
   int64_t aim = kConvBlocks;
   bool shared = false, aligned = true;  // weights of all tasks in one place; operands at 16-byte boundaries
-};
-
-// A device copy, with nothing behind its end; it starts on a 16-byte boundary, or off one.
-template <typename T>
-struct Device {
-  std::vector<T> memory;
-  int offset;
-  Device(const Values& values, bool aligned) : memory(values.size() + (aligned ? 0 : 1)), offset(aligned ? 0 : 1) {
-    for (size_t i = 0; i < values.size(); ++i) memory[i + static_cast<size_t>(offset)] = static_cast<T>(values[i]);
-  }
-  T* data() { return memory.data() + offset; }
-  Values values() const { return Values(memory.begin() + offset, memory.end()); }
-  // A row for each task; `vectors` if 16 bytes at a time may be moved.
-  template <typename Element>
-  kfo::PackedRows<Element> rows(int64_t tasks) {
-    return {data(), tasks ? static_cast<int64_t>(memory.size() - static_cast<size_t>(offset)) / tasks : 0};
-  }
-  bool vectors(int64_t channels) const { return offset == 0 && channels % (16 / int64_t{sizeof(T)}) == 0; }
 };
 
 template <typename T>
