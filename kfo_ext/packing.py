@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from kfo_ext.ops.operands import check_dense, is_dense
+from kfo_ext.ops.operands import check_dense, ready
 from kfo_ext.ops.own_code import own_code
 from kfo_ext.ops.parts import plain
 from kfo_ext.ops.registration import pick
@@ -206,20 +206,13 @@ class Packing:
         return first[2] if first else None
 
     def _usual(self, tensors: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
-        """Whether all tensors fit, with one dtype and device: a fast check for the usual call."""
-        if not isinstance(tensors, (list, tuple)) or not tensors:
-            return False
-        if not all(isinstance(tensor, Tensor) and is_dense(tensor) for tensor in tensors):
+        """Whether all tensors are present and fit, in a dtype of the kernels: a fast check for the usual call."""
+        if not isinstance(tensors, (list, tuple)) or not tensors or not ready(tensors):
             return False
         first, shapes = tensors[0], self.shapes
         if first.dim() == len(shapes[0]) + 1:
             shapes = tuple(first.shape[:1] + shape for shape in shapes)
-        return (
-            all(tensor.shape == shape for tensor, shape in zip(tensors, shapes))
-            and len({tensor.dtype for tensor in tensors}) == 1
-            and len({tensor.device for tensor in tensors}) == 1
-            and not first.is_quantized
-        )
+        return all(tensor.shape == shape for tensor, shape in zip(tensors, shapes))
 
     def pack(self, tensors: Sequence[Tensor | None], argument: str = "tensors") -> Tensor:
         """Pack tensors into rows; None packs as zeros.

@@ -62,11 +62,13 @@ class Operator:
         """
         if backend not in self.backends:
             raise ValueError(f"backend: expected one of {', '.join(self.backends)}, got {backend!r}")
-        native = device.type in self.devices and library.available(device)
+        # Read once: torch makes a new string at each access.
+        kind = device.type
+        native = kind in self.devices and library.available(device)
         if backend == "auto":
-            if native and device.type not in self.by_name:
+            if native and kind not in self.by_name:
                 return "native"
-            if device.type == "cuda" and device.type in self.devices and not native:
+            if kind == "cuda" and kind in self.devices and not native:
                 has_triton = "triton" in self.families
                 runs_triton = has_triton and triton_support.available(device)
                 if has_triton and not runs_triton:
@@ -77,9 +79,9 @@ class Operator:
                     return "triton"
             return "grouped" if "grouped" in self.families else "reference"
         if backend == "native" and not native:
-            raise RuntimeError(f"backend 'native' does not run on {device.type}: {self._why_not_native(device)}")
+            raise RuntimeError(f"backend 'native' does not run on {kind}: {self._why_not_native(device)}")
         if backend == "triton" and not triton_support.available(device):
-            raise RuntimeError(f"backend 'triton' does not run on {device.type}: {triton_support.reason(device.type)}")
+            raise RuntimeError(f"backend 'triton' does not run on {kind}: {triton_support.reason(kind)}")
         return backend
 
     def _why_not_native(self, device: torch.device) -> str:

@@ -142,7 +142,8 @@ def loaded(device_type: str) -> bool:
 
 def available(device: torch.device) -> bool:
     """Whether compiled kernels run on tensors of `device`; the first question about a CUDA device asks the driver."""
-    return loaded(device.type) and (device.type != "cuda" or not _problem(device.index))
+    kind = device.type
+    return loaded(kind) and (kind != "cuda" or not _problem(device.index))
 
 
 def why_not(device: torch.device) -> str:

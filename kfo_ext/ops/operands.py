@@ -17,7 +17,8 @@ AUTOCAST = ("cpu", "cuda")
 
 def autocasts(device: torch.device) -> bool:
     """Whether torch.autocast is on for a device of this type."""
-    return device.type in AUTOCAST and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind in AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def ready(operands: Sequence[object]) -> bool:
@@ -36,17 +37,11 @@ def ready(operands: Sequence[object]) -> bool:
     if dtype not in KERNEL_DTYPES or autocasts(device):
         return False
     for operand in operands:
-        # is_dense, inlined.
         if not isinstance(operand, Tensor) or operand.layout is not _STRIDED or operand.is_nested:
             return False
-        if operand.dtype != dtype or operand.device != device:
+        if operand is not first and (operand.dtype != dtype or operand.device != device):
             return False
     return True
-
-
-def is_dense(operand: Tensor) -> bool:
-    """Whether the operand is strided: not sparse, mkldnn's or nested."""
-    return operand.layout is _STRIDED and not operand.is_nested
 
 
 def check_dense(name: str, operand: Tensor) -> None:
