@@ -31,17 +31,17 @@ const Conv2dKernels& kernels() {
   return chosen(avx512::conv2d_kernels, avx2::conv2d_kernels, baseline::conv2d_kernels);
 }
 
-// Calls a kernel for parts of `count` items of each task of `like`: kernel_of(ops of T), fill(job, task). How they are
-// cut depends on sizes alone.
+// Calls a kernel for parts of `count` items of each task of `like`, of at least `least` where there are so many:
+// kernel_of(ops of T), fill(job, task). How they are cut depends on sizes alone.
 template <class KernelOf, class Fill>
-void run(const Tensor& like, int64_t count, const Conv2dShape& s, KernelOf kernel_of, Fill fill) {
+void run(const Tensor& like, int64_t count, int64_t least, const Conv2dShape& s, KernelOf kernel_of, Fill fill) {
   constexpr int64_t kParts = 8;  // of a call, where there are fewer tasks
   const int64_t tasks = like.size(0);
   if (tasks == 0 || count == 0) return;
   const double flops =
       2.0 * static_cast<double>(tasks * s.N * s.Ho() * s.Wo()) * static_cast<double>(s.O * s.C * s.KH * s.KW);
   const bool worth_threads = flops >= kParallelFlops;
-  const int64_t parts = worth_threads ? std::min(count, ceil_div(kParts, tasks)) : 1;
+  const int64_t parts = worth_threads ? std::clamp<int64_t>(count / least, 1, ceil_div(kParts, tasks)) : 1;
   with_type(like, [&](auto type) {
     using T = decltype(type);
     const auto kernel = kernel_of(kernels().of<T>());
@@ -59,7 +59,7 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t pad
   const Input in_x(x), in_weight(weight);
   Tensor y = new_tensor(x, {x.size(0), s.N, s.Ho(), s.Wo(), s.O});
   run(
-      x, s.N, s, [](const auto& ops) { return ops.forward; },
+      x, s.N, 1, s, [](const auto& ops) { return ops.forward; },
       [&](auto& job, int64_t t) {
         set(job.x, in_x, t);
         set(job.weight, in_weight, t);
@@ -74,7 +74,7 @@ Tensor conv2d_input(const Tensor& dy, const Tensor& weight, const std::vector<in
   const Input in_dy(dy), in_weight(weight);
   Tensor dx = new_tensor(dy, {dy.size(0), s.N, s.H, s.W, s.C});
   run(
-      dy, s.N, s, [](const auto& ops) { return ops.input; },
+      dy, s.N, 1, s, [](const auto& ops) { return ops.input; },
       [&](auto& job, int64_t t) {
         set(job.dy, in_dy, t);
         set(job.weight, in_weight, t);
@@ -92,8 +92,10 @@ Tensor conv2d_weight(const Tensor& x, const Tensor& dy, const std::vector<int64_
     torch::stable::zero_(dweight);
     return dweight;
   }
+  // Each part reads all images: with few rows, that costs more than a thread saves.
+  constexpr int64_t kLeastRows = 64;
   run(
-      x, s.KH * s.KW * s.C, s, [](const auto& ops) { return ops.weight; },
+      x, s.KH * s.KW * s.C, kLeastRows, s, [](const auto& ops) { return ops.weight; },
       [&](auto& job, int64_t t) {
         set(job.x, in_x, t);
         set(job.dy, in_dy, t);
