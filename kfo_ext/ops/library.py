@@ -33,9 +33,16 @@ def _kept() -> dict[str, Any]:
 
 
 def once(part: str, register: Callable[[torch.library.Library], T]) -> T:
-    """register(library), called at the first import of a process; a later import gets what it returned then.
+    """Register a part of the operators at the first import of a process.
 
     The dispatcher takes each registration once, and keeps it when the package is imported again.
+
+    Args:
+        part: name of the part.
+        register: registers the part in the library that it is given.
+
+    Returns:
+        The result of `register`, from the first import.
     """
     kept = _kept()
     if part not in kept:
@@ -82,7 +89,7 @@ def _way_out() -> str:
 
 
 def load() -> None:
-    """Loads both libraries, or finds them loaded by an earlier import.
+    """Load both libraries, or find them loaded by an earlier import.
 
     Raises:
         ImportError: another copy of the package is loaded in this process, or the binaries are of different builds.
@@ -136,7 +143,7 @@ vars(_problem)["_dynamo_marked_constant"] = True
 
 
 def loaded(device_type: str) -> bool:
-    """Whether the library for tensors on such a device is loaded; its kernels may still not run on this machine."""
+    """Whether the library for "cpu" or "cuda" tensors is loaded; its kernels may still not run on this machine."""
     return _status.get(device_type, (False, ""))[0]
 
 
@@ -154,10 +161,13 @@ def why_not(device: torch.device) -> str:
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels in use: avx512, avx2 or baseline.
+    """The instruction set of the CPU kernels in use.
+
+    Returns:
+        "avx512", "avx2" or "baseline".
 
     Raises:
-        ValueError: KFO_CPU_ISA asks for one that is unknown or that this machine lacks.
+        ValueError: KFO_CPU_ISA names one that is unknown or that this machine lacks.
     """
     function = ctypes.CDLL(str(CPU_LIBRARY)).kfo_cpu_isa
     function.restype = ctypes.c_char_p
@@ -169,9 +179,13 @@ def cpu_isa() -> str:
 
 
 def cpu_multiply_adds(steps: int) -> float:
-    """Run so many steps of float32 multiply-adds on this thread, without memory; for benchmarks.
+    """Run float32 multiply-adds on this thread, without memory accesses; for benchmarks. Releases the GIL.
 
-    out: the operations done, 2 for each multiply-add. Other Python threads run meanwhile.
+    Args:
+        steps: number of steps; each is a fixed number of multiply-adds, which depends on the instruction set.
+
+    Returns:
+        Floating-point operations done, 2 for each multiply-add.
     """
     function = ctypes.CDLL(str(CPU_LIBRARY)).kfo_cpu_fma
     function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int64]
@@ -185,5 +199,5 @@ def supported_isas() -> list[str]:
 
 
 def status() -> dict[str, tuple[bool, str]]:
-    """Per backend, whether it is loaded and the reason or the detail; asks no driver."""
+    """Per backend, whether it is loaded, and a detail or the reason why not; does not call the CUDA driver."""
     return {"reference": (True, f"torch {torch.__version__}"), **_status}

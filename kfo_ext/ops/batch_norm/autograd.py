@@ -110,7 +110,7 @@ def _functions(family: BatchNormFamily) -> tuple[type[Function], type[Function],
 
 
 def _paired(cotangents: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> Tensor:
-    """sum <cotangent, output> over the pairs of which neither is missing; there is one at least."""
+    """Sum of <cotangent, output> over the pairs that are complete; at least one is."""
     terms = [(c * out).sum() for c, out in zip(cotangents, outputs) if c is not None and out is not None]
     return reduce(torch.add, terms)
 
@@ -123,9 +123,18 @@ def _third_order(
     cotangents: tuple[Tensor | None, ...],
     needed: list[bool],
 ) -> list[Tensor | None]:
-    """The derivatives of the double backward by operands and dd, by plain torch; differentiable where grad mode is on.
+    """The derivatives of the double backward in plain torch; differentiable where grad mode is on.
 
-    operands: x, weight, bias, dy; dd: ddx, ddweight, ddbias; cotangents: of dx, dweight, ddy.
+    Args:
+        operands: x, weight, bias and dy.
+        dd: ddx, ddweight and ddbias.
+        rstd: (tasks, channels), which the forward returned.
+        relu: whether the forward ended with a ReLU.
+        cotangents: those of dx, dweight and ddy; at least one is a tensor.
+        needed: whether the derivative by each of `operands` and `dd` is needed.
+
+    Returns:
+        The derivatives by `operands` and `dd`, None where not needed.
     """
     # The eps that rstd was made with: rstd and all its derivatives by x then come out as they were.
     eps = rstd.square().reciprocal().unsqueeze(1) - operands[0].detach().var(1, unbiased=False, keepdim=True)

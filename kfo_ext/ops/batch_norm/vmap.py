@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 
 def rules(family: BatchNormFamily) -> tuple[Rule, Rule, Rule]:
-    """Those of `family`, in its order."""
+    """The rules of a family of batch norm operators.
+
+    Args:
+        family: the operators, which the rules call with all examples folded into the tasks.
+
+    Returns:
+        A rule for each operator, in the order of the family.
+    """
 
     def forward(
         examples: int, x: Operand, weight: Operand, bias: Operand, eps: float, relu: bool

@@ -31,8 +31,12 @@ def _as_it_is(X: Tensor, like: Tensor) -> Tensor:
 class ConvFamily(NamedTuple):
     """The overloads of the three gradients of the form.
 
-    laid_out: (images, other images) -> the first ones, laid out in memory as a call with the others reads them without
-        a copy; they are an operand of two calls.
+    Attributes:
+        conv2d: gradient by y.
+        input: gradient by x.
+        weight: gradient by weight.
+        laid_out: maps (images, other images) to the first ones in the memory layout that a call with the others reads
+            without a copy. A cotangent is an operand of two calls, and is copied once.
     """
 
     conv2d: torch._ops.OpOverload

@@ -23,14 +23,30 @@ Kernel = Callable[..., Tensor]
 
 
 def arranged(X: Tensor, channels_last: bool) -> Tensor:
-    """Images in the memory layout that these operators read without a copy."""
+    """Put images in the memory layout that these operators read without a copy.
+
+    Args:
+        X: (tasks, images, height, width, channels).
+        channels_last: the memory format of torch's convolution.
+
+    Returns:
+        The same values and shape, in memory as the head of this module says.
+    """
     if channels_last:
         return X.permute(1, 2, 3, 0, 4).contiguous().permute(3, 0, 1, 2, 4)
     return X.permute(1, 0, 4, 2, 3).contiguous().permute(1, 0, 3, 4, 2)
 
 
 def laid_out(X: Tensor, like: Tensor) -> Tensor:
-    """Images `arranged` as those of `like` are."""
+    """Put images in the memory layout of others.
+
+    Args:
+        X: (tasks, images, height, width, channels).
+        like: other images; their last stride shows whether they are channels last.
+
+    Returns:
+        `arranged` images.
+    """
     return arranged(X, like.stride(4) == 1)
 
 
@@ -63,12 +79,41 @@ def _check_results(op: str, dy: Tensor, size: Sequence[int], kernel: Sequence[in
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """The convolution of each task's images, as `kfo_ext.ops.conv2d.reference.conv2d`.
+
+    Args:
+        x: (tasks, images, height, width, in_channels).
+        weight: (tasks, out_channels, in_channels, kernel_height, kernel_width).
+        stride: of both axes.
+        padding: of both axes.
+
+    Returns:
+        y: (tasks, images, out_height, out_width, out_channels).
+
+    Raises:
+        ValueError: the operands have different numbers of tasks.
+    """
     tasks, fixed = _one_call("grouped_conv2d", x, weight, stride, padding)
     y = torch.ops.aten.convolution.default(_channels(x), weight.flatten(0, 1), None, *fixed, False, [0, 0], tasks)
     return _tasks(y, tasks)
 
 
 def conv2d_input(dy: Tensor, weight: Tensor, size: Sequence[int], stride: int, padding: int) -> Tensor:
+    """The gradient of <conv2d(x, weight), dy> by x: a transposed convolution.
+
+    Args:
+        dy: (tasks, images, out_height, out_width, out_channels).
+        weight: (tasks, out_channels, in_channels, kernel_height, kernel_width).
+        size: height and width of x.
+        stride: of both axes.
+        padding: of both axes.
+
+    Returns:
+        dx: (tasks, images, height, width, in_channels).
+
+    Raises:
+        ValueError: the operands have different numbers of tasks, or dy is not of the size that results from `size`.
+    """
     tasks, fixed = _one_call("grouped_conv2d_input", dy, weight, stride, padding)
     _check_results("grouped_conv2d_input", dy, size, weight.shape[3:], stride, padding)
     # Rows and columns of the padded images that no tap reaches.
@@ -78,6 +123,21 @@ def conv2d_input(dy: Tensor, weight: Tensor, size: Sequence[int], stride: int, p
 
 
 def conv2d_weight(x: Tensor, dy: Tensor, kernel_size: Sequence[int], stride: int, padding: int) -> Tensor:
+    """The gradient of <conv2d(x, weight), dy> by weight.
+
+    Args:
+        x: (tasks, images, height, width, in_channels).
+        dy: (tasks, images, out_height, out_width, out_channels).
+        kernel_size: height and width of the kernel.
+        stride: of both axes.
+        padding: of both axes.
+
+    Returns:
+        dweight: (tasks, out_channels, in_channels, kernel_height, kernel_width).
+
+    Raises:
+        ValueError: the operands have different numbers of tasks, or dy is not of the size that results from x.
+    """
     tasks, fixed = _one_call("grouped_conv2d_weight", x, dy, stride, padding)
     _check_results("grouped_conv2d_weight", dy, x.shape[2:4], kernel_size, stride, padding)
     # Tells the size alone.
@@ -97,7 +157,15 @@ OPERATORS: dict[str, Kernel] = {
 
 
 def with_no_tasks(kernel: Kernel, empty: Kernel) -> Kernel:
-    """`kernel`, or `empty` for no tasks: torch has no convolution without groups."""
+    """Extend a kernel to no tasks: torch has no convolution without groups.
+
+    Args:
+        kernel: one of `OPERATORS`.
+        empty: makes its result where there are no tasks.
+
+    Returns:
+        A function that calls one of the two.
+    """
 
     @wraps(kernel)
     def either(*arguments: Any) -> Tensor:
@@ -107,7 +175,14 @@ def with_no_tasks(kernel: Kernel, empty: Kernel) -> Kernel:
 
 
 def of_its_own(kernel: Kernel) -> Kernel:
-    """`kernel`, whose result autograd takes for no view: those that a Function returns may not be changed in place."""
+    """Hide from autograd that a kernel returns a view: a view from a Function may not be changed in place.
+
+    Args:
+        kernel: one of `OPERATORS`, or the result of `with_no_tasks`.
+
+    Returns:
+        A function with the same results, which autograd takes for no views.
+    """
 
     @wraps(kernel)
     def below(*arguments: Any) -> Tensor:

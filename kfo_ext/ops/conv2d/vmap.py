@@ -30,7 +30,14 @@ IMAGES, OUT, CHANNELS = 1, 1, 4
 
 
 def rules(family: ConvFamily) -> tuple[Rule, Rule, Rule]:
-    """Those of `family`, in its order."""
+    """The rules of a family of convolution operators.
+
+    Args:
+        family: the operators, which the rules call with all examples folded into the tasks.
+
+    Returns:
+        A rule for each operator, in the order of the family.
+    """
 
     def conv2d(examples: int, x: Operand, weight: Operand, stride: int, padding: int) -> Tensor:
         if examples and not weight.mapped:

@@ -1,13 +1,13 @@
 """The three orders as Triton kernels. Importing this imports triton: only `launch` does, at the first call.
 
 The small problems of a whole group go in one launch of `form_kernel`, or two: with F = sum <R^T G L, dY>, an output is
-the gradient of F by one slot, summed over terms in which another slot's operand gives way to its cotangent (see
-`kfo_ext.ops.transform.autograd`). A program makes one output of some of the B matrices of one problem, for one task:
-with all outputs in one program registers spill. `CLASSES` are the padded (p, q) of the group; a program branches to the
-body of its own, so that a bias is not padded to the size of a convolution.
+the gradient of F by one slot, summed over terms in which a cotangent replaces the operand of another slot (see
+`kfo_ext.ops.transform.autograd`). A program computes one output of some of the B matrices of one problem, for one task:
+with all outputs in one program, registers spill. `CLASSES` are the padded (p, q) of the group; a program branches to
+the body of its class, so that a bias is not padded to the size of a convolution.
 
-`form_kernel` is compiled once for the slot of Y and once for those of R, G and L. Which outputs are wanted, and their
-terms, are known when it runs: after a forward and a backward, a double backward compiles nothing.
+`form_kernel` is compiled once for the slot of Y and once for those of R, G and L. The outputs and their terms are
+arguments of the launch: after a forward and a backward, a double backward compiles nothing.
 
 Work table, int64, one row per program of a task and output (offsets in elements, into one packed row):
 
@@ -72,9 +72,11 @@ def _write(
     p_row, p_R, p_G, p_L, p_dY, p_ddR, p_ddG, p_ddL, p_bias, p_out, first, last, step, has_bias,
     SLOT: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """One output of one row of the work table.
+    """Compute one output of one row of the work table.
 
-    SLOT names the output. The terms from first to last: 0, 1, 2 put ddR, ddG, ddL in the place of R, G, L, and 3 none.
+    p_row is the row; the other pointers are the operands and outputs of its task. SLOT is the output, P and Q are the
+    padded sizes of the row's class. first, last (exclusive) and step enumerate the terms: 0, 1 and 2 replace R, G or L
+    by ddR, ddG or ddL, and 3 replaces nothing. With has_bias, the slot of Y adds the bias.
     """
     p = tl.load(p_row + 1).to(tl.int32)
     q = tl.load(p_row + 2).to(tl.int32)
@@ -139,10 +141,12 @@ def form_kernel(
     s_R, s_G, s_L, s_dY, s_ddR, s_ddG, s_ddL, s_bias, s_out_R, s_out_G, s_out_L, s_out_Y,
     n_rows, n_outputs, n_bias, SLOTS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of every small problem of one order: grid (tasks * rows of the work table, outputs).
+    """Compute outputs of every small problem of one order; the gradients of R and L are partial sums.
 
-    SLOTS: those that it has code for. n_outputs: `OUTPUT_BITS` bits for each output: its slot (2 bits), and first (2),
-    last (3) and step (2) of its terms. n_bias: whether there is one. The gradients of R and L are partial sums.
+    Grid: (tasks * rows of the work table, outputs). p_table is the work table, of n_rows rows; p_X and s_X are a packed
+    operand or output and its stride from task to task in elements, 0 for a row that the tasks share. n_outputs has
+    `OUTPUT_BITS` bits for each output: its slot (2 bits), and first (2), last (3) and step (2) of its terms. n_bias is
+    1 if there is a bias, else 0. SLOTS are the slots that this compilation has code for.
     """
     pid = tl.program_id(0).to(tl.int64)
     output = n_outputs >> (tl.program_id(1) * OUTPUT_BITS)
@@ -210,9 +214,12 @@ def product_kernel(
     HAS_2: tl.constexpr, HAS_BIAS: tl.constexpr, TRANS_A: tl.constexpr, TRANS_B: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """C = op(A) op(B) (+ op(A2) op(B2)) (+ bias), (m, n), summed over the matrices of a chunk.
+    """Compute C = op(A) op(B) (+ op(A2) op(B2)) (+ bias), (m, n), summed over the matrices of a chunk.
 
-    s_X steps from task to task, s_X_matrix from matrix to matrix (0 for a factor). Grid: tasks * chunks * tiles.
+    Grid: tasks * chunks * tiles. Every matrix is dense and row-major: C (n_m, n_n), op(A) (n_m, n_k), op(B) (n_k, n_n);
+    TRANS_A and TRANS_B say whether op transposes. s_X is a stride from task to task, s_X_matrix from matrix to matrix
+    (0 for a factor) and s_C_chunk from chunk to chunk, in elements. A task has n_matrices matrices in n_chunks chunks
+    of n_chunk. A tile of C is (BM, BN), and sums BK products at a time.
     """
     m = n_m.to(tl.int64)
     n = n_n.to(tl.int64)
@@ -267,10 +274,13 @@ def sum_kernel(
     p_table, p_part_R, p_part_L, p_dR, p_dL, s_part_R, s_part_L, s_dR, s_dL, n_rows, n_tasks,
     SHARED_R: tl.constexpr, SHARED_L: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dR and dL from partial sums: grid (tasks * rows of the sum table); a shared factor sums over the tasks too.
+    """Add the partial sums of dR and dL; the gradient of a shared factor sums over the tasks too.
 
-    Sum table, int64: 0 for dR or 1 for dL, offset into the gradient, offset into the partial sums, elements of this
-    row, elements of the factor (from chunk to chunk), chunks.
+    Grid: tasks * rows of the sum table, whose int64 columns are: 0 for dR or 1 for dL, offset into the gradient, offset
+    into the partial sums, elements of this row, elements of the factor (from chunk to chunk), chunks.
+
+    p_table is the sum table, of n_rows rows; s_X is the stride of p_X from task to task, in elements. SHARED_R and
+    SHARED_L say which factor the tasks share. A step adds ROWS partial sums of COLUMNS elements.
     """
     pid = tl.program_id(0).to(tl.int64)
     task = pid // n_rows

@@ -71,19 +71,19 @@ class _Launch:
         self.work_for_none = tasks == 0 or plan.G == 0
 
     def out(self, needed: bool, rows: int, columns: int) -> Tensor:
-        """An output; without tasks the gradient of a shared factor is zero."""
+        """Allocate (rows, columns), or (0,) if not needed; without tasks the gradient of a shared factor is zero."""
         shape = (rows, columns) if needed else (0,)
         return self.like.new_zeros(shape) if self.tasks == 0 else self.like.new_empty(shape)
 
     def reserve(self, gradients: Sequence[tuple[Tensor, bool, int]], matrices: int) -> tuple[Tensor, ...]:
-        """Allocates the scratch of the call.
+        """Allocate the scratch of the call.
 
         Args:
             gradients: each of dR and dL, whether it is needed, and the columns of its partial sums.
             matrices: how many operands of the size of a large problem's G its products keep at most.
 
         Returns:
-            Where the kernels write each gradient: it itself, or scratch (tasks, columns) that `add` sums.
+            What the kernels write for each gradient: the gradient, or scratch (tasks, columns) that `add` sums.
         """
         own = [not needed or (self.plan.single and X.shape[0] == self.tasks) for X, needed, _ in gradients]
         partial = sum(columns for (_, _, columns), kept in zip(gradients, own) if not kept)
@@ -96,12 +96,12 @@ class _Launch:
         return tuple(places)
 
     def take(self, columns: int) -> Tensor:
-        """(tasks, columns) of the scratch."""
+        """Take the next (tasks, columns) of the scratch."""
         start, self.used = self.used, self.used + self.tasks * columns
         return self.memory[start : self.used].view(self.tasks, columns)
 
     def large(self) -> Iterator[Part]:
-        """The large problems; each may use the scratch of the one before, whose kernels come first."""
+        """Yield the large problems; each reuses the scratch of the previous one, whose kernels run first."""
         for part in self.plan.large:
             self.used = self.kept
             yield part
@@ -113,9 +113,13 @@ class _Launch:
         terms: Sequence[Terms | None],
         bias: Tensor | None = None,
     ) -> None:
-        """Outputs of every small problem, in one launch.
+        """Compute outputs of every small problem, in one launch for each compilation of `form_kernel`.
 
-        operands: R, G, L, dY, ddR, ddG, ddL. outputs: by the slots of R, G, L, Y, with the terms of each, or None.
+        Args:
+            operands: R, G, L, dY, ddR, ddG and ddL.
+            outputs: for the slots of R, G, L and Y.
+            terms: the terms of each output, or None if it is not needed.
+            bias: (tasks or 1, sum of p*q), or None.
         """
         plan = self.plan
         if not plan.work_rows:
@@ -134,7 +138,7 @@ class _Launch:
                 )  # fmt: skip
 
     def scratch(self, part: Part) -> Tensor:
-        """(tasks, B*p*q)."""
+        """Take scratch of the size of a problem's G: (tasks, B*p*q)."""
         return self.take(part.B * part.p * part.q)
 
     def product(
@@ -148,7 +152,7 @@ class _Launch:
         bias: Tensor | None = None,
         over_B: bool = False,
     ) -> None:
-        """C = sum of op(A) op(B) over one or two terms (+ bias), for every matrix, or summed over each chunk of B.
+        """Compute C = sum of op(A) op(B) over one or two terms (+ bias), per matrix or summed over each chunk of B.
 
         Args:
             C: (tasks, matrices or chunks, m*n), dense rows.
@@ -176,7 +180,7 @@ class _Launch:
         )  # fmt: skip
 
     def add(self, part_R: Tensor, part_L: Tensor, dR: Tensor, dL: Tensor) -> None:
-        """Adds the partial sums into dR and dL where they are not there already."""
+        """Add partial sums, as `reserve` placed them, into dR and dL, unless the kernels wrote these themselves."""
         sum_R, sum_L = part_R is not dR, part_L is not dL
         if not (sum_R or sum_L):
             return
@@ -208,7 +212,18 @@ def _partials(part: Part, part_R: Tensor, part_L: Tensor, need_R: bool, need_L: 
 
 
 def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tensor | None = None) -> Tensor:
-    """Y = R^T G L (+ bias): the operator `transform_triton`; shapes and errors as `kfo_ext.transform`."""
+    """Y = R^T G L (+ bias): the operator `transform_triton`.
+
+    Args:
+        R: (tasks or 1, sum of p*p).
+        G: (tasks, sum of B*p*q).
+        L: (tasks or 1, sum of q*q).
+        shapes: flat (B, p, q) triples.
+        bias: (tasks or 1, sum of p*q), added to each of the B matrices, or None.
+
+    Returns:
+        Y: (tasks, sum of B*p*q).
+    """
     kernels, plan = _require(G.device), plan_of(shapes)
     tasks = check("transform_triton", plan.columns, R, G, L, bias=bias)
     launch = _Launch(kernels, plan, G, tasks)
@@ -234,7 +249,13 @@ def transform(R: Tensor, G: Tensor, L: Tensor, shapes: Sequence[int], bias: Tens
 def backward(
     R: Tensor, G: Tensor, L: Tensor, dY: Tensor, shapes: Sequence[int], need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dR, dG, dL of `transform`: the operator `transform_backward_triton`; an output not needed has shape (0,)."""
+    """Gradients of <transform(R, G, L), dY>: the operator `transform_backward_triton`.
+
+    Operands as for `transform`, and dY (tasks, sum of B*p*q); need says which of dR, dG and dL are needed.
+
+    Returns:
+        dR, dG and dL, of their operands' shapes; (0,) where not needed.
+    """
     kernels, plan = _require(G.device), plan_of(shapes)
     tasks = check("transform_backward_triton", plan.columns, R, G, L, dY=dY, need=(need, 3))
     need_R, need_G, need_L = need
@@ -280,7 +301,14 @@ def double_backward(
     shapes: Sequence[int],
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dR, dG, dL, ddY of `backward`: the operator `transform_double_backward_triton`; an absent cotangent is zero."""
+    """Gradients of <backward(R, G, L, dY), (ddR, ddG, ddL)>: the operator `transform_double_backward_triton`.
+
+    Operands as for `backward`, and the cotangents ddR, ddG and ddL of its outputs; None is zero. need says which of dR,
+    dG, dL and ddY are needed.
+
+    Returns:
+        dR, dG, dL and ddY, of the shapes of R, G, L and dY; (0,) where not needed.
+    """
     kernels, plan = _require(G.device), plan_of(shapes)
     tasks = check(
         "transform_double_backward_triton", plan.columns, R, G, L, dY=dY, ddR=ddR, ddG=ddG, ddL=ddL, need=(need, 4)
@@ -316,7 +344,7 @@ def _large_double_backward(
     has: Sequence[bool],
     need: Sequence[bool],
 ) -> None:
-    """One large problem of `double_backward`, in products; operands and outputs as `_Launch.group` takes them."""
+    """Compute one large problem of `double_backward` by products; operands and outputs as for `_Launch.group`."""
     R, G, L, dY, ddR, ddG, ddL = operands
     part_R, dG, part_L, ddY = outputs
     has_R, has_G, has_L = has
@@ -360,7 +388,7 @@ def _large_double_backward(
 
 
 def define(library: torch.library.Library) -> None:
-    """Defines the three operators and their kernels; `autograd.register(library, "_triton")` adds the rest."""
+    """Define the three operators and their kernels; `autograd.register(library, "_triton")` adds the rest."""
     for schema, function in zip(_SCHEMAS, (transform, backward, double_backward)):
         library.define(schema)
         # Without the interpreter the CPU kernel says so, where the dispatcher would list its keys.

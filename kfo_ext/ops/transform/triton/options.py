@@ -20,14 +20,30 @@ def _options(warps: int, all_registers: bool = False) -> dict[str, Any]:
 
 
 def group_options(classes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Compiler options of `form_kernel`."""
+    """Compiler options of `form_kernel`.
+
+    Args:
+        classes: the padded (p, q) of the group's small problems.
+
+    Returns:
+        Keyword arguments of its launch.
+    """
     if max(map(max, classes)) <= 32:
         return _options(4)
     return _options(8, all_registers=True)
 
 
 def product_options(m: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Block sizes and compiler options of `product_kernel` for an (m, n) result."""
+    """Block sizes and compiler options of `product_kernel`.
+
+    Args:
+        m: rows of the result.
+        n: columns of the result.
+        dtype: of operands and result.
+
+    Returns:
+        Keyword arguments of its launch.
+    """
     side, warps = (64, 8) if dtype == torch.float32 else (32, 4)
     return {"BM": min(side, pad(m)), "BN": min(side, pad(n)), "BK": 16, **_options(warps, all_registers=True)}
 

@@ -1,7 +1,7 @@
-"""Which outputs a launch of `form_kernel` makes, and the terms of each: numbers that it is given when it runs.
+"""The outputs of a launch of `form_kernel` and the terms of each, encoded as arguments of the launch.
 
-Outputs have the slots of R, G, L and Y, from 0 to 3. The terms 0, 1 and 2 put ddR, ddG and ddL in the place of R, G and
-L; the term 3 puts none.
+Outputs have the slots of R, G, L and Y, from 0 to 3. The terms 0, 1 and 2 replace R, G or L by its cotangent ddR, ddG
+or ddL; the term 3 replaces nothing.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ Output = tuple[int, int, int, int]
 
 # The slots of each compilation of `form_kernel`.
 FORMS = ((3,), (0, 1, 2))
-# Of each output in the number that tells them all; as in `kernels`.
+# Bits of each output in the number that encodes them all; as in `kernels`.
 _OUTPUT_BITS = 9
 
-# The one term of the first two orders, in which no operand gives way to its cotangent.
+# The only term of the first two orders, in which no cotangent replaces an operand.
 PLAIN = (3,)
 
 
 def double_backward_terms(has: Sequence[bool], need: Sequence[bool]) -> list[Terms | None]:
-    """Per output (R, G, L, Y) its terms: the present cotangents of other slots; None for an output not needed."""
+    """The terms of each output of a double backward.
+
+    Args:
+        has: whether ddR, ddG and ddL are given.
+        need: whether the outputs for R, G, L and Y are needed.
+
+    Returns:
+        For each output the given cotangents of other slots, or None if it is not needed.
+    """
     return [
         tuple(term for term in range(3) if has[term] and term != slot) if needed else None
         for slot, needed in enumerate(need)
@@ -30,12 +38,26 @@ def double_backward_terms(has: Sequence[bool], need: Sequence[bool]) -> list[Ter
 
 
 def wanted_outputs(terms: Sequence[Terms | None]) -> tuple[Output, ...]:
-    """Slot, first, last and step of the terms of each output of `form_kernel` that has terms."""
+    """The needed outputs of a launch of `form_kernel`.
+
+    Args:
+        terms: for each slot the terms of its output, or None if it is not needed.
+
+    Returns:
+        Slot, and first, last and step of the terms, of each needed output.
+    """
     return tuple((slot, *_range(term)) for slot, term in enumerate(terms) if term is not None)
 
 
 def packed(outputs: Sequence[Output]) -> int:
-    """The number that tells `form_kernel` its outputs: at most three, which fit in 32 bits."""
+    """Encode outputs as the integer that `form_kernel` decodes.
+
+    Args:
+        outputs: at most three.
+
+    Returns:
+        An integer of at most 32 bits.
+    """
     bits = [slot | first << 2 | last << 4 | step << 7 for slot, first, last, step in outputs]
     return sum(output << _OUTPUT_BITS * i for i, output in enumerate(bits))
 

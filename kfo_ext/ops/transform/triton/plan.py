@@ -32,7 +32,20 @@ def pad(size: int) -> int:
 
 
 class Part(NamedTuple):
-    """One problem: its sizes, its offsets into the packed rows and into the partial sums, its chunks of B."""
+    """One problem: B matrices (p, q), and where they lie.
+
+    Attributes:
+        B: number of matrices.
+        p: rows of each.
+        q: columns of each.
+        R: offset of the left factor in its packed row; offsets are in elements.
+        G: offset of the matrices.
+        L: offset of the right factor.
+        bias: offset of the bias.
+        part_R: offset of the partial sums of dR.
+        part_L: offset of the partial sums of dL.
+        chunk: matrices of a chunk; the last chunk may have fewer.
+    """
 
     B: int
     p: int
@@ -47,15 +60,17 @@ class Part(NamedTuple):
 
     @property
     def chunks(self) -> int:
+        """Number of chunks of B."""
         return -(-self.B // self.chunk)
 
     @property
     def small(self) -> bool:
+        """Whether one program holds a matrix of this problem whole."""
         return pad(self.p) * pad(self.q) <= SMALL
 
 
 class Plan:
-    """The work of one group. Hold it through `plan_of`, which makes it once per group.
+    """The work of one group. Get it from `plan_of`, which makes it once per group.
 
     Args:
         shapes: flat (B, p, q) triples.
@@ -93,11 +108,27 @@ class Plan:
         self._tables: dict[tuple, Tensor] = {}
 
     def work(self, device: torch.device) -> Tensor:
-        """The work table (work_rows, 10), int64, largest class first; see `kernels`."""
+        """The work table of `form_kernel`; `kernels` describes its columns.
+
+        Args:
+            device: where it lies; made at the first call for each device, and kept.
+
+        Returns:
+            (work_rows, 10), int64, largest class first.
+        """
         return self._table("work", device)
 
     def sums(self, device: torch.device, sum_R: bool, sum_L: bool) -> Tensor:
-        """The sum table (rows, 6), int64, of the factors whose partial sums are to be added; see `kernels`."""
+        """The table of `sum_kernel`; `kernels` describes its columns.
+
+        Args:
+            device: where it lies; made at the first call for each device, and kept.
+            sum_R: whether the partial sums of dR are added.
+            sum_L: whether those of dL are.
+
+        Returns:
+            (rows, 6), int64.
+        """
         return self._table(("sums", sum_R, sum_L), device)
 
     def _table(self, key: str | tuple, device: torch.device) -> Tensor:
@@ -150,7 +181,13 @@ def _plan(shapes: tuple[int, ...]) -> Plan:
 
 
 def plan_of(shapes: Sequence[int]) -> Plan:
-    """The plan of flat (B, p, q) triples, made once per group.
+    """The plan of a group, made once.
+
+    Args:
+        shapes: flat (B, p, q) triples.
+
+    Returns:
+        The same object for equal shapes.
 
     Raises:
         ValueError: as `Plan`.
