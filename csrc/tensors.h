@@ -58,14 +58,11 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   // torch::stable::new_empty looks the operator up by its name in every call, which doubles its time.
   const AOTITorchError error = aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
                                                          nullptr, nullptr, nullptr, 0, nullptr, &made);
-  // The operators' kernel in Python knows by this name that memory ran out.
+  // The operators' kernel in Python recognises by this message that memory ran out.
   if (error) throw std::runtime_error("aten::new_empty failed");
   Tensor tensor(made);
-  if (tensor.is_cpu()) {
-    size_t bytes = static_cast<size_t>(tensor.scalar_type() == ScalarType::Double ? 8 : 4);
-    for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
-    advise_huge_pages(tensor.const_data_ptr(), bytes);
-  }
+  if (tensor.is_cpu())
+    advise_huge_pages(tensor.const_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
   return tensor;
 }
 

@@ -44,7 +44,7 @@ def fault(content: Any, split: str, name: str) -> str:
 
 
 def _mean_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean and 1.96 * std / sqrt(n), as `kfo_ext.trainer.mean_interval`."""
+    """Mean and 1.96 * std / sqrt(n), as `kfo_ext.trainer.mean_interval`, which needs torch."""
     values = [float(score) for score in scores]
     mean = math.fsum(values) / len(values)
     return mean, 1.96 * statistics.stdev(values, mean) / math.sqrt(len(values))
