@@ -46,7 +46,7 @@ void start() {
                     }});
 }
 
-// What the orders do with one block of so many matrices.
+// The pieces of the orders, for one block of `rows` matrices.
 template <class Block>
 void add_block(Block block, int64_t rows) {
   const Job<float>& of = block_job;

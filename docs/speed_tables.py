@@ -18,8 +18,8 @@ from kfo_ext.bench.rows import loses
 LOOPS = {
     "learn2learn": "`GBML` of learn2learn",
     "learn2learn_fast_layers": "`GBML` of learn2learn, in `fast_layers`",
-    "our_gbml": "`GBML` of kfo_ext in its place",
-    "our_gbml_fast_layers": "`GBML` of kfo_ext in its place, in `fast_layers`",
+    "our_gbml": "`GBML` of kfo_ext",
+    "our_gbml_fast_layers": "`GBML` of kfo_ext in `fast_layers`",
     "learn2learn_our_kfo": "`GBML` of learn2learn, with `KFO`",
     "learn2learn_our_kfo_fast_layers": "`GBML` of learn2learn, with `KFO`, in `fast_layers`",
     "by_hand": "a loop with `KFO` and `torch.autograd.grad`",

@@ -70,7 +70,7 @@ def test_work_rows_and_table(library, tmp_path, monkeypatch):
 
 
 def test_two_commits_in_turn(library):
-    """The same library in the place of both: a time is compared with that of its name."""
+    """The same library for both: a time is compared with that of its name."""
     rows = list(cpu_pieces.measure((4, 3, 5), [library, library], 2))
     assert all(row["of_the_other"] > 0 for row in rows)
     result = {

@@ -1,4 +1,4 @@
-"""Meta-gradients against learn2learn itself, and KFO in the place of its ParameterUpdate."""
+"""Meta-gradients against learn2learn itself, and with KFO instead of its ParameterUpdate."""
 
 from __future__ import annotations
 

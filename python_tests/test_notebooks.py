@@ -38,7 +38,7 @@ def test_it_has_no_outputs(path):
 def test_its_code_is_that_of_the_script(path):
     script = ast.parse(path.with_suffix(".py").read_text()).body
     cells = ast.parse("\n".join(code_of(path))).body
-    # All but the docstring, sys and the start from the command line, in place of which main is called.
+    # All but the docstring, sys and the start from the command line, instead of which main is called.
     kept = [ast.dump(node) for node in script[1:-1] if ast.unparse(node) != "import sys"]
     assert [ast.dump(node) for node in cells[:-1]] == kept
     assert re.fullmatch(r"main\(\d+\)", ast.unparse(cells[-1]))

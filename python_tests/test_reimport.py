@@ -108,4 +108,4 @@ import kfo_ext.functional
 """
     message = run(AGAIN + code, package.parent).stderr.splitlines()[-1]
     assert message.startswith("ImportError: kfo_ext: build ")
-    assert message.endswith("start Python anew")
+    assert message.endswith("is of another build: restart Python")

@@ -44,7 +44,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def with_layers(model: nn.Module, transformed: nn.Module, prefix: str = "") -> nn.Module:
-    """The model with a `Mix` in the place of each linear map, of the T's that the transformed copy has there."""
+    """The model with a `Mix` instead of each linear map, of the T's that the transformed copy has there."""
     for name, child in list(model.named_children()):
         there = transformed.get_submodule(prefix + name)
         if hasattr(there, "T"):

@@ -1,4 +1,4 @@
-// What a batch norm kernel is asked to do, and the kernels compiled for each instruction set. No torch here.
+// Arguments of a batch norm kernel, and the table of kernels of each instruction set. No torch here.
 #pragma once
 
 #include <cstdint>

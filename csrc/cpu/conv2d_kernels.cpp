@@ -139,8 +139,7 @@ void gathered_parts(PrefetchQueue* prefetch, const T* A, Gathered results, Steps
                         {X.data + r * steps.length * X.row, X.row}, C, r > 0);
 }
 
-// What the next image reads and writes, two ranges of so many elements: prefetched by the tiles that compute this
-// one.
+// Prefetch queue of the next image, x_size elements from x and y_size from y, for the tiles that compute this image.
 template <class T>
 PrefetchQueue next_image(const T* x, int64_t x_size, const T* y, int64_t y_size, int64_t tiles) {
   constexpr int64_t kMost = 131072;  // bytes
@@ -153,7 +152,7 @@ PrefetchQueue next_image(const T* x, int64_t x_size, const T* y, int64_t y_size,
   return prefetch;
 }
 
-// Tiles of so many results: as few as they may be.
+// The least number of tiles for `results` results, or one more.
 inline int64_t least_tiles(int64_t results) { return results / kGatheredRows + 1; }
 
 // Hands out pieces of a thread's scratch memory, each at the start of a cache line.
@@ -202,7 +201,7 @@ void forward(const Conv2dJob<T>& job) {
   const Steps steps{s.KH, image.at(1, 0), s.KW * s.C, 1};
   for (int64_t n = job.begin; n < job.end; ++n) {
     image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W);
-    // It goes through memory in order, which the processor foresees.
+    // Sequential access: the hardware prefetcher suffices.
     gathered_parts<T>(nullptr, image.data, {pixels, rows, outs}, steps, s.O, {weight, s.O}, job.y + n * pixels * s.O);
   }
 }
@@ -314,7 +313,7 @@ class Totals {
     ++held_;
   }
 
-  // Leaves the totals in the place of the sums.
+  // Overwrites the sums with the totals.
   void finish() const {
     if (!totals_) return;
     for (int64_t i = 0; i < count_; ++i) sums_[i] = static_cast<T>(totals_[i] + sums_[i]);

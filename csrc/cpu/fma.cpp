@@ -3,8 +3,8 @@
 #include "fma_kernels.h"
 #include "isa.h"
 
-// Runs so many steps of float32 multiply-adds on the calling thread and returns the operations done, 2 for each; 0 when
-// KFO_CPU_ISA asks for an instruction set that is not available.
+// Runs `steps` steps of float32 multiply-adds on the calling thread. Returns the number of operations, 2 for each, or 0
+// if KFO_CPU_ISA names an instruction set that is not available.
 extern "C" __attribute__((visibility("default"))) double kfo_cpu_fma(int64_t steps) {
   using namespace kfo::cpu;
   try {

@@ -35,7 +35,7 @@ Isa isa() {
 
 }  // namespace kfo::cpu
 
-// The name of the instruction set in use, or null when KFO_CPU_ISA asks for one that is not available.
+// The name of the instruction set in use, or null when KFO_CPU_ISA names one that is not available.
 extern "C" __attribute__((visibility("default"))) const char* kfo_cpu_isa() {
   try {
     return kfo::cpu::kNames[static_cast<int>(kfo::cpu::isa())];

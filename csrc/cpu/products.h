@@ -64,7 +64,7 @@ constexpr int tile_rows(int vectors) {
 }
 constexpr int kTileVectors = kRegisters == 16 ? 3 : 4;
 
-// So often, and so far apart, is the same product taken: the operands and the result each move on by their step.
+// Number of repeats of a product, and the strides of A, X and C between them.
 struct Times {
   int64_t count = 1, a_step = 0, x_step = 0, c_step = 0;
 };
@@ -229,7 +229,7 @@ struct Runs {
   int64_t count, length, step;
 };
 
-// One register tile of C, and so many more of its size beside it.
+// `times` register tiles of C, side by side.
 template <class T, int M, int N>
 void dots_tile(PrefetchQueue* prefetch, Rows<const T> A, Rows<const T> X, Rows<T> C, Runs runs, bool add,
                int64_t times) {

@@ -1,4 +1,4 @@
-// What a kernel of the transform is asked to do, and the kernels compiled for each instruction set. No torch here.
+// Arguments of a transform kernel, and the table of kernels of each instruction set. No torch here.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@ struct Job {
   Matrices<const T> bias;  // p * q elements a task
   Matrices<T> Y, dG, ddY;
   T *dR = nullptr, *dL = nullptr;
-  PrefetchQueue* prefetch = nullptr;  // what to ask for meanwhile
+  PrefetchQueue* prefetch = nullptr;  // prefetched meanwhile
 };
 
 template <class T>

@@ -12,7 +12,7 @@ namespace kfo::cuda {
 struct Side {
   int data;
   int stride;               // from one i to the next, within a group
-  int group, group_stride;  // i runs in groups of `group`, so far apart; a group of 0 is all of them
+  int group, group_stride;  // i runs in groups of `group`, group_stride apart; 0 is one group
   int step, repeat_step;    // from one k to the next, and from one repeat of all k to the next
 
   __device__ int offset(int i) const {

@@ -16,7 +16,7 @@
 
 namespace kfo::cuda {
 
-// What one call asks for. Rows of dR and dL: 0 where they are not needed, 1 where they are summed over all tasks.
+// Description of one call. Rows of dR and dL: 0 where they are not needed, 1 where they are summed over all tasks.
 struct Request {
   Order order;
   int64_t tasks, element_size;

@@ -31,8 +31,8 @@ __device__ __forceinline__ void store_vector(double* to, const Vector<double>& v
   __stwb(reinterpret_cast<double2*>(to), double2{v.at[0], v.at[1]});
 }
 
-// An asynchronous copy of so many bytes, or zeros if it is not wanted: then nothing is read. The intrinsic takes a
-// constant number of zeros alone, which would be a branch for each copy.
+// An asynchronous copy of kBytes bytes, or zeros if it is not wanted: then nothing is read. The intrinsic only takes a
+// constant number of zeros, which would cost a branch for each copy.
 template <int kBytes>
 __device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool wanted) {
 #ifdef __CUDA_ARCH__

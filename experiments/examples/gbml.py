@@ -1,4 +1,4 @@
-"""A loop written for learn2learn's GBML, with the GBML of kfo_ext in its place: one line of imports differs.
+"""A loop written for learn2learn's GBML that runs on the GBML of kfo_ext: one line of imports differs.
 
 python experiments/examples/gbml.py [meta-iterations]        needs no learn2learn
 """

@@ -23,7 +23,7 @@ COLUMNS = {
     "x": "its value",
     "group": "the parameters",
     "tasks": "rows of every packed operand",
-    "psd": "R^T R and L^T L in the place of R and L",
+    "psd": "R^T R and L^T L instead of R and L",
     "hidden": "hidden layers of the update",
     "order": "forward, backward or double_backward",
     "provider": "who computes it",

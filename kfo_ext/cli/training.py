@@ -27,7 +27,7 @@ def train(
         typer.Option(help="TOML file of options, a run's config.json, or its folder; options here count", **NO_DEFAULT),
     ] = None,
     time_budget: Annotated[
-        float, number("stop cleanly after so many seconds, then validate; 0 is no limit", least=0)
+        float, number("stop cleanly after this many seconds, then validate; 0 is no limit", least=0)
     ] = 0.0,
     log: Annotated[
         str | None, typer.Option(help=f"besides metrics.jsonl, comma-separated: {_LOGGERS}", **NO_DEFAULT)

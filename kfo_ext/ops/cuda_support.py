@@ -1,4 +1,4 @@
-"""Whether this machine's driver and GPUs run the compiled CUDA library; nothing here is asked at import."""
+"""Whether this machine's driver and GPUs run the compiled CUDA library; nothing here runs at import."""
 
 from __future__ import annotations
 

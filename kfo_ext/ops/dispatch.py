@@ -43,7 +43,7 @@ class Operator:
     def resolve(self, backend: str, device: torch.device) -> str:
         """Return the implementation of a backend on a device.
 
-        "auto" means native if its kernels are loaded and not there by name only; else, on CUDA, triton if the operator
+        "auto" means native if its kernels are loaded and not in `by_name`; else, on CUDA, triton if the operator
         has it and it is installed; else grouped if the operator has it, which runs anywhere; else reference. On CUDA,
         the last step warns for an operator with Triton kernels, with both reasons; on the CPU, importing kfo_ext has
         warned. On the CPU it never means triton, whose interpreter is for tests. A CUDA library that is loaded but does

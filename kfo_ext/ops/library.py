@@ -100,11 +100,11 @@ def load() -> None:
             others = sorted(path for path in torch.ops.loaded_libraries if "_kfo_cpu" in path) or ["an unknown file"]
             raise ImportError(
                 f"kfo_ext: a second copy of the package: its operators were loaded from {others[0]}, "
-                f"now {CPU_LIBRARY} asks for them; uninstall one of the two"
+                f"now {CPU_LIBRARY} registers them again; uninstall one of the two"
             )
         if not CPU_LIBRARY.exists() or kept["build"].encode() not in CPU_LIBRARY.read_bytes():
             raise ImportError(
-                f"kfo_ext: build {kept['build']} is loaded, which {CPU_LIBRARY} is no longer: start Python anew"
+                f"kfo_ext: build {kept['build']} is loaded, but {CPU_LIBRARY} is of another build: restart Python"
             )
         _status.update(kept["status"])
         return
@@ -148,7 +148,7 @@ def loaded(device_type: str) -> bool:
 
 
 def available(device: torch.device) -> bool:
-    """Whether compiled kernels run on tensors of `device`; the first question about a CUDA device asks the driver."""
+    """Whether compiled kernels run on tensors of `device`; the first call for a CUDA device calls the driver."""
     kind = device.type
     return loaded(kind) and (kind != "cuda" or not _problem(device.index))
 

@@ -113,14 +113,14 @@ METHODS: dict[str, Method] = {
         transformed=_tnet,
     ),
     "linnet": Method(
-        help="LinNet: linear layers in the place of the head",
+        help="LinNet: linear layers replace the head",
         adapted=_all,
         learner=_maml,
         transformed=_linnet,
         options=WIDTHS,
     ),
     "anil_linnet": Method(
-        help="LinNet of which the linear layers alone are adapted",
+        help="LinNet that adapts its linear layers only",
         adapted=_stack,
         learner=_anil,
         transformed=_linnet,

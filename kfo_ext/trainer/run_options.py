@@ -62,7 +62,7 @@ RUN = {
     "patience": Option(
         kind=int,
         default=0,
-        help="stop after so many validations without a better one; 0 is never",
+        help="stop after this many validations without a better one; 0 is never",
         least=0,
         role=TRAINING,
         resumable=True,

@@ -1,4 +1,4 @@
-"""Conversion of whole updates: ours to an equivalent ParameterUpdate of learn2learn, and back."""
+"""Conversion of whole updates: one of kfo_ext to an equivalent ParameterUpdate of learn2learn, and back."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def to_learn2learn(update: Update) -> nn.Module:
 
 
 def from_learn2learn(learned: Module, parameters: Iterable[Tensor | Named]) -> Update:
-    """Convert an update of learn2learn to an equivalent one of ours.
+    """Convert an update of learn2learn to an equivalent one of kfo_ext.
 
     Args:
         learned: a ParameterUpdate, a GBML, a LearnableOptimizer, or the algorithm MetaSGD, whose rates become those of
