@@ -326,6 +326,26 @@ def test_graph_of_a_cuda_build(setup):
     assert "-ltorch " in cuda
 
 
+def test_a_path_with_a_space_and_a_comma_is_compiled_by_nvcc(setup, monkeypatch, tmp_path):
+    nvcc = setup.toolchain.find_nvcc(ROOT)
+    ninja = shutil.which("ninja", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
+    if nvcc is None or ninja is None:
+        pytest.skip("no nvcc, or no ninja")
+    folder = tmp_path / "a space, a comma"
+    source, torch, work = folder / "csrc", folder / "torch", folder / "work"
+    for name in ("library.cpp", "build_info.cpp", "plan_module.cpp", "cuda/a.cu"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text('#include "in_torch.h"\n__global__ void kernel(int *x) { *x = ONE; }\n')
+    (torch / "include").mkdir(parents=True)
+    (torch / "include" / "in_torch.h").write_text("#define ONE 1\n")
+    monkeypatch.setattr(setup, "CSRC", source)
+    monkeypatch.setattr(setup, "ARCHITECTURES", [80])
+    setup.make_links(work, folder, torch)
+    (work / "build.ninja").write_text(setup.build_graph("1.0", "2.13", nvcc))
+    subprocess.run([ninja, "-C", work, "cuda_a.cu.o"], check=True, timeout=seconds(100), stdout=subprocess.DEVNULL)
+    assert str(tmp_path).encode() not in (work / "cuda_a.cu.o").read_bytes()
+
+
 def test_headers_are_tracked():
     folders = [folder for folder in ROOT.glob("build/temp.*") if (folder / ".ninja_deps").exists()]
     ninja = shutil.which("ninja", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
@@ -356,15 +376,25 @@ def versioned() -> list[Path]:
     return [Path(name) for name in done.stdout.split("\0") if name and not name.startswith(".")]
 
 
+def test_no_file_names_a_path_of_one_machine():
+    """Temporary folders and homes: results, documents and sources are read on other machines."""
+    path = re.compile(rb"(?<![\w.*}>])/(?:tmp|work|root|home|Users)/")
+    # Tests have such paths as inputs.
+    found = [
+        name for name in versioned() if name.parts[0] != "python_tests" and path.search((ROOT / name).read_bytes())
+    ]
+    assert not found
+
+
 @pytest.fixture
 def unpacked(tree, tmp_path) -> Path:
-    """The source distribution of this checkout, unpacked."""
+    """The source distribution of this checkout, unpacked in a folder whose name compilers and shells break."""
     (tree / "kfo_ext" / "_stale.so").touch()
     subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=tree, check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as content:
-        content.extractall(tmp_path / "unpacked", filter="data")
-    (folder,) = (tmp_path / "unpacked").iterdir()
+        content.extractall(tmp_path / "a space, a comma", filter="data")
+    (folder,) = (tmp_path / "a space, a comma").iterdir()
     return folder
 
 
