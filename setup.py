@@ -61,7 +61,7 @@ class Graph:
 
 
 def make_links(work: Path, package: Path, torch: Path) -> None:
-    """Gives every folder outside of `work` a plain name inside, which is all that the graph knows it by.
+    """Gives every folder outside of `work` a plain name inside, the only name that the graph uses.
 
     nvcc and its host compiler break other names at commas, spaces, quotes and dollars, and no path of the build machine
     gets into a binary. What was built with other inputs is deleted: ninja would keep it. Only `_plan` is of one Python:

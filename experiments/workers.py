@@ -82,7 +82,7 @@ class Worker:
             self._process.terminate()
 
     def join(self, seconds: float) -> None:
-        """Wait for the process to end; kill it after so many seconds."""
+        """Wait for the process to end; kill it after `seconds`."""
         self._process.join(seconds)
         if self._process.is_alive():
             self._process.kill()

@@ -26,7 +26,7 @@ import setup
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
-# Of torch, which every user has; a copy in the wheel would be a second one in the process.
+# libtorch, which every user has: a copy in the wheel would be a second one in the process.
 EXCLUDED = ("libtorch*.so", "libc10*.so")
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")
 NEEDS_OF_TESTS = ("pytest", "pytest-xdist", "expecttest", "hypothesis", "setuptools")

@@ -44,7 +44,7 @@ def kronecker(**options):
     return l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear, **options)
 
 
-# learn2learn's transform, and what stands in its place here: the same one, or ours.
+# learn2learn's transform, and the one that replaces it here: the same one, or that of kfo_ext.
 TRANSFORMS = {
     "kronecker": (kronecker(), ours.KroneckerTransform(ours.KroneckerLinear)),
     "kronecker plain, bias": (

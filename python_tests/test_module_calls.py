@@ -97,7 +97,7 @@ def test_a_module_under_two_names(kind, update):
 
 
 class Remembering(nn.Module):
-    """A forward that reads a buffer which it changes: in place, or by another tensor in its place."""
+    """A forward that reads a buffer and changes it: in place, or by assigning another tensor."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()

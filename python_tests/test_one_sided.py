@@ -1,4 +1,4 @@
-"""Groups of which some problems lack a factor, against dense identities in its place, in plain torch and float64."""
+"""Groups in which some problems lack a factor, against dense identities, in plain torch and float64."""
 
 from __future__ import annotations
 

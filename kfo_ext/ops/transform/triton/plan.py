@@ -18,7 +18,7 @@ from kfo_ext.ops.transform.checks import Columns
 MIN_BLOCK = 16
 # The largest padded p * q of a problem that a program holds whole (64 x 16, 32 x 32, 16 x 64): beyond, registers spill.
 SMALL = 1024
-# At most so many partial sums per problem and task: programs enough for a GPU, little traffic.
+# The most partial sums per problem and task: enough programs for a GPU, little traffic.
 MAX_CHUNKS = 8
 # A row of the sum table has a multiple of SUM_COLUMNS elements, and a factor at most MAX_SUM_ROWS rows.
 SUM_COLUMNS = 128
@@ -132,7 +132,7 @@ class Plan:
         return self._table(("sums", sum_R, sum_L), device)
 
     def _table(self, key: str | tuple, device: torch.device) -> Tensor:
-        # Kept for good: a captured CUDA graph reads it at every replay.
+        # Never freed: a captured CUDA graph reads it at every replay.
         table = self._tables.get((key, device))
         if table is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
