@@ -26,7 +26,7 @@ def speed() -> str:
     learn2learn, torch = _operator(operator)
     rows = [
         [
-            "`MAML` of your CNN(2), CNN(4), over learn2learn",
+            "`MAML`, your CNN(2), CNN(4), over learn2learn",
             f"{cnn[0]:.1f}x, {cnn[1]:.1f}x",
             _command(user),
         ],
@@ -41,7 +41,7 @@ def speed() -> str:
             _command(func),
         ],
         [
-            "transform's double backward, over learn2learn, fastest PyTorch",
+            "transform, double backward, over learn2learn, PyTorch",
             f"{learn2learn:.0f}x, {torch:.1f}x",
             _command(operator),
         ],
