@@ -57,7 +57,10 @@ class TaskBatch(NamedTuple):
             TypeError: a task is not a pair of tensors.
         """
         if (query is None) == (shots is None):
-            raise ValueError("query, shots: expected one of them, query examples or the number of support examples")
+            raise ValueError(
+                "query, shots: expected one of them, query examples or the number of support examples; of tasks that "
+                "are pairs (support, query), pass TaskBatch.of(*zip(*tasks))"
+            )
         if shots is not None:
             check_count("shots", shots, 1)
             parted = [_parted(f"pairs[{task}]", pair, shots) for task, pair in enumerate(pairs)]
@@ -125,7 +128,10 @@ def _parted(name: str, pair: tuple[Tensor, Tensor], shots: int) -> tuple[Example
 
 def _check_pair(name: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
-        raise TypeError(f"{name}: expected a pair (x, y) of tensors, got {type(pair).__name__}")
+        got = type(pair).__name__
+        if isinstance(pair, (tuple, list)):
+            got += f" of ({', '.join(type(one).__name__ for one in pair)})"
+        raise TypeError(f"{name}: expected a pair (x, y) of tensors, got {got}: several inputs go into one tensor x")
     x, y = pair
     if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
         raise ValueError(f"{name}: expected a label for each input, got {tuple(x.shape)} and {tuple(y.shape)}")
