@@ -17,11 +17,11 @@ from experiments.store import RESULTS
 # By entry: how a table calls it. Baselines stand below what they are compared with.
 ROWS = {
     "omniglot-cnn2-kfo": "META-KFO, tuned",
-    "omniglot-cnn2-kfo-clipped": "META-KFO, tuned, gradients clipped",
+    "omniglot-cnn2-kfo-clipped": "META-KFO, tuned, meta-gradients clipped",
     "omniglot-cnn2-kfo-decayed": "META-KFO, tuned, outer rate decayed",
     "omniglot-cnn2-kfo-paper": "META-KFO, paper's rates",
     "omniglot-cnn2-maml": "MAML, tuned",
-    "omniglot-cnn2-maml-clipped": "MAML, tuned, gradients clipped",
+    "omniglot-cnn2-maml-clipped": "MAML, tuned, meta-gradients clipped",
     "omniglot-cnn2-maml-paper": "MAML, paper's rates",
 }
 # Suffixes of entries, in the order of the columns of the README.
@@ -101,9 +101,8 @@ def _ended(row: Row) -> str:
     """Which of the seeds' trainings lost what they had learned: more than 5 points below their best validation."""
     ended = sorted(record.iterations for record in row.records.values() if record.ended)
     lost = [record for record in row.records.values() if record.accuracy[-1] < max(record.accuracy) - 0.05]
-    parts = (
-        [f"{len(ended)} diverged after {', '.join(f'{each:,}' for each in sorted(ended))} iterations"] if ended else []
-    )
+    after = ", ".join(f"{iterations:,}" for iterations in ended)
+    parts = [f"{len(ended)} diverged after {after} iterations"] if ended else []
     parts += [f"{len(lost)} collapsed" for _ in lost[:1]]
     seeds = f"{len(row.records)} {'seed' if len(row.records) == 1 else 'seeds'}"
     return f"{seeds}: {', '.join(parts) or 'stable'}"

@@ -41,7 +41,7 @@ def speed() -> str:
             _command(func),
         ],
         [
-            "transform, double backward, over learn2learn, PyTorch",
+            "transform, double backward, over learn2learn, fastest PyTorch",
             f"{learn2learn:.0f}x, {torch:.1f}x",
             _command(operator),
         ],

@@ -32,8 +32,7 @@ GLYPHS = {"dataset": "glyphs", "ways": 2, "shots": 2, "queries": 2, "hidden": 4}
 BAD = {
     "dataset": (
         "mnist",
-        f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'; a row of your own exists only in scripts that "
-        "add it",
+        f"dataset: expected one of {', '.join(DATASETS)}, got 'mnist'; if it is yours, run the script that adds it",
     ),
     "update": ("adam", f"update: expected one of {', '.join(UPDATES)}, got 'adam'; it is a choice of optimizer"),
     "method": ("meta_sgd", f"method: expected one of {', '.join(METHODS)}, got 'meta_sgd'; it is a choice of update"),

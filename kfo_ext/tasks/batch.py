@@ -58,8 +58,8 @@ class TaskBatch(NamedTuple):
         """
         if (query is None) == (shots is None):
             raise ValueError(
-                "query, shots: expected one of them, query examples or the number of support examples; of tasks that "
-                "are pairs (support, query), pass TaskBatch.of(*zip(*tasks))"
+                "query, shots: expected one of them, query examples or the number of support examples; for a list of "
+                "pairs (support, query), call TaskBatch.of(*zip(*tasks))"
             )
         if shots is not None:
             check_count("shots", shots, 1)
@@ -130,8 +130,8 @@ def _check_pair(name: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
         got = type(pair).__name__
         if isinstance(pair, (tuple, list)):
-            got += f" of ({', '.join(type(one).__name__ for one in pair)})"
-        raise TypeError(f"{name}: expected a pair (x, y) of tensors, got {got}: several inputs go into one tensor x")
+            got += f" of ({', '.join(type(one).__name__ for one in pair)}): join several inputs in one tensor x"
+        raise TypeError(f"{name}: expected a pair (x, y) of tensors, got {got}")
     x, y = pair
     if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
         raise ValueError(f"{name}: expected a label for each input, got {tuple(x.shape)} and {tuple(y.shape)}")

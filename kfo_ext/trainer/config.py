@@ -316,10 +316,8 @@ def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         values[kind] = _value(kind, option, given, defaults, values)
         if values[kind] not in table:
             others = [other for other, rows in TABLES.items() if values[kind] in rows]
-            hint = "; a row of your own exists only in scripts that add it"
-            if others:
-                hint = f"; it is a choice of {', '.join(others)}"
-            raise ValueError(f"{kind}: expected one of {', '.join(table)}, got {values[kind]!r}{hint}")
+            hint = f"it is a choice of {', '.join(others)}" if others else "if it is yours, run the script that adds it"
+            raise ValueError(f"{kind}: expected one of {', '.join(table)}, got {values[kind]!r}; {hint}")
         defaults |= table[values[kind]].defaults
     return values, defaults
 

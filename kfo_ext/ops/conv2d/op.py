@@ -15,8 +15,8 @@ from kfo_ext.ops.operands import autocasts, check_dimensions
 from kfo_ext.ops.torch_private import without_rules
 
 # Without kernels, torch's convolution serves: a grouped one, with a group of channels for each task. Its own
-# derivatives are loops over tasks from the second on; those of `GROUPED` are not. The CUDA kernels run
-# for backend="native" only, until a GPU has shown which of the two is faster.
+# derivatives are loops over tasks from the second on; those of `GROUPED` are not. The CUDA kernels run for
+# backend="native" only, until a GPU has shown which of the two is faster.
 OPERATOR = Operator(("x", "weight"), {"native": CONV, "grouped": GROUPED}, ("cpu", "cuda"), by_name=("cuda",))
 _MOST_PADDING = 1 << 60  # csrc/check_conv2d.h: padded sizes stay within 64 bits
 _MOST_OF_TORCH = (1 << 31) - 1  # some of torch's kernels cut sizes to 32 bits
