@@ -36,7 +36,9 @@ class Row(NamedTuple):
     stack_bytes: int
     spill_instructions: int  # loads and stores of local memory
     instructions: int
+    reciprocals: int  # each the start of a division
     copies: int  # global to shared, asynchronous
+    before_copies: int  # instructions before the first of them
     copies_16_byte: int
     commits: int  # of the copies, without which no wait waits for them
     stores_16_byte: int  # to global memory
@@ -111,7 +113,9 @@ def _row(arch: str, function: str, registers: int, stack: int, body: str) -> Row
 
     return Row(
         kernel, ELEMENTS[element], arch, registers, stack, count("STL") + count("LDL"), len(names),
-        count("LDGSTS"), count("LDGSTS", "128"), count("LDGDEPBAR"), count("STG", "128"),
+        count("MUFU", "RCP"), count("LDGSTS"),
+        next((i for i, name in enumerate(names) if name.startswith("LDGSTS")), 0),
+        count("LDGSTS", "128"), count("LDGDEPBAR"), count("STG", "128"),
         count("LDG.", "128"), count("LDS", "128"), *_inner_loop(instructions),
         sum(size for size in load_groups(body) if size >= 4),
     )  # fmt: skip

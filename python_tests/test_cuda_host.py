@@ -63,18 +63,28 @@ def test_kernels_equal_float64_under_sanitizers(flags, what, source, tmp_path):
 
 # Each breaks one line of a kernel; the run must fail for the reason given, or the tests above prove nothing.
 WRONG_VALUE, COPIES, OVERFLOW, RACE = "FAIL", "asynchronous copies", "heap-buffer-overflow", "data race"
+LEFT = "a thread left before a barrier"
 MISALIGNED = "a misaligned asynchronous copy"  # whose address comes from memory that nobody has written yet
-FLAGS = {WRONG_VALUE: [], COPIES: [], MISALIGNED: [], OVERFLOW: MEMORY, RACE: RACES}
+FLAGS = {WRONG_VALUE: [], COPIES: [], LEFT: [], MISALIGNED: [], OVERFLOW: MEMORY, RACE: RACES}
 BREAKS = {
     "factor": ("transform_double_backward.cuh", "times_transposed(S, L)", "times_transposed(M, L)", WRONG_VALUE),
     "order": ("transform_backward.cuh", "sum_inner(G, M)", "sum_inner(M, G)", WRONG_VALUE),
     "edge": ("tiled.cuh", "index < size && k < depth", "k < depth", OVERFLOW),
     "sum": ("sum.cuh", "i < count", "i < count - 1", WRONG_VALUE),
+    "shared sum's parts": ("products.cuh", "1 << log2 >> 1; lanes", "1 << log2 >> 2; lanes", WRONG_VALUE),
+    "shared sum's repeats": ("products.cuh", "share.index & (repeats - 1)", "0", WRONG_VALUE),
+    "shared sum's warp": ("products.cuh", "log2 == 0 && !there", "!there", LEFT),
+    "shared sum's writer": ("products.cuh", "!there || share.index", "!there", RACE),
     "wait": ("block.cuh", "    __pipeline_wait_prior(0);\n", "", COPIES),
     "commit": ("block.cuh", "    __pipeline_commit();\n", "", COPIES),
     "barrier": ("transform_double_backward.cuh", "0b01010000", "0b01000000", RACE),
     "barrier of a tile": ("tiled.cuh", "      __syncthreads();\n      slab.advance", "      slab.advance", RACE),
-    "blocks": ("block.cuh", "entry_.partials + block_ *", "entry_.partials + 0 *", RACE),
+    "barrier of the results": ("block.cuh", "    }\n    __syncthreads();\n  }", "    }\n  }", RACE),
+    "entry": ("block.cuh", "<= static_cast", "< static_cast", WRONG_VALUE),
+    "longer chunks": ("block.cuh", "min(chunk, entry_.longer)", "0", WRONG_VALUE),
+    "group of a row": ("products.cuh", "job.kind == kLeft ?", "job.kind == kRight ?", WRONG_VALUE),
+    "rows of a tile": ("products.cuh", "i0 + u * row_tiles >= job.rows ||", "", RACE),
+    "blocks": ("block.cuh", "entry_.partials + int64_t{block_} *", "entry_.partials + 0 *", RACE),
     "batch norm chunks": (
         "batch_norm_block.cuh",
         "chunk < args_.chunks; chunk += kSlices",

@@ -69,6 +69,13 @@ def test_asynchronous_copies_are_committed(rows):
         assert bool(row.copies) == bool(row.commits) == (row.kernel in ORDER_KERNELS + CONVOLUTIONS), row
 
 
+def test_the_orders_start_their_copies_early_and_divide_nowhere(rows):
+    for row in rows:
+        if row.kernel in (*ORDER_KERNELS, "sum_kernel"):
+            assert row.reciprocals == 0, row
+            assert row.before_copies <= 280, row
+
+
 def test_the_orders_move_16_bytes_at_a_time(rows):
     for row in rows:
         if row.kernel in ORDER_KERNELS:

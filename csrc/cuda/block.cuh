@@ -10,14 +10,13 @@
 
 namespace kfo::cuda {
 
-// The entry that this block works on, given the field that numbers the blocks of the launch.
-__device__ __forceinline__ const Entry& find_entry(const Table& table, int32_t Entry::* first_block) {
-  int low = 0, high = table.count;  // entries[low] starts at or before this block, entries[high] after it
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (table.entries[middle].*first_block <= static_cast<int32_t>(blockIdx.x) ? low : high) = middle;
-  }
-  return table.entries[low];
+// The entry that this block works on: the last one whose first block is not behind it. All comparisons at once, as a
+// search would wait for one after the other.
+__device__ __forceinline__ int find_entry(const int32_t (&first_block)[kTableProblems]) {
+  int index = 0;
+#pragma unroll
+  for (int i = 1; i < kTableProblems; ++i) index += first_block[i] <= static_cast<int32_t>(blockIdx.x);
+  return index;
 }
 
 // A matrix per row of the block (n, p, q), or a factor, in shared memory: an offset; -1 is an absent operand.
@@ -28,22 +27,14 @@ template <typename T>
 class Block {
  public:
   __device__ __forceinline__ explicit Block(const Arguments<T, Table>& args)
-      : table_(args.table),
-        data_(args.data),
-        entry_(find_entry(table_, &Entry::first_block)),
-        p_(entry_.p),
-        q_(entry_.q) {
-    block_ = static_cast<int>(blockIdx.x) - entry_.first_block;
-    task_ = block_ / entry_.chunks;
-    const int64_t chunk = block_ % entry_.chunks, begin = entry_.B * chunk / entry_.chunks;
-    n_ = static_cast<int>(entry_.B * (chunk + 1) / entry_.chunks - begin);
-    first_ = entry_.G + begin * p_ * q_;
-  }
+      : Block(args, find_entry(args.table.first_block)) {}
 
   // Copies of operands, complete at the first job of `compute`.
-  __device__ __forceinline__ Place stage_R(Source source) { return staged(source, entry_.R, p_, p_); }
-  __device__ __forceinline__ Place stage_L(Source source) { return staged(source, entry_.L, q_, q_); }
-  __device__ __forceinline__ Place stage_rows(Source source) { return staged(source, first_, n_ * p_, q_); }
+  __device__ __forceinline__ Place stage_R(Source source) { return staged(source, entry_.R, p_, p_, entry_.by_p); }
+  __device__ __forceinline__ Place stage_L(Source source) { return staged(source, entry_.L, q_, q_, entry_.by_q); }
+  __device__ __forceinline__ Place stage_rows(Source source) {
+    return staged(source, first_, n_ * p_, q_, entry_.by_q);
+  }
   // Room for one p x q result for each row.
   __device__ __forceinline__ Place room() { return take(n_ * p_, q_); }
 
@@ -55,68 +46,87 @@ class Block {
   // sum_b X_b Y_b^T, (p, p), and sum_b X_b^T Y_b, (q, q).
   __device__ __forceinline__ Term sum_outer(Place X, Place Y) const {
     const int row = pitch_of(q_), matrix = p_ * row;
-    return term({X, row, 0, 0, 1, matrix}, {Y, row, 0, 0, 1, matrix}, q_, n_);
+    return term({X, row, 0, 1, matrix}, {Y, row, 0, 1, matrix}, q_, n_);
   }
   __device__ __forceinline__ Term sum_inner(Place X, Place Y) const {
     const int row = pitch_of(q_);
-    return term({X, 1, 0, 0, row, 0}, {Y, 1, 0, 0, row, 0}, n_ * p_, 1);
+    return term({X, 1, 0, row, 0}, {Y, 1, 0, row, 0}, n_ * p_, 1);
   }
 
-  // A product to its place in shared memory: right and left ones are (n, p, q).
+  // A product to its place in shared memory, (n, p, q). A left one is computed as its transpose, for each matrix.
   __device__ __forceinline__ Job<T> to_right(Place to, Term X, Term Y = {}) const {
-    return {{n_ * p_, q_, X, Y}, {to, 1, 0, 0, 0, 0}, pitch_of(q_), nullptr};
+    return {kRight, n_ * p_, q_, X, Y, {to, pitch_of(q_), 0, 1, 0}, nullptr};
   }
   __device__ __forceinline__ Job<T> to_left(Place to, Term X, Term Y = {}) const {
-    return {{p_, n_ * q_, X, Y}, columns_of(to), pitch_of(q_), nullptr};
+    return {kLeft, n_ * q_, p_, X, Y, columns_of(to), nullptr};
   }
   // The block's share of dR (p, p) or dL (q, q): to the output itself where there is no other, else to the scratch
   // memory.
   __device__ __forceinline__ Job<T> to_dR(Term X) const {
     T* to = table_.is_complete(entry_, table_.dR_rows) ? row(kdR) + entry_.R : partials();
-    return {{p_, p_, X, {}}, {}, 0, to};
+    return {kSumR, p_, p_, X, {}, {}, to};
   }
   __device__ __forceinline__ Job<T> to_dL(Term X, Term Y = {}) const {
     T* to = table_.is_complete(entry_, table_.dL_rows) ? row(kdL) + entry_.L
                                                        : partials() + (table_.dR_rows ? int64_t{p_} * p_ : 0);
-    return {{q_, q_, X, Y}, {}, 0, to};
+    return {kSumL, q_, q_, X, Y, {}, to};
   }
 
   // Waits for the copies, then does make(job) for job < count, in order. Before the jobs of `barriers` (a bit each) all
-  // before is complete. One loop, so that there is one copy of the products' code, which the instruction cache holds.
+  // before is complete. One loop, so that there is one copy of the products' code, which the instruction cache holds;
+  // jobs are made while the copies are on their way, and kept in shared memory: registers would not hold them.
   template <typename Make>
   __device__ __forceinline__ void compute(int count, unsigned barriers, Make make) const {
     __pipeline_commit();
+    Job<T>* jobs = reinterpret_cast<Job<T>*>(shared_array<T>());
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < count) jobs[thread] = make(thread);
     __pipeline_wait_prior(0);
     __syncthreads();
 #pragma unroll 1
     for (int job = 0; job < count; ++job) {
       if (barriers >> job & 1) __syncthreads();
       // From both ends in turn: a job that leaves threads idle leaves them to the next one.
-      const int thread = static_cast<int>(threadIdx.x);
-      write_product(shared_array<T>(), make(job), job & 1 ? kThreads - 1 - thread : thread);
+      write_product(shared_array<T>(), jobs[job], job & 1 ? kThreads - 1 - thread : thread, entry_);
     }
     __syncthreads();
   }
 
   // (n, p, q) to the block's rows of an output.
   __device__ __forceinline__ void copy_out(Target target, Place from) const {
-    unstage(row(target) + first_, shared_array<T>() + from, n_ * p_, q_);
+    unstage(row(target) + first_, shared_array<T>() + from, n_ * p_, q_, entry_.by_q);
   }
 
   // Adds the bias, one (p, q) term, to each matrix.
   __device__ __forceinline__ void add_bias(Place to) const {
     const T* from = row(kBias) + entry_.bias;
     T* shared = shared_array<T>() + to;
-    for (int e = threadIdx.x; e < n_ * p_ * q_; e += kThreads) shared[shared_index(e, q_)] += from[e % (p_ * q_)];
+    for (int e = threadIdx.x; e < n_ * p_ * q_; e += kThreads) {
+      const int matrix = entry_.by_p.quotient(entry_.by_q.quotient(e));
+      shared[shared_index(e, q_, entry_.by_q)] += from[e - matrix * p_ * q_];
+    }
   }
 
  private:
   const Table& table_;
   const Data<T>& data_;
   const Entry& entry_;
-  int p_, q_, n_, block_;
-  int64_t task_, first_;
-  int free_ = 0;
+  int p_, q_, block_, task_, n_;
+  int64_t first_;
+  int free_ = kJobBytes / sizeof(T);
+
+  __device__ __forceinline__ Block(const Arguments<T, Table>& args, int index)
+      : table_(args.table),
+        data_(args.data),
+        entry_(table_.entries[index]),
+        p_(entry_.p),
+        q_(entry_.q),
+        block_(static_cast<int>(blockIdx.x) - table_.first_block[index]),
+        task_(entry_.by_chunks.quotient(block_)) {
+    const int chunk = block_ - task_ * entry_.chunks();
+    n_ = entry_.rows + (chunk < entry_.longer);
+    first_ = entry_.G + (int64_t{chunk} * entry_.rows + min(chunk, entry_.longer)) * (p_ * q_);
+  }
 
   __device__ __forceinline__ Place take(int rows, int cols) {
     const Place place = free_;
@@ -124,11 +134,11 @@ class Block {
     return place;
   }
 
-  __device__ __forceinline__ Place staged(Source source, int64_t offset, int rows, int cols) {
+  __device__ __forceinline__ Place staged(Source source, int64_t offset, int rows, int cols, SmallDivisor by_cols) {
     if (!data_.has(source)) return kAbsent;
     const T* from = row(source) + offset;
     const Place place = take(rows, cols) + misalignment(from);
-    stage(shared_array<T>() + place, from, rows, cols);
+    stage(shared_array<T>() + place, from, rows, cols, by_cols);
     return place;
   }
 
@@ -136,22 +146,24 @@ class Block {
     return {A, B, A.data == kAbsent || B.data == kAbsent ? 0 : depth, repeats};
   }
   __device__ __forceinline__ Term by_right(Place X, Place F, int stride, int step) const {
-    return term({X, pitch_of(q_), 0, 0, 1, 0}, {F, stride, 0, 0, step, 0}, q_, 1);
+    return term({X, pitch_of(q_), 0, 1, 0}, {F, stride, 0, step, 0}, q_, 1);
   }
   __device__ __forceinline__ Term by_left(Place F, Place X, int stride, int step) const {
-    return term({F, stride, 0, 0, step, 0}, columns_of(X), p_, 1);
+    return term(columns_of(X), {F, stride, 0, step, 0}, p_, 1);
   }
-  // (n, p, q) as p rows of n * q columns.
-  __device__ __forceinline__ Side columns_of(Place X) const { return {X, 1, q_, p_ * pitch_of(q_), pitch_of(q_), 0}; }
+  // (n, p, q) as n * q rows, its columns, of p.
+  __device__ __forceinline__ Side columns_of(Place X) const { return {X, 1, p_ * pitch_of(q_), pitch_of(q_), 0}; }
 
   // The packed row of the block's task.
   __device__ __forceinline__ const T* row(Source source) const {
-    return data_[source].data + task_ * data_[source].stride;
+    return data_[source].data + int64_t{task_} * data_[source].stride;
   }
-  __device__ __forceinline__ T* row(Target target) const { return data_[target].data + task_ * data_[target].stride; }
+  __device__ __forceinline__ T* row(Target target) const {
+    return data_[target].data + int64_t{task_} * data_[target].stride;
+  }
 
   __device__ __forceinline__ T* partials() const {
-    return data_[kScratch].data + entry_.partials + block_ * table_.partials_size(entry_);
+    return data_[kScratch].data + entry_.partials + int64_t{block_} * table_.partials_size(entry_);
   }
 };
 

@@ -1,5 +1,6 @@
 // Sums of matrix products in shared memory, spread over the threads of a block. A thread computes tiles of rows x
-// columns in registers; every sum runs in one fixed order.
+// columns in registers. Where there are few tiles, neighbouring threads share a tile's sum. Every sum runs in one fixed
+// order, which depends on sizes alone.
 #pragma once
 
 #include "../integers.h"
@@ -11,40 +12,61 @@ namespace kfo::cuda {
 // them 32-bit and keeps every access a shared one.
 struct Side {
   int data;
-  int stride;               // from one i to the next, within a group
-  int group, group_stride;  // i runs in groups of `group`, group_stride apart; 0 is one group
-  int step, repeat_step;    // from one k to the next, and from one repeat of all k to the next
-
-  __device__ int offset(int i) const {
-    return data + (group ? i / group * group_stride + i % group * stride : i * stride);
-  }
+  int stride, group_stride;  // from one i to the next within a group, and from one group to the next
+  int step, repeat_step;     // from one k to the next, and from one repeat of all k to the next
 };
 
-// sum over repeats and k of A(i, k) B(j, k). Absent terms have depth 0.
+// sum over repeats and k of A(i, k) B(j, k). Absent terms have depth 0. B has no groups.
 struct Term {
   Side A, B;
   int depth, repeats;
 };
 
-// X + Y, (rows, cols).
-struct Product {
-  int rows, cols;
+// X + Y, (rows, cols), and where it goes: to shared memory, (i, j) at `to` of i + j * step, or packed to global memory.
+// The rows of a left product are in groups of q.
+template <typename T>
+struct Job {
+  Kind kind;
+  int rows, cols;  // no rows: nothing to do
   Term X, Y;
+  Side to;
+  T* global;
+};
+
+static_assert(kJobs * sizeof(Job<double>) <= kJobBytes && kJobBytes % 16 == 0, "all jobs have a place");
+
+// A row of a product, and its place in its group.
+struct RowIndex {
+  int i, group, rest;
+
+  __device__ __forceinline__ int offset(const Side& side) const {
+    return side.data + group * side.group_stride + rest * side.stride;
+  }
+};
+
+// Which part of a sum a thread computes: 2^log2 threads of a warp share it, and then add their parts.
+struct Share {
+  int log2, index;
 };
 
 template <int kRows, int kCols, typename T>
 __device__ __forceinline__ void accumulate(T (&sum)[kRows][kCols], const T* shared, const Term& term,
-                                           const int (&i)[kRows], const int (&j)[kCols]) {
+                                           const RowIndex (&i)[kRows], const int (&j)[kCols], const Share& share) {
   if (term.depth == 0) return;
   int a[kRows], b[kCols];
 #pragma unroll
-  for (int u = 0; u < kRows; ++u) a[u] = term.A.offset(i[u]);
+  for (int u = 0; u < kRows; ++u) a[u] = i[u].offset(term.A);
 #pragma unroll
-  for (int v = 0; v < kCols; ++v) b[v] = term.B.offset(j[v]);
-  for (int repeat = 0; repeat < term.repeats; ++repeat) {
-    int at_a = repeat * term.A.repeat_step, at_b = repeat * term.B.repeat_step;
+  for (int v = 0; v < kCols; ++v) b[v] = term.B.data + j[v] * term.B.stride;
+  // Over repeats first, as far as there are as many.
+  const int over_repeats = min(share.log2, 31 - __clz(term.repeats));
+  const int repeats = 1 << over_repeats, first = share.index >> over_repeats, every = 1 << (share.log2 - over_repeats);
+  const int step_a = every * term.A.step, step_b = every * term.B.step;
+  for (int repeat = share.index & (repeats - 1); repeat < term.repeats; repeat += repeats) {
+    int at_a = repeat * term.A.repeat_step + first * term.A.step;
+    int at_b = repeat * term.B.repeat_step + first * term.B.step;
 #pragma unroll 4
-    for (int k = 0; k < term.depth; ++k, at_a += term.A.step, at_b += term.B.step) {
+    for (int k = first; k < term.depth; k += every, at_a += step_a, at_b += step_b) {
       T x[kRows], y[kCols];
 #pragma unroll
       for (int u = 0; u < kRows; ++u) x[u] = shared[a[u] + at_a];
@@ -58,58 +80,61 @@ __device__ __forceinline__ void accumulate(T (&sum)[kRows][kCols], const T* shar
   }
 }
 
-// Where a product goes: to shared memory, (i, j) at columns.offset(j) + i * row, or packed to global memory.
-template <typename T>
-struct Job {
-  Product product;  // no rows: nothing to do
-  Side columns;
-  int row;
-  T* global;
-
-  __device__ __forceinline__ void write(T* shared, int i, int j, T value) const {
-    if (global)
-      global[i * product.cols + j] = value;
-    else
-      shared[columns.offset(j) + i * row] = value;
-  }
-};
-
 // Tiles of kRows x kCols, interleaved: neighbouring threads have neighbouring columns, hence different banks.
 template <int kRows, int kCols, typename T>
-__device__ __forceinline__ void write_tiles(T* shared, const Job<T>& job, int thread) {
-  const Product& product = job.product;
-  const int row_tiles = ceil_div(product.rows, kRows), col_tiles = ceil_div(product.cols, kCols);
-  for (int tile = thread; tile < row_tiles * col_tiles; tile += kThreads) {
-    const int i0 = tile / col_tiles, j0 = tile % col_tiles;
-    int i[kRows], j[kCols];
+__device__ __forceinline__ void write_tiles(T* shared, const Job<T>& job, int thread, const Entry& entry, int log2) {
+  const int row_tiles = ceil_div(job.rows, kRows), col_tiles = ceil_div(job.cols, kCols);
+  const Share share{log2, thread & ((1 << log2) - 1)};
+  for (int first = 0; first < row_tiles * col_tiles; first += kThreads >> log2) {
+    const int tile = first + (thread >> log2);
+    const bool there = tile < row_tiles * col_tiles;
+    if (log2 == 0 && !there) break;  // a thread that shares a sum stays: its warp waits for all
+    const int i0 = there ? entry.by_col_tiles[job.kind].quotient(tile) : 0, j0 = there ? tile - i0 * col_tiles : 0;
+    RowIndex i[kRows];
+    int j[kCols];
     // Past the edge: the last row or column again, computed and not written.
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) i[u] = min(i0 + u * row_tiles, product.rows - 1);
+    for (int u = 0; u < kRows; ++u) {
+      i[u].i = min(i0 + u * row_tiles, job.rows - 1);
+      i[u].group = job.kind == kLeft ? entry.by_q.quotient(i[u].i) : 0;
+      i[u].rest = i[u].i - i[u].group * entry.q;
+    }
 #pragma unroll
-    for (int v = 0; v < kCols; ++v) j[v] = min(j0 + v * col_tiles, product.cols - 1);
+    for (int v = 0; v < kCols; ++v) j[v] = min(j0 + v * col_tiles, job.cols - 1);
     T sum[kRows][kCols] = {};
-    accumulate(sum, shared, product.X, i, j);
-    accumulate(sum, shared, product.Y, i, j);
+    accumulate(sum, shared, job.X, i, j, share);
+    accumulate(sum, shared, job.Y, i, j, share);
+#pragma unroll 1
+    for (int lanes = 1 << log2 >> 1; lanes; lanes >>= 1)
+#pragma unroll
+      for (int u = 0; u < kRows; ++u)
+#pragma unroll
+        for (int v = 0; v < kCols; ++v) sum[u][v] += __shfl_xor_sync(~0u, sum[u][v], lanes);
+    if (!there || share.index) continue;
 #pragma unroll
     for (int u = 0; u < kRows; ++u)
 #pragma unroll
-      for (int v = 0; v < kCols; ++v)
-        if (i0 + u * row_tiles < product.rows && j0 + v * col_tiles < product.cols)
-          job.write(shared, i[u], j[v], sum[u][v]);
+      for (int v = 0; v < kCols; ++v) {
+        if (i0 + u * row_tiles >= job.rows || j0 + v * col_tiles >= job.cols) continue;
+        if (job.global)
+          job.global[i[u].i * job.cols + j[v]] = sum[u][v];
+        else
+          shared[i[u].offset(job.to) + j[v] * job.to.step] = sum[u][v];
+      }
   }
 }
 
-// `thread`: a number of its own for each thread. By the largest tiles that still give half of the threads one: a large
-// tile reads shared memory less often for each multiply-add.
+// `thread`: a number of its own for each thread, the same warps in any order.
 template <typename T>
-__device__ __forceinline__ void write_product(T* shared, const Job<T>& job, int thread) {
-  const auto tiles = [&](int side) { return ceil_div(job.product.rows, side) * ceil_div(job.product.cols, side); };
-  if (tiles(4) >= kThreads / 2)
-    write_tiles<4, 4>(shared, job, thread);
-  else if (tiles(2) >= kThreads / 2)
-    write_tiles<2, 2>(shared, job, thread);
+__device__ __forceinline__ void write_product(T* shared, const Job<T>& job, int thread, const Entry& entry) {
+  if (job.rows == 0) return;
+  const int side = entry.side[job.kind], log2 = entry.share[job.kind];
+  if (side == 4)
+    write_tiles<4, 4>(shared, job, thread, entry, 0);
+  else if (side == 2)
+    write_tiles<2, 2>(shared, job, thread, entry, log2);
   else
-    write_tiles<1, 1>(shared, job, thread);
+    write_tiles<1, 1>(shared, job, thread, entry, log2);
 }
 
 }  // namespace kfo::cuda

@@ -11,6 +11,7 @@
 
 #include "../integers.h"
 #include "../plan.h"
+#include "cut.h"
 #include "table.h"
 #include "tiled.h"
 
@@ -55,14 +56,15 @@ struct Schedule {
 
 namespace detail {
 
-// What a thread block keeps in shared memory: pairs (R, L) of factors, and matrices for each of its rows of B.
+// What a thread block keeps in shared memory: its jobs, pairs (R, L) of factors, and matrices for each of its rows of
+// B.
 struct Footprint {
   int64_t pairs, matrices;
 
   int64_t bytes(const Problem& problem, int64_t rows, int64_t element_size) const {
     const int64_t p = problem.p, q = problem.q;
     const int64_t factors = padded_size(p, p, element_size) + padded_size(q, q, element_size);
-    return (pairs * factors + matrices * padded_size(rows * p, q, element_size)) * element_size;
+    return kJobBytes + (pairs * factors + matrices * padded_size(rows * p, q, element_size)) * element_size;
   }
 };
 
@@ -141,24 +143,23 @@ inline void schedule_blocks(Schedule& schedule, const std::vector<Problem>& prob
     if (schedule.launches.empty() || schedule.launches.back().table.count == kTableProblems) {
       schedule.launches.emplace_back();
       Table& table = schedule.launches.back().table;
+      std::fill_n(table.first_block, kTableProblems, std::numeric_limits<int32_t>::max());
+      std::fill_n(table.first_sum_block, kTableProblems, std::numeric_limits<int32_t>::max());
       table.tasks = request.tasks;
       table.dR_rows = request.dR_rows;
       table.dL_rows = request.dL_rows;
     }
     Launch& launch = schedule.launches.back();
     Table& table = launch.table;
+    table.first_block[table.count] = block_index(launch.blocks, request.tasks);
+    table.first_sum_block[table.count] = block_index(launch.sum_blocks, request.tasks);
     Entry& entry = table.entries[table.count++];
-    entry = {problem.B,
-             problem.R,
-             problem.G,
-             problem.L,
-             problem.bias,
-             schedule.scratch,
-             static_cast<int32_t>(problem.p),
-             static_cast<int32_t>(problem.q),
-             block_index(chunks, request.tasks),
-             block_index(launch.blocks, request.tasks),
-             block_index(launch.sum_blocks, request.tasks)};
+    entry.R = problem.R;
+    entry.G = problem.G;
+    entry.L = problem.L;
+    entry.bias = problem.bias;
+    entry.partials = schedule.scratch;
+    cut(entry, problem.B, problem.p, problem.q, block_index(chunks, request.tasks));
     launch.blocks += request.tasks * chunks;
     const int64_t size = table.partials_size(entry);
     // Outputs that a single block completes leave nothing to sum.
@@ -166,7 +167,9 @@ inline void schedule_blocks(Schedule& schedule, const std::vector<Problem>& prob
                       (request.dL_rows && !table.is_complete(entry, request.dL_rows));
     if (sums) {
       schedule.scratch += request.tasks * chunks * size;
-      launch.sum_blocks += ceil_div<int64_t>(size, kSumColumns) * std::max(request.dR_rows, request.dL_rows);
+      const int64_t row_blocks = ceil_div<int64_t>(size, kSumColumns);
+      entry.by_sum_blocks = Divisor(static_cast<uint32_t>(row_blocks));
+      launch.sum_blocks += row_blocks * std::max(request.dR_rows, request.dL_rows);
     }
     launch.shared_bytes =
         std::max(launch.shared_bytes, kept.bytes(problem, ceil_div(problem.B, chunks), request.element_size));

@@ -61,28 +61,20 @@ __device__ __forceinline__ int head_of(const T* data, int size) {
 }
 
 // Where element e of packed (rows, cols) lies in shared memory: pitch_of(cols) is cols or cols + 1.
-__device__ __forceinline__ int shared_index(int e, int cols) { return pitch_of(cols) == cols ? e : e + e / cols; }
+__device__ __forceinline__ int shared_index(int e, int cols, SmallDivisor by_cols) {
+  return pitch_of(cols) == cols ? e : e + by_cols.quotient(e);
+}
 
 // (rows, cols) from global memory, packed, to shared memory of the same misalignment. Nobody waits here: all operands
 // are on their way at once, complete after a commit, a wait for it, and a barrier.
 template <typename T>
-__device__ __forceinline__ void stage(T* shared, const T* from, int rows, int cols) {
+__device__ __forceinline__ void stage(T* shared, const T* from, int rows, int cols, SmallDivisor by_cols) {
   constexpr int width = Vector<T>::kWidth;
   const int size = rows * cols, first = threadIdx.x;
   if (pitch_of(cols) != cols) {
-    // The row of e is carried along: a division for each element would cost more than its copy.
-    int row = first / cols, col = first % cols;
-    const int rows_on = kThreads / cols, cols_on = kThreads % cols;
 #pragma unroll 1
-    for (int e = first; e < size; e += kThreads) {
-      __pipeline_memcpy_async(shared + e + row, from + e, sizeof(T));
-      row += rows_on;
-      col += cols_on;
-      if (col >= cols) {
-        col -= cols;
-        ++row;
-      }
-    }
+    for (int e = first; e < size; e += kThreads)
+      __pipeline_memcpy_async(shared + e + by_cols.quotient(e), from + e, sizeof(T));
     return;
   }
   const int head = head_of(from, size), vectors = (size - head) / width;
@@ -97,7 +89,7 @@ __device__ __forceinline__ void stage(T* shared, const T* from, int rows, int co
 
 // (rows, cols) from shared memory to global memory, packed.
 template <typename T>
-__device__ __forceinline__ void unstage(T* to, const T* shared, int rows, int cols) {
+__device__ __forceinline__ void unstage(T* to, const T* shared, int rows, int cols, SmallDivisor by_cols) {
   constexpr int width = Vector<T>::kWidth;
   const int size = rows * cols;
   const int head = pitch_of(cols) == cols ? head_of(to, size) : size, vectors = (size - head) / width;
@@ -112,7 +104,7 @@ __device__ __forceinline__ void unstage(T* to, const T* shared, int rows, int co
 #pragma unroll 1
   for (int rest = threadIdx.x; rest < size - vectors * width; rest += kThreads) {
     const int e = rest < head ? rest : rest + vectors * width;
-    to[e] = shared[shared_index(e, cols)];
+    to[e] = shared[shared_index(e, cols, by_cols)];
   }
 }
 

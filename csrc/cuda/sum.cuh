@@ -1,7 +1,6 @@
 // dR and dL from the partial sums of the blocks, added in a fixed order: slice by slice, then the slices.
 #pragma once
 
-#include "../integers.h"
 #include "block.cuh"
 
 namespace kfo::cuda {
@@ -10,12 +9,13 @@ namespace kfo::cuda {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ Arguments<T, Table> args) {
   const Table& table = args.table;
-  const Entry& entry = find_entry(table, &Entry::first_sum_block);
+  const int index = find_entry(table.first_sum_block);
+  const Entry& entry = table.entries[index];
   const int64_t size = table.partials_size(entry), R_size = table.dR_rows ? int64_t{entry.p} * entry.p : 0;
-  const int64_t blocks_per_row = ceil_div<int64_t>(size, kSumColumns);
-  const int64_t block = static_cast<int64_t>(blockIdx.x) - entry.first_sum_block, row = block / blocks_per_row;
+  const int block = static_cast<int>(blockIdx.x) - table.first_sum_block[index];
+  const int64_t row = entry.by_sum_blocks.quotient(block);
   const int column = threadIdx.x % kSumColumns, slice = threadIdx.x / kSumColumns;
-  const int64_t element = block % blocks_per_row * kSumColumns + column;
+  const int64_t element = (block - row * entry.by_sum_blocks.by) * kSumColumns + column;
 
   const bool is_R = element < R_size;
   const int64_t output_rows = is_R ? table.dR_rows : table.dL_rows;
@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ A
   double sum = 0;  // so that its error does not grow with the number of tasks
   if (summed) {
     // A factor of one row, of one task or shared by all, sums over everything.
-    const int64_t count = (output_rows == 1 ? table.tasks : 1) * entry.chunks;
-    const T* partials = args.data[kScratch].data + entry.partials + row * entry.chunks * size + element;
+    const int64_t count = (output_rows == 1 ? table.tasks : 1) * entry.chunks();
+    const T* partials = args.data[kScratch].data + entry.partials + row * entry.chunks() * size + element;
 #pragma unroll 4
     for (int64_t i = slice; i < count; i += kSumSlices) sum += partials[i * size];
   }

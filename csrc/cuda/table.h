@@ -4,17 +4,21 @@
 
 #include <cstdint>
 
+#include "divisor.h"
 #include "operand.h"
 
 namespace kfo::cuda {
 
 constexpr int kThreads = 128;
+constexpr int kLog2Warp = 5;
 // Shared memory of a thread block. Every supported GPU grants 96 KB on request (compute capability 12.0 the least: 99),
 // and with half of that two blocks and more fit on one multiprocessor.
 constexpr int64_t kSharedBytes = 96 * 1024;
 constexpr int64_t kPreferredSharedBytes = 48 * 1024;
 constexpr int64_t kParameterBytes = 4096;  // of one launch
-constexpr int kTableProblems = 48;
+constexpr int kTableProblems = 30;
+constexpr int kJobs = 8;                // of a block, at most
+constexpr int kJobBytes = kJobs * 160;  // where they lie, at the start of its shared memory
 
 // A block of the sum kernel sums so many elements; each of its slices adds every kSumSlices-th partial.
 constexpr int kSumColumns = 32;
@@ -43,20 +47,31 @@ struct Intermediates {
         K((need_R || need_Y) && (has_G || has_L)) {}
 };
 
+// A block's products by what is constant in their sizes: (n p, q), (n q, p), (p, p) and (q, q) for n matrices.
+enum Kind : int8_t { kRight, kLeft, kSumR, kSumL, kKinds };
+
 // One problem whose factors fit in shared memory. Its blocks, one per (task, chunk of B), are numbered by task, then by
-// chunk.
+// chunk. The first `longer` chunks have one matrix more than `rows`.
 struct Entry {
-  int64_t B;
   int64_t R, G, L, bias;  // offsets into one packed row
   int64_t partials;       // scratch offset of the first block's partial dR (p, p), then dL (q, q)
-  int32_t p, q;
-  int32_t chunks;           // of B, for each task
-  int32_t first_block;      // in the launch of the order's kernel
-  int32_t first_sum_block;  // in the launch that sums the partial dR and dL
+  Divisor by_chunks;      // of B, for each task
+  Divisor by_sum_blocks;  // for each row of dR and dL, in the launch that sums the partial ones
+  SmallDivisor by_p, by_q;
+  int32_t longer;
+  int16_t p, q, rows;
+  // How the threads share a product: each takes a tile of side x side, or 2^share threads take one together.
+  SmallDivisor by_col_tiles[kKinds];
+  int8_t side[kKinds], share[kKinds];
+
+  __host__ __device__ int32_t chunks() const { return static_cast<int32_t>(by_chunks.by); }
 };
 
 struct Table {
   Entry entries[kTableProblems];
+  // The first block of each entry in the launch of the order's kernel, and in that of the sums; behind them the largest
+  // number.
+  int32_t first_block[kTableProblems], first_sum_block[kTableProblems];
   int64_t tasks;
   // Rows of the outputs dR and dL: 0 where there is nothing to compute, 1 where the factor is shared by all tasks.
   int64_t dR_rows, dL_rows;
@@ -69,7 +84,7 @@ struct Table {
 
   // Whether one block computes the whole sum of an output with so many rows: then it writes the output itself.
   __host__ __device__ bool is_complete(const Entry& entry, int64_t output_rows) const {
-    return entry.chunks == 1 && output_rows == tasks;
+    return entry.chunks() == 1 && output_rows == tasks;
   }
 };
 

@@ -1,5 +1,6 @@
 // Runs CUDA kernels on the host: include before the .cuh files. One fiber per CUDA thread, blocks one after the other.
-// A barrier is a switch back to the scheduler; a thread that skips a barrier that others wait at is an error.
+// A thread that waits at a barrier, of its block or its warp, switches back to the scheduler; one that skips a barrier
+// that others wait at is an error. A shuffle waits for the warp too, but orders no memory, as on a GPU.
 // Under ThreadSanitizer fibers count as threads that nothing but barriers orders, and blocks as ordered by launches
 // alone: a missing barrier, or two blocks at one address, is reported as the race that it would be.
 #pragma once
@@ -50,21 +51,38 @@ struct Copy {
   size_t bytes, zeros;  // of the bytes, the last ones
 };
 
+// Where so many threads wait for each other. Nobody is at the next but one before all have left this one, so that two
+// points of synchronisation, known by their addresses, are enough.
+struct Barrier {
+  unsigned threads = 0, arrived = 0, passed = 0;
+  char points[2];
+};
+
+constexpr unsigned kWarp = 32;
+
+struct Warp {
+  Barrier barrier;
+  double values[2][kWarp];  // of shuffles
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack = allocate(kStackBytes);
   std::atomic<bool> done{false};
   std::vector<Copy> copies;               // asynchronous ones, not committed yet
   std::vector<std::vector<Copy>> groups;  // committed, not waited for yet
-  char* barriers = nullptr;               // the block's two points of synchronisation
-  unsigned passed = 0;                    // barriers
+  Barrier* block = nullptr;
+  Warp* warp = nullptr;
   sanitizer::Context sanitized;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::unique_ptr<char[]> shared, barriers = allocate(2);
-  Block(size_t threads, size_t shared_bytes) : fibers(threads), shared(allocate(shared_bytes)) {}
+  std::unique_ptr<char[]> shared;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  Block(size_t threads, size_t shared_bytes)
+      : fibers(threads), shared(allocate(shared_bytes)), warps((threads + kWarp - 1) / kWarp) {}
   // Not before the end of the launch: the sanitizer would take a later fiber for the same thread.
   ~Block() {
     for (Fiber& fiber : fibers) sanitizer::destroy(fiber.sanitized);
@@ -76,6 +94,7 @@ inline ucontext_t scheduler;
 inline sanitizer::Context scheduler_sanitized;
 inline std::atomic<Fiber*> running;
 inline std::atomic<unsigned> thread_index, block_index, block_dim;
+inline std::atomic<size_t> arrivals;  // at barriers, and at the end of the kernel
 inline std::function<void()> body;
 
 inline unsigned load(const std::atomic<unsigned>& value) { return value.load(std::memory_order_relaxed); }
@@ -92,6 +111,31 @@ inline void yield(bool last) {
   sanitizer::arrive(self->sanitized, &scheduler_sanitized);
 }
 
+// Returns how many barriers the threads had passed before. `orders`: whether it orders their accesses to memory too.
+KFO_UNSEEN inline unsigned wait(Barrier& barrier, bool orders) {
+  const unsigned passed = barrier.passed;
+  if (orders) sanitizer::release(barrier.points[passed % 2]);
+  arrivals.fetch_add(1, std::memory_order_relaxed);
+  if (++barrier.arrived == barrier.threads) {
+    barrier.arrived = 0;
+    ++barrier.passed;
+  }
+  while (barrier.passed == passed) yield(false);
+  if (orders) sanitizer::acquire(barrier.points[passed % 2]);
+  return passed;
+}
+
+// The value of another lane of the warp.
+template <typename T>
+KFO_UNSEEN T shuffle(unsigned mask, T value, unsigned from) {
+  if (mask != ~0u) fail("a shuffle of less than a warp");
+  Warp& warp = *running.load(std::memory_order_relaxed)->warp;
+  const unsigned lane = load(thread_index) % kWarp, turn = warp.barrier.passed % 2;
+  warp.values[turn][lane] = static_cast<double>(value);
+  wait(warp.barrier, false);
+  return static_cast<T>(warp.values[turn][from]);
+}
+
 inline void enter() {
   Fiber* self = running.load(std::memory_order_relaxed);
   sanitizer::arrive(self->sanitized, &scheduler_sanitized);
@@ -99,6 +143,7 @@ inline void enter() {
   body();
   if (!self->copies.empty() || !self->groups.empty()) fail("a thread left asynchronous copies behind");
   self->done.store(true, std::memory_order_relaxed);
+  arrivals.fetch_add(1, std::memory_order_relaxed);
   sanitizer::release(sanitizer::launch_ends);
   yield(true);
 }
@@ -138,6 +183,7 @@ inline void complete_copies(size_t remaining) {
 }  // namespace kfo::emulation
 
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int __clz(int n) { return n ? __builtin_clz(static_cast<unsigned>(n)) : 32; }
 
 // A store of 16 bytes, which needs an address of that alignment.
 template <typename T>
@@ -151,13 +197,17 @@ inline void __stwb(T* to, T value) {
 #define blockDim (kfo::emulation::Dim{kfo::emulation::load(kfo::emulation::block_dim)})
 
 inline void __syncthreads() {
+  kfo::emulation::wait(*kfo::emulation::running.load(std::memory_order_relaxed)->block, true);
+}
+
+inline void __syncwarp() {
+  kfo::emulation::wait(kfo::emulation::running.load(std::memory_order_relaxed)->warp->barrier, true);
+}
+
+template <typename T>
+inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   using namespace kfo::emulation;
-  // Two points in turn: a fiber may reach the next barrier before the last one has left this one.
-  Fiber* self = running.load(std::memory_order_relaxed);
-  char& point = self->barriers[self->passed++ % 2];
-  sanitizer::release(point);
-  yield(false);
-  sanitizer::acquire(point);
+  return shuffle(mask, value, (load(thread_index) % kWarp) ^ static_cast<unsigned>(lanes));
 }
 
 // The dynamic shared memory: kernels declare an extern array, here it is one that a pointer names.
@@ -172,10 +222,8 @@ KFO_UNSEEN inline void use_shared_memory(char* memory) {
   cuda::shared_pointer = reinterpret_cast<unsigned char (*)[]>(memory);
 }
 
-inline void start(Fiber& fiber, char* barriers) {
+inline void start(Fiber& fiber) {
   fiber.done.store(false, std::memory_order_relaxed);
-  fiber.barriers = barriers;
-  fiber.passed = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -184,16 +232,31 @@ inline void start(Fiber& fiber, char* barriers) {
   sanitizer::create(fiber.sanitized, fiber.stack.get(), kStackBytes);
 }
 
+KFO_UNSEEN inline void set_barriers(Block& block) {
+  block.barrier = {};
+  for (Warp& warp : block.warps) warp.barrier = {};
+  for (size_t i = 0; i < block.fibers.size(); ++i) {
+    Fiber& fiber = block.fibers[i];
+    fiber.block = &block.barrier;
+    fiber.warp = &block.warps[i / kWarp];
+    ++fiber.block->threads;
+    ++fiber.warp->barrier.threads;
+  }
+}
+
 inline void run(Block& block) {
-  for (Fiber& fiber : block.fibers) start(fiber, block.barriers.get());
+  set_barriers(block);
+  for (Fiber& fiber : block.fibers) start(fiber);
   sanitizer::release(sanitizer::launch_begins);
   for (size_t finished = 0; finished < block.fibers.size();) {
+    const size_t before = arrivals.load(std::memory_order_relaxed);
     for (size_t i = 0; i < block.fibers.size(); ++i) {
+      if (block.fibers[i].done.load(std::memory_order_relaxed)) continue;
       thread_index.store(static_cast<unsigned>(i), std::memory_order_relaxed);
       resume(block.fibers[i]);
       finished += block.fibers[i].done.load(std::memory_order_relaxed);
     }
-    if (finished != 0 && finished != block.fibers.size()) fail("a thread left before a barrier of its block");
+    if (arrivals.load(std::memory_order_relaxed) == before) fail("a thread left before a barrier of its block");
   }
 }
 
