@@ -102,6 +102,20 @@ py::list cuda_launches(const Shapes& shapes, int64_t tasks, int order, int64_t e
   return out;
 }
 
+// How the order's kernel cuts each problem whose factors fit in shared memory.
+py::list cuda_cuts(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R, bool shared_L) {
+  py::list out;
+  for (const kfo::cuda::Launch& part : cuda_schedule(shapes, tasks, order, element_size, shared_R, shared_L).launches)
+    for (const kfo::cuda::Entry& entry : std::vector(part.table.entries, part.table.entries + part.table.count)) {
+      py::list tiles;
+      for (int kind = 0; kind < kfo::cuda::kKinds; ++kind)
+        tiles.append(py::make_tuple(int{entry.side[kind]}, 1 << entry.share[kind]));
+      out.append(py::make_tuple(int{entry.p}, int{entry.q}, entry.rows + (entry.longer > 0), entry.chunks(),
+                                entry.path == kfo::cuda::kLanes, tiles));
+    }
+  return out;
+}
+
 int64_t cuda_scratch(const Shapes& shapes, int64_t tasks, int order, int64_t element_size, bool shared_R,
                      bool shared_L) {
   return cuda_schedule(shapes, tasks, order, element_size, shared_R, shared_L).scratch * element_size;
@@ -173,6 +187,12 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("shared_R") = false, py::arg("shared_L") = false,
       "The CUDA library's launches (kernel, thread blocks, bytes of shared memory of each), with every output wanted\n"
       "and every operand present.");
+  m.def("cuda_cuts", &cuda_cuts, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("element_size"),
+        py::arg("shared_R") = false, py::arg("shared_L") = false,
+        "For each problem of the order's own kernel, in the order of its blocks: p, q, the most matrices of a block, "
+        "chunks\n"
+        "of B, whether a warp computes each matrix, and if not, the side of a tile and how many threads share it, for\n"
+        "products of (n p, q), (n q, p), (p, p) and (q, q).");
   m.def("cuda_scratch", &cuda_scratch, py::arg("shapes"), py::arg("tasks"), py::arg("order"), py::arg("element_size"),
         py::arg("shared_R") = false, py::arg("shared_L") = false,
         "Bytes of scratch memory of the same launches: partial sums and large intermediates.");

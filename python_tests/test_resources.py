@@ -18,16 +18,20 @@ BATCH_NORM_SUMS = (
 )  # fmt: skip
 # Of conv2d and conv2d_input; of conv2d_weight, whose sums over splits are a launch of their own.
 CONVOLUTIONS = ("convolution_kernel", "convolution_weight_kernel")
-# Registers of a thread: with 128 four blocks of 128 threads fit on a multiprocessor, with 255 two.
+# Registers of a thread: with 128 four blocks of 128 threads fit on a multiprocessor, with 168 three, with 255 two.
 REGISTERS = {
     **dict.fromkeys(ORDER_KERNELS, 128),
     **dict.fromkeys(BATCH_NORM_ORDERS + BATCH_NORM_SUMS + CONVOLUTIONS, 128),
+    "double_backward_kernel": 168,
     "sum_kernel": 40,
     "batch_norm_task_sum_kernel": 40,
     "convolution_weight_sum_kernel": 40,
     "tiled_kernel": 255,
 }
-REGISTERS_OF = {("double_backward_kernel", "sm_80"): 255, **{(kernel, "float64"): 255 for kernel in CONVOLUTIONS}}
+REGISTERS_OF = {
+    **{(kernel, "float64"): 168 for kernel in ORDER_KERNELS},
+    **{(kernel, "float64"): 255 for kernel in CONVOLUTIONS},
+}
 SHARED_BYTES = 96 * 1024
 # Images, height, width, in and out channels, kernel height and width, stride, padding.
 CONVOLUTION_CASES = {
@@ -73,7 +77,7 @@ def test_the_orders_start_their_copies_early_and_divide_nowhere(rows):
     for row in rows:
         if row.kernel in (*ORDER_KERNELS, "sum_kernel"):
             assert row.reciprocals == 0, row
-            assert row.before_copies <= 280, row
+            assert row.before_copies <= 220, row
 
 
 def test_the_orders_move_16_bytes_at_a_time(rows):
@@ -146,7 +150,9 @@ def test_loads_end_a_group_where_one_of_them_is_read():
 def test_a_network_takes_one_launch_and_one_for_the_sums(layers, order):
     launches = _plan.cuda_launches(Problems(model_case(layers)).flat, 16, order, 4)
     assert [kernel for kernel, _, _ in launches] == [ORDER_KERNELS[order - 1]] + ["sum_kernel"] * (order > 1)
-    assert all(shared_bytes <= SHARED_BYTES // 2 for _, _, shared_bytes in launches)
+    # Of the double backward three blocks on a multiprocessor, as its registers allow.
+    most = SHARED_BYTES // 2 if order < 3 else 2 * SHARED_BYTES // 3
+    assert all(shared_bytes <= most for _, _, shared_bytes in launches)
 
 
 @pytest.mark.parametrize("case", [*CASES, *LARGE_CASES])

@@ -1,23 +1,13 @@
-// The work of one thread block: the entry of the table that it is for, rows of that problem and task, their operands in
-// shared memory, and what is made of them.
+// The work of one thread block as products of all its threads: operands in shared memory, and what is made of them.
 #pragma once
 
 #include <cstdint>
 
 #include "products.cuh"
 #include "staging.cuh"
-#include "table.h"
+#include "work.cuh"
 
 namespace kfo::cuda {
-
-// The entry that this block works on: the last one whose first block is not behind it. All comparisons at once, as a
-// search would wait for one after the other.
-__device__ __forceinline__ int find_entry(const int32_t (&first_block)[kTableProblems]) {
-  int index = 0;
-#pragma unroll
-  for (int i = 1; i < kTableProblems; ++i) index += first_block[i] <= static_cast<int32_t>(blockIdx.x);
-  return index;
-}
 
 // A matrix per row of the block (n, p, q), or a factor, in shared memory: an offset; -1 is an absent operand.
 using Place = int;
@@ -26,14 +16,14 @@ constexpr Place kAbsent = -1;
 template <typename T>
 class Block {
  public:
-  __device__ __forceinline__ explicit Block(const Arguments<T, Table>& args)
-      : Block(args, find_entry(args.table.first_block)) {}
+  __device__ __forceinline__ explicit Block(const Work<T>& work)
+      : work_(work), entry_(work.entry), p_(work.p), q_(work.q), n_(work.n) {}
 
   // Copies of operands, complete at the first job of `compute`.
   __device__ __forceinline__ Place stage_R(Source source) { return staged(source, entry_.R, p_, p_, entry_.by_p); }
   __device__ __forceinline__ Place stage_L(Source source) { return staged(source, entry_.L, q_, q_, entry_.by_q); }
   __device__ __forceinline__ Place stage_rows(Source source) {
-    return staged(source, first_, n_ * p_, q_, entry_.by_q);
+    return staged(source, work_.first, n_ * p_, q_, entry_.by_q);
   }
   // Room for one p x q result for each row.
   __device__ __forceinline__ Place room() { return take(n_ * p_, q_); }
@@ -60,16 +50,9 @@ class Block {
   __device__ __forceinline__ Job<T> to_left(Place to, Term X, Term Y = {}) const {
     return {kLeft, n_ * q_, p_, X, Y, columns_of(to), nullptr};
   }
-  // The block's share of dR (p, p) or dL (q, q): to the output itself where there is no other, else to the scratch
-  // memory.
-  __device__ __forceinline__ Job<T> to_dR(Term X) const {
-    T* to = table_.is_complete(entry_, table_.dR_rows) ? row(kdR) + entry_.R : partials();
-    return {kSumR, p_, p_, X, {}, {}, to};
-  }
+  __device__ __forceinline__ Job<T> to_dR(Term X) const { return {kSumR, p_, p_, X, {}, {}, work_.share_of_dR()}; }
   __device__ __forceinline__ Job<T> to_dL(Term X, Term Y = {}) const {
-    T* to = table_.is_complete(entry_, table_.dL_rows) ? row(kdL) + entry_.L
-                                                       : partials() + (table_.dR_rows ? int64_t{p_} * p_ : 0);
-    return {kSumL, q_, q_, X, Y, {}, to};
+    return {kSumL, q_, q_, X, Y, {}, work_.share_of_dL()};
   }
 
   // Waits for the copies, then does make(job) for job < count, in order. Before the jobs of `barriers` (a bit each) all
@@ -94,12 +77,12 @@ class Block {
 
   // (n, p, q) to the block's rows of an output.
   __device__ __forceinline__ void copy_out(Target target, Place from) const {
-    unstage(row(target) + first_, shared_array<T>() + from, n_ * p_, q_, entry_.by_q);
+    unstage(work_.row(target) + work_.first, shared_array<T>() + from, n_ * p_, q_, entry_.by_q);
   }
 
   // Adds the bias, one (p, q) term, to each matrix.
   __device__ __forceinline__ void add_bias(Place to) const {
-    const T* from = row(kBias) + entry_.bias;
+    const T* from = work_.row(kBias) + entry_.bias;
     T* shared = shared_array<T>() + to;
     for (int e = threadIdx.x; e < n_ * p_ * q_; e += kThreads) {
       const int matrix = entry_.by_p.quotient(entry_.by_q.quotient(e));
@@ -108,25 +91,10 @@ class Block {
   }
 
  private:
-  const Table& table_;
-  const Data<T>& data_;
+  const Work<T>& work_;
   const Entry& entry_;
-  int p_, q_, block_, task_, n_;
-  int64_t first_;
+  int p_, q_, n_;
   int free_ = kJobBytes / sizeof(T);
-
-  __device__ __forceinline__ Block(const Arguments<T, Table>& args, int index)
-      : table_(args.table),
-        data_(args.data),
-        entry_(table_.entries[index]),
-        p_(entry_.p),
-        q_(entry_.q),
-        block_(static_cast<int>(blockIdx.x) - table_.first_block[index]),
-        task_(entry_.by_chunks.quotient(block_)) {
-    const int chunk = block_ - task_ * entry_.chunks();
-    n_ = entry_.rows + (chunk < entry_.longer);
-    first_ = entry_.G + (int64_t{chunk} * entry_.rows + min(chunk, entry_.longer)) * (p_ * q_);
-  }
 
   __device__ __forceinline__ Place take(int rows, int cols) {
     const Place place = free_;
@@ -135,8 +103,8 @@ class Block {
   }
 
   __device__ __forceinline__ Place staged(Source source, int64_t offset, int rows, int cols, SmallDivisor by_cols) {
-    if (!data_.has(source)) return kAbsent;
-    const T* from = row(source) + offset;
+    if (!work_.data.has(source)) return kAbsent;
+    const T* from = work_.row(source) + offset;
     const Place place = take(rows, cols) + misalignment(from);
     stage(shared_array<T>() + place, from, rows, cols, by_cols);
     return place;
@@ -153,18 +121,6 @@ class Block {
   }
   // (n, p, q) as n * q rows, its columns, of p.
   __device__ __forceinline__ Side columns_of(Place X) const { return {X, 1, p_ * pitch_of(q_), pitch_of(q_), 0}; }
-
-  // The packed row of the block's task.
-  __device__ __forceinline__ const T* row(Source source) const {
-    return data_[source].data + int64_t{task_} * data_[source].stride;
-  }
-  __device__ __forceinline__ T* row(Target target) const {
-    return data_[target].data + int64_t{task_} * data_[target].stride;
-  }
-
-  __device__ __forceinline__ T* partials() const {
-    return data_[kScratch].data + entry_.partials + int64_t{block_} * table_.partials_size(entry_);
-  }
 };
 
 }  // namespace kfo::cuda

@@ -8,7 +8,25 @@
 #include "../integers.h"
 #include "table.h"
 
-namespace kfo::cuda::detail {
+namespace kfo::cuda {
+
+// By what a problem's path is chosen: its sizes, or one path wherever it is possible.
+enum class Choice : int8_t { by_size, products, lanes };
+
+namespace detail {
+
+// Where a warp computes each matrix, by sizes. With fewer rows most lanes would be idle, and with fewer columns most of
+// what they keep would be zeros.
+struct Rule {
+  int64_t least_p, most_p, least_q, most_q;
+};
+constexpr Rule kLanesTaken{16, kWarp, 6, kLaneColumns}, kLanesPossible{1, kWarp, 1, kLaneColumns};
+
+inline Path path_of(int64_t p, int64_t q, int64_t element_size, Choice choice) {
+  const Rule& rule = choice == Choice::lanes ? kLanesPossible : kLanesTaken;
+  const bool holds = rule.least_p <= p && p <= rule.most_p && rule.least_q <= q && q <= rule.most_q;
+  return holds && choice != Choice::products && element_size == kLaneElement ? kLanes : kProducts;
+}
 
 inline int floor_log2(int64_t n) { return 63 - __builtin_clzll(static_cast<unsigned long long>(n)); }
 
@@ -32,7 +50,8 @@ inline Tiles tiles_of(int64_t rows, int64_t cols, int64_t length) {
 }
 
 // The parts of an entry that follow from the sizes of its problem and the number of chunks, for each task.
-inline void cut(Entry& entry, int64_t B, int64_t p, int64_t q, int64_t chunks) {
+inline void cut(Entry& entry, Path path, int64_t B, int64_t p, int64_t q, int64_t chunks) {
+  entry.path = path;
   entry.by_chunks = Divisor(static_cast<uint32_t>(chunks));
   entry.by_p = SmallDivisor(static_cast<uint32_t>(p));
   entry.by_q = SmallDivisor(static_cast<uint32_t>(q));
@@ -53,4 +72,6 @@ inline void cut(Entry& entry, int64_t B, int64_t p, int64_t q, int64_t chunks) {
   product(kSumL, q, q, n * p);
 }
 
-}  // namespace kfo::cuda::detail
+}  // namespace detail
+
+}  // namespace kfo::cuda

@@ -24,11 +24,12 @@ struct Request {
   int64_t dR_rows = 0, dL_rows = 0;
   bool need_G = false, need_Y = false;               // dG, ddY
   bool has_R = false, has_G = false, has_L = false;  // ddR, ddG, ddL
+  Choice choice = Choice::by_size;
 
   Intermediates intermediates() const { return {dR_rows != 0, need_G, dL_rows != 0, need_Y, has_R, has_G, has_L}; }
 
   auto key() const {
-    return std::tuple(order, tasks, element_size, dR_rows, dL_rows, need_G, need_Y, has_R, has_G, has_L);
+    return std::tuple(order, tasks, element_size, dR_rows, dL_rows, need_G, need_Y, has_R, has_G, has_L, choice);
   }
 };
 
@@ -56,28 +57,40 @@ struct Schedule {
 
 namespace detail {
 
-// What a thread block keeps in shared memory: its jobs, pairs (R, L) of factors, and matrices for each of its rows of
-// B.
+// What a thread block keeps in shared memory: pairs (R, L) of factors, operands or results for each of its rows of B,
+// and others for each row, or where a warp computes a matrix, rooms for each warp.
 struct Footprint {
-  int64_t pairs, matrices;
+  int64_t pairs, rows, others, rooms;
 
-  int64_t bytes(const Problem& problem, int64_t rows, int64_t element_size) const {
+  int64_t bytes(Path path, const Problem& problem, int64_t n, int64_t element_size) const {
     const int64_t p = problem.p, q = problem.q;
-    const int64_t factors = padded_size(p, p, element_size) + padded_size(q, q, element_size);
-    return kJobBytes + (pairs * factors + matrices * padded_size(rows * p, q, element_size)) * element_size;
+    const int64_t R = padded_size(p, p, element_size);
+    if (path == kProducts)
+      return kJobBytes +
+             (pairs * (R + padded_size(q, q, element_size)) + (rows + others) * padded_size(n * p, q, element_size)) *
+                 element_size;
+    const int64_t pitch = lane_pitch(kLaneColumns, element_size);
+    // The sums of dL over warps take the place of rooms.
+    const int64_t dR = kWarps * p * pitch_of(p), dL = kWarps * kWarp * pitch, own = rooms * kWarps * p * pitch;
+    return (pairs * (R + kLaneColumns * pitch) + rows * n * p * pitch + dR + std::max(dL, own)) * element_size;
+  }
+  // Of one more row.
+  int64_t row_bytes(Path path, const Problem& problem, int64_t element_size) const {
+    if (path == kProducts) return (rows + others) * problem.p * pitch_of(problem.q) * element_size;
+    return rows * problem.p * lane_pitch(kLaneColumns, element_size) * element_size;
   }
 };
 
 // As the kernels of the same names take it.
 inline Footprint footprint(const Request& request) {
   switch (request.order) {
-    case Order::forward:  // R, L; G, N
-      return {1, 2};
-    case Order::backward:  // R, L; G, dY, N or M
-      return {1, 3};
-    case Order::double_backward: {  // R, L, ddR, ddL; G, dY, ddG, M, S, N, K
+    case Order::forward:  // R, L; G; N
+      return {1, 1, 1, 1};
+    case Order::backward:  // R, L; G, dY; N or M
+      return {1, 2, 1, 1};
+    case Order::double_backward: {  // R, L, ddR, ddL; G, dY, ddG; M, S, N, K
       const Intermediates use = request.intermediates();
-      return {1 + (request.has_R || request.has_L), 2 + request.has_G + use.M + use.S + use.N + use.K};
+      return {1 + (request.has_R || request.has_L), 2 + request.has_G, use.M + use.S + use.N + use.K, 3};
     }
   }
   throw std::invalid_argument("order: expected forward, backward or double_backward");
@@ -85,23 +98,27 @@ inline Footprint footprint(const Request& request) {
 
 // Whether one matrix and the factors fit. Sides above 512 never do, and would overflow 32-bit sizes.
 inline bool fits(const Problem& problem, const Footprint& kept, int64_t element_size) {
-  return std::max(problem.p, problem.q) <= 512 && kept.bytes(problem, 1, element_size) <= kSharedBytes;
+  return std::max(problem.p, problem.q) <= 512 && kept.bytes(kProducts, problem, 1, element_size) <= kSharedBytes;
 }
 
 // How many chunks B is cut into. A chunk costs about `cost`, and has no fewer elements than the partial sums that its
 // block writes, so that scratch memory stays in proportion to G, as far as shared memory allows.
 inline int64_t chunk_count(const Problem& problem, const Footprint& kept, const Request& request, double cost) {
   const int64_t p = problem.p, q = problem.q, matrix = p * q;
+  const Path path = path_of(p, q, request.element_size, request.choice);
   const int64_t partials = (request.dR_rows ? p * p : 0) + (request.dL_rows ? q * q : 0);
   const auto wanted = static_cast<int64_t>(cost / flops_per_matrix(problem, request.order));
-  const int64_t enough = std::clamp<int64_t>(ceil_div(partials, matrix), 1, problem.B);
+  const int64_t enough =
+      std::min<int64_t>(std::max<int64_t>(ceil_div(partials, matrix), path == kLanes ? kWarps : 1), problem.B);
   int64_t rows = std::clamp(wanted, enough, problem.B);
-  const int64_t least = kept.bytes(problem, 1, request.element_size);
-  const int64_t limit = std::clamp(kept.bytes(problem, enough, request.element_size),
+  const int64_t least = kept.bytes(path, problem, 1, request.element_size);
+  const int64_t limit = std::clamp(kept.bytes(path, problem, enough, request.element_size),
                                    std::max(kPreferredSharedBytes, least), kSharedBytes);
-  const int64_t row_bytes = kept.matrices * p * pitch_of(q) * request.element_size;
+  const int64_t row_bytes = kept.row_bytes(path, problem, request.element_size);
   rows = std::min(rows, 1 + (limit - least) / row_bytes);
-  while (rows > 1 && kept.bytes(problem, rows, request.element_size) > limit) --rows;  // the last vectors' padding
+  // The last vectors' padding; then as many matrices for each warp.
+  while (rows > 1 && kept.bytes(path, problem, rows, request.element_size) > limit) --rows;
+  if (path == kLanes && rows > kWarps) rows -= rows % kWarps;
   return ceil_div(problem.B, rows);
 }
 
@@ -159,7 +176,8 @@ inline void schedule_blocks(Schedule& schedule, const std::vector<Problem>& prob
     entry.L = problem.L;
     entry.bias = problem.bias;
     entry.partials = schedule.scratch;
-    cut(entry, problem.B, problem.p, problem.q, block_index(chunks, request.tasks));
+    const Path path = path_of(problem.p, problem.q, request.element_size, request.choice);
+    cut(entry, path, problem.B, problem.p, problem.q, block_index(chunks, request.tasks));
     launch.blocks += request.tasks * chunks;
     const int64_t size = table.partials_size(entry);
     // Outputs that a single block completes leave nothing to sum.
@@ -172,7 +190,7 @@ inline void schedule_blocks(Schedule& schedule, const std::vector<Problem>& prob
       launch.sum_blocks += row_blocks * std::max(request.dR_rows, request.dL_rows);
     }
     launch.shared_bytes =
-        std::max(launch.shared_bytes, kept.bytes(problem, ceil_div(problem.B, chunks), request.element_size));
+        std::max(launch.shared_bytes, kept.bytes(path, problem, ceil_div(problem.B, chunks), request.element_size));
     block_index(std::max(launch.blocks, launch.sum_blocks), request.tasks);
   }
 }

@@ -1,7 +1,8 @@
 // dR and dL from the partial sums of the blocks, added in a fixed order: slice by slice, then the slices.
 #pragma once
 
-#include "block.cuh"
+#include "staging.cuh"
+#include "work.cuh"
 
 namespace kfo::cuda {
 

@@ -11,6 +11,7 @@ namespace kfo::cuda {
 
 constexpr int kThreads = 128;
 constexpr int kLog2Warp = 5;
+constexpr int kWarp = 1 << kLog2Warp, kWarps = kThreads / kWarp;
 // Shared memory of a thread block. Every supported GPU grants 96 KB on request (compute capability 12.0 the least: 99),
 // and with half of that two blocks and more fit on one multiprocessor.
 constexpr int64_t kSharedBytes = 96 * 1024;
@@ -26,6 +27,18 @@ constexpr int kSumSlices = kThreads / kSumColumns;
 
 // A matrix in shared memory has rows of odd length: neighbouring rows then start in different banks.
 __host__ __device__ constexpr int pitch_of(int64_t columns) { return static_cast<int>(columns | 1); }
+
+// How a block computes: products of all its threads, or a warp for each matrix, of at most kWarp rows and kLaneColumns
+// columns of elements of kLaneElement bytes. Registers hold rows of no more.
+enum Path : int8_t { kProducts, kLanes };
+constexpr int kLaneColumns = 9, kLaneElement = 4;
+
+// Rows of so many columns for a warp: whole 16-byte vectors, an odd number of them, so that neighbouring rows start in
+// different banks.
+__host__ __device__ constexpr int lane_pitch(int columns, int element_size) {
+  const int width = 16 / element_size;
+  return ((columns + width - 1) / width | 1) * width;
+}
 
 // Elements that a staged (rows, cols) takes: whole 16-byte vectors, and room to lie as far off a 16-byte boundary as
 // its source does.
@@ -63,6 +76,7 @@ struct Entry {
   // How the threads share a product: each takes a tile of side x side, or 2^share threads take one together.
   SmallDivisor by_col_tiles[kKinds];
   int8_t side[kKinds], share[kKinds];
+  Path path;
 
   __host__ __device__ int32_t chunks() const { return static_cast<int32_t>(by_chunks.by); }
 };

@@ -2,13 +2,14 @@
 #pragma once
 
 #include "block.cuh"
+#include "transform_lanes.cuh"
 
 namespace kfo::cuda {
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Arguments<T, Table> args) {
-  Block<T> block(args);
-  const bool need_R = args.data.needs(kdR), need_G = args.data.needs(kdG), need_L = args.data.needs(kdL);
+__device__ __forceinline__ void backward_by_products(const Work<T>& work) {
+  Block<T> block(work);
+  const bool need_R = work.data.needs(kdR), need_G = work.data.needs(kdG), need_L = work.data.needs(kdL);
   const Place R = block.stage_R(kR), L = block.stage_L(kL);
   const Place G = block.stage_rows(kG), dY = block.stage_rows(kdY);
   // M takes the place of N, and dG that of dY, which are read no more.
@@ -29,6 +30,15 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
     }
   });
   if (need_G) block.copy_out(kdG, dG);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, resident_blocks<T>())
+    backward_kernel(const __grid_constant__ Arguments<T, Table> args) {
+  const Work<T> work(args);
+  if constexpr (kHasLanes<T>)
+    if (work.entry.path == kLanes) return backward_by_lanes<T, kLaneColumns>(work);
+  backward_by_products(work);
 }
 
 }  // namespace kfo::cuda

@@ -3,25 +3,18 @@
 #pragma once
 
 #include "block.cuh"
+#include "transform_lanes.cuh"
 
 namespace kfo::cuda {
 
-// Blocks whose registers fit on one multiprocessor. For 8.0 the compiler spills below 255 registers a thread.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kResidentBlocks = 2;
-#else
-constexpr int kResidentBlocks = 4;
-#endif
-
 // ddR, ddG and ddL may be absent: every product with an absent operand is no term.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    double_backward_kernel(const __grid_constant__ Arguments<T, Table> args) {
-  Block<T> block(args);
-  const bool need_R = args.data.needs(kdR), need_G = args.data.needs(kdG), need_L = args.data.needs(kdL),
-             need_Y = args.data.needs(kddY);
-  const Intermediates use(need_R, need_G, need_L, need_Y, args.data.has(kddR), args.data.has(kddG),
-                          args.data.has(kddL));
+__device__ __forceinline__ void double_backward_by_products(const Work<T>& work) {
+  Block<T> block(work);
+  const bool need_R = work.data.needs(kdR), need_G = work.data.needs(kdG), need_L = work.data.needs(kdL),
+             need_Y = work.data.needs(kddY);
+  const Intermediates use(need_R, need_G, need_L, need_Y, work.data.has(kddR), work.data.has(kddG),
+                          work.data.has(kddL));
 
   const Place R = block.stage_R(kR), L = block.stage_L(kL);
   const Place ddR = block.stage_R(kddR), ddL = block.stage_L(kddL);
@@ -53,6 +46,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   });
   if (need_G) block.copy_out(kdG, dG);
   if (need_Y) block.copy_out(kddY, ddY);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, resident_blocks<T>())
+    double_backward_kernel(const __grid_constant__ Arguments<T, Table> args) {
+  const Work<T> work(args);
+  if constexpr (kHasLanes<T>)
+    if (work.entry.path == kLanes) return double_backward_by_lanes<T, kLaneColumns>(work);
+  double_backward_by_products(work);
 }
 
 }  // namespace kfo::cuda

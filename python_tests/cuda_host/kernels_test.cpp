@@ -161,7 +161,7 @@ void compare(const std::vector<T>& got, const Packed& want, const char* what) {
 
 template <typename T>
 void run_case(const std::vector<int64_t>& shapes, int64_t T_, bool shared_R, bool shared_L, bool with_bias,
-              unsigned need, unsigned present, int64_t pad) {
+              unsigned need, unsigned present, int64_t pad, Choice choice) {
   const Group group = make_group(shapes);
   const int64_t R_rows = shared_R ? 1 : T_, L_rows = shared_L ? 1 : T_;
   Inputs in;
@@ -184,6 +184,7 @@ void run_case(const std::vector<int64_t>& shapes, int64_t T_, bool shared_R, boo
     request.need_G = factors && need_G;
     request.need_Y = last && need_Y;
     request.has_R = last && (present & 1), request.has_G = last && (present & 2), request.has_L = last && (present & 4);
+    request.choice = choice;
     const Schedule schedule = make_schedule(group, request);
     std::vector<T> scratch(schedule.scratch, nan), big(T_ * group.G, nan), ddY(need_Y ? T_ * group.G : 0, nan);
     std::vector<T> dR(dR_rows * group.R, nan), dL(dL_rows * group.L, nan);
@@ -226,9 +227,17 @@ void run_case(const std::vector<int64_t>& shapes, int64_t T_, bool shared_R, boo
   }
 }
 
+// By products of all threads, and by a warp for each matrix wherever that is possible.
+template <typename T>
+void run_case(const std::vector<int64_t>& shapes, int64_t T_, bool shared_R, bool shared_L, bool with_bias,
+              unsigned need, unsigned present, int64_t pad) {
+  for (Choice choice : {Choice::products, Choice::lanes})
+    run_case<T>(shapes, T_, shared_R, shared_L, with_bias, need, present, pad, choice);
+}
+
 // Few blocks, but of every kind: several chunks of a problem, sums over them and over tasks, tiles of every shape.
 static void run_smallest() {
-  run_case<float>({300, 4, 7, 2, 3, 6}, 2, true, false, true, 15, 7, 1);
+  run_case<float>({301, 4, 7, 2, 3, 6}, 2, true, false, true, 15, 7, 1);
   run_case<double>({1, 130, 3, 1, 2, 130}, 1, false, false, false, 15, 7, 0);
 }
 
