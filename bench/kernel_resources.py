@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import cuda_resources, triton_resources
+from bench import cuda_resources, kernel_estimates, triton_resources
 from kfo_ext import _plan
 from kfo_ext.bench.result import facts_of, provenance, write_result
 from kfo_ext.problems import Problems
@@ -51,11 +51,12 @@ class Gpu(NamedTuple):
         return min(by_registers, self.shared_bytes // (shared_bytes + 1024), 2048 // _plan.cuda_threads)
 
 
-def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
+def estimates(registers: dict[str, int], before_copies: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
     """Estimate work, launches, residency and time; nothing here is measured.
 
     Args:
         registers: registers per thread, by kernel.
+        before_copies: instructions before the first copy, by kernel.
         gpu: the GPU.
 
     Returns:
@@ -76,7 +77,19 @@ def estimates(registers: dict[str, int], gpu: Gpu) -> list[dict[str, object]]:
                     **_launched(launches, registers, gpu, moved, flops),
                     "bytes_us": round(moved / gpu.bytes_per_us, 2),
                     "flops_us": round(flops / gpu.flops_per_us, 2),
-                    "estimate_us": round(gpu.empty_launch_us * len(launches) + work, 1),
+                    "bytes_or_flops_us": round(gpu.empty_launch_us * len(launches) + work, 1),
+                    "estimate_us": round(
+                        kernel_estimates.call_us(
+                            order,
+                            flat,
+                            TASKS,
+                            before_copies[f"{order}_kernel"],
+                            moved,
+                            launches,
+                            kernel_estimates.Machine(),
+                        ),
+                        1,
+                    ),
                 }
             )
     return out
@@ -140,10 +153,14 @@ def markdown(result: dict) -> str:
             table(result["cuda"]),
             f"## Estimates for an {result['gpu']['name']}\n\n"
             f"float32, {TASKS} tasks, a factor per task, every output wanted. **Not measured**: what a first run "
-            "will be held against. Blocks, shared memory, residency and waves are of the first launch; the time is "
-            f"{result['gpu']['empty_launch_us']} us a launch and the larger of bytes at "
-            f"{result['gpu']['bytes_per_us'] / 1e6} TB/s and FLOPs at {result['gpu']['share_of_flops']:.0%} of "
-            f"{result['gpu']['flops_per_us'] / 1e6:.0f} TFLOP/s.",
+            "will be held against, perhaps 40 % off. Blocks, shared memory, residency and waves are of the first "
+            f"launch. `bytes_or_flops_us` is an older estimate: {result['gpu']['empty_launch_us']} us a launch and the "
+            f"larger of bytes at {result['gpu']['bytes_per_us'] / 1e6} TB/s and FLOPs at "
+            f"{result['gpu']['share_of_flops']:.0%} of {result['gpu']['flops_per_us'] / 1e6:.0f} TFLOP/s. "
+            "`estimate_us` has what that leaves out (`bench/kernel_estimates.py`): "
+            f"{result['machine']['node_us']} us a launch, the instructions before the first copy, memory's latency, "
+            "and the longest of a thread's chain of instructions, what the busiest multiprocessor issues or loads "
+            f"from shared memory, and bytes at {result['machine']['bytes_per_us'] / 1e6} TB/s.",
             table(result["estimates"]),
             "The convolutions of a network's layers, by the same rules, but with FLOPs at "
             f"{result['gpu']['share_of_convolutions']:.0%} of the peak. **Not measured** either.",
@@ -161,13 +178,16 @@ def main() -> None:
     options = parser.parse_args()
     cuda = cuda_resources.rows()
     gpu = Gpu()
-    registers = {row.kernel: row.registers for row in cuda if (row.dtype, row.arch) == ("float32", gpu.arch)}
+    of_gpu = [row for row in cuda if (row.dtype, row.arch) == ("float32", gpu.arch)]
+    registers = {row.kernel: row.registers for row in of_gpu}
+    before_copies = {row.kernel: row.before_copies for row in of_gpu}
     result = {
         **facts_of(options),
         "nvcc": _plan.build_info()["nvcc"],
         "gpu": gpu._asdict(),
         "cuda": [row._asdict() for row in cuda],
-        "estimates": estimates(registers, gpu),
+        "machine": kernel_estimates.Machine()._asdict(),
+        "estimates": estimates(registers, before_copies, gpu),
         "convolution_estimates": convolution_estimates(registers, gpu),
         "triton": [row._asdict() for row in triton_resources.rows()],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import cuda_resources, kernel_resources
+from bench import cuda_resources, kernel_estimates, kernel_resources
 from kfo_ext import _plan
 from kfo_ext.ops.library import CUDA_LIBRARY
 from kfo_ext.problems import Problems
@@ -175,6 +175,38 @@ def test_scratch_memory_stays_below_operands_and_outputs(case, tasks, order):
         scratch = _plan.cuda_scratch(shapes, tasks, order, 4, shared_R=shared, shared_L=shared)
         assert scratch <= _plan.bytes(shapes, tasks, order, 1 if shared else tasks, 4) + 1024
         assert order > 1 or case in LARGE_CASES or scratch == 0
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "element_size", "by_lanes"),
+    [(32, 9, 4, True), (16, 6, 4, True), (15, 9, 4, False), (33, 9, 4, False), (32, 10, 4, False), (32, 9, 8, False)],
+)
+def test_sizes_decide_whether_a_warp_computes_each_matrix(p, q, element_size, by_lanes):
+    for order in (1, 2, 3):
+        [(found_p, found_q, n, chunks, found, tiles)] = _plan.cuda_cuts([40, p, q], 16, order, element_size)
+        assert (found_p, found_q, found) == (p, q, by_lanes)
+        assert n == -(-40 // chunks) and len(tiles) == 4
+
+
+def test_short_sums_are_shared_by_threads():
+    [(_, _, n, _, _, tiles)] = _plan.cuda_cuts([32, 1, 9], 1, 2, 8)
+    assert n == 32
+    assert tiles[2] == (1, 32)  # dR, one element
+    assert tiles[3][1] > 1  # dL, 81
+
+
+def test_an_estimate_is_never_below_what_bounds_it():
+    machine = kernel_estimates.Machine()
+    kernels = dict.fromkeys((*ORDER_KERNELS, "tiled_kernel"), 128)
+    for row in kernel_resources.estimates(kernels, kernels, kernel_resources.Gpu()):
+        assert row["estimate_us"] > row["launches"] * machine.node_us
+        assert row["estimate_us"] > row["MB"] * 1e6 / machine.bytes_per_us
+
+
+def test_the_cost_of_one_multiply_add():
+    machine = kernel_estimates.Machine()
+    cost = kernel_estimates.block_cost("forward", 1, 1, 1, [(1, 1)] * 4, machine)
+    assert cost == (2 * (machine.job_cycles + kernel_estimates.STEP[1]), 2 * kernel_estimates.STEP[1], 4)
 
 
 def test_bad_arguments_name_themselves():
