@@ -168,7 +168,7 @@ def test_outputs_that_are_no_tensor():
 def test_what_is_refused():
     model, support = Net().double(), examples()
     maml = MAML(model, **OPTIONS)
-    for wrong in ([support.x, support.y], support.x, (support.x,), (support.x[0], None)):
+    for wrong in ([support.x, support.y], support.x, (support.x,), (support.x[0], None, 1)):
         with pytest.raises(TypeError, match=r"support: expected \(x, y\) of one task or Examples\(x, y\) of several"):
             maml.adapt(wrong)
     with pytest.raises(ValueError, match="steps: expected an integer of at least 0, got -1"):
@@ -176,6 +176,13 @@ def test_what_is_refused():
     adapted = maml.adapt(support)
     with pytest.raises(ValueError, match=r"x: expected \(3 tasks, examples, ...\), got shape \(2, 5, 1, 6, 6\)"):
         adapted.predict(support.x[:2])
+    with pytest.raises(TypeError, match=r"^x: expected torch\.float64 as the .* got torch\.float32; \.to\("):
+        maml.adapt(examples()).predict(examples().x.float())
+    with pytest.raises(TypeError, match=r"^support\.x: expected torch\.float64 as the .* got torch\.float32"):
+        maml.adapt(Examples(examples().x.float(), examples().y))
+    x, y = (X[0].numpy() for X in examples())
+    with pytest.raises(TypeError, match=r"support\.x: expected a tensor, got ndarray; torch\.as_tensor"):
+        maml.adapt((x, y))
     with pytest.raises(TypeError, match="x: expected a tensor, got list"):
         adapted.predict([1])
     for wrong in (3, -1, 0.0, True):

@@ -196,13 +196,28 @@ def test_bfloat16_outputs_of_any_form():
     assert seen[0] == [torch.float32, torch.float32, torch.int64]
 
 
+@pytest.mark.parametrize("loss", [None, F.cross_entropy])
+def test_classes_in_uint8_equal_those_in_int64(loss):
+    # In uint8, -100, the target that cross-entropy ignores, would be class 156.
+    model, x = nn.Linear(4, 160).double(), torch.randn(TASKS, COUNT, 4, dtype=torch.float64)
+    y = torch.full((TASKS, COUNT), 156).index_fill(1, torch.tensor([0]), 3)
+    maml = MAML(model, loss=loss, **OPTIONS)
+    expected, result = (maml(TaskBatch(*[Examples(x, y.to(dtype))] * 2)) for dtype in (torch.int64, torch.uint8))
+    torch.testing.assert_close(result.query_losses, expected.query_losses)
+    assert torch.equal(result.metrics, expected.metrics)
+
+
 def test_a_loss_that_cannot_be_meant_is_refused():
     x = torch.randn(TASKS, COUNT, 4)
     floats = TaskBatch(*[Examples(x, torch.randn(TASKS, COUNT, 1))] * 2)
     with pytest.raises(
-        ValueError, match=r"loss: expected integer targets for the default cross-entropy, got torch\.float32"
+        ValueError,
+        match=r"loss: expected integer targets for the default cross-entropy, .*, got torch\.float32",
     ):
         MAML(nn.Linear(4, 1), **OPTIONS)(floats)
+    for dtype in (torch.int32, torch.bool):
+        with pytest.raises(ValueError, match=rf"got {dtype}; y\.long\(\) converts them"):
+            MAML(nn.Linear(4, 3), **OPTIONS)(TaskBatch(*[Examples(x, ints(2).to(dtype))] * 2))
     for route in ("auto", "loop"):
         with pytest.raises(ValueError, match="loss: cross-entropy over a single class is 0 for any output"):
             MAML(nn.Linear(4, 1), route=route, **OPTIONS)(TaskBatch(*[Examples(x, ints(1))] * 2))

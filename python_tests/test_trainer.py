@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from states import assert_same
+from torch import nn
 
+from kfo_ext import MAML
 from kfo_ext.runs import RunFolder, checkpoint, plot_runs
 from kfo_ext.runs.metrics import Metrics, is_validation, read_metrics
 from kfo_ext.runs.progress import Progress
@@ -346,6 +348,20 @@ def test_evaluation_is_reproducible_and_blind_to_its_batch():
         evaluate(learner, family, tasks=1)
     with pytest.raises(ValueError, match=f"tasks: expected at most {2**31 - 1}, got {2**70}"):
         evaluate(learner, family, tasks=2**70)
+
+
+def test_dropout_is_off_while_scoring_and_batch_norms_stay_in_training():
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.7), nn.Linear(8, 2)]
+    modes = []
+    layers[2].register_forward_hook(lambda module, *_: modes.append(module.training))
+    family = build_family(Config(**GLYPHS), "test", seed=0)
+    with_dropout, without = (
+        MAML(nn.Sequential(*each), lr=0.1, steps=2, route="loop") for each in (layers, layers[:4] + layers[5:])
+    )
+    assert torch.equal(evaluate(with_dropout, family, tasks=4).losses, evaluate(without, family, tasks=4).losses)
+    assert all(modes)
+    assert all(module.training for module in with_dropout.modules())
 
 
 def test_the_digest_is_of_the_digests_of_the_tasks():

@@ -92,59 +92,45 @@ def _missing(theirs: Packing, packing: Packing) -> str:
 
 def check_batch(batch: TaskBatch) -> int:
     """The number of tasks of a batch; raises TypeError, ValueError or RuntimeError for an unsuitable one."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "adaptation differentiates, which inference mode forbids: evaluate under torch.no_grad() instead"
-        )
     if not isinstance(batch, TaskBatch):
         raise TypeError(
             "batch: expected TaskBatch(Examples(x, y), Examples(x, y)) of kfo_ext.tasks, support and query, "
             f"each tensor (tasks, examples, ...), got {type(batch).__name__}"
         )
-    tasks = -1
-    for part, examples in zip(TaskBatch._fields, batch):
-        if not isinstance(examples, Examples):
-            raise TypeError(f"batch.{part}: expected Examples(x, y), got {type(examples).__name__}")
-        for field, tensor in zip(Examples._fields, examples):
-            name = f"batch.{part}.{field}"
-            if not isinstance(tensor, Tensor):
-                hint = "torch.as_tensor converts an array; torch.stack joins tasks of one shape"
-                raise TypeError(
-                    f"{name}: expected a tensor (tasks, examples, ...), got {type(tensor).__name__}; {hint}"
-                )
-            if tensor.layout != torch.strided:
-                raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
-            tasks = tensor.shape[0] if tasks < 0 and tensor.dim() else tasks
-            if tasks == 0:
-                raise ValueError("batch: expected at least one task, got none")
-            if tensor.dim() < 2 or tensor.shape[0] != tasks:
-                raise ValueError(
-                    f"{name}: expected ({tasks} tasks, examples, ...), got shape {tuple(tensor.shape)}; "
-                    "x[None] gives one task its dimension"
-                )
-        x, y = examples
-        if 0 in (x.shape[1], y.shape[1]):
-            raise ValueError(f"batch.{part}: expected at least one example of each task, got none")
-        if x.shape[1] != y.shape[1]:
+    tasks = check_examples("batch.support", batch.support)
+    return check_examples("batch.query", batch.query, tasks)
+
+
+def check_examples(argument: str, examples: Examples, expected: int | None = None) -> int:
+    """The number of tasks of examples, `expected` if given; raises as `check_batch`."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "adaptation differentiates, which inference mode forbids: evaluate under torch.no_grad() instead"
+        )
+    if not isinstance(examples, Examples):
+        raise TypeError(f"{argument}: expected Examples(x, y), got {type(examples).__name__}")
+    tasks = -1 if expected is None else expected
+    for field, tensor in zip(Examples._fields, examples):
+        name = f"{argument}.{field}"
+        if not isinstance(tensor, Tensor):
+            hint = "torch.as_tensor converts an array; torch.stack joins tasks of one shape"
+            raise TypeError(f"{name}: expected a tensor (tasks, examples, ...), got {type(tensor).__name__}; {hint}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
+        tasks = tensor.shape[0] if tasks < 0 and tensor.dim() else tasks
+        if tasks == 0:
+            raise ValueError(f"{argument.partition('.')[0]}: expected at least one task, got none")
+        if tensor.dim() < 2 or tensor.shape[0] != tasks:
             raise ValueError(
-                f"batch.{part}.y: expected ({tasks} tasks, {x.shape[1]} examples, ...) as x has, got shape "
-                f"{tuple(y.shape)} for x of shape {tuple(x.shape)}; is the dimension of tasks there?"
+                f"{name}: expected ({tasks} tasks, examples, ...), got shape {tuple(tensor.shape)}; "
+                "x[None] gives one task its dimension"
             )
+    x, y = examples
+    if 0 in (x.shape[1], y.shape[1]):
+        raise ValueError(f"{argument}: expected at least one example of each task, got none")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{argument}.y: expected ({tasks} tasks, {x.shape[1]} examples, ...) as x has, got shape "
+            f"{tuple(y.shape)} for x of shape {tuple(x.shape)}; is the dimension of tasks there?"
+        )
     return tasks
-
-
-def foreign_tensor(batch: TaskBatch, like: Tensor) -> str | None:
-    """The first mismatch of a batch with parameters such as `like`, or None: the likely cause of a forward's error."""
-    for part, examples in zip(TaskBatch._fields, batch):
-        for field, tensor in zip(Examples._fields, examples):
-            if tensor.device != like.device:
-                return (
-                    f"batch.{part}.{field}: expected device {like.device} as the parameters have, got {tensor.device}"
-                )
-        x = examples.x
-        if x.is_floating_point() and x.dtype != like.dtype:
-            return (
-                f"batch.{part}.x: expected {like.dtype} as the parameters have, got {x.dtype}; "
-                "batch.to(dtype=...) converts it"
-            )
-    return None

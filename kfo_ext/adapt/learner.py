@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -22,20 +21,20 @@ from .calls import exclusive
 from .checks import (
     check_alike,
     check_batch,
+    check_examples,
     check_function,
     check_modules,
     check_steps,
     check_update,
-    foreign_tensor,
 )
 from .inner_loop import InnerLoop
-from .losses import Loss, ignored_target, task_losses
+from .losses import CLASSES, Loss, ignored_target, task_losses
 from .metric import Metric, task_accuracies, task_metrics
+from .named_errors import named, named_errors
 from .plans import Plans, precision
 from .result import MetaResult
 from .routes import ROUTES, Route, tasks_at_once
 from .selection import Selection, adapted_by_default, named_under
-from .vmapped import Unserved
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -244,7 +243,7 @@ class MAML(nn.Module):
         tasks, steps = check_batch(batch), self._steps(steps)
         parameters, theta = self._start(batch.support.y)
         outer = torch.is_grad_enabled()
-        with _named_errors(batch, theta):
+        with named_errors(named("batch", batch), theta):
             # Groups of about the same size.
             groups = -(-tasks // self._at_once(parameters, theta, batch))
         parts = [self._group(theta, group, parameters, outer, steps) for group in batch.split(-(-tasks // groups))]
@@ -268,10 +267,11 @@ class MAML(nn.Module):
             raise ValueError(
                 f"bf16: expected parameters of torch.float32, which autocast rounds, got {parameters[0].dtype}"
             )
-        if self.loss is None and targets.is_floating_point():
+        if self.loss is None and targets.dtype not in CLASSES:
+            floating = "pass a loss, such as mse_loss, or cross_entropy for probabilities"
             raise ValueError(
-                "loss: expected integer targets for the default cross-entropy, got "
-                f"{targets.dtype}; pass a loss, such as mse_loss, or cross_entropy for probabilities"
+                "loss: expected integer targets for the default cross-entropy, of torch.int64, got "
+                f"{targets.dtype}; {floating if targets.is_floating_point() else 'y.long() converts them'}"
             )
         check_adapted(self.adapt_update, self.update)
         check_alike(self.update, parameters[0])
@@ -294,17 +294,20 @@ class MAML(nn.Module):
         """
         single = not isinstance(support, Examples)
         if single:
-            if not isinstance(support, tuple) or not all(isinstance(X, Tensor) for X in support) or len(support) != 2:
+            if not isinstance(support, tuple) or len(support) != 2:
                 raise TypeError(
                     f"support: expected (x, y) of one task or Examples(x, y) of several, got {type(support).__name__}"
                 )
+            for field, given in zip(Examples._fields, support):
+                if not isinstance(given, Tensor):
+                    got = f"{type(given).__name__}; torch.as_tensor converts an array"
+                    raise TypeError(f"support.{field}: expected a tensor, got {got}")
             support = support[0][None], support[1][None]
         examples = Examples(*support)
         steps, outer = self._steps(steps), torch.is_grad_enabled()
-        batch = TaskBatch(examples, examples)
-        check_batch(batch)
+        check_examples("support", examples)
         parameters, theta = self._start(examples.y)
-        with _named_errors(batch, theta):
+        with named_errors(named("support", examples), theta):
             x = self.features(examples.x)
             route = self._choose(parameters, theta, x)
             rows, losses = self._adapt(route, theta, Examples(x, examples.y), outer, steps)
@@ -328,7 +331,7 @@ class MAML(nn.Module):
         with exclusive():
             check_modules(self.model)
             parameters = self.current()
-        with _named_errors(TaskBatch(Examples(x, x), Examples(x, x)), theta):
+        with named_errors({"x": x}, theta):
             x = self.features(x)
             route = self._choose(parameters, theta, x)
             outputs = self._outputs(route, route.leaves(theta), x, torch.is_grad_enabled())
@@ -340,7 +343,7 @@ class MAML(nn.Module):
         self, theta: Tensor, batch: TaskBatch, parameters: list[Tensor], outer: bool, steps: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Support losses (steps, tasks), query losses (tasks,) and metrics (tasks,) of tasks in one graph."""
-        with _named_errors(batch, theta):
+        with named_errors(named("batch", batch), theta):
             support_x, query_x = self.inputs(batch)
             route, start = self._choose(parameters, theta, support_x), theta
             theta, support_losses = self._adapt(route, theta, Examples(support_x, batch.support.y), outer, steps)
@@ -385,16 +388,3 @@ class MAML(nn.Module):
 
 def _as_float(X: Tensor) -> Tensor:
     return X.float() if X.is_floating_point() else X
-
-
-@contextmanager
-def _named_errors(batch: TaskBatch, like: Tensor) -> Iterator[None]:
-    """Add to an error of torch the first mismatch between a batch and parameters such as `like`."""
-    try:
-        yield
-    except Unserved as unserved:
-        raise RuntimeError(f"route: {unserved}; route='loop' serves it") from None
-    except (RuntimeError, TypeError, ValueError) as error:
-        if reason := foreign_tensor(batch, like):
-            raise TypeError(reason) from error
-        raise

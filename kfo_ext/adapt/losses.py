@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 # (output, target) -> the loss of one task, ().
 Loss = Callable[[Any, Tensor], Tensor]
-# The target that torch's cross-entropy ignores by default.
+# The target that torch's cross-entropy ignores by default, and the dtypes of classes that it accepts.
 IGNORED = -100
+CLASSES = (torch.int64, torch.uint8)
 
 
 def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) ->
     if loss is F.cross_entropy and isinstance(outputs, Tensor) and outputs.dim() == 3 and targets.dim() == 2:
         _check_classes(outputs[0])
         each = _cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        # A task's mean is over the targets that are not ignored.
-        return each.sum(1) / (targets != IGNORED).sum(1)
+        # A task's mean is over the targets that are not ignored, which in uint8 torch would wrap to a class.
+        return each.sum(1) / (targets.long() != IGNORED).sum(1)
     losses = []
     for output, target in zip(outputs, targets, strict=True):
         if loss is F.cross_entropy and isinstance(output, Tensor):

@@ -70,6 +70,8 @@ def task_accuracies(outputs: Tensor | Sequence[Any], targets: Tensor, ignored: i
     shape = (*outputs.shape[:2], *outputs.shape[3:])
     if not outputs.is_floating_point() or outputs.dim() < 3 or outputs.shape[2] < 2 or shape != expected:
         return None
+    # In uint8, torch would wrap the ignored target to a class.
+    targets = targets.long()
     counted = targets != ignored
     right = (outputs.argmax(2) == targets) & counted
     accuracy = right.flatten(1).sum(1) / counted.flatten(1).sum(1)

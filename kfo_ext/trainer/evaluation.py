@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,7 +114,9 @@ def evaluate(
 ) -> Evaluation:
     """Adapt the learner to tasks 0 .. tasks - 1 of a family and score it on their queries.
 
-    Each task is a meta-batch of one, so that the list of tasks does not depend on `batch`.
+    Each task is a meta-batch of one, so that the list of tasks does not depend on `batch`. Modules are in eval mode
+    meanwhile, so that dropout is off, in the inner loop too. Batch norms stay as they are: they take the statistics of
+    the examples, in evaluation as in training.
 
     Args:
         learner: MAML or ANIL; its parameters give dtype and device.
@@ -149,7 +151,7 @@ def evaluate(
     losses, metrics = [], []
     ended = False
     stream = batches(family, 1, start=starts.start, workers=workers)
-    with closing(stream), torch.no_grad():
+    with closing(stream), torch.no_grad(), _scoring(learner):
         for start in progress_bar(starts, shown=progress and ranks.first, unit="batch"):
             if ended := cancelled():
                 break
@@ -173,6 +175,23 @@ def evaluate(
     metrics = [X for part in parts for X in part.metrics]
     digest = hashlib.blake2b(b"".join(one for part in parts for one in part.digests), digest_size=_DIGEST).hexdigest()
     return Evaluation(torch.cat(losses), torch.cat(metrics) if len(metrics) == len(losses) else None, digest)
+
+
+@contextmanager
+def _scoring(learner: nn.Module) -> Iterator[None]:
+    """Put all modules in eval mode but those that would then normalise by running statistics, which mix tasks."""
+    changed = [
+        each
+        for each in learner.modules()
+        if each.training and not isinstance(getattr(each, "running_mean", None), Tensor)
+    ]
+    for each in changed:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in changed:
+            each.training = True
 
 
 def fingerprint(family: TaskFamily) -> str:
