@@ -49,12 +49,14 @@ def short() -> str:
     """For the README: the best checkpoints of each method, by how its setting was found."""
     found = {row.name: f"{_scores(row)[0]}{'' if len(row.records) > 1 else ' (one seed)'}" for row in _rows()}
     rows = [
-        [label, *(found.get(f"{name}{how}", "not run yet") for how in HOW), _published(_book().row(name))]
+        [label, *(found.get(f"{name}{how}", "not run") for how in HOW), _published(_book().row(name))]
         for label, name in TUNED.items()
     ]
     head = ["accuracy, %", "tuned", "meta-gradients clipped", "paper's rates", "paper"]
+    decayed = found.get("omniglot-cnn2-kfo-decayed", "not run")
     note = (
-        "Omniglot, CNN(2), 5-way 5-shot, best checkpoints of three seeds: `python -m experiments run table-3 collapse`."
+        "Omniglot, CNN(2), 5-way 5-shot, best checkpoints of three seeds; META-KFO with a decayed outer rate: "
+        f"{decayed}. `python -m experiments run table-3 collapse`."
     )
     return table(head, rows, note)
 

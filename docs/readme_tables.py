@@ -41,12 +41,16 @@ def speed() -> str:
             _command(func),
         ],
         [
-            "transform, double backward, over learn2learn, fastest PyTorch",
+            "`R^T G L`, second derivatives, over learn2learn, fastest PyTorch",
             f"{learn2learn:.0f}x, {torch:.1f}x",
             _command(operator),
         ],
     ]
-    return table(["CPU, two cores", "speed-up", "command"], rows, "META-KFO with adapted factors, 16 tasks, 5 steps.")
+    return table(
+        ["CPU, two cores", "speed-up", "command"],
+        rows,
+        "META-KFO, 16 tasks, 5 steps; CNN(n) has n convolution blocks.",
+    )
 
 
 def _ratio(rows: dict[str, Row], theirs: str, ours: str) -> float:
