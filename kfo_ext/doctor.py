@@ -56,7 +56,7 @@ def examine(echo: Callable[[str], None]) -> dict[str, Any]:
         if name == "cpu":
             backend["instruction_set"] = library.cpu_isa()
             echo(f"  instruction set in use: {backend['instruction_set']}")
-        if name == "cuda" and not library.available(device := _cuda_device()):
+        if name == "cuda" and not library.available(device := _cuda_device(), "cuda"):
             backend["does_not_run"] = library.why_not(device)
             echo(f"  does not run here: {backend['does_not_run']}")
             continue

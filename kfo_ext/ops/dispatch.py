@@ -62,9 +62,8 @@ class Operator:
         """
         if backend not in self.backends:
             raise ValueError(f"backend: expected one of {', '.join(self.backends)}, got {backend!r}")
-        # Read once: torch makes a new string at each access.
         kind = device.type
-        native = kind in self.devices and library.available(device)
+        native = kind in self.devices and library.available(device, kind)
         if backend == "auto":
             if native and kind not in self.by_name:
                 return "native"

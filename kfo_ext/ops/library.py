@@ -147,9 +147,13 @@ def loaded(device_type: str) -> bool:
     return _status.get(device_type, (False, ""))[0]
 
 
-def available(device: torch.device) -> bool:
-    """Whether compiled kernels run on tensors of `device`; the first call for a CUDA device calls the driver."""
-    kind = device.type
+def available(device: torch.device, kind: str) -> bool:
+    """Whether compiled kernels run on tensors of `device`; the first call for a CUDA device calls the driver.
+
+    Args:
+        device: the device.
+        kind: its type, which torch makes anew at each access.
+    """
     return loaded(kind) and (kind != "cuda" or not _problem(device.index))
 
 

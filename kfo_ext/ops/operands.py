@@ -39,7 +39,7 @@ def ready(operands: Sequence[object]) -> bool:
     for operand in operands:
         if not isinstance(operand, Tensor) or operand.layout is not _STRIDED or operand.is_nested:
             return False
-        if operand is not first and (operand.dtype != dtype or operand.device != device):
+        if operand is not first and (operand.dtype is not dtype or operand.device != device):
             return False
     return True
 
