@@ -108,18 +108,35 @@ def test_what_is_no_terminal_gets_nothing():
     assert done.stdout + done.stderr == b""
 
 
+KERNEL = """
+import sys, types
+sys.modules["ipywidgets"] = None
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].get_ipython = lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
+"""
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_notebook_without_ipywidgets_gets_text_and_no_warning(shown):
+    """Though its output is no terminal, where tqdm alone shows nothing."""
+    line = [sys.executable, "-W", "always", "-c", KERNEL + loop_of(shown)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
+    assert ("3/3 [" in done.stderr) == shown
+    assert "Warning" not in done.stderr
+    assert done.stdout == ""
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_notebook_gets_its_widget(shown, monkeypatch):
-    """Though its output is no terminal, where tqdm alone would show nothing."""
     given = []
 
     class Widget(text_bar):
-        __module__ = "tqdm.notebook"
-
         def __init__(self, *args, **options) -> None:
             given.append(options)
             super().__init__(*args, **{**options, "disable": True})
 
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setattr(tqdm.auto, "tqdm", Widget)
     assert list(progress_bar(range(3), shown=shown)) == [0, 1, 2]
     assert given == [{"disable": not shown}]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> tqdm:
-    """Make a bar of tqdm: a widget in a notebook, text if stderr is a terminal, and nothing elsewhere.
+    """Make a bar of tqdm: in a notebook a widget, or text without ipywidgets; text on a terminal; nothing elsewhere.
 
     Args:
         arguments: as tqdm's.
@@ -26,11 +28,20 @@ def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> tqdm:
         The bar.
     """
     # Imported late: tqdm chooses the kind of bar at import, which may come before the notebook.
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():
+        # It asks for ipywidgets; its text bar serves too.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from tqdm.auto import tqdm
 
     # tqdm disables bars without a terminal, but a notebook's output is none.
-    widget = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
-    return tqdm(*arguments, disable=(False if widget else None) if shown else True, **options)
+    return tqdm(*arguments, disable=(False if _in_notebook() else None) if shown else True, **options)
+
+
+def _in_notebook() -> bool:
+    """Whether an IPython kernel runs this process, by the rule of tqdm.auto."""
+    get = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    shell = get() if get else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 class TrainingBar:
