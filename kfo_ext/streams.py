@@ -14,6 +14,10 @@ from typing import Any, TextIO
 _TORCH_PLACE = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
 
 
+class ReaderGone(Exception):
+    """Nobody reads the standard output any more, as after `| head`: the command ends without a message."""
+
+
 def open_streams() -> None:
     """Make the standard streams take whatever is printed.
 
@@ -45,10 +49,13 @@ def echo(text: str) -> None:
         text: the line.
 
     Raises:
+        ReaderGone: the standard output is a pipe that nobody reads.
         OSError: the standard output cannot be written; the message names it.
     """
     try:
         print(text, flush=True)
+    except BrokenPipeError:
+        raise ReaderGone from None
     except OSError as error:
         raise OSError(f"standard output: {error.strerror}") from None
 
@@ -56,7 +63,7 @@ def echo(text: str) -> None:
 def document(content: Any) -> None:
     """Print JSON.
 
-    Raises: OSError as `echo`, ValueError for a number that is not finite.
+    Raises: ReaderGone and OSError as `echo`, ValueError for a number that is not finite.
     """
     echo(json.dumps(content, indent=2, allow_nan=False))
 

@@ -23,6 +23,7 @@ from deadlines import seconds
 
 from kfo_ext import demo, testing
 from kfo_ext.bench.names import ORDERS
+from kfo_ext.cli import main
 from kfo_ext.runs import checkpoint
 from kfo_ext.trainer import Config, Trainer
 from kfo_ext.trainer.datasets import DATASETS
@@ -88,6 +89,42 @@ def test_train_says_what_it_trains(kfo):
     assert out.endswith("next: kfo eval 'a b'\n")
     out = kfo("train", "--resume", "a b", "--iterations", 3)[1]
     assert out.splitlines()[3] == "run folder: a b, from iteration 2"
+
+
+@pytest.mark.parametrize(
+    ("argv0", "program"),
+    [
+        ("my scripts/mine.py", "python 'my scripts/mine.py'"),
+        ("lib/kfo_ext/__main__.py", "python -m kfo_ext"),
+        ("bin/kfo", "kfo"),
+        ("-c", "kfo"),
+    ],
+)
+def test_the_next_command_is_of_the_program_that_ran(argv0, program, monkeypatch, capsys, tmp_path):
+    """Only a script that adds networks of its own can evaluate them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kfo_ext.machine.keep_freed_memory", lambda: True)
+    said = []
+    for line in (["train", "--run", "a", *options(iterations=1)], ["compare", "a", "a"]):
+        monkeypatch.setattr(sys, "argv", [argv0, *line])
+        with pytest.raises(SystemExit):
+            main()
+        said.extend(capsys.readouterr())
+    assert said[0].endswith(f"next: {program} eval a\n")
+    assert f"not evaluated yet; run `{program} eval a --split" in said[3]
+
+
+def test_a_run_without_any_iteration_can_be_trained_anew(kfo):
+    """Training that diverged at once, here by its rate, or failed for another reason, leaves nothing worth keeping."""
+    diverging = options(iterations=1, steps=5, inner_lr=1e30, update="none")
+    code, _, err = kfo("train", "--run", "a", *diverging)
+    assert code == 2 and "iteration 1: the support loss of step " in err and "--inner-lr" in err and "late" not in err
+    assert kfo("train", "--run", "a", *options(iterations=1, update="none", seed=1))[0] == 0
+    assert checkpoint.load(Path("a/last.pt"))["config"]["seed"] == 1
+    assert len(json.loads(Path("a/environment.json").read_text())) == 1
+    for remove in ("curve.png", "best.pt", "metrics.jsonl"):
+        Path("a", remove).unlink()
+        assert "already holds a run" in kfo("train", "--run", "a", *diverging)[2], "a checkpoint counts"
 
 
 def test_a_run_of_the_command_line_is_that_of_the_trainer(kfo):
@@ -311,7 +348,7 @@ def test_ctrl_c_saves_and_ends_cleanly(train_without_end, tmp_path):
     assert "Traceback" not in err
     assert "SIGINT: stopping after this iteration and saving; once more after 1 s aborts at once" in err
     assert "it/s" not in err, "no progress bar where stderr is not a terminal"
-    assert f"resume with: kfo train --resume {run}" in out
+    assert f"resume with: python -m kfo_ext train --resume {run}" in out
     iteration = checkpoint.load(run / "last.pt")["progress"]["iteration"]
     training = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "validation" not in line]
     assert iteration == len(training) > 0
@@ -326,7 +363,7 @@ def test_signals_at_once_save_and_end_cleanly(train_without_end, tmp_path):
     out, err = process.communicate(timeout=seconds(60))
     assert process.returncode == 0, err
     assert err.count("stopping after this iteration and saving") == 1
-    assert f"resume with: kfo train --resume {run}" in out
+    assert f"resume with: python -m kfo_ext train --resume {run}" in out
     assert checkpoint.load(run / "last.pt")["progress"]["iteration"] > 0
 
 

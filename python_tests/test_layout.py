@@ -18,6 +18,7 @@ ALLOWED = {
     "lazy": set(),
     "streams": set(),
     "version": set(),
+    "invoked": set(),
     "machine": {"version"},
     "ops": set(),
     "packing": {"ops"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "layers": {"adapt", "ops"},
     "runs": {"lazy", "machine"},
     "testing": {"ops", "problems", "networks"},
-    "trainer": {"choices", "lazy", "machine", "runs", "adapt", "updates", "tasks", "networks"},
+    "trainer": {"choices", "invoked", "lazy", "machine", "runs", "adapt", "updates", "tasks", "networks"},
     "interop": {"functional", "packing", "problems", "updates"},
     "doctor": {"machine", "ops", "testing", "version"},
     "demo": {"trainer", "runs", "choices"},
@@ -46,7 +47,7 @@ ALLOWED = {
         "testing",
         "interop",
     },
-    "cli": {"choices", "streams", "version", "machine", "runs", "trainer", "doctor", "demo", "bench"},
+    "cli": {"choices", "invoked", "streams", "version", "machine", "runs", "trainer", "doctor", "demo", "bench"},
     "__main__": {"cli"},
 }
 # Outside packages that importing a room may need at module level.

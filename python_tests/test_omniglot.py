@@ -238,7 +238,9 @@ def test_a_missing_root_says_what_belongs_there(tmp_path):
 
 def test_a_missing_archive_is_named(root):
     (root / "images_evaluation.zip").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no images_evaluation.zip, .*download_omniglot\("):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no images_evaluation.zip, .*download=True .*--data-root .*--download"
+    ):
         load(root)
 
 

@@ -126,7 +126,7 @@ def test_a_step_reports_all_tasks_and_leaves_alone_what_none_uses(size, found):
     assert not torch.equal(state["seldom.weight"], seeded(Uneven).seldom.weight)
     for rank in range(size):
         assert_close(list(found[size][rank]["uneven"]), [state, reports])
-        assert found[size][rank]["nan"] == "the query loss of task 4 is nan"
+        assert found[size][rank]["nan"].startswith("the query loss of task 4 is nan")
         assert found[size][rank]["kept"]
 
 
@@ -253,7 +253,9 @@ def test_ctrl_c_saves_once_and_ends_all(started, tmp_path):
     out, err = process.communicate(timeout=seconds(30))
     assert err.count("SIGINT: stopping after this iteration and saving") == 1
     assert not said(err)
-    assert out.count("interrupted at iteration") == out.count(f"resume with: kfo train --resume {run}") == 1
+    assert (
+        out.count("interrupted at iteration") == out.count(f"resume with: python -m kfo_ext train --resume {run}") == 1
+    )
     training = [record for record in read_metrics(run / "metrics.jsonl") if not is_validation(record)]
     assert checkpoint.load(run / "last.pt")["progress"]["iteration"] == len(training)
 

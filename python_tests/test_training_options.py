@@ -135,9 +135,9 @@ BAD = [
     ({"schedule": "linear"}, f"schedule: expected one of {', '.join(SCHEDULES)}, got 'linear'"),
     ({"optimizer": "lion"}, f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got 'lion'"),
     ({"optimizer": "sgd", "nesterov": True}, "nesterov: expected a momentum above 0 with it, got momentum 0"),
-    ({"optimizer": "sgd", "momentum": -0.5}, "momentum: expected at least 0, got -0.5"),
-    ({"weight_decay": -1.0}, "weight_decay: expected at least 0, got -1.0"),
-    ({"weight_decay": math.inf}, "weight_decay: expected at least 0, got inf"),
+    ({"optimizer": "sgd", "momentum": -0.5}, "momentum: expected a finite number of at least 0, got -0.5"),
+    ({"weight_decay": -1.0}, "weight_decay: expected a finite number of at least 0, got -1.0"),
+    ({"weight_decay": math.inf}, "weight_decay: expected a finite number of at least 0, got inf"),
     ({"meta_lr_update": 0.0}, "meta_lr_update: expected a finite number above 0, got 0.0"),
     ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
 ]

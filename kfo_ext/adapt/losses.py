@@ -48,7 +48,10 @@ def task_losses(loss: Loss, outputs: Tensor | Sequence[Any], targets: Tensor) ->
         if not isinstance(losses[-1], Tensor):
             raise TypeError(f"loss: expected a scalar tensor per task, got {type(losses[-1]).__name__}")
         if losses[-1].dim() != 0:
-            raise ValueError(f"loss: expected a scalar per task, got shape {tuple(losses[-1].shape)}")
+            raise ValueError(
+                f"loss: expected a scalar per task, got shape {tuple(losses[-1].shape)}: average it, as a loss of "
+                "torch does with reduction='mean'"
+            )
     return torch.stack(losses)
 
 

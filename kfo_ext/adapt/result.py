@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What to change where a loss is not finite.
+REMEDY = "lower the inner learning rate, lr (--inner-lr)"
+
 
 class MetaResult(NamedTuple):
     """The losses and metrics of one meta-batch.
@@ -25,11 +28,11 @@ class MetaResult(NamedTuple):
     metrics: Tensor | None
 
     def check_finite(self) -> None:
-        """Raises FloatingPointError naming the first step and task whose loss is not finite."""
+        """Raises FloatingPointError naming the first step and task whose loss is not finite; a GPU is waited for."""
         losses = torch.cat([self.support_losses, self.query_losses[None]])
         bad = (~losses.isfinite()).nonzero()
         if len(bad) == 0:
             return
         step, task = bad[0].tolist()
         where = f"support loss of step {step + 1}" if step < len(losses) - 1 else "query loss"
-        raise FloatingPointError(f"the {where} of task {task} is {losses[step, task].item()}")
+        raise FloatingPointError(f"the {where} of task {task} is {losses[step, task].item()}: {REMEDY}")

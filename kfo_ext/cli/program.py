@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from kfo_ext.streams import complain, echo, open_streams, said, settle
+from kfo_ext.invoked import started
+from kfo_ext.streams import ReaderGone, complain, echo, open_streams, said, settle
 from kfo_ext.trainer.signals import Unsaid, of_several
 
 from .checking import bench, doctor
@@ -30,6 +31,9 @@ for _command in (compare, runs, plot, export, doctor, demo, bench):
 
 # torch's messages when memory runs out; Python raises MemoryError.
 NO_MEMORY = re.compile("(not enough|can't allocate|out of|no) memory|Storage size calculation overflowed|new thread")
+
+# The exit code of a shell's tools when the reader of a pipe has gone, 128 + SIGPIPE.
+UNREAD = 141
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,27 +56,35 @@ def kfo(
 def main() -> None:
     """Run the command line, and turn every expected error into one line and exit code 2."""
     open_streams()
+    started(sys.argv[0])
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="kfo", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         _end(130, "aborted")
     except Unsaid:
         _end(2)
+    except ReaderGone:
+        _end(UNREAD)
     except (ArithmeticError, ImportError, OSError, ValueError) as error:
         _end(2, said(error))
     except SystemExit as ended:
         # The parser exits by itself after shell completion, or when the reader of its help has gone.
-        broken = isinstance(ended.__context__, OSError)
-        _end(2 if broken else int(ended.code or 0), "standard output: Broken pipe" if broken else "")
+        _end(UNREAD if isinstance(ended.__context__, OSError) else int(ended.code or 0))
     except Exception as error:
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
             smaller = "--hidden, --layers, --hidden-layers, --meta-batch, --shots, --queries, --steps or --workers"
             _end(2, f"not enough memory for these options ({said(error)}): less of {smaller} needs less")
         # A usage error of typer's parser; its class moved between typer versions.
         if hasattr(error, "format_message"):
-            _end(2, error.format_message())
+            _end(2, error.format_message() + _received(error))
         raise
     _end(code or 0, "aborted" if code == 130 else "")
+
+
+def _received(error: Exception) -> str:
+    """What a usage error leaves out: the value that typer's parser did not accept, which pydantic's error has."""
+    found = getattr(error.__cause__, "errors", list)()
+    return f", got {found[0]['input']!r}" if found and "input" in found[0] else ""
 
 
 def _end(code: int, message: str = "") -> None:

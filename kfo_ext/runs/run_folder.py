@@ -116,7 +116,7 @@ class RunFolder:
             os.close(descriptor)
 
     def check_free(self, load_config: Callable[[Path], object]) -> None:
-        """Check that a new run may begin here: in an absent or empty folder, or after an `unfinished` start.
+        """Check that a new run may begin here: in an absent or empty folder, or one `unfinished` or `untrained`.
 
         Args:
             load_config: see `unfinished`.
@@ -127,7 +127,8 @@ class RunFolder:
         # In this order: another process may create the folder in between.
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: expected a folder for the run, got a file")
-        if self.path.is_dir() and self._content() and not self.unfinished(load_config):
+        taken = self.path.is_dir() and self._content()
+        if taken and not self.unfinished(load_config) and not self.untrained(load_config):
             if self.config.exists():
                 raise ValueError(f"{self.path}: already holds a run; resume it, or choose another folder")
             raise ValueError(f"{self.path}: expected an absent or empty folder for a new run")
@@ -148,6 +149,35 @@ class RunFolder:
         except ValueError:
             return False
         return True
+
+    def untrained(self, load_config: Callable[[Path], object]) -> bool:
+        """Whether training ended by an error before its first record: a new run makes all of it again.
+
+        A run that was begun and not yet trained, which has no environment.json, may still belong to a trainer.
+
+        Args:
+            load_config: see `unfinished`.
+
+        Returns:
+            True if it did.
+        """
+        # Imported late: it loads torch.
+        from . import checkpoint
+
+        needed, content = {self.config, self.environment, self.last}, self._content()
+        if not needed <= content <= needed | {self.metrics} or (self.metrics.exists() and self.metrics.stat().st_size):
+            return False
+        try:
+            load_config(self.config)
+            return checkpoint.load(self.last)["progress"].get("iteration") == 0
+        except ValueError:
+            return False
+
+    def remove_untrained(self) -> None:
+        """Delete what an `untrained` run leaves beside its configuration; only within `writing`."""
+        # In this order: what a kill in between leaves can be begun again, or resumed.
+        for path in (self.metrics, self.environment, self.last):
+            path.unlink(missing_ok=True)
 
     def remove_partials(self) -> None:
         """Delete unfinished writes of killed writers; only within `writing`.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kfo_ext.invoked import program
 from kfo_ext.runs import RunFolder
 from kfo_ext.runs.metrics import Logger
 
@@ -68,9 +69,9 @@ def train(
     say(f"files in {folder}: {', '.join(files)}")
     name = shlex.quote(str(folder))
     if outcome.reason in ("interrupted", "time budget"):
-        say(f"resume with: kfo train --resume {name}")
+        say(f"resume with: {program()} train --resume {name}")
     if trainer.run.best.exists():
-        say(f"next: kfo eval {name}")
+        say(f"next: {program()} eval {name}")
 
 
 def _files(run: RunFolder) -> tuple[Path, ...]:

@@ -349,4 +349,5 @@ def _unknown(name: str, values: Mapping[str, Any]) -> str:
         return f"{name}: has no effect with {kind} {values[kind]!r}; it is an option of {NOUNS[kind]} {', '.join(rows)}"
     known = {*PARTS, *RUN, *(each for table in TABLES.values() for part in table.values() for each in part.options)}
     near = get_close_matches(name, known, n=1)
-    return f"unknown configuration key {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+    remedy = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(options_in_effect(values))}"
+    return f"unknown configuration key {name!r}; {remedy}"

@@ -23,6 +23,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from kfo_ext.adapt import MAML
+from kfo_ext.invoked import program
 from kfo_ext.machine import environment
 from kfo_ext.runs.files import atomic_write, is_count, read_json, write_json
 from kfo_ext.runs.metrics import is_validation, read_metrics
@@ -173,7 +174,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: not an export of kfo, or an unfinished one: it has no {_CONFIG}")
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        remedy = f"; it is a run: write it by `kfo export {folder} --to ...`" if (folder / "last.pt").exists() else ""
+        remedy = (
+            f"; it is a run: write it by `{program()} export {folder} --to ...`"
+            if (folder / "last.pt").exists()
+            else ""
+        )
         raise ValueError(f"{path}: not of an export of kfo{remedy}")
     version = content.get("version")
     if not is_count(version, 1):

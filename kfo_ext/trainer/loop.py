@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Why training ends; of several ranks' reasons the last in this order counts, and "" continues.
 REASONS = ("", "time budget", "patience", "finished", "interrupted")
+# What helps where training diverges after many meta-iterations.
+STABLE = "--clip-norm 1, --schedule half_life --meta-lr-half-life 500"
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +206,7 @@ class Trainer:
             # Another process may have begun a run since the first check, which keeps the lock out of foreign folders.
             self.run.check_free(Config.load)
             self.run.remove_partials()
+            self.run.remove_untrained()
             # Before the first checkpoint: a folder with only this file can be started again, or resumed.
             self.config.save(self.run.config)
             self._save()
@@ -271,7 +274,8 @@ class Trainer:
         try:
             self.meta_step.check_finite(report)
         except FloatingPointError as error:
-            raise FloatingPointError(f"iteration {iteration}: {error}") from None
+            late = f"; if it diverges late in training, also: {STABLE}" if iteration > 1 else ""
+            raise FloatingPointError(f"iteration {iteration}: {error}{late}") from None
         self.progress.iteration = iteration
         self.progress.elapsed = time.monotonic() - self._clock
         record = {"iteration": iteration, "loss": report.loss.item()}

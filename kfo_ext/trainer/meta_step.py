@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kfo_ext.adapt import MAML, MetaResult
+from kfo_ext.adapt.result import REMEDY
 from kfo_ext.tasks import TaskBatch
 
 from .ranks import Ranks
@@ -141,8 +142,8 @@ class MetaStep:
         ours = set(self._parameters())
         for name, parameter in self.learner.named_parameters():
             if parameter in ours and parameter.grad is not None and not parameter.grad.isfinite().all():
-                raise FloatingPointError(f"the meta-gradient of {name} is not finite")
-        raise FloatingPointError("the norm of the meta-gradient is not finite")
+                raise FloatingPointError(f"the meta-gradient of {name} is not finite: {REMEDY}")
+        raise FloatingPointError(f"the norm of the meta-gradient is not finite: {REMEDY}")
 
     def _parameters(self) -> list[Tensor]:
         """The optimizer's parameters, each once.

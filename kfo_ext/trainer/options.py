@@ -81,7 +81,8 @@ class Option:
         if self.choices and value not in self.choices:
             raise ValueError(f"{name}: expected one of {', '.join(self.choices)}, got {value!r}")
         if self.least is not None and not (value >= self.least and is_number(value)):
-            raise ValueError(f"{name}: expected at least {self.least}, got {value}")
+            number = "a finite number of at least" if self.kind is float else "at least"
+            raise ValueError(f"{name}: expected {number} {self.least}, got {value}")
         if isinstance(value, int) and value > self.most:
             raise ValueError(f"{name}: expected at most {self.most}, got {value}")
         if isinstance(value, str) and "\0" in value:

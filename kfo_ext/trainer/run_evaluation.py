@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kfo_ext.adapt import MAML
+from kfo_ext.invoked import program
 from kfo_ext.machine import versions
 from kfo_ext.runs import checkpoint
 from kfo_ext.runs.files import read_json, write_json
@@ -315,7 +316,7 @@ def _read(run: RunFolder, split: str, name: str, changes: Mapping[str, Any]) -> 
     path = run.evaluation(split, name, **apart)
     if not path.exists():
         options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in changes.items())
-        command = f"kfo eval {run.path} --split {split} --checkpoint {name}{options}"
+        command = f"{program()} eval {run.path} --split {split} --checkpoint {name}{options}"
         others = sorted(other.name for other in run.evaluations(split, name))
         there = f"; there is {', '.join(others)}, of other settings" if others else ""
         raise ValueError(f"{path}: not evaluated yet; run `{command}`{there}")

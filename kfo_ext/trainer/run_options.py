@@ -15,7 +15,7 @@ RUN = {
         role=TRAINING,
     ),
     "steps": Option(kind=int, default=5, help="inner steps", least=0),
-    "inner_lr": Option(kind=float, default=0.1, help="inner learning rate", positive=True),
+    "inner_lr": Option(kind=float, default=0.1, help="inner learning rate", least=0),
     "meta_lr": Option(kind=float, default=0.003, help="outer learning rate", positive=True, role=TRAINING),
     "meta_lr_update": Option(
         kind=float,

@@ -78,7 +78,10 @@ def check_loss(loss: Any, tasks: int | None) -> None:
     if loss.is_complex():
         raise TypeError(f"loss: expected a real floating-point number, got {loss.dtype}")
     if tasks is None and loss.numel() != 1:
-        raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")
+        raise ValueError(
+            f"loss: expected a scalar, got shape {tuple(loss.shape)}: average it, as a loss of torch does with "
+            "reduction='mean'"
+        )
     if tasks is not None and loss.shape != (tasks,):
         raise ValueError(
             f"loss: expected shape ({tasks},), one loss for each of the tasks that the parameters are of, got shape "

@@ -124,7 +124,7 @@ def _load(root: Path, folder: Path) -> Decoded:
         state = "has no" if root.is_dir() else "is no folder; expected one with"
         raise FileNotFoundError(
             f"root: {root} {state} {' and '.join(missing)}, the archives of {SOURCE}; "
-            f"kfo_ext.tasks.download_omniglot({str(root)!r}) fetches them"
+            "download=True fetches them (on the command line: --data-root and --download)"
         )
     key = key_of(CACHE_FORMAT, *(sha256_of(root / archive.name) for archive in ARCHIVES))
     return cached(folder / f"omniglot-{SIDE}-{key}{SUFFIX}", lambda: _plan(root))
