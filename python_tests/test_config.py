@@ -168,6 +168,11 @@ def test_a_configuration_holds_what_has_an_effect_and_its_values(tmp_path):
         config.values = {}
 
 
+def test_an_inner_rate_of_zero_is_one_everywhere():
+    """As of torch's optimizers: the unadapted network, for comparison."""
+    assert build_learner(Config(inner_lr=0.0)).lr == 0.0
+
+
 def test_the_options_of_an_update_reach_it():
     config = Config(**GLYPHS, psd=False, hidden_layers=1, scale=20, bias=False, max_factor=8)
     update = build_learner(config).update

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 def _received(error: Exception) -> str:
     """What a usage error leaves out: the value that typer's parser did not accept, which pydantic's error has."""
-    found = getattr(error.__cause__, "errors", list)()
+    found: list[Any] = getattr(error.__cause__, "errors", list)()
     return f", got {found[0]['input']!r}" if found and "input" in found[0] else ""
 
 
