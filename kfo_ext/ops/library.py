@@ -153,6 +153,9 @@ def available(device: torch.device, kind: str) -> bool:
     Args:
         device: the device.
         kind: its type, which torch makes anew at each access.
+
+    Returns:
+        Whether they do.
     """
     return loaded(kind) and (kind != "cuda" or not _problem(device.index))
 
