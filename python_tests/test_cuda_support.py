@@ -60,7 +60,7 @@ def machine(monkeypatch):
 def test_what_is_needed_and_what_is_there(case, machine):
     *found, why = CASES[case]
     machine(*found)
-    assert library.available(GPU) == (not why)
+    assert library.available(GPU, "cuda") == (not why)
     if not why:
         assert library.why_not(GPU) == "loaded, in the test"
         assert TRANSFORM.resolve("auto", GPU) == BATCH_NORM.resolve("auto", GPU) == "native"
@@ -96,7 +96,7 @@ def test_the_driver_is_asked_once(machine, monkeypatch):
     asked = []
     monkeypatch.setattr(cuda_support, "versions", lambda library: asked.append(library) or (13000, 13000))
     for _ in range(3):
-        assert library.available(GPU)
+        assert library.available(GPU, "cuda")
     assert asked == [library.CUDA_LIBRARY]
 
 
@@ -104,7 +104,7 @@ def test_the_driver_is_asked_once(machine, monkeypatch):
 def test_a_compiled_graph_asks_too(case, machine):
     machine(*CASES[case][:3])
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: x + library.available(GPU), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: x + library.available(GPU, "cuda"), fullgraph=True, backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compiled(torch.zeros(())) == (case == "same")

@@ -65,7 +65,7 @@ def test_the_cuda_library_loads_under_a_cuda_torch_and_is_refused_under_another(
 
 
 def test_auto_leaves_kernels_that_run_by_name_only(monkeypatch):
-    monkeypatch.setattr(library, "available", lambda device: True)
+    monkeypatch.setattr(library, "available", lambda device, kind: True)
     cuda = torch.device("cuda")
     assert CONVOLUTION.resolve("native", cuda) == "native"
     assert CONVOLUTION.resolve("auto", cuda) != "native"
