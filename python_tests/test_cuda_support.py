@@ -77,9 +77,9 @@ def test_what_is_needed_and_what_is_there(case, machine):
 
 def test_without_a_device_the_driver_alone_is_asked(machine):
     machine(13000, 13020, (7, 5))
-    assert library.available(DRIVER_ALONE)
+    assert library.available(DRIVER_ALONE, "cuda")
     machine(12080, 13000, (9, 0))
-    assert not library.available(DRIVER_ALONE)
+    assert not library.available(DRIVER_ALONE, "cuda")
 
 
 def test_without_triton_the_warning_names_both(machine, monkeypatch):
