@@ -233,7 +233,7 @@ ERRORS = {
     "range": (["train", "--ways", "1"], "ways: expected at least 2, got 1"),
     "many-ways": (["train", "--ways", "5000"], "ways: expected 2 to 400"),
     "no-root": (["train", "--dataset", "omniglot"], "data_root: data set 'omniglot' needs the folder"),
-    "missing-root": (["train", "--dataset", "omniglot", "--data-root", "nowhere"], "nowhere"),
+    "missing-root": (["train", "--dataset", "omniglot", "--data-root", "nowhere"], "data_root: nowhere is no folder"),
     "device": (["train", "--device", "cuda:99"], "device: 'cuda:99' is not available here"),
     "option": (["train", "--temperature", "0.9"], "--temperature"),
     "command": (["predict"], "predict"),

@@ -12,6 +12,7 @@ from kfo_ext.tasks import FAMILIES
 from .options import MACHINE, SCORE, Option, Part
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from kfo_ext.tasks import FamilyOptions, TaskFamily
@@ -95,6 +96,15 @@ def of_family(name: str, network: str, **defaults: Any) -> DataSet:
     def checked(options: Options) -> FamilyOptions:
         return row.options(**plain(options))
 
+    def make(*, split: str, seed: int, device: torch.device | None = None, **options: Any) -> TaskFamily:
+        try:
+            return row.make(split=split, seed=seed, **plain(options), **({} if device is None else {"device": device}))
+        except (ValueError, FileNotFoundError) as error:
+            own, colon, rest = str(error).partition(":")
+            if own not in RENAMED:
+                raise
+            raise type(error)(f"{RENAMED[own]}{colon}{rest}") from error
+
     return DataSet(
         help=row.help,
         options={
@@ -112,9 +122,7 @@ def of_family(name: str, network: str, **defaults: Any) -> DataSet:
             )
             for item in fields(row.options)
         },
-        make=lambda *, split, seed, device=None, **options: row.make(
-            split=split, seed=seed, **plain(options), **({} if device is None else {"device": device})
-        ),
+        make=make,
         inputs=lambda options: checked(options).input_shape,
         outputs=lambda options: checked(options).outputs,
         network=network,
