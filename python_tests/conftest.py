@@ -5,10 +5,15 @@ KFO_TEST_TIMEOUT_SCALE=3 gives the processes that tests start three times as lon
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import pytest
 import torch
+
+# Under nohup or in the background of a shell, SIGINT is ignored, and would be in every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files whose tests start compilers or whole suites: begun last, they would run on alone.
 LONGEST_FIRST = ("test_isa", "test_cuda_host", "test_packaging", "test_gpu_tests_on_cpu", "test_triton")
