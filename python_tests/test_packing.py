@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfo_ext import KFO, packing
 from kfo_ext.packing import Packing
+from kfo_ext.updates.moved import moved
 
 SHAPES = [torch.Size(shape) for shape in ((3, 2, 2), (4,), (1, 1), (2, 3))]
 PACKING = Packing([f"p{i}" for i in range(len(SHAPES))], SHAPES)
@@ -152,3 +153,25 @@ def test_lists_with_and_without_a_task_dimension_are_told_apart():
     assert two.tasks([torch.ones(4), torch.ones(4, 4)], "X") is None
     with pytest.raises(ValueError, match=r"X\['b'\]: expected the task dimension of 'a', 4, got None"):
         two.tasks([torch.ones(4, 4), torch.ones(4, 4)], "X")
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_a_step_of_parameters_is_that_of_the_formula(rows):
+    of = Packing(["a", "b", "c"], [torch.Size(shape) for shape in ((2, 3), (), (1, 4))])
+    lead = () if rows is None else (rows,)
+    params = [torch.randn((*lead, *shape), dtype=torch.float64, requires_grad=True) for shape in of.shapes]
+    U = torch.randn(rows or 1, of.numel, dtype=torch.float64, requires_grad=True)
+
+    def step(U, *params):
+        return tuple(moved(of, params, U, 0.3, rows))
+
+    pieces = U.split(of.sizes, dim=1)
+    for after, X, piece in zip(step(U, *params), params, pieces, strict=True):
+        torch.testing.assert_close(after, X - 0.3 * piece.reshape(X.shape), rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradcheck(step, (U, *params))
+    assert torch.autograd.gradgradcheck(step, (U, *params))
+    # Of a result that no loss depends on.
+    (dU,) = torch.autograd.grad(step(U, *params)[1].sum(), U)
+    expected = torch.zeros_like(U)
+    expected[:, of.sizes[0]] = -0.3
+    torch.testing.assert_close(dU, expected)

@@ -78,7 +78,7 @@ def _norm_gradients(saved: Sequence[Tensor], dy: Tensor, relu: bool, needed: Seq
     images, channels, height, width = x.shape
     if need[0]:
         dx = _as(x, dx.view(images, height, width, channels))
-    return [dx if need[0] else None, dweight[0] if need[1] else None, dbias[0] if need[2] else None]
+    return [dx if need[0] else None, dweight.squeeze(0) if need[1] else None, dbias.squeeze(0) if need[2] else None]
 
 
 class _BatchNorm(Function):

@@ -14,6 +14,7 @@ from kfo_ext.packing import Packing, listed
 from kfo_ext.updates.adaptation import Gradient, adapted, products, updated
 from kfo_ext.updates.checks import check_adapted, check_like, check_rate, check_step
 from kfo_ext.updates.gradients import check_loss, differentiated
+from kfo_ext.updates.moved import moved
 
 if TYPE_CHECKING:
     from kfo_ext.updates.base import Phi, Update
@@ -184,11 +185,11 @@ def taken(
         learned = last.learned
         phi = adapted(last.phi, learned, last.pull(gradient[0]) if any(learned) else (), lr)
     U, pull = evaluated(update, phi, learned, gradient, number)
-    moved = packing.unpack(packing.join(given, tasks) - lr * U, batched=tasks is not None)
+    after = moved(packing, given, U, lr, tasks)
     kept = None
     if adapt_update:
-        kept = Last(phi, learned, gradient, pull, tuple(moved), _versions(moved), functorch_level())
-    result = packing.by_name(moved, params) if isinstance(params, Mapping) else moved
+        kept = Last(phi, learned, gradient, pull, tuple(after), _versions(after), functorch_level())
+    result = packing.by_name(after, params) if isinstance(params, Mapping) else after
     return result, StepState(update, number + 1, lr, kept)
 
 
