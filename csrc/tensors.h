@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -52,12 +54,27 @@ class Input {
   std::optional<Tensor> tensor_;
 };
 
-// An uninitialised tensor of the dtype and on the device of `like`.
+// An uninitialised tensor of the dtype and on the device of `like`, of at most five dimensions.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
   AtenTensorHandle made = nullptr;
-  // torch::stable::new_empty looks the operator up by its name in every call, which doubles its time.
-  const AOTITorchError error = aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
-                                                         nullptr, nullptr, nullptr, 0, nullptr, &made);
+  const auto dims = static_cast<int64_t>(sizes.size());
+  AOTITorchError error = 0;
+  if (like.is_cpu()) {
+    // The allocator itself: the dispatcher would pass through two operators.
+    std::array<int64_t, 5> strides{};
+    uint64_t stride = 1;
+    for (int64_t d = dims - 1; d >= 0; --d) {
+      strides[d] = static_cast<int64_t>(stride);
+      stride *= static_cast<uint64_t>(std::max<int64_t>(sizes.begin()[d], 1));
+    }
+    int32_t dtype = 0;
+    error = aoti_torch_get_dtype(like.get(), &dtype);
+    if (!error)
+      error = aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made);
+  } else {
+    // torch::stable::new_empty looks the operator up by its name in every call, which doubles its time.
+    error = aoti_torch_aten_new_empty(like.get(), sizes.begin(), dims, nullptr, nullptr, nullptr, 0, nullptr, &made);
+  }
   // The operators' kernel in Python recognises by this message that memory ran out.
   if (error) throw std::runtime_error("aten::new_empty failed");
   Tensor tensor(made);

@@ -175,15 +175,15 @@ class Pieces {
 };
 
 template <class T>
-Padded<T> reached(const Conv2dShape& s) {
-  return {nullptr, reached(s.Ho(), s.KH, s.stride, s.padding), reached(s.Wo(), s.KW, s.stride, s.padding), s.C};
+Padded<T> reached(const Conv2dShape& s, int64_t channels) {
+  return {nullptr, reached(s.Ho(), s.KH, s.stride, s.padding), reached(s.Wo(), s.KW, s.stride, s.padding), channels};
 }
 
 template <class T>
 void forward(const Conv2dJob<T>& job) {
   const Conv2dShape& s = job.shape;
   const int64_t Ho = s.Ho(), Wo = s.Wo(), taps = s.KH * s.KW, pixels = Ho * Wo;
-  Padded<T> image = reached<T>(s);
+  Padded<T> image = reached<T>(s, s.C);
   Pieces memory(Pieces::bytes<T>(taps * s.C * s.O) + Pieces::bytes<T>(image.elements()) +
                 2 * Pieces::bytes<int64_t>(pixels) + Pieces::bytes<int64_t>(taps * s.C));
   T* weight = memory.take<T>(taps * s.C * s.O);  // (KH, KW, C, O)
@@ -200,7 +200,7 @@ void forward(const Conv2dJob<T>& job) {
     }
   const Steps steps{s.KH, image.at(1, 0), s.KW * s.C, 1};
   for (int64_t n = job.begin; n < job.end; ++n) {
-    image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W);
+    image.fill(job.x + n * s.H * s.W * s.C, s.H, s.W, s.C);
     // Sequential access: the hardware prefetcher suffices.
     gathered_parts<T>(nullptr, image.data, {pixels, rows, outs}, steps, s.O, {weight, s.O}, job.y + n * pixels * s.O);
   }
@@ -280,7 +280,7 @@ void input(const Conv2dJob<T>& job) {
     const T* dy = job.dy + n * dy_size;
     T* dx = job.dx + n * dx_size;
     PrefetchQueue prefetch = next_image<T>(dy + dy_size, dy_size, dx + dx_size, dx_size, least_tiles(pixels));
-    image.fill(dy, Ho, Wo);
+    image.fill(dy, Ho, Wo, s.O);
     for (int64_t phase = 0; phase < phases; ++phase) {
       const Phase v(rows_of[phase / columns_of.count], s.H, s.KH, s.stride, s.padding),
           h(columns_of[phase % columns_of.count], s.W, s.KW, s.stride, s.padding);
@@ -334,7 +334,9 @@ template <class T>
 void weight(const Conv2dJob<T>& job) {
   const Conv2dShape& s = job.shape;
   const int64_t Ho = s.Ho(), Wo = s.Wo(), taps = s.KH * s.KW, count = job.end - job.begin;
-  Padded<T> image = reached<T>(s);
+  // The channels of this job alone: jobs of other channels copy theirs.
+  const int64_t channel = job.begin / taps;
+  Padded<T> image = reached<T>(s, ceil_div(job.end, taps) - channel);
   // So many rows of results at a time stay in the first-level cache while all taps pass by.
   const int64_t step = 128 / Wo < 1 ? 1 : 128 / Wo, parts = ceil_div(Ho, step);
   // The sums and what the last vector of them reads besides.
@@ -348,19 +350,21 @@ void weight(const Conv2dJob<T>& job) {
   int64_t *rows = memory.take<int64_t>(count), *outs = memory.take<int64_t>(count);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = (job.begin + i) / taps, tap = (job.begin + i) % taps;
-    rows[i] = image.at(tap / s.KW, tap % s.KW) + c;
+    rows[i] = image.at(tap / s.KW, tap % s.KW) + c - channel;
     outs[i] = i * s.O;
   }
   const int64_t x_size = s.H * s.W * s.C, dy_size = Ho * Wo * s.O;
   for (int64_t n = 0; n < s.N; ++n) {
     const T *x = job.x + n * x_size, *dy = job.dy + n * dy_size;
-    PrefetchQueue prefetch = next_image(x + x_size, x_size, dy + dy_size, dy_size, least_tiles(count) * parts);
-    image.fill(x, s.H, s.W);
+    // The jobs of one task read the same images, and share the lines of x.
+    PrefetchQueue prefetch =
+        next_image(x + x_size, x_size * image.channels / s.C, dy + dy_size, dy_size, least_tiles(count) * parts);
+    image.fill(x + channel, s.H, s.W, s.C);
     for (int64_t h = 0; h < Ho; h += step) {
       const int64_t rows_now = smaller(step, Ho - h), kept = image.rows.kept;
       totals.make_room();
       gathered_product<T>(&prefetch, image.data + image.at(h * kept, 0), {count, rows, outs},
-                          {rows_now, image.at(kept, 0), Wo, image.columns.kept * s.C}, s.O, {dy + h * Wo * s.O, s.O},
+                          {rows_now, image.at(kept, 0), Wo, image.columns.kept * image.channels}, s.O, {dy + h * Wo * s.O, s.O},
                           sums, true);
     }
   }

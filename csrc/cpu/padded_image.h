@@ -21,6 +21,15 @@ inline Axis reached(int64_t results, int64_t kernel, int64_t stride, int64_t pad
   return {(results - 1) * kept + kernel, kept, stride, padding};
 }
 
+// Copies a few elements, which a call of memcpy would cost more than.
+template <class T>
+void copy_few(T* out, const T* from, int64_t count) {
+  constexpr int W = kLanes<T>;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(out + i, load(from + i));
+  if (i < count) store_first(out + i, load_first(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+}
+
 // An image (height, width, channels) inside zeros; or as much of it as is needed.
 template <class T>
 struct Padded {
@@ -31,7 +40,8 @@ struct Padded {
   int64_t elements() const { return rows.size * columns.size * channels; }
   int64_t at(int64_t row, int64_t column) const { return (row * columns.size + column) * channels; }
 
-  void fill(const T* image, int64_t height, int64_t width) const {
+  // Of an image whose pixels lie `pixel` elements apart.
+  void fill(const T* image, int64_t height, int64_t width, int64_t pixel) const {
     const int64_t run = columns.run();
     for (int64_t column = 0; column < columns.size; column += run) {
       const int64_t first = columns.source(column), count = smaller(run, columns.size - column);
@@ -45,9 +55,12 @@ struct Padded {
           __builtin_memset(out, 0, static_cast<size_t>(count * channels) * sizeof(T));
           continue;
         }
+        const T* source = image + (from * width + first + left) * pixel;
         for (int64_t i = 0; i < begin; ++i) out[i] = 0;
-        __builtin_memcpy(out + begin, image + (from * width + first + left) * channels,
-                         static_cast<size_t>(end - begin) * sizeof(T));
+        if (pixel == channels)
+          __builtin_memcpy(out + begin, source, static_cast<size_t>(end - begin) * sizeof(T));
+        else
+          for (int64_t i = 0; i < copied; ++i) copy_few(out + begin + i * channels, source + i * pixel, channels);
         for (int64_t i = end; i < count * channels; ++i) out[i] = 0;
       }
     }
