@@ -43,7 +43,7 @@ class _Moved(Function):
         ctx.packing, ctx.lr, ctx.rows = packing, lr, rows
         parts = packing.pieces(U, rows is not None)
         # Contiguous, whatever the parameters' memory format.
-        return tuple(torch.sub(X.contiguous(), part, alpha=lr) for X, part in zip(params, parts, strict=True))
+        return tuple(torch._foreach_sub([X.contiguous() for X in params], parts, alpha=lr))
 
     @staticmethod
     def backward(ctx: Any, *dparams: Tensor | None):
