@@ -70,7 +70,8 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
     int32_t dtype = 0;
     error = aoti_torch_get_dtype(like.get(), &dtype);
     if (!error)
-      error = aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made);
+      error =
+          aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made);
   } else {
     // torch::stable::new_empty looks the operator up by its name in every call, which doubles its time.
     error = aoti_torch_aten_new_empty(like.get(), sizes.begin(), dims, nullptr, nullptr, nullptr, 0, nullptr, &made);

@@ -364,8 +364,8 @@ void weight(const Conv2dJob<T>& job) {
       const int64_t rows_now = smaller(step, Ho - h), kept = image.rows.kept;
       totals.make_room();
       gathered_product<T>(&prefetch, image.data + image.at(h * kept, 0), {count, rows, outs},
-                          {rows_now, image.at(kept, 0), Wo, image.columns.kept * image.channels}, s.O, {dy + h * Wo * s.O, s.O},
-                          sums, true);
+                          {rows_now, image.at(kept, 0), Wo, image.columns.kept * image.channels}, s.O,
+                          {dy + h * Wo * s.O, s.O}, sums, true);
     }
   }
   totals.finish();

@@ -7,23 +7,23 @@ so in-place changes have the cost and meaning that they have for torch's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kfo_ext.ops.batch_norm.autograd import BATCH_NORM
-from kfo_ext.ops.conv2d.autograd import CONV
+from kfo_ext.ops.batch_norm.autograd import BATCH_NORM, BatchNormFamily
+from kfo_ext.ops.conv2d.autograd import CONV, ConvFamily
 from kfo_ext.ops.registration import apply_of
 from kfo_ext.ops.torch_private import below_autograd_and_views, dispatch_keys, dispatch_modes, transformed
 
 AVAILABLE = CONV is not None and BATCH_NORM is not None
-
-Gradients = Sequence[Tensor | None]
-
-
+# None where nothing is AVAILABLE, and no function is called.
+_CONV, _NORM = cast("ConvFamily", CONV), cast("BatchNormFamily", BATCH_NORM)
+# Dispatch keys of a tensor whose memory holds its values.
 _PLAIN = dispatch_keys(torch.empty(0, device="cpu"))
+Gradients = Sequence[Tensor | None]
 
 
 def _direct(*cotangents: Tensor | None) -> bool:
@@ -124,7 +124,7 @@ def _as(X: Tensor, Y: Tensor, by: type[_Operators]) -> Tensor:
 def _conv2d_of(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, by: type[_Operators]
 ) -> Tensor:
-    y = by.call(CONV.conv2d, by.pixels(x), weight.unsqueeze(0), stride, padding)
+    y = by.call(_CONV.conv2d, by.pixels(x), weight.unsqueeze(0), stride, padding)
     if bias is not None:
         y = by.plus(y, bias)
     _, images, height, width, channels = y.shape
@@ -137,10 +137,10 @@ def _conv2d_gradients_of(
     """The gradients by x, weight and bias, None where not needed."""
     dy, dx, dweight = by.pixels(dy), None, None
     if needed[0]:
-        dx = by.call(CONV.input, dy, weight.unsqueeze(0), list(x.shape[2:]), stride, padding)
+        dx = by.call(_CONV.input, dy, weight.unsqueeze(0), list(x.shape[2:]), stride, padding)
         dx = _as(x, dx, by)
     if needed[1]:
-        dweight = by.only(by.call(CONV.weight, by.pixels(x), dy, list(weight.shape[2:]), stride, padding))
+        dweight = by.only(by.call(_CONV.weight, by.pixels(x), dy, list(weight.shape[2:]), stride, padding))
     return dx, dweight, dy.sum((0, 1, 2, 3)) if needed[2] else None
 
 
@@ -206,9 +206,7 @@ class _Conv2dGradients(Function):
 
 def _norm_of(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The batch norm of x, in its shape, with its mean and rstd."""
-    z, mean, rstd = _Kernels.call(
-        BATCH_NORM.forward, _Kernels.rows(x), weight.unsqueeze(0), bias.unsqueeze(0), eps, False
-    )
+    z, mean, rstd = _Kernels.call(_NORM.forward, _Kernels.rows(x), weight.unsqueeze(0), bias.unsqueeze(0), eps, False)
     return _Kernels.images(z, *x.shape), mean, rstd
 
 
@@ -218,7 +216,7 @@ def _norm_gradients_of(
     """The gradients by x, weight and bias, None where not needed; saved: x, weight, bias, mean, rstd."""
     x, weight, bias, mean, rstd = saved
     dx, *rest = by.call(
-        BATCH_NORM.backward,
+        _NORM.backward,
         *(by.rows(x), weight.unsqueeze(0), bias.unsqueeze(0), mean, rstd, by.rows(dy), relu, list(needed)),
     )
     dweight, dbias = (by.only(gradient) if need else None for gradient, need in zip(rest, needed[1:]))
@@ -271,7 +269,7 @@ class _NormGradients(Function):
             # The third order is that of the operator.
             by = _way(ddx, ddweight, ddbias)
             dx, dweight, ddy = by.call(
-                BATCH_NORM.double_backward,
+                _NORM.double_backward,
                 *(by.rows(x), weight.unsqueeze(0), bias.unsqueeze(0), mean, rstd, by.rows(dy)),
                 None if ddx is None else by.rows(ddx),
                 *(None if dd is None else dd.unsqueeze(0) for dd in (ddweight, ddbias)),
