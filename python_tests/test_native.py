@@ -181,6 +181,7 @@ def test_too_little_memory_is_an_error_that_says_so(tmp_path):
 import resource, torch
 from kfo_ext.problems import Problems
 from kfo_ext.functional import transform
+from kfo_ext.ops import one_task
 problems = Problems([(1000, 10, 10)])
 R, L = torch.eye(10).view(1, -1), torch.eye(10).view(1, -1)
 G = torch.zeros(1, 100000).expand(100000, -1)
@@ -194,7 +195,14 @@ for grad in (False, True):
         transform(R.clone().requires_grad_(grad), G, L, problems, backend="native")
     except torch.OutOfMemoryError as error:
         print(error)
+try:
+    one_task.conv2d(torch.zeros(1, 1, 2, 20000), torch.zeros(40000, 1, 1, 1), None, 1, 0)
+except torch.OutOfMemoryError as error:
+    print(error)
 """
     done = run(code, PACKAGE.parent)
-    line = "kfo_ext::transform: no memory left on cpu for its outputs or its scratch memory"
-    assert done.stdout.splitlines() == [line, line], done.stderr
+    lines = [
+        f"kfo_ext::{name}: no memory left on cpu for its outputs or its scratch memory"
+        for name in ("transform", "transform", "conv2d")
+    ]
+    assert done.stdout.splitlines() == lines, done.stderr

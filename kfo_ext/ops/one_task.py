@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from kfo_ext.ops.batch_norm.autograd import BATCH_NORM, BatchNormFamily
 from kfo_ext.ops.conv2d.autograd import CONV, ConvFamily
-from kfo_ext.ops.registration import apply_of
+from kfo_ext.ops.registration import apply_of, check_memory
 from kfo_ext.ops.torch_private import below_autograd_and_views, dispatch_keys, dispatch_modes, transformed
 
 AVAILABLE = CONV is not None and BATCH_NORM is not None
@@ -74,8 +74,12 @@ class _Kernels(_Operators):
     @staticmethod
     def call(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
         """The operator's result, from its kernel at once."""
-        with below_autograd_and_views():
-            return overload(*arguments)
+        try:
+            with below_autograd_and_views():
+                return overload(*arguments)
+        except RuntimeError as error:
+            check_memory(overload, arguments[0], error)
+            raise
 
     @staticmethod
     def pixels(X: Tensor) -> Tensor:

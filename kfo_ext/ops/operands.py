@@ -34,7 +34,8 @@ def ready(operands: Sequence[object]) -> bool:
     if not isinstance(first, Tensor):
         return False
     dtype, device = first.dtype, first.device
-    if dtype not in KERNEL_DTYPES or autocasts(device):
+    # Most operands are on the CPU, and the name of a device is made anew at each access.
+    if dtype not in KERNEL_DTYPES or (torch.is_autocast_enabled("cpu") if first.is_cpu else autocasts(device)):
         return False
     for operand in operands:
         if not isinstance(operand, Tensor) or operand.layout is not _STRIDED or operand.is_nested:

@@ -31,7 +31,7 @@ def own_code(function: F) -> F:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         # A compiler traces nothing beyond this test.
-        if torch.compiler.is_compiling() or not function_modes():
+        if not function_modes() or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         if not isinstance(function_mode(), LayerMode):
             return function(*args, **kwargs)

@@ -36,28 +36,25 @@ def apply_of(function: type[Function]) -> Callable[..., Any]:
     return super(Function, function).apply  # type: ignore[misc]  # torch's C++ base class
 
 
-def run_kernel(overload: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    """Call the kernel of an operator that `keyset` selects; raises OutOfMemoryError if memory ran out."""
-    try:
-        return overload.redispatch(keyset, *arguments)
-    except RuntimeError as error:
-        # torch's stable ABI replaces the allocator's error by one that names the failed call.
-        if "aten::new_empty" not in str(error):
-            raise
-        device = arguments[0].device
-        earlier = "" if device.type == "cpu" else ", or an earlier error of the device"
-        raise torch.OutOfMemoryError(
-            f"{overload.name()}: no memory left on {device} for its outputs or its scratch memory{earlier}"
-        ) from error
+def check_memory(overload: torch._ops.OpOverload, operand: Tensor, error: RuntimeError) -> None:
+    """Raise OutOfMemoryError if that is what an error of the kernels, which run on the operand's device, means."""
+    # torch's stable ABI replaces the allocator's error by one that names the failed call.
+    if "aten::new_empty" not in str(error):
+        return
+    device = operand.device
+    earlier = "" if device.type == "cpu" else ", or an earlier error of the device"
+    raise torch.OutOfMemoryError(
+        f"{overload.name()}: no memory left on {device} for its outputs or its scratch memory{earlier}"
+    ) from error
 
 
 def below_autograd(overload: torch._ops.OpOverload, below: torch._C.DispatchKeySet, *arguments: Any) -> Any:
     """The forward of an operator's Function; below: the keyset of its kernel."""
     if not in_functorch():
-        return run_kernel(overload, below, *arguments)
+        return overload.redispatch(below, *arguments)
     # A Function turns grad mode off, but outer transforms differentiate, too.
     with torch.enable_grad():
-        return run_kernel(overload, below, *arguments)
+        return overload.redispatch(below, *arguments)
 
 
 def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: str) -> Callable:
@@ -94,15 +91,19 @@ def _kernel(overload: torch._ops.OpOverload, function: type[Function], public: s
                 f"{overload.name()} has no rule for forward-mode AD: call {public}, which runs plain torch there"
             )
         below = keyset & after_autograd
-        if torch.is_grad_enabled():
-            for i in tensors:
-                operand = arguments[i]
-                if operand is not None and operand.requires_grad:
-                    if not levels:
-                        return apply(*arguments, below)
-                    with allow_function_of_one_level():
-                        return apply(*arguments, below)
-        return run_kernel(overload, below, *arguments)
+        try:
+            if torch.is_grad_enabled():
+                for i in tensors:
+                    operand = arguments[i]
+                    if operand is not None and operand.requires_grad:
+                        if not levels:
+                            return apply(*arguments, below)
+                        with allow_function_of_one_level():
+                            return apply(*arguments, below)
+            return overload.redispatch(below, *arguments)
+        except RuntimeError as error:
+            check_memory(overload, arguments[0], error)
+            raise
 
     return kernel
 
