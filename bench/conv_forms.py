@@ -28,7 +28,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from bench.meta_case import NETWORKS, SHOTS, WAYS, Network, full_float32
-from kfo_ext.adapt.routes import LARGEST_ACTIVATION
+from kfo_ext.adapt.routes import LARGEST_TENSOR
 from kfo_ext.bench.device_timing import finished
 from kfo_ext.bench.measure import TOLERANCE, one_line
 from kfo_ext.bench.result import Row, facts_of, provenance, write_result
@@ -218,7 +218,7 @@ def group_size(network: Network, tasks: int, device: str) -> int:
     """The number of tasks in one graph of a meta-iteration: groups of about the same size, as `MAML` forms."""
     if device == "cpu":
         largest = IMAGES * max(layer.out_size**2 * layer.out_channels for layer in layers_of(network)) * 4
-        tasks_at_once = min(tasks, max(1, LARGEST_ACTIVATION // largest))
+        tasks_at_once = min(tasks, max(1, LARGEST_TENSOR // largest))
         return -(-tasks // -(-tasks // tasks_at_once))
     return tasks
 

@@ -10,7 +10,7 @@ from plain_maml import assert_equal_truth, plain_maml, right_weight_norm
 from torch import nn
 
 from kfo_ext import ANIL, KFO, MAML
-from kfo_ext.adapt.routes import LARGEST_ACTIVATION
+from kfo_ext.adapt.routes import LARGEST_TENSOR
 from kfo_ext.networks import CNN, cifar_fs_cnn
 from kfo_ext.tasks import Examples, TaskBatch
 
@@ -268,7 +268,7 @@ def test_groups_of_tasks_equal_all_at_once(limit, learner, monkeypatch):
     batch = random_batch(model)
     result = {}
     for name, largest in (("all", 1 << 30), ("groups", limit)):
-        monkeypatch.setattr("kfo_ext.adapt.routes.LARGEST_ACTIVATION", largest)
+        monkeypatch.setattr("kfo_ext.adapt.routes.LARGEST_TENSOR", largest)
         adapted = model if learner is MAML else model.head
         maml = learner(model, update=KFO(adapted.named_parameters()), lr=0.1, steps=3, adapt_update=True)
         maml.zero_grad()
@@ -292,7 +292,24 @@ def test_tasks_at_once(monkeypatch):
         with pytest.raises(_Stopped):
             MAML(model, lr=0.1, steps=1)(batch)
         assert seen == [expected], "groups of about the same size"
-        assert expected == 16 or max(supports, queries) * 32 * 32 * 32 * 4 * (expected + 3) > LARGEST_ACTIVATION
+        assert expected == 16 or max(supports, queries) * 32 * 32 * 32 * 4 * (expected + 3) > LARGEST_TENSOR
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+def test_tasks_at_once_of_long_rows(route, monkeypatch):
+    """As many as keep the packed parameters, and those of an adapted update, below the bound."""
+    seen = []
+    monkeypatch.setattr(MAML, "_group", lambda self, theta, group, *_: seen.append(len(group.support.x)) or _STOP())
+    monkeypatch.setattr("kfo_ext.adapt.routes.LARGEST_TENSOR", 5 * (30 * 4 + 4) * 4)
+    model = nn.Linear(30, 4)
+    batch = TaskBatch(*[Examples(torch.rand(6, 2, 30), torch.zeros(6, 2, dtype=torch.long))] * 2)
+    kfo = KFO(model.named_parameters())
+    # Factors of 4 + 30 and of 1 + 4 columns: the rows of L are seven times as long as those of the parameters.
+    for update, adapt_update, expected in ((None, False, 3), (kfo, False, 3), (kfo, True, 1)):
+        seen.clear()
+        with pytest.raises(_Stopped):
+            MAML(model, update=update, lr=0.1, steps=1, adapt_update=adapt_update, route=route)(batch)
+        assert seen == [expected]
 
 
 class _Stopped(Exception):

@@ -111,7 +111,7 @@ class ANIL(MAML):
     def _at_once(self, parameters: Sequence[Tensor], theta: Tensor, batch: TaskBatch) -> int:
         # Only the shape counts: one task's examples stand for all.
         x = _together(batch.split(1)[0]).expand(len(batch.support.x), -1, *batch.support.x.shape[2:])
-        return tasks_at_once(self._body_route(x), x, x.shape[1])
+        return tasks_at_once(self._body_route(x), x, x.shape[1], self._row(theta))
 
     def _body_route(self, x: Tensor) -> Route:
         (body,) = self._body

@@ -189,7 +189,12 @@ class MAML(nn.Module):
     def _at_once(self, parameters: Sequence[Tensor], theta: Tensor, batch: TaskBatch) -> int:
         """The number of tasks of a batch to compute in one graph."""
         route = self._choose(parameters, theta, batch.support.x)
-        return tasks_at_once(route, batch.support.x, max(part.x.shape[1] for part in batch))
+        return tasks_at_once(route, batch.support.x, max(part.x.shape[1] for part in batch), self._row(theta))
+
+    def _row(self, theta: Tensor) -> int:
+        """Bytes of the longest packed row that each task has of its own."""
+        own = (theta, *self.update.phi) if self.adapt_update else (theta,)
+        return max(row.shape[-1] * row.element_size() for row in own)
 
     # Another thread may have substituted a task's parameters for the model's own.
 

@@ -20,9 +20,9 @@ from .vmapped import Plan, make_plan, mapped
 
 ROUTES = ("auto", "vmap", "loop")
 
-# Limit in bytes for the largest activation of one forward of several tasks on a CPU. glibc returns a larger block to
-# the system as soon as it is free (its largest mmap threshold), and every page of the next one is zeroed again.
-LARGEST_ACTIVATION = 32 << 20
+# Limit in bytes for the largest tensor of several tasks on a CPU. glibc returns a larger block to the system as soon as
+# it is free (its largest mmap threshold), and every page of the next one is zeroed again.
+LARGEST_TENSOR = 32 << 20
 
 
 class Route(Protocol):
@@ -52,22 +52,23 @@ class Route(Protocol):
         ...
 
 
-def tasks_at_once(route: Route, x: Tensor, examples: int) -> int:
-    """Return the number of tasks to compute in one forward.
+def tasks_at_once(route: Route, x: Tensor, examples: int, row: int) -> int:
+    """Return the number of tasks to compute in one graph.
 
     Args:
         route: the route of the forward.
         x: (tasks, n, ...), the examples of the plan.
         examples: the number of examples per task in the largest forward.
+        row: bytes of the longest packed row of a task.
 
     Returns:
-        On a CPU as many as keep the largest activation of a planned forward below `LARGEST_ACTIVATION`, at least 1;
-        otherwise all of them.
+        On a CPU as many as keep the packed rows, and the largest activation of a planned forward, below
+        `LARGEST_TENSOR`, at least 1; otherwise all of them.
     """
-    if x.device.type != "cpu" or not isinstance(route, Vmapped):
+    if x.device.type != "cpu":
         return len(x)
-    size = route.plan.largest * examples // max(1, x.shape[1])
-    return min(len(x), max(1, LARGEST_ACTIVATION // max(1, size)))
+    size = max(row, route.plan.largest * examples // max(1, x.shape[1]) if isinstance(route, Vmapped) else 0)
+    return min(len(x), max(1, LARGEST_TENSOR // max(1, size)))
 
 
 class Vmapped:
