@@ -207,7 +207,7 @@ def test_third_order_equals_the_composition():
     expected = orders(composed)
     with fast_layers():
         got = orders(layered)
-    close(got, expected, 1e-8)
+    close(got, expected, 1e-9)
 
 
 def test_batched_cotangents_of_both_orders():
@@ -222,7 +222,7 @@ def test_batched_cotangents_of_both_orders():
         return [*grads, *last, *torch.autograd.grad(simple, operands, second, is_grads_batched=True)]
 
     expected = orders(composed)
-    close(orders(fast_layers()(layered)), expected, 1e-8)
+    close(orders(fast_layers()(layered)), expected, 1e-9)
 
 
 def layer(x, gamma):
