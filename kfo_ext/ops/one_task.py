@@ -21,17 +21,17 @@ from kfo_ext.ops.torch_private import below_autograd_and_views, dispatch_keys, d
 AVAILABLE = CONV is not None and BATCH_NORM is not None
 # None where nothing is AVAILABLE, and no function is called.
 _CONV, _NORM = cast("ConvFamily", CONV), cast("BatchNormFamily", BATCH_NORM)
-# Dispatch keys of a tensor whose memory holds its values.
+# The dispatch keys of an ordinary CPU tensor.
 _PLAIN = dispatch_keys(torch.empty(0, device="cpu"))
 Gradients = Sequence[Tensor | None]
 
 
-def _direct(*cotangents: Tensor | None) -> bool:
+def _direct(*operands: Tensor | None) -> bool:
     """Whether a backward pass may call the kernels themselves; the operators have rules for transforms and modes."""
     if transformed() or dispatch_modes() or torch.compiler.is_compiling():
         return False
-    # That of torch.autograd.grad(is_grads_batched=True) is no transform of torch.func.
-    return all(X is None or dispatch_keys(X) == _PLAIN for X in cotangents)
+    # The vmap of torch.autograd.grad(is_grads_batched=True) is not torch.func's; its tensors have a key of their own.
+    return all(X is None or dispatch_keys(X) == _PLAIN for X in operands)
 
 
 class _Operators:
