@@ -141,12 +141,37 @@ MODULES: dict[str, tuple] = {
         lambda: Of(lambda m, x: m.n(m.c(x)).relu_() * 2, c=nn.Conv2d(3, 2, 3), n=nn.BatchNorm2d(2)),
         IMAGE,
     ),
+    "in place between a convolution and a norm": (
+        lambda: Of(changed_between, c=nn.Conv2d(3, 4, 3), n=nn.BatchNorm2d(4), d=nn.Conv2d(4, 2, 2)),
+        IMAGE,
+    ),
+    "spatial means": (
+        lambda: Of(
+            lambda m, x: (lambda y: y.mean((-1, 2)) * y.mean(dim=[3, 2], keepdim=True).flatten(1) + y.mean())(m.c(x)),
+            c=nn.Conv2d(3, 2, 3),
+        ),
+        IMAGE,
+    ),
+    "mean with a dtype": (
+        lambda: Of(lambda m, x: m.c(x).mean((2, 3), dtype=torch.float64), c=nn.Conv2d(3, 2, 3)),
+        IMAGE,
+    ),
     "upsampling": (lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(3, 2, 3)), IMAGE),
     "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.ChannelShuffle(2)), IMAGE),
     "unfold": (lambda: nn.Sequential(nn.Unfold(2), nn.Fold((6, 7), 2)), IMAGE),
     "no gradient inside": (lambda: Of(lambda m, x: m.l(x) * no_gradient(m.l, x), l=nn.Linear(4, 4)), ROWS),
     "dropout in evaluation": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.AlphaDropout()).eval(), ROWS),
 }
+
+
+def changed_between(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.c(x)
+    z = y.tanh()
+    y[:, 1] *= 2
+    y.add_(z)
+    y = m.n(y)
+    y.mul_(z)
+    return m.d(y)
 
 
 def no_gradient(layer: nn.Module, x: Tensor) -> Tensor:

@@ -66,10 +66,20 @@ def _view(X: Tensor, *size: Any, **options: Any) -> Tensor:
     return X.view(*size, **options) if options or isinstance(size[0], torch.dtype) else X.reshape(*size)
 
 
+def _mean(X: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
+    axes = {axis % X.dim() for axis in dim} if isinstance(dim, (tuple, list)) else ()
+    if X.dim() != 4 or axes != {2, 3} or X.stride(1) != 1 or X.dtype not in (torch.float32, torch.float64) or options:
+        return X.mean(dim, keepdim, **options)
+    # The gradient of torch's own is not channels last; this one is an expanded tensor, which our layers copy once.
+    height, width = X.shape[2:]
+    y = X.permute(0, 2, 3, 1).sum((1, 2), keepdim) / (height * width)
+    return y.permute(0, 3, 1, 2) if keepdim else y
+
+
 def _adaptive_avg_pool(func: Callable, axes: int) -> Callable:
     def pool(input, output_size):
         if output_size in (1, (1,) * axes, [1] * axes):
-            return input.mean(tuple(range(-axes, 0)), keepdim=True)
+            return _mean(input, tuple(range(-axes, 0)), keepdim=True)
         return func(input, output_size)
 
     return pool
@@ -103,6 +113,12 @@ def _one_hot(input, num_classes=-1):
     return input.new_zeros(*input.shape, num_classes).scatter(-1, input.unsqueeze(-1), 1)
 
 
+def _linear(input, weight, bias=None):
+    # Under vmap torch's own also multiplies the bias by 1.
+    y = input @ weight.mT if weight.dim() > 1 else input @ weight
+    return y if bias is None else y + bias
+
+
 def _bilinear(input1, input2, weight, bias=None):
     y = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
     return y if bias is None else y + bias
@@ -131,7 +147,7 @@ def _rrelu(input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
 
 _IN_PLACE = ("addcdiv", "addcmul", "clamp", "lerp", "scatter", "square", "tril", "triu")
 _CONVOLUTIONS = [f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)]
-_LOWERED = ("linear", "addmm", "addbmm", "baddbmm", *_CONVOLUTIONS)
+_LOWERED = ("addmm", "addbmm", "baddbmm", *_CONVOLUTIONS)
 _NOT_LOWERED = ("addmv", "dot", "inner", "mv")
 
 # The replacement of each function.
@@ -140,6 +156,7 @@ COMPOSED: dict[Callable, Callable] = {
     Tensor.view_as: lambda X, other: X.reshape(other.shape),
     **dict.fromkeys((torch.moveaxis, Tensor.moveaxis), torch.movedim),
     **{func: _in_any_format(func) for func in (Tensor.contiguous, Tensor.to, Tensor.clone, torch.clone)},
+    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
     **{func: _over_all(func, torch.amax) for func in (torch.max, Tensor.max)},
     **{func: _over_all(func, torch.amin) for func in (torch.min, Tensor.min)},
     **{func: _in_autocast(func) for name in _LOWERED for func in _named(name, F, torch, Tensor)},
@@ -149,6 +166,7 @@ COMPOSED: dict[Callable, Callable] = {
     F.adaptive_avg_pool2d: _adaptive_avg_pool(F.adaptive_avg_pool2d, 2),
     F.adaptive_avg_pool3d: _adaptive_avg_pool(F.adaptive_avg_pool3d, 3),
     **{func: _of_contiguous(func) for func in (F.group_norm, torch.group_norm)},
+    F.linear: _in_autocast(_linear),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     F.embedding: _embedding,

@@ -33,7 +33,7 @@ from .metric import Metric, task_accuracies, task_metrics
 from .named_errors import named, named_errors
 from .plans import Plans, precision
 from .result import MetaResult
-from .routes import ROUTES, Route, tasks_at_once
+from .routes import ROUTES, Route, TaskByTask, tasks_at_once
 from .selection import Selection, adapted_by_default, named_under
 
 P = ParamSpec("P")
@@ -386,7 +386,9 @@ class MAML(nn.Module):
         return outputs, task_losses(loss, outputs, examples.y)
 
     def _outputs(self, route: Route, leaves: Sequence[Tensor], x: Tensor, outer: bool) -> Tensor | list[Any]:
-        with exclusive(differentiable=outer and not self.first_order), precision(x, self.bf16):
+        # By vmap, attention is composed of functions with a second derivative.
+        by_torch = isinstance(route, TaskByTask)
+        with exclusive(differentiable=by_torch and outer and not self.first_order), precision(x, self.bf16):
             outputs = route.outputs(leaves, x)
         return tree_map_only(Tensor, _as_float, outputs) if self.bf16 else outputs
 

@@ -11,11 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 
 from kfo_ext.ops.batch_norm.op import batch_norm_relu
 from kfo_ext.ops.conv2d.op import conv2d as tasks_conv2d
-from kfo_ext.ops.torch_private import add_batch_dim, unwrap_batched
+from kfo_ext.ops.torch_private import (
+    VMAP,
+    add_batch_dim,
+    innermost_level,
+    resume_innermost,
+    suspend_innermost,
+    unwrap_batched,
+    vmap_level,
+)
 
 
 def _all_tasks(function: Callable, *operands: Any) -> Tensor:
@@ -32,13 +39,17 @@ def _all_tasks(function: Callable, *operands: Any) -> Tensor:
         RuntimeError: the innermost transform is not vmap.
     """
     # As torch applies the vmap rule of an autograd.Function, without making a Function for each call.
-    interpreter = retrieve_current_functorch_interpreter()
-    if not isinstance(interpreter, VmapInterpreter):
+    innermost = innermost_level()
+    if innermost is None or innermost.key() != VMAP:
         raise RuntimeError("per_task: expected to be called under torch.func.vmap, innermost")
-    level = interpreter.level()
+    mapping = vmap_level(innermost)
+    level, tasks = mapping.level(), mapping.batchSize()
     pairs = [unwrap_batched(X, level) if isinstance(X, Tensor) else (X, None) for X in operands]
-    with interpreter.lower():
-        y = function(interpreter.batch_size(), *pairs)
+    suspended = suspend_innermost()
+    try:
+        y = function(tasks, *pairs)
+    finally:
+        resume_innermost(suspended)
     return add_batch_dim(y, 0, level)
 
 
@@ -93,6 +104,23 @@ def _tasks(pair: tuple[Tensor, int | None], tasks: int) -> Tensor:
     return X if dim == 0 else X.movedim(dim, 0)
 
 
+def _channels_last(pair: tuple[Tensor, int | None], tasks: int) -> Tensor:
+    """(tasks, n, channels, ...) as (tasks, n, ..., channels): the layer's own output, if a layer here made it."""
+    own = getattr(pair[0], _OWN, None) if pair[1] == 0 else None
+    return _tasks(pair, tasks).movedim(2, -1) if own is None else own
+
+
+def _channels_first(Y: Tensor) -> Tensor:
+    """(tasks, n, ..., channels) as (tasks, n, channels, ...), in the same memory."""
+    X = Y.movedim(-1, 2)
+    # For `_channels_last`: moving the dimension back would add a node to every derivative.
+    setattr(X, _OWN, Y)
+    return X
+
+
+_OWN = "_kfo_channels_last"
+
+
 def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, channels_last: bool = False) -> Tensor:
     """Return the cross-correlation of a task's images, under vmap over x.
 
@@ -108,9 +136,9 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, channels_last: 
     """
 
     def compute(tasks: int, x: Any, weight: Any) -> Tensor:
-        images = _tasks(x, tasks).permute(0, 1, 3, 4, 2).contiguous()
+        images = _channels_last(x, tasks).contiguous()
         y = tasks_conv2d(images, _tasks(weight, tasks), stride=stride, padding=padding, channels_last=channels_last)
-        return y.permute(0, 1, 4, 2, 3)
+        return _channels_first(y)
 
     return _all_tasks(compute, x, weight)
 
@@ -140,7 +168,7 @@ def batch_norm(
     """
 
     def compute(tasks: int, x: Any, weight: Any, bias: Any, left_out: Any) -> Tensor:
-        pixels = _tasks(x, tasks).movedim(2, -1)
+        pixels = _channels_last(x, tasks)
         rows = pixels.reshape(tasks, -1, pixels.shape[-1])
         shift = None if left_out[0] is None else _tasks(left_out, tasks)
         if running is not None:
@@ -149,6 +177,6 @@ def batch_norm(
         if shift is not None:
             bias = torch.add(bias, shift, alpha=0)
         y = batch_norm_relu(rows, _tasks(weight, tasks), bias, eps=eps, relu=relu)
-        return y.view(pixels.shape).movedim(-1, 2)
+        return _channels_first(y.view(pixels.shape))
 
     return _all_tasks(compute, x, weight, bias, left_out)

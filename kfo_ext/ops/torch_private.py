@@ -9,6 +9,7 @@ import torch
 from torch import overrides
 from torch._C import DispatchKey, DispatchKeySet
 from torch._functorch import pyfunctorch, utils
+from torch._functorch import vmap as _vmap
 from torch.autograd import forward_ad
 
 
@@ -37,6 +38,12 @@ without_function_mode = _private(overrides, "_pop_mode_temporarily")
 
 # One level of torch.func: its tensors, and how a kernel under its dispatch key reaches the next level.
 add_batch_dim = _private(torch._C._functorch, "_add_batch_dim")
+remove_batch_dim = _private(torch._C._functorch, "_remove_batch_dim")
+enter_vmap = _private(torch._C._functorch, "_vmap_increment_nesting")
+leave_vmap = _private(torch._C._functorch, "_vmap_decrement_nesting")
+load_decompositions = _private(_vmap, "lazy_load_decompositions")
+suspend_innermost = _private(torch._C._functorch, "pop_dynamic_layer_stack")
+resume_innermost = _private(torch._C._functorch, "push_dynamic_layer_stack")
 unwrap_batched = _private(torch._C._functorch, "_unwrap_batched")
 innermost_level = _private(torch._C._functorch, "peek_interpreter_stack")
 vmap_level = _private(torch._C._functorch, "CVmapInterpreterPtr")
@@ -44,7 +51,8 @@ allow_function_of_one_level = _private(utils, "enable_single_level_autograd_func
 _all_levels = _private(torch._C._functorch, "get_interpreter_stack")
 _exclude = _private(torch._C, "_ExcludeDispatchKeyGuard")
 _transforms = _private(pyfunctorch, "TransformType")
-_DERIVATIVES_AND_VMAP = (_transforms.Grad, _transforms.Vmap)
+VMAP = _transforms.Vmap
+_DERIVATIVES_AND_VMAP = (_transforms.Grad, VMAP)
 _OF_VMAP = DispatchKeySet(DispatchKey.FuncTorchBatched)
 
 
