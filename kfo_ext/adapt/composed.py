@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from kfo_ext.ops import per_task
+
+from .verified import is_mapped
+
 
 def _named(name: str, *owners: Any) -> list[Callable]:
     return [getattr(owner, name) for owner in owners if hasattr(owner, name)]
@@ -115,6 +119,8 @@ def _one_hot(input, num_classes=-1):
 
 def _linear(input, weight, bias=None):
     # Under vmap torch's own also multiplies the bias by 1.
+    if bias is not None and (input.dim(), weight.dim(), bias.dim()) == (2, 2, 1) and is_mapped(weight):
+        return per_task.linear(input, weight, bias)
     y = input @ weight.mT if weight.dim() > 1 else input @ weight
     return y if bias is None else y + bias
 

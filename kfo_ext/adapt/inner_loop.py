@@ -80,7 +80,8 @@ class InnerLoop(NamedTuple):
             step_losses.append(losses)
         if gradient is None:
             return theta, theta.new_empty((0, len(theta)))
-        return theta - self.lr * updated(self.update, phi, gradient, steps - 1), torch.stack(step_losses)
+        U = updated(self.update, phi, gradient, steps - 1)
+        return torch.add(theta, U, alpha=-self.lr), torch.stack(step_losses)
 
     def _step(
         self,
@@ -109,7 +110,7 @@ class InnerLoop(NamedTuple):
             phi = tuple(row.detach().requires_grad_(row.requires_grad) for row in phi)
         if last is not None:
             U = updated(self.update, phi, last, number - 1)
-            theta = theta - self.lr * U
+            theta = torch.add(theta, U, alpha=-self.lr)
         if not self.outer:
             theta = theta.detach().requires_grad_()
         leaves = self.route.leaves(theta)

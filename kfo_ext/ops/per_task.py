@@ -143,6 +143,24 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, channels_last: 
     return _all_tasks(compute, x, weight)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return a linear layer of a task's rows, under vmap over all operands: one product with the bias added to it.
+
+    Args:
+        x: (n, in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,).
+
+    Returns:
+        y: (n, out_features).
+    """
+
+    def compute(tasks: int, x: Any, weight: Any, bias: Any) -> Tensor:
+        return torch.baddbmm(_tasks(bias, tasks).unsqueeze(1), _tasks(x, tasks), _tasks(weight, tasks).mT)
+
+    return _all_tasks(compute, x, weight, bias)
+
+
 def batch_norm(
     x: Tensor,
     weight: Tensor,
