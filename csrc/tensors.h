@@ -56,10 +56,11 @@ class Input {
 
 // An uninitialised tensor of the dtype and on the device of `like`, of at most five dimensions.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  AtenTensorHandle made = nullptr;
+  const bool on_cpu = like.is_cpu();
   const auto dims = static_cast<int64_t>(sizes.size());
+  AtenTensorHandle made = nullptr;
   AOTITorchError error = 0;
-  if (like.is_cpu()) {
+  if (on_cpu) {
     // The allocator itself: the dispatcher would pass through two operators.
     std::array<int64_t, 5> strides{};
     uint64_t stride = 1;
@@ -68,10 +69,9 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
       stride *= static_cast<uint64_t>(std::max<int64_t>(sizes.begin()[d], 1));
     }
     int32_t dtype = 0;
-    error = aoti_torch_get_dtype(like.get(), &dtype);
-    if (!error)
-      error =
-          aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    error =
+        aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made);
   } else {
     // torch::stable::new_empty looks the operator up by its name in every call, which doubles its time.
     error = aoti_torch_aten_new_empty(like.get(), sizes.begin(), dims, nullptr, nullptr, nullptr, 0, nullptr, &made);
@@ -79,8 +79,7 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   // The operators' kernel in Python recognises by this message that memory ran out.
   if (error) throw std::runtime_error("aten::new_empty failed");
   Tensor tensor(made);
-  if (tensor.is_cpu())
-    advise_huge_pages(tensor.const_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  if (on_cpu) advise_huge_pages(tensor.const_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
   return tensor;
 }
 
