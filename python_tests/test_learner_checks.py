@@ -163,6 +163,15 @@ def test_rates_that_are_no_number(lr, error, message):
         MAML(nn.Linear(4, 3), lr=lr, steps=1)
 
 
+def test_a_rate_beyond_the_numbers_of_the_parameters_is_refused():
+    head, batch = nn.Linear(4, 3), TaskBatch(GOOD, GOOD)
+    message = r"lr: expected at most 3\.4e\+38, the largest number of torch\.float32, got 1e\+39"
+    with pytest.raises(ValueError, match=message):
+        MAML(head, lr=1e39, steps=1)(batch)
+    with pytest.raises(ValueError, match=message):
+        KFO(head.named_parameters()).step(head(X[0]).sum(), dict(head.named_parameters()), lr=1e39)
+
+
 def test_a_number_of_any_kind_is_a_rate():
     assert MAML(nn.Linear(4, 3), lr=np.float32(0.5), steps=1).lr == 0.5
 

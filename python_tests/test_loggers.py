@@ -136,6 +136,18 @@ def test_tensorboard_gets_the_numbers_by_iteration(tmp_path, monkeypatch):
     assert {entry[2] for entry in told if entry[0] == "training/loss"} == {5, 6}
 
 
+@pytest.mark.parametrize("left", ["tensorboard/events", "wandb/run", "wandb-id"])
+def test_what_a_logger_leaves_of_an_untrained_run_does_not_stop_the_next(tmp_path, left):
+    run = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match="iteration 1: "):
+        Trainer.start(Config(**WAVES | {"inner_lr": 1e30, "steps": 5}), run).fit()
+    path = run / left
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("kept")
+    assert Trainer.start(Config(**WAVES), run).fit().reason == "finished"
+    assert path.read_text() == "kept"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_reads_what_was_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from kfo_ext.tasks import Examples, TaskBatch
 from kfo_ext.updates import GradientDescent, Update, state
-from kfo_ext.updates.checks import check_adapted, check_rate
+from kfo_ext.updates.checks import check_adapted, check_fits, check_rate
 
 from .adapted import Adapted
 from .calls import exclusive
@@ -280,6 +280,7 @@ class MAML(nn.Module):
             )
         check_adapted(self.adapt_update, self.update)
         check_alike(self.update, parameters[0])
+        check_fits(self.lr, parameters[0].dtype)
         with torch.enable_grad():
             return parameters, self.packing.pack(parameters, "parameters")
 

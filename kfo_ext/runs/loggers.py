@@ -119,7 +119,7 @@ def _load_tensorboard() -> Any:
 @contextmanager
 def _tensorboard(writer_class: Any, run: RunFolder, config: Mapping[str, Any], iteration: int) -> Iterator[Logger]:
     """Events in the folder tensorboard/ of the run, and the configuration as a text."""
-    with writer_class(str(run.path / "tensorboard"), purge_step=iteration + 1 if iteration else None) as writer:
+    with writer_class(str(run.tensorboard), purge_step=iteration + 1 if iteration else None) as writer:
         table = "\n".join(f"| {name} | {value} |" for name, value in config.items())
         writer.add_text("configuration", f"| option | value |\n|---|---|\n{table}", iteration)
 
@@ -143,11 +143,10 @@ def _load_wandb() -> Any:
 def _wandb(wandb: Any, run: RunFolder, config: Mapping[str, Any], iteration: int) -> Iterator[Logger]:
     """A run of Weights & Biases, continued by a resumed run; WANDB_... variables hold its own settings."""
     del iteration
-    path = run.path / "wandb-id"
-    if not path.exists():
-        with atomic_write(path) as file:
+    if not run.wandb_id.exists():
+        with atomic_write(run.wandb_id) as file:
             file.write(secrets.token_hex(8).encode())
-    identity = path.read_text().strip()
+    identity = run.wandb_id.read_text().strip()
     with wandb.init(dir=str(run.path), name=run.path.name, id=identity, resume="allow", config=dict(config)) as session:
         # A validation and a training record share an iteration, so the x axis is the iteration, not their count.
         session.define_metric("*", step_metric="iteration")

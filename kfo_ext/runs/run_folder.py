@@ -19,6 +19,8 @@ from .files import new_folder, partials, read_json, write_json
 class RunFolder:
     """Paths of a run: config.json, metrics.jsonl, last.pt, best.pt, curve.png, environment.json, eval-*.json, .lock.
 
+    Loggers add tensorboard/, or wandb/ and wandb-id.
+
     Readers take no lock and delete nothing: each file is complete at any time. Writers hold `writing`.
 
     Args:
@@ -34,6 +36,9 @@ class RunFolder:
         self.curve = self.path / "curve.png"
         self.environment = self.path / "environment.json"
         self.lock = self.path / ".lock"
+        self.tensorboard = self.path / "tensorboard"
+        self.wandb = self.path / "wandb"
+        self.wandb_id = self.path / "wandb-id"
 
     def checkpoint(self, name: str) -> Path:
         """The path of the checkpoint best or last."""
@@ -142,7 +147,7 @@ class RunFolder:
         Returns:
             True if it does.
         """
-        if self._content() != {self.config}:
+        if self._content() - self._logs() != {self.config}:
             return False
         try:
             load_config(self.config)
@@ -164,7 +169,7 @@ class RunFolder:
         # Imported late: it loads torch.
         from . import checkpoint
 
-        needed, content = {self.config, self.environment, self.last}, self._content()
+        needed, content = {self.config, self.environment, self.last}, self._content() - self._logs()
         if not needed <= content <= needed | {self.metrics} or (self.metrics.exists() and self.metrics.stat().st_size):
             return False
         try:
@@ -200,6 +205,10 @@ class RunFolder:
 
     def _content(self) -> set[Path]:
         return set(self.path.iterdir()) - {self.lock} - set(self._partials())
+
+    def _logs(self) -> set[Path]:
+        # A new run goes on with them.
+        return {self.tensorboard, self.wandb, self.wandb_id}
 
     def _partials(self) -> list[Path]:
         return partials((self.config, self.metrics, self.last, self.best, self.curve, self.environment))

@@ -76,6 +76,4 @@ def adapted(phi: Phi, learned: Iterable[bool], products: Iterable[Tensor], lr: f
     """
     rest = iter(products)
     # Minus lr times (minus lr times the VJP).
-    return tuple(
-        torch.add(row, next(rest), alpha=lr**2) if is_learned else row for row, is_learned in zip(phi, learned)
-    )
+    return tuple(row + lr**2 * next(rest) if is_learned else row for row, is_learned in zip(phi, learned))

@@ -123,6 +123,13 @@ def check_rate(lr: Any) -> float:
     return rate
 
 
+def check_fits(lr: float, dtype: torch.dtype) -> None:
+    """Raises ValueError for an inner learning rate beyond the largest number of the parameters' dtype."""
+    largest = torch.finfo(dtype).max
+    if lr > largest:
+        raise ValueError(f"lr: expected at most {largest:.3g}, the largest number of {dtype}, got {lr!r}")
+
+
 def check_adapted(adapt_update: bool, update: Update) -> None:
     """Raise ValueError if an update without meta-parameters is to be adapted."""
     if adapt_update and not update.phi:

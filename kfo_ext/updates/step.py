@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from kfo_ext.ops.torch_private import functorch_level, in_functorch
 from kfo_ext.packing import Packing, listed
 from kfo_ext.updates.adaptation import Gradient, adapted, products, updated
-from kfo_ext.updates.checks import check_adapted, check_like, check_rate, check_step
+from kfo_ext.updates.checks import check_adapted, check_fits, check_like, check_rate, check_step
 from kfo_ext.updates.gradients import check_loss, differentiated
 from kfo_ext.updates.moved import moved
 
@@ -153,6 +153,7 @@ def taken(
     tasks = packing.tasks(given, "params")
     for param in given[:1]:
         check_like(update.phi, param, "params")
+        check_fits(lr, param.dtype)
     check_adapted(adapt_update, update)
     number = _number(update, state)
     if state is not None:
