@@ -318,3 +318,49 @@ class _Stopped(Exception):
 
 def _STOP():
     raise _Stopped
+
+
+@pytest.mark.parametrize("change", ["relu_", "exp_", "tanh_"])
+@pytest.mark.parametrize("layer", [nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5, track_running_stats=False)])
+def test_a_step_is_recomputed_whose_layers_change_their_input_in_place(change, layer):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.layer, self.head = nn.Conv2d(1, 5, 3, bias=False), copy.deepcopy(layer), nn.Linear(5, WAYS)
+
+        def forward(self, x):
+            return self.head(self.layer(getattr(self.conv(x), change)()).mean((2, 3)))
+
+    torch.manual_seed(0)
+    batch = random_batch(cnn())
+    assert_same(both(lambda m, route: MAML(m, lr=0.1, steps=2, checkpoint=True, route=route), Net().double(), batch))
+
+
+WRONG = {
+    "an axis twice": lambda m, x: m.head(m.conv(x).mean((2, 2, 3))),
+    "an axis out of range": lambda m, x: m.head(m.conv(x).mean((2, 7))),
+    "a weight of three dimensions": lambda m, x: nn.functional.linear(
+        m.conv(x).mean((2, 3)), m.head.weight.expand(2, -1, -1), m.head.bias
+    ),
+    "a bias of more rows": lambda m, x: nn.functional.linear(
+        m.conv(x).mean((2, 3))[:1], m.head.weight, m.head.bias.expand(4, -1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_torch_refuses_is_refused(name):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 5, 3), nn.Linear(5, WAYS)
+
+        def forward(self, x):
+            return WRONG[name](self, x)
+
+    model = Net().double()
+    batch = random_batch(cnn())
+    with pytest.raises((RuntimeError, IndexError)):
+        model(batch.support.x[0])
+    with pytest.raises((RuntimeError, IndexError)):
+        MAML(model, lr=0.1, steps=1)(batch)

@@ -152,6 +152,16 @@ MODULES: dict[str, tuple] = {
         ),
         IMAGE,
     ),
+    "means by other names": (
+        lambda: Of(
+            lambda m, x: (
+                (lambda y: y.mean(axis=(2, 3)) + torch.mean(input=y, dim=(2, 3)) + y.mean().mean((0,)))(m.c(x))
+                + F.linear(input=x[:, :, 0, 0], weight=m.c.weight[:, :, 0, 0], bias=m.c.bias)
+            ),
+            c=nn.Conv2d(3, 2, 3),
+        ),
+        IMAGE,
+    ),
     "mean with a dtype": (
         lambda: Of(lambda m, x: m.c(x).mean((2, 3), dtype=torch.float64), c=nn.Conv2d(3, 2, 3)),
         IMAGE,

@@ -26,7 +26,7 @@ def _in_autocast(func: Callable) -> Callable:
     """`func` with float32 operands rounded as autocast rounds them, which torch omits under vmap."""
 
     def call(*arguments: Any, **options: Any) -> Any:
-        device = next(X for X in tree_leaves(arguments) if isinstance(X, Tensor)).device.type
+        device = next(X for X in tree_leaves((arguments, options)) if isinstance(X, Tensor)).device.type
         if not torch.is_autocast_enabled(device):
             return func(*arguments, **options)
         dtype = torch.get_autocast_dtype(device)
@@ -70,11 +70,25 @@ def _view(X: Tensor, *size: Any, **options: Any) -> Tensor:
     return X.view(*size, **options) if options or isinstance(size[0], torch.dtype) else X.reshape(*size)
 
 
-def _mean(X: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
-    axes = {axis % X.dim() for axis in dim} if isinstance(dim, (tuple, list)) else ()
-    if X.dim() != 4 or axes != {2, 3} or X.stride(1) != 1 or X.dtype not in (torch.float32, torch.float64) or options:
-        return X.mean(dim, keepdim, **options)
+def _mean(*arguments: Any, **options: Any) -> Tensor:
+    if not (options.keys() <= {"dim", "keepdim"} and _is_spatial(*arguments, **options)):
+        return torch.mean(*arguments, **options)
+    return _spatial_mean(*arguments, **options)
+
+
+def _is_spatial(X: Tensor, dim: Any = None, keepdim: bool = False) -> bool:
+    """Whether a mean is that of channels-last images."""
+    del keepdim
+    if X.dim() != 4 or X.stride(1) != 1 or X.dtype not in (torch.float32, torch.float64):
+        return False
+    return (
+        isinstance(dim, (tuple, list)) and len(dim) == 2 and {axis + 4 if axis < 0 else axis for axis in dim} == {2, 3}
+    )
+
+
+def _spatial_mean(X: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     # The gradient of torch's own is not channels last; this one is an expanded tensor, which our layers copy once.
+    del dim
     height, width = X.shape[2:]
     y = X.permute(0, 2, 3, 1).sum((1, 2), keepdim) / (height * width)
     return y.permute(0, 3, 1, 2) if keepdim else y
@@ -121,7 +135,7 @@ def _linear(input, weight, bias=None):
     # Under vmap torch's own also multiplies the bias by 1.
     if bias is not None and (input.dim(), weight.dim(), bias.dim()) == (2, 2, 1) and is_mapped(weight):
         return per_task.linear(input, weight, bias)
-    y = input @ weight.mT if weight.dim() > 1 else input @ weight
+    y = input @ (weight.mT if weight.dim() == 2 else weight)
     return y if bias is None else y + bias
 
 

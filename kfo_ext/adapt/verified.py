@@ -124,6 +124,12 @@ CONDITIONS: dict[Callable, Callable[..., str]] = {
     F.embedding: lambda *_, max_norm=None, sparse=False, scale_grad_by_freq=False, **__: (
         "with max_norm, sparse or scale_grad_by_freq" if max_norm is not None or sparse or scale_grad_by_freq else ""
     ),
+    # torch raises for them in a loop.
+    F.linear: lambda input, weight, bias=None: (
+        "with a weight or a bias of more dimensions"
+        if weight.dim() > 2 or (bias is not None and bias.dim() > 1)
+        else ""
+    ),
     F.instance_norm: lambda *_, running_mean=None, **__: "" if running_mean is None else "with running statistics",
     F.one_hot: lambda _, num_classes=-1: "without a number of classes" if num_classes == -1 else "",
     F.interpolate: lambda *_, mode="nearest", **__: f"with mode {mode!r}" if mode == "nearest-exact" else "",

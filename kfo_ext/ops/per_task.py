@@ -106,15 +106,18 @@ def _tasks(pair: tuple[Tensor, int | None], tasks: int) -> Tensor:
 
 def _channels_last(pair: tuple[Tensor, int | None], tasks: int) -> Tensor:
     """(tasks, n, channels, ...) as (tasks, n, ..., channels): the layer's own output, if a layer here made it."""
-    own = getattr(pair[0], _OWN, None) if pair[1] == 0 else None
-    return _tasks(pair, tasks).movedim(2, -1) if own is None else own
+    X, dim = pair
+    own, version = getattr(X, _OWN, (None, 0)) if dim == 0 else (None, 0)
+    return _tasks(pair, tasks).movedim(2, -1) if own is None or X._version != version else own
 
 
 def _channels_first(Y: Tensor) -> Tensor:
     """(tasks, n, ..., channels) as (tasks, n, channels, ...), in the same memory."""
     X = Y.movedim(-1, 2)
-    # For `_channels_last`: moving the dimension back would add a node to every derivative.
-    setattr(X, _OWN, Y)
+    if not X.is_inference():
+        # For `_channels_last`: moving the dimension back would add a node to every derivative. Once X has changed in
+        # place, autograd would unpack what Y saved a second time, which a checkpoint forbids.
+        setattr(X, _OWN, (Y, X._version))
     return X
 
 
