@@ -71,6 +71,13 @@ def tied_layers() -> nn.Module:
     return model
 
 
+def norms_that_share_a_statistic() -> nn.Module:
+    # In float64 already: a conversion would give each its own.
+    first, second = nn.BatchNorm2d(3, momentum=0.1).double(), nn.BatchNorm2d(3, momentum=0.4).double()
+    second.running_mean = first.running_mean
+    return nn.Sequential(first, second, nn.Tanh(), first)
+
+
 MODULES: dict[str, tuple] = {
     "attention": (lambda: Of(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(4, 2, batch_first=True)), TOKENS),
     "attention with bias to keys": (
@@ -105,6 +112,7 @@ MODULES: dict[str, tuple] = {
     "orthogonal by a map that is not served": (lambda: parametrizations.orthogonal(nn.Linear(4, 3)), ROWS),
     "shared layer": (shared_layer, ROWS),
     "tied layers": (tied_layers, ROWS),
+    "norms that share a statistic": (norms_that_share_a_statistic, IMAGE),
     "list and dict": (
         lambda: Of(
             lambda m, x: sum(m.d["a"](each(x)) for each in m.l),

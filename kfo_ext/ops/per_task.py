@@ -6,6 +6,7 @@ the previous layer's output without a copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,27 +58,30 @@ class Statistics:
     """The statistics of all tasks and calls of a forward, to update running statistics with after it."""
 
     def __init__(self) -> None:
-        # By the id of a running mean.
-        self._calls: dict[int, list[tuple[Running, Tensor, Tensor]]] = {}
+        # By the id of a running mean or variance: layers may share one of them, or both.
+        self._calls: dict[int, list[tuple[Tensor, float, Tensor]]] = {}
 
     @torch.no_grad()
     def note(self, running: Running, rows: Tensor, shift: Tensor | float) -> None:
         """Record one call of all tasks: rows (tasks, n, channels), and the bias that they lack."""
         variances, means = torch.var_mean(rows, 1)
-        self._calls.setdefault(id(running.mean), []).append((running, means + shift, variances))
+        for statistic, values in ((running.mean, means + shift), (running.variance, variances)):
+            self._calls.setdefault(id(statistic), []).append((statistic, running.momentum, values))
 
     @torch.no_grad()
     def follow(self) -> None:
         """Update running statistics task by task, as the same number of calls of torch's batch norm would."""
         for calls in self._calls.values():
-            runnings, means, variances = zip(*calls)
-            running = runnings[0]
-            for statistic, values in ((running.mean, means), (running.variance, variances)):
-                rows = torch.stack(values, 1).flatten(0, 1)
-                kept = 1 - running.momentum
-                ages = torch.arange(len(rows) - 1, -1, -1, dtype=rows.dtype, device=rows.device)
-                # Through `data`: a graph may hold them, and torch's own batch norm does not change their version.
-                statistic.data.mul_(kept ** len(rows)).add_((running.momentum * kept**ages) @ rows)
+            statistic, _, first = calls[0]
+            ages = torch.arange(len(first) - 1, -1, -1, dtype=first.dtype, device=first.device)
+            # What the calls of a task leave of the value before them.
+            kept = math.prod(1 - momentum for _, momentum, _ in calls)
+            weights, later = kept**ages, 1.0
+            # Through `data`: a graph may hold them, and torch's own batch norm does not change their version.
+            statistic.data.mul_(kept ** len(first))
+            for _, momentum, values in reversed(calls):
+                statistic.data.add_((momentum * later * weights) @ values)
+                later *= 1 - momentum
 
 
 class Running(NamedTuple):
