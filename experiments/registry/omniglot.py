@@ -35,8 +35,8 @@ DECAYED: dict[str, Settings] = {"": {"schedule": "half_life", "meta_lr_half_life
 SCALED: dict[str, Settings] = {"": {"scale": 100.0}}
 START = "the start of the network: the best of three (torch's, the reference's, a zero head); the paper names none"
 TWO_STARTS = (
-    "the start of the network: the better of two (torch's, the reference's); the MAML that it is compared with has a "
-    "third, a zero head, and takes that"
+    "the start of the network: the better of two (torch's, the reference's); the rows of MAML and of META-KFO, linear, "
+    "have a third, a zero head"
 )
 LINEAR = "one Kronecker layer, psd, adapted; the paper does not say which of its numbers are linear"
 TANH = "depth 2 and tanh, residual form: the repository's README says two hidden layers, the paper nothing"
@@ -96,11 +96,19 @@ PAPER_KFO = _paper(KFO, "MAML + KFO")
 
 
 def _tuned(
-    name: str, title: str, column: str, base: Settings, rates: tuple[float, ...], how: Any = None, **facts: Any
+    name: str,
+    title: str,
+    column: str,
+    base: Settings,
+    rates: tuple[float, ...],
+    how: Any = None,
+    choices: tuple[str, ...] = (),
+    **facts: Any,
 ) -> Entry:
-    """A row whose rates are tuned, the outer one starting at the paper's."""
+    """A row whose rates are tuned, the outer one starting at the paper's; without `how`, over two starts."""
+    choices = choices if how else (TWO_STARTS, *choices)
     works = tuned({**base, **_outer(column)}, rates, cpu=RUNGS, **how or {})
-    return _entry(name, title, works, **{"column": column, **facts})
+    return _entry(name, title, works, **{"column": column, "choices": choices, **facts})
 
 
 KFO_CELL = _cell("META-KFO", 96.62)
@@ -182,7 +190,6 @@ ENTRIES = [
         {**MAML, "update": "meta_sgd"},
         RATES,
         published=_cell("MSGD", 74.07),
-        choices=(TWO_STARTS,),
     ),
     _tuned(
         "mc",
@@ -191,7 +198,6 @@ ENTRIES = [
         {**MAML, "update": "meta_curvature"},
         RATES,
         published=_cell("MC", None, UNKNOWN),
-        choices=(TWO_STARTS,),
     ),
     # Tables D.6 and D.7 have no T-Nets.
     _entry(

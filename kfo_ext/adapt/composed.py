@@ -71,24 +71,22 @@ def _view(X: Tensor, *size: Any, **options: Any) -> Tensor:
 
 
 def _mean(*arguments: Any, **options: Any) -> Tensor:
-    if not (options.keys() <= {"dim", "keepdim"} and _is_spatial(*arguments, **options)):
-        return torch.mean(*arguments, **options)
-    return _spatial_mean(*arguments, **options)
+    images = options.keys() <= {"dim", "keepdim"} and _means_images(*arguments, **options)
+    return (_mean_of_images if images else torch.mean)(*arguments, **options)
 
 
-def _is_spatial(X: Tensor, dim: Any = None, keepdim: bool = False) -> bool:
-    """Whether a mean is that of channels-last images."""
+def _means_images(X: Tensor, dim: Any = None, keepdim: bool = False) -> bool:
+    """Whether it is the mean over height and width of channels-last images."""
     del keepdim
     if X.dim() != 4 or X.stride(1) != 1 or X.dtype not in (torch.float32, torch.float64):
         return False
-    return (
-        isinstance(dim, (tuple, list)) and len(dim) == 2 and {axis + 4 if axis < 0 else axis for axis in dim} == {2, 3}
-    )
+    both = isinstance(dim, (tuple, list)) and len(dim) == 2
+    return both and {axis + 4 if axis < 0 else axis for axis in dim} == {2, 3}
 
 
-def _spatial_mean(X: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    # The gradient of torch's own is not channels last; this one is an expanded tensor, which our layers copy once.
+def _mean_of_images(X: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     del dim
+    # The gradient of torch's mean is not channels last; a sum's is an expanded tensor, which our layers copy once.
     height, width = X.shape[2:]
     y = X.permute(0, 2, 3, 1).sum((1, 2), keepdim) / (height * width)
     return y.permute(0, 3, 1, 2) if keepdim else y

@@ -124,7 +124,7 @@ CONDITIONS: dict[Callable, Callable[..., str]] = {
     F.embedding: lambda *_, max_norm=None, sparse=False, scale_grad_by_freq=False, **__: (
         "with max_norm, sparse or scale_grad_by_freq" if max_norm is not None or sparse or scale_grad_by_freq else ""
     ),
-    # torch raises for them in a loop.
+    # In a loop, torch raises for the shapes that do not fit.
     F.linear: lambda input, weight, bias=None: (
         "with a weight or a bias of more dimensions"
         if weight.dim() > 2 or (bias is not None and bias.dim() > 1)

@@ -112,6 +112,7 @@ def _channels_last(pair: tuple[Tensor, int | None], tasks: int) -> Tensor:
     """(tasks, n, channels, ...) as (tasks, n, ..., channels): the layer's own output, if a layer here made it."""
     X, dim = pair
     own, version = getattr(X, _OWN, (None, 0)) if dim == 0 else (None, 0)
+    # After a change of X in place, a checkpointed backward pass fails if it reads the layer's output itself.
     return _tasks(pair, tasks).movedim(2, -1) if own is None or X._version != version else own
 
 
@@ -119,8 +120,7 @@ def _channels_first(Y: Tensor) -> Tensor:
     """(tasks, n, ..., channels) as (tasks, n, channels, ...), in the same memory."""
     X = Y.movedim(-1, 2)
     if not X.is_inference():
-        # For `_channels_last`: moving the dimension back would add a node to every derivative. Once X has changed in
-        # place, autograd would unpack what Y saved a second time, which a checkpoint forbids.
+        # For `_channels_last`: moving the dimension back would add a node to every derivative.
         setattr(X, _OWN, (Y, X._version))
     return X
 
