@@ -358,6 +358,32 @@ def test_a_checkpoint_in_the_forward_is_refused(route, options):
         learner(images())
 
 
+@pytest.mark.parametrize("served", [True, False], ids=["vmap", "loop"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_first_call_may_be_in_a_checkpoint(served, reentrant):
+    """The forward that decides the route is not part of what a checkpoint computes again."""
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(196, WAYS)]
+    model, batch = nn.Sequential(*layers, *([] if served else [_Reading()])).double(), images()
+    losses, gradients = [], []
+    for within in (False, True):
+        learner = MAML(copy.deepcopy(model), lr=0.1, steps=2)
+        torch.manual_seed(0)
+        # A reentrant checkpoint differentiates by its arguments alone, and by parameters if one of those needs it.
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+        def computed(scale, learner=learner):
+            return scale * learner(batch).loss
+
+        loss = checkpoint(computed, scale, use_reentrant=reentrant) if within else computed(scale)
+        loss.backward()
+        assert learner.route.startswith("vmap" if served else "loop: ")
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in (scale, *learner.parameters())])
+    assert torch.equal(*losses)
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_tensors_that_a_forward_saves_elsewhere_are_the_tasks_own():
     def forward(self, x, h, r):
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):

@@ -8,7 +8,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -26,7 +26,8 @@ PLAIN = (bool, int, float, str, type(None))
 def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
     """Restore everything that the block changes in a module.
 
-    It covers attributes, and the containers, objects and NumPy arrays that they hold, at any depth.
+    It covers attributes, and the containers, objects and NumPy arrays that they hold, at any depth. The caller's hooks
+    on saved tensors do not see the block: a checkpoint would miss its tensors when it recomputes.
 
     Args:
         module: the module, with its submodules.
@@ -36,7 +37,7 @@ def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
         A function that describes the first change that would affect a later forward, or returns "".
     """
     cuda = {X.device for X in tree_leaves(arguments) if isinstance(X, Tensor) and X.is_cuda}
-    with BufferReplay(module), torch.random.fork_rng(devices=cuda, device_type="cuda"):
+    with BufferReplay(module), torch.random.fork_rng(devices=cuda, device_type="cuda"), _unseen():
         own = [(each, dict(vars(each))) for each in module.modules()]
         held: dict[int, tuple[str, Any, Any]] = {}
         for each, attributes in own:
@@ -68,6 +69,20 @@ def undone(module: nn.Module, arguments: Any) -> Iterator[Callable[[], str]]:
                     _refill(_contents(value), before)
             for _, _, put, state in draws:
                 put(state)
+
+
+def _unseen() -> AbstractContextManager:
+    """Hides the block's saved tensors from the caller's hooks."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        # Without need there are none, as torch.func.grad refuses any.
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_saved, lambda X: X)
+
+
+def _saved(X: Tensor) -> Tensor:
+    """What a graph keeps of a tensor: the tensor itself, if an output, would keep the graph alive."""
+    with torch._C.DisableTorchFunction():
+        return X.detach()
 
 
 # The name, getter, setter and present value of a random state.
