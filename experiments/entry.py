@@ -11,6 +11,8 @@ from .halving import Fixed, Following, Halving, StartOf
 from .jobs import digest
 
 BUDGETS = ("ci", "cpu", "gpu", "paper")
+# What the report calls a data set, by the name of its folder.
+DATA_SETS = {"omniglot": "Omniglot", "cifar_fs": "CIFAR-FS", "grocery84": "grocery84"}
 CERTAIN, INFERRED, UNKNOWN = "certain", "inferred", "unknown"
 
 

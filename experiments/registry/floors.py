@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import shown
 from ..computed import floors, upper_line
-from ..entry import Entry
+from ..entry import DATA_SETS, Entry
 from .budgets import computed
 
 DATA: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ def _floors(name: str) -> Entry:
     smoke = {**shared, "tasks": 2, "seeds": min(1, seeds), "iterations": 2, "every": 2, "validation_tasks": 2}
     return Entry(
         name=f"{name}-floors",
-        title=f"{name}: nearest class means of pixels{', prototypical networks' if seeds else ''}",
+        title=f"{DATA_SETS[name]}: nearest class means of pixels{', prototypical networks' if seeds else ''}",
         group="floors",
         data=(name,),
         works=computed(floors, shown.floors, smoke, full),
@@ -45,7 +45,7 @@ def _upper_line(name: str) -> Entry:
     full = {**shared, "tasks": TASKS[name], "validation_tasks": 20}
     return Entry(
         name=f"{name}-upper-line",
-        title=f"{name}: softmax regression on all images of the classes",
+        title=f"{DATA_SETS[name]}: softmax regression on all images of the classes",
         group="figure-3",
         data=(name,),
         works=computed(upper_line, shown.upper_line, smoke, full),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..entry import UNKNOWN, Entry, Published
+from ..entry import DATA_SETS, UNKNOWN, Entry, Published
 from ..jobs import Settings, Test
 from .budgets import FINAL, tuned
 from .published import linear
@@ -36,7 +36,7 @@ def _entry(name: str, linnet: bool) -> Entry:
     base = {**DATA[name], "network": "linear", "update": "none", **method, "meta_lr": META_LR[name][linnet]}
     return Entry(
         name=f"{name}-softmax{'-linnet' if linnet else ''}",
-        title=f"{name}, softmax regression{' with LinNet' if linnet else ''}",
+        title=f"{DATA_SETS[name]}, softmax regression{' with LinNet' if linnet else ''}",
         group=GROUP,
         published=(Published(FIGURES[name], None, UNKNOWN),),
         rates=linear(ROWS[name], f"LR{' + LinNet' if linnet else ''}"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..entry import Computed, Entry
+from ..entry import DATA_SETS, Computed, Entry
 from ..halving import Halving
 from ..markdown import FOLDER, picture
 from ..registry.claims import Claim
@@ -185,7 +185,8 @@ def _group(made: Page, group: Group) -> None:
         _comparison(made, rows)
         panels: dict[str, dict[str, Row]] = {}
         for row in rows:
-            panels.setdefault(row.settings.get("dataset", ""), {})[row.title] = row
+            data = ", ".join(DATA_SETS.get(name, name) for name in row.entry.data)
+            panels.setdefault(data, {})[row.title] = row
         _curves(made, group.name, panels)
         _against(made, group)
     for entry in entries:
