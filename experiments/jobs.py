@@ -78,7 +78,8 @@ class Record:
         accuracy: the mean accuracy of each validation.
         interval: half of its 95 % interval over tasks.
         training: the mean training accuracy of the meta-iterations since the previous validation.
-        seconds: seconds of meta-training, including validations, on one thread.
+        seconds: wall-clock seconds of meta-training, including validations, on one thread; other processes, and time
+            in which the process was stopped, lengthen it.
         environments: indices of the environments in the result file.
         tests: fields of `Test`, iteration of the checkpoint, mean, interval, and `correct`, see `encoded`; `failure`
             holds the reason if there are none, such as a loss that is not finite.
