@@ -17,20 +17,25 @@ import readme_tables
 import speed_tables
 from measured import DOCS, NETWORKS, ROOT, by_contender, made, result, table
 
+# Those of a processor, by torch's names.
+INSTRUCTIONS = {"AVX512": "AVX-512", "AVX2": "AVX2"}
 SLOT = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 
 
 def routes() -> str:
     """A meta-iteration of a user's network by each route."""
     rows, captions = [], []
-    for path in ("bench/results/user_cnn.json", "bench/results/user_networks.json"):
+    for name in ("user_cnn", "user_cnn_avx2", "user_networks"):
+        path = f"bench/results/{name}.json"
         facts, networks = by_contender(path)
         captions.append(made(path, facts))
         for network, found in networks.items():
             times = [found[name]["seconds"]["median"] * 1000 for name in ("ours_user", "ours_user_loop", "learn2learn")]
-            rows.append([NETWORKS[network], *(f"{time:,.0f}" for time in times), f"{times[2] / times[0]:.1f}x"])
+            shown = [f"{time:,.0f}" for time in times]
+            rows.append([NETWORKS[network], INSTRUCTIONS[facts["capability"]], *shown, f"{times[2] / times[0]:.1f}x"])
     head = [
         "network of torch.nn modules",
+        "instructions",
         "kfo_ext, vmap, ms",
         "kfo_ext, loop, ms",
         "learn2learn, ms",

@@ -116,10 +116,12 @@ def comparisons() -> list[Against]:
     return sorted(found, key=lambda each: (each.facts["started"], each.path))
 
 
-def newest(network: str = "omniglot_cnn2") -> list[Against]:
-    """For each method and package the newest comparison, with the fastest form of either side."""
+def newest(network: str = "omniglot_cnn2", capability: str = "AVX512") -> list[Against]:
+    """For each method and package the newest comparison on such a processor, with the fastest form of either side."""
     chosen: dict[tuple[str, str], list[Against]] = {}
     for each in comparisons():
+        if each.facts.get("capability", capability) != capability:
+            continue
         if each.ours["network"] == network and each.ours["contender"] in ("ours", "ours_native"):
             key = each.ours["method"], each.peer
             before = chosen.get(key, [])

@@ -35,8 +35,8 @@ def iteration(contender: str, median: float, **facts) -> dict:
 def results(tmp_path):
     """Writes a result of bench/meta_peers.py into a folder of their own."""
 
-    def write(name: str, started: str, *rows: dict) -> None:
-        content = {"command": "meta_peers.py", "started": started, "rows": rows}
+    def write(name: str, started: str, *rows: dict, **facts) -> None:
+        content = {"command": "meta_peers.py", "started": started, "rows": rows, **facts}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
 
     return write
@@ -70,6 +70,15 @@ def test_the_newest_result_counts_and_in_it_the_fastest_form_of_a_package(result
         ("bench/results/old.json", "higher", 5.0),
         ("bench/results/new.json", "jax", 3.0),
     ]
+
+
+def test_results_of_other_instructions_are_not_beside_each_other(results, monkeypatch, tmp_path):
+    measured = script("measured")
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    for name, day in (("AVX512", "2026-01-01"), ("AVX2", "2026-01-02")):
+        results(name, day, iteration("ours_native", 1.0), iteration("higher", 3.0), capability=name)
+    assert [each.path for each in measured.newest()] == ["bench/results/AVX512.json"]
+    assert [each.path for each in measured.newest(capability="AVX2")] == ["bench/results/AVX2.json"]
 
 
 def test_losses_are_below_one_the_worst_first():
