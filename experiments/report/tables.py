@@ -63,7 +63,7 @@ def _cost(row: Row, accuracy: Summary | None) -> str:
     seeds, test = len(row.work.seeds), row.test("best")
     done = f"{accuracy.n} of {seeds}" if accuracy and accuracy.n < seeds else str(seeds)
     tests = f", {test.tasks:,} test tasks" if test else NONE
-    return f"{row.iterations:,} x {row.settings['meta_batch']} tasks, {done} seeds{tests}"
+    return f"{row.iterations:,} x {row.settings['meta_batch']} tasks, {done} seed{'' if seeds == 1 else 's'}{tests}"
 
 
 def _from_baseline(row: Row, book: Book) -> Summary | None:
