@@ -276,6 +276,21 @@ def test_a_score_that_is_not_finite_is_said_and_does_not_count(tmp_path):
     assert "| not finite, 300 | 72.00 |  |" in tables.checkpoints([row])
 
 
+@pytest.mark.parametrize("failed", [1, 2])
+def test_seeds_that_fail_with_other_options_are_counted(tmp_path, failed):
+    tests = (*FINAL, scored(40, changes={"steps": 2}))
+    entries = {"one": entry("one", replace(FIXED, seeds=(0, 1), tests=tests))}
+    results = Results(entries["one"], "cpu", tmp_path, entries)
+    finish(results, rising, lambda *_: 18)
+    for key, each in list(results.records.items())[:failed]:
+        lost = {"mean": None, "interval": None, "iteration": None, "correct": "", "failure": "not finite"}
+        each.tests[-1] |= lost
+        results.add(key, each, [])
+    score = "72.00 ± 0.00 " if failed == 1 else ""
+    (line,) = tables.changes([Book.read(entries, "cpu", tmp_path).row("one")]).splitlines()[2:]
+    assert line == f"| row one | {score}(not finite: {failed} of 2) | 72.00 ± 0.00 |"
+
+
 def test_verdicts_of_the_made_up_results(book, whole):
     found = [judged(claim, book).verdict for claim in STATEMENTS]
     assert found == ["reproduced", "reversed", "undecided", "not run"]

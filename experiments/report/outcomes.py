@@ -104,6 +104,10 @@ class Row:
             if each["correct"]
         }
 
+    def failed(self, test: Test) -> int:
+        """The number of runs whose checkpoint gave a number that is not finite in a test."""
+        return sum(record.has(test) and bool(record.test(test).get("failure")) for record in self.records.values())
+
     def accuracy(self, test: Test | None = None) -> Summary | None:
         """The accuracy on a test, by default that of the best checkpoints; None without a score."""
         scores = self.scores(self.test("best") if test is None else test)

@@ -169,11 +169,15 @@ def changes(rows: Sequence[Row]) -> str:
     if not changed:
         return ""
     header = ["", *(" ".join(f"{value} {name}" for name, value in test.changes.items()) for test in changed)]
-    scored = [(row, [row.accuracy(test) for test in changed]) for row in rows if row.accuracy()]
-    return table(
-        [*header, "as trained"],
-        [[row.title, *map(_with_interval, (*found, row.accuracy()))] for row, found in scored if any(found)],
-    )
+    cells = [(row, [_tested(row, test) for test in changed]) for row in rows if row.accuracy()]
+    body = [[row.title, *found, _with_interval(row.accuracy())] for row, found in cells if any(found)]
+    return table([*header, "as trained"], body)
+
+
+def _tested(row: Row, test: Test) -> str:
+    """The accuracy on a test, with the number of seeds that are not in it."""
+    score, failed = _with_interval(row.accuracy(test)), row.failed(test)
+    return f"{score} (not finite: {failed} of {len(row.records)})".lstrip() if failed else score
 
 
 def _with_interval(accuracy: Summary | None) -> str:
