@@ -17,7 +17,7 @@ import readme_tables
 import speed_tables
 from measured import DOCS, NETWORKS, ROOT, by_contender, made, result, table
 
-# Those of a processor, by torch's names.
+# Instruction sets, by torch's names.
 INSTRUCTIONS = {"AVX512": "AVX-512", "AVX2": "AVX2"}
 SLOT = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 

@@ -368,7 +368,7 @@ def test_the_first_call_may_be_in_a_checkpoint(served, reentrant):
     for within in (False, True):
         learner = MAML(copy.deepcopy(model), lr=0.1, steps=2)
         torch.manual_seed(0)
-        # A reentrant checkpoint differentiates by its arguments alone, and by parameters if one of those needs it.
+        # A reentrant checkpoint needs an argument that requires a gradient.
         scale = torch.ones((), dtype=torch.float64, requires_grad=True)
 
         def computed(scale, learner=learner):
