@@ -32,7 +32,7 @@ help:
 	@echo "make test    build everything, run the tests"
 	@echo "make test-peers   learn2learn's own unit tests with our classes in their places (downloads its source, 7 MB)"
 	@echo "make experiments   two meta-iterations of every table and figure of the paper whose data is in \$$KFO_DATA (5 minutes)"
-	@echo "make sanitize   the CPU kernels under AddressSanitizer and UBSan, the CUDA kernels' emulation under ThreadSanitizer, and deliberate breaks of them (5 minutes, needs GCC's libasan)"
+	@echo "make sanitize   the CPU kernels under AddressSanitizer and UBSan, the CUDA kernels' emulation under all three of GCC's sanitizers, and deliberate breaks of them (5 minutes, needs GCC's libasan)"
 	@echo "make docs    build the documentation site into build/site, strictly and offline (10 seconds)"
 	@echo "make wheel   build a wheel into dist/; make test-wheel installs it elsewhere and runs the operators' tests"
 	@echo "make release-check   build sdist and wheels for every Python found, check them, test what they install (10 minutes)"
@@ -54,7 +54,7 @@ test-peers: $(STAMPS)/test
 experiments: $(STAMPS)/test
 	$(BIN)/python -m experiments run --budget ci
 
-# A build of its own, in a temporary folder; then races in the CUDA kernels, which run on the host, and breaks of them.
+# A build of its own, in a temporary folder; then the CUDA kernels, which run on the host, and breaks of them.
 sanitize: $(STAMPS)/test
 	$(BIN)/python -m python_tests.cpu_sanitizers.run
 	$(BIN)/python -m pytest --numprocesses auto -m breaks python_tests/test_cuda_host.py

@@ -5,6 +5,7 @@ KFO_TEST_TIMEOUT_SCALE=3 gives the processes that tests start three times as lon
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -14,6 +15,9 @@ import torch
 # Under nohup or in the background of a shell, SIGINT is ignored, and would be in every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Processes of two tests run side by side: with more threads than cores both would wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files whose tests start compilers or whole suites: begun last, they would run on alone.
 LONGEST_FIRST = ("test_isa", "test_cuda_host", "test_packaging", "test_gpu_tests_on_cpu", "test_triton")
