@@ -20,6 +20,7 @@ ROWS = {
     "omniglot-cnn2-kfo-clipped": "META-KFO, tuned, meta-gradients clipped",
     "omniglot-cnn2-kfo-decayed": "META-KFO, tuned, outer rate decayed",
     "omniglot-cnn2-kfo-paper": "META-KFO, paper's rates",
+    "omniglot-cnn2-kfo-fixed": "META-KFO, factors not adapted, tuned",
     "omniglot-cnn2-maml": "MAML, tuned",
     "omniglot-cnn2-maml-clipped": "MAML, tuned, meta-gradients clipped",
     "omniglot-cnn2-maml-paper": "MAML, paper's rates",
@@ -53,10 +54,10 @@ def short() -> str:
         for label, name in TUNED.items()
     ]
     head = ["accuracy, %", "tuned", "meta-gradients clipped", "paper's rates", "paper"]
-    decayed = found.get("omniglot-cnn2-kfo-decayed", "not run")
+    decayed, unadapted = (found.get(f"omniglot-cnn2-kfo-{name}", "not run") for name in ("decayed", "fixed"))
     note = (
-        "Omniglot, CNN(2), 5-way 5-shot, best checkpoints of three seeds; META-KFO with a decayed outer rate: "
-        f"{decayed}. `python -m experiments run table-3 collapse`."
+        "Omniglot, CNN(2), 5-way 5-shot, best checkpoints of three seeds. META-KFO, outer rate decayed: "
+        f"{decayed}; factors not adapted: {unadapted}. `python -m experiments run table-3 collapse`."
     )
     return table(head, rows, note)
 

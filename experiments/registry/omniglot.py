@@ -39,6 +39,10 @@ TWO_STARTS = (
     "have a third, a zero head"
 )
 LINEAR = "one Kronecker layer, psd, adapted; the paper does not say which of its numbers are linear"
+FIXED = (
+    "equations 22 and 23 learn the factors in the outer loop alone, as here; Algorithm 1 adapts them in the inner loop "
+    "too, as the other rows of META-KFO do; the paper does not say which of the two its numbers are of"
+)
 TANH = "depth 2 and tanh, residual form: the repository's README says two hidden layers, the paper nothing"
 SCALE = "the hidden layers see 100 times the gradient, whose size leaves tanh nearly linear; at the row's tuned setting"
 GRID = "no rate of T-Nets is published: MAML's grid"
@@ -134,7 +138,11 @@ ENTRIES = [
         HEADLINE,
         published=KFO_CELL,
         choices=(START, LINEAR),
-        tried=("clipped meta-gradients and a decayed outer rate: the controls of the collapse", PAPER_ROW),
+        tried=(
+            "clipped meta-gradients and a decayed outer rate: the controls of the collapse",
+            PAPER_ROW,
+            "factors that are not adapted: their own row",
+        ),
     ),
     _entry(
         "maml-paper",
@@ -208,7 +216,14 @@ ENTRIES = [
         choices=(TWO_STARTS, GRID),
     ),
     _tuned(
-        "kfo-fixed", "META-KFO, linear, factors not adapted", "MAML + KFO", {**KFO, "adapt_update": False}, KFO_RATES
+        "kfo-fixed",
+        "META-KFO, linear, factors not adapted",
+        "MAML + KFO",
+        {**KFO, "adapt_update": False},
+        KFO_RATES,
+        published=KFO_CELL,
+        baseline="omniglot-cnn2-kfo",
+        choices=(FIXED,),
     ),
     _tuned(
         "kfo-hidden",
