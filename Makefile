@@ -32,7 +32,7 @@ help:
 	@echo "make test    build everything, run the tests"
 	@echo "make test-peers   learn2learn's own unit tests with our classes in their places (downloads its source, 7 MB)"
 	@echo "make experiments   two meta-iterations of every table and figure of the paper whose data is in \$$KFO_DATA (5 minutes)"
-	@echo "make sanitize   the CPU kernels under AddressSanitizer and UBSan, the CUDA kernels' emulation under all three of GCC's sanitizers, and deliberate breaks of them (5 minutes, needs GCC's libasan)"
+	@echo "make sanitize   the CPU kernels under AddressSanitizer and UBSan, the CUDA kernels' emulation under these and ThreadSanitizer, and deliberate breaks of them (5 minutes, needs GCC's libasan)"
 	@echo "make docs    build the documentation site into build/site, strictly and offline (10 seconds)"
 	@echo "make wheel   build a wheel into dist/; make test-wheel installs it elsewhere and runs the operators' tests"
 	@echo "make release-check   build sdist and wheels for every Python found, check them, test what they install (10 minutes)"

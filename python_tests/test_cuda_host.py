@@ -1,8 +1,8 @@
-"""The CUDA kernels compiled as plain C++, one fiber per thread, against float64, under sanitizers.
+"""The CUDA kernels compiled as plain C++, one fiber per thread, against float64, plainly and under sanitizers.
 
 No GPU is needed. Shared memory and every output start as NaN, a thread that misses a barrier is an error, and an
 asynchronous copy lands when it is waited for. AddressSanitizer and UBSan watch memory, ThreadSanitizer missing barriers
-and blocks that share an address: both run in `make sanitize`.
+and blocks that share an address. `make test` runs without sanitizers, `make sanitize` with them.
 """
 
 from __future__ import annotations

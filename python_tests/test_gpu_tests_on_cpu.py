@@ -20,7 +20,7 @@ LARGE_SHAPES = ("16x25x32x32x32x32", "16x4900x32", "1x25600x64")
 
 @pytest.mark.skipif(not library.status()["cpu"][0], reason="the compiled CPU library is not built")
 def test_their_bodies_pass():
-    # On a CPU the large cases take longer than all others, and opcheck has run there.
+    # On a CPU the large cases take longer than all others; test_derivatives.py has its own opcheck.
     small = " and ".join(f"not {name}" for name in (*LARGE_CASES, *LARGE_SHAPES, "opcheck"))
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", small, str(Path(__file__).parent / "gpu")]
     env = {**os.environ, "KFO_TEST_DEVICE": "cpu"}
